@@ -1,0 +1,164 @@
+"""What a file holds: tensors as names, types, shapes and addresses; never their values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+from shardkit.dtypes import DType
+from shardkit.payload import Payload, read_all, unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One dense tensor: C-contiguous little-endian bytes at an address.
+
+    Attributes:
+        path: the names from the root of the file down to it.
+        dtype: type of the elements.
+        shape: lengths of the axes, in elements; () for a scalar.
+        payload: where the bytes are; as many as *dtype* and *shape* need.
+
+    Raises:
+        ValueError: the payload has another length.
+    """
+
+    path: tuple[str, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+    payload: Payload
+
+    def __post_init__(self) -> None:
+        need = self.dtype.nbytes(self.shape)
+        if self.payload.nbytes != need:
+            raise ValueError(f"{self.dtype.code} {list(self.shape)} needs {need} bytes, has {self.payload.nbytes}")
+
+    @property
+    def name(self) -> str:
+        """The dotted path, as in a state dict."""
+        return ".".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload.nbytes
+
+    def read(self) -> bytearray:
+        """The values: C order, little-endian, the whole tensor in memory.
+
+        Raises:
+            FormatError: the file cannot be read.
+        """
+        return read_all(self.payload)
+
+
+class OtherKind(StrEnum):
+    """What an `Other` is. All but OBJECT and CALL are weights."""
+
+    SPARSE = "sparse tensor"
+    QUANTISED = "quantised tensor"
+    NESTED = "nested tensor"
+    META = "tensor without data"
+    UNKNOWN_TENSOR = "tensor of an unknown kind"
+    OBJECT = "object"
+    CALL = "call"
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Something in the file that is not a dense tensor.
+
+    Attributes:
+        path: the names from the root of the file down to it.
+        kind: what it is.
+        nbytes: bytes of weights behind it; 0 where there are none or they cannot be told.
+        reason: for a person: the class, or why it is no dense tensor.
+    """
+
+    path: tuple[str, ...]
+    kind: OtherKind
+    nbytes: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether leaving it out would lose a weight."""
+        return self.kind not in (OtherKind.OBJECT, OtherKind.CALL)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when it was scanned, so that a change is noticed before the output is committed."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        """The file as it is now.
+
+        Raises:
+            FormatError: it cannot be looked at.
+        """
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        return cls(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a file, or a folder of shards, holds.
+
+    A checkpoint is a read-only mapping from dotted names to `TensorEntry`. Where two paths give one name, the mapping has
+    the first of them; `tensors` has both.
+
+    Attributes:
+        tensors: the dense tensors, in the order of the source. Tied ones have equal payloads.
+        others: what is not a dense tensor.
+        metadata: the text that safetensors keeps in `__metadata__`, without the records of ties.
+        files: the files that were read.
+        format: name of the format, as `shardkit formats` lists it.
+        notes: sentences that the user should see: conflicts settled, things ignored.
+    """
+
+    tensors: tuple[TensorEntry, ...]
+    others: tuple[Other, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    files: tuple[SourceFile, ...] = ()
+    format: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones counted once."""
+        return sum({(t.payload, t.dtype, t.shape): t.nbytes for t in self.tensors}.values())
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def _by_name(self) -> dict[str, TensorEntry]:
+        by_name: dict[str, TensorEntry] = {}
+        for entry in self.tensors:
+            by_name.setdefault(entry.name, entry)
+        return by_name

@@ -1,0 +1,46 @@
+"""Codec: what a compression plugin exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from shardkit.payload import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A run of compressed bytes that can be expanded without those before it.
+
+    Attributes:
+        start: first byte of the frame in the compressed file.
+        nbytes: length of the frame.
+        expanded: length of what it expands to.
+    """
+
+    start: int
+    nbytes: int
+    expanded: int
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One way to compress a file.
+
+    Attributes:
+        name: what it is called, as in ``zstd``.
+        suffix: what is added to the file's name, as in ``.zst``; a hint only.
+        sniff: whether the first bytes of a file (up to 4096) are of this codec.
+        decompress: compressed pieces in, expanded pieces of any length out; a piece is valid until the next. Raises
+            ValueError with a sentence if the stream is broken or ends early. Must not expand more than a few MB ahead.
+        frames: the frames of a whole compressed file, in order; empty where it keeps no table of them. Raises
+            ValueError with a sentence if the table is broken.
+        api: version of this contract.
+    """
+
+    name: str
+    suffix: str
+    sniff: Callable[[bytes], bool]
+    decompress: Callable[[Iterable[memoryview]], Iterator[bytes]]
+    frames: Callable[[Payload], tuple[Frame, ...]] = lambda payload: ()
+    api: int = 1

@@ -1,0 +1,1 @@
+"""The built-in codecs, found through the same entry points as any plugin's."""

@@ -1,0 +1,93 @@
+"""Element types: the codes of safetensors, the names of torch, and how many bits an element takes.
+
+Codes are those of the safetensors format (safetensors/src/tensor.rs, `Dtype`). A few types of torch have no code there:
+they can be inspected and compared, never written, and `DType.writable` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Kind = Literal["bool", "int", "float", "complex"]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """The type of a tensor's elements.
+
+    Attributes:
+        code: safetensors' code ("BF16"), or our own in the same style where it has none ("C128").
+        bits: width of one element; below 8, elements are packed.
+        kind: what arithmetic the type is for.
+        torch: name of the attribute of `torch` ("bfloat16"); None where torch has no such type.
+        word: bytes that are reversed together when the byte order changes (a complex number is two words).
+        writable: whether the safetensors format has the type.
+    """
+
+    code: str
+    bits: int
+    kind: Kind
+    torch: str | None
+    word: int
+    writable: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element, and so its natural alignment; 1 for packed types."""
+        return max(1, self.bits // 8)
+
+    @property
+    def packed(self) -> int:
+        """How many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`)."""
+        return 2 if self.code == "F4" else 1
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes that a dense tensor of *shape* takes.
+
+        Raises:
+            ValueError: packed elements do not fill whole bytes.
+        """
+        bits = prod(shape) * self.bits
+        if bits % 8:
+            raise ValueError(f"{self.code} {list(shape)} is {bits} bits, which is no whole number of bytes")
+        return bits // 8
+
+
+def _dtype(code: str, bits: int, kind: Kind, torch: str | None, *, word: int = 0, writable: bool = True) -> DType:
+    return DType(code, bits, kind, torch, word or max(1, bits // 8), writable)
+
+
+# In the order of safetensors' own enum: its writer sorts by it, descending, so that wide types come first.
+DTYPES: tuple[DType, ...] = (
+    _dtype("BOOL", 8, "bool", "bool"),
+    _dtype("F4", 4, "float", "float4_e2m1fn_x2"),
+    _dtype("F6_E2M3", 6, "float", None),
+    _dtype("F6_E3M2", 6, "float", None),
+    _dtype("U8", 8, "int", "uint8"),
+    _dtype("I8", 8, "int", "int8"),
+    _dtype("F8_E5M2", 8, "float", "float8_e5m2"),
+    _dtype("F8_E4M3", 8, "float", "float8_e4m3fn"),
+    _dtype("F8_E8M0", 8, "float", "float8_e8m0fnu"),
+    _dtype("F8_E4M3FNUZ", 8, "float", "float8_e4m3fnuz"),
+    _dtype("F8_E5M2FNUZ", 8, "float", "float8_e5m2fnuz"),
+    _dtype("I16", 16, "int", "int16"),
+    _dtype("U16", 16, "int", "uint16"),
+    _dtype("F16", 16, "float", "float16"),
+    _dtype("BF16", 16, "float", "bfloat16"),
+    _dtype("I32", 32, "int", "int32"),
+    _dtype("U32", 32, "int", "uint32"),
+    _dtype("F32", 32, "float", "float32"),
+    _dtype("C64", 64, "complex", "complex64", word=4),
+    _dtype("F64", 64, "float", "float64"),
+    _dtype("I64", 64, "int", "int64"),
+    _dtype("U64", 64, "int", "uint64"),
+    _dtype("C32", 32, "complex", "complex32", word=2, writable=False),
+    _dtype("C128", 128, "complex", "complex128", word=8, writable=False),
+)
+
+BY_CODE: dict[str, DType] = {dtype.code: dtype for dtype in DTYPES}
+BY_TORCH: dict[str, DType] = {dtype.torch: dtype for dtype in DTYPES if dtype.torch}
+U8 = BY_CODE["U8"]

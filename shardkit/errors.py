@@ -1,0 +1,155 @@
+"""Everything that shardkit raises on purpose.
+
+ShardkitError (.hint)
+├── FormatError (.path)             the input cannot be read
+│   ├── UnknownFormat               no format recognises it, or more than one does
+│   ├── Malformed (.where)          it breaks the rules of its format
+│   └── LimitExceeded (.limit .actual)  it asks for more than we give to a stranger
+├── PlanError                       the request cannot be met with this input
+│   ├── NameClash                   two tensors would get one name
+│   ├── AmbiguousRoot               several subtrees could be the model
+│   ├── Unwritable                  the output format has no way to hold a tensor
+│   ├── NothingSelected             no tensor is left
+│   └── BadSize                     a size that cannot be read
+├── OutputError                     the output cannot be written or replaced
+└── PluginError (.distribution .entry_point)  a plugin cannot be loaded
+
+A message is a sentence for the person who holds the file: where, what was found, what was needed. *hint* says what to
+try. Values that come out of a file reach a message only through `shown`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_SHOWN_CHARACTERS = 80
+
+
+class ShardkitError(Exception):
+    """The root of the tree: catch this to catch them all.
+
+    Attributes:
+        hint: what to try next, one sentence; None where there is nothing to say.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class FormatError(ShardkitError):
+    """The input cannot be read.
+
+    Attributes:
+        path: the file or folder at fault.
+    """
+
+    def __init__(self, path: Path, message: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{shown_path(path)}: {message}", hint=hint)
+        self.path = path
+
+
+class UnknownFormat(FormatError):
+    """No format recognises the file, or more than one does."""
+
+
+class Malformed(FormatError):
+    """The file breaks the rules of its format.
+
+    Attributes:
+        where: the part at fault (a tensor, a member, a byte offset); empty where it is the file as a whole.
+    """
+
+    def __init__(self, path: Path, message: str, *, where: str = "", hint: str | None = None) -> None:
+        super().__init__(path, f"{where}: {message}" if where else message, hint=hint)
+        self.where = where
+
+
+class LimitExceeded(FormatError):
+    """The file asks for more than a stranger's file is given.
+
+    Attributes:
+        limit: name of the field of `Limits` that was hit.
+        actual: what the file asked for, in that field's unit.
+    """
+
+    def __init__(self, path: Path, message: str, *, limit: str, actual: int, hint: str | None = None) -> None:
+        super().__init__(path, message, hint=hint or f"if you trust the file, raise it: --limit {limit}={actual}")
+        self.limit = limit
+        self.actual = actual
+
+
+class PlanError(ShardkitError):
+    """The request cannot be met with this input."""
+
+
+class NameClash(PlanError):
+    """Two tensors would get the same name."""
+
+
+class AmbiguousRoot(PlanError):
+    """Several subtrees could be the model."""
+
+
+class Unwritable(PlanError):
+    """The output format has no way to hold what was selected."""
+
+
+class NothingSelected(PlanError):
+    """No tensor is left to write."""
+
+
+class BadSize(PlanError):
+    """A size that cannot be read."""
+
+
+class OutputError(ShardkitError):
+    """The output cannot be written or replaced."""
+
+
+class PluginError(ShardkitError):
+    """A plugin cannot be loaded, or breaks its contract.
+
+    Attributes:
+        distribution: the installed distribution that brings the plugin, with its version.
+        entry_point: the entry point, as ``group:name``.
+    """
+
+    def __init__(self, distribution: str, entry_point: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(f"plugin {entry_point} of {distribution}: {message}", hint=hint)
+        self.distribution = distribution
+        self.entry_point = entry_point
+
+
+def shown(value: object) -> str:
+    """A foreign *value* as one bounded, escaped piece of a sentence; never calls its methods.
+
+    Text and bytes are quoted, cut at 80 characters and freed of control characters. Containers and objects are named by
+    kind only, since the `repr` of a deep or shared structure may never end.
+    """
+    match value:
+        case str():
+            return _clipped(value)
+        case bytes() | bytearray():
+            return "bytes " + _clipped(bytes(value[: _SHOWN_CHARACTERS + 1]).decode("latin-1"))
+        case bool() | None | float():
+            return str(value)
+        case int():
+            return str(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+        case tuple() | list() | dict() | set() | frozenset():
+            return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def shown_path(path: Path) -> str:
+    """*path* as it is printed: whole, but with control characters escaped."""
+    return "".join(_escaped(c) for c in str(path))
+
+
+def _clipped(text: str) -> str:
+    body = "".join(_escaped(c) for c in text[:_SHOWN_CHARACTERS])
+    return f"'{body}'" if len(text) <= _SHOWN_CHARACTERS else f"'{body}…'"
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()

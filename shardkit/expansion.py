@@ -1,0 +1,153 @@
+"""Compressed bytes with no random access: expanded once, on first use, to a temporary file that has no name.
+
+From there on they are read like any other payload, while equality, hashing and `sources` keep naming the original: a
+plan made from a `.zst` is the same plan on the next day.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from shardkit.codec import Codec
+from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
+from shardkit.limits import Limits
+from shardkit.payload import CHUNK, Extent, Payload, check_range
+from shardkit.sizes import format_size
+
+_RATIO_FROM = 64 << 20
+
+
+class Spool:
+    """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may read."""
+
+    def __init__(self, origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> None:
+        """Expand nothing yet.
+
+        Args:
+            origin: the compressed bytes.
+            codec: how they are compressed.
+            limits: bounds the expansion.
+            scratch: folder for the temporary file; None for the system's.
+        """
+        self.origin = origin
+        self.codec = codec
+        self._limits = limits
+        self._scratch = scratch
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file that the compressed bytes lie in."""
+        return self.origin.sources[0].path
+
+    def file(self) -> IO[bytes]:
+        """The expanded bytes, as an open file without a name.
+
+        Raises:
+            Malformed: the stream is broken.
+            LimitExceeded: it expands too far.
+            OutputError: there is no room for the temporary file.
+        """
+        with self._lock:
+            if self._file is None:
+                self._file = self._expand()
+            return self._file
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spool) and (self.origin, self.codec.name) == (other.origin, other.codec.name)
+
+    def __hash__(self) -> int:
+        return hash((self.origin, self.codec.name))
+
+    def __repr__(self) -> str:
+        return f"Spool({self.origin!r}, {self.codec.name!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Any: the pickle protocol's own type
+        return Spool, (self.origin, self.codec, self._limits, self._scratch)
+
+    def _expand(self) -> IO[bytes]:
+        file = tempfile.TemporaryFile(dir=self._scratch, buffering=0)
+        try:
+            expanded = 0
+            for piece in self.codec.decompress(self.origin.chunks()):
+                expanded += len(piece)
+                self._check(expanded)
+                file.write(piece)
+        except BaseException as error:
+            file.close()
+            raise self._explained(error) from None
+        return file
+
+    def _check(self, expanded: int) -> None:
+        if expanded > self._limits.expanded_bytes:
+            raise LimitExceeded(
+                self.path,
+                f"expands to more than {format_size(self._limits.expanded_bytes)}",
+                limit="expanded_bytes",
+                actual=expanded,
+            )
+        ratio = expanded // max(1, self.origin.nbytes)
+        if expanded > _RATIO_FROM and ratio > self._limits.ratio:
+            raise LimitExceeded(
+                self.path, f"expands more than {self._limits.ratio}-fold, as no weights do", limit="ratio", actual=ratio + 1
+            )
+        if expanded % (16 * CHUNK) < CHUNK:
+            self._check_room(expanded)
+
+    def _check_room(self, expanded: int) -> None:
+        folder = self._scratch or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        if free < 4 * CHUNK:
+            raise OutputError(
+                f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: {format_size(expanded)} written, {format_size(free)} free",
+                hint="free some space, or set TMPDIR to a folder on a larger disk",
+            )
+
+    def _explained(self, error: BaseException) -> BaseException:
+        match error:
+            case ValueError():
+                return Malformed(self.path, f"broken {self.codec.name} data: {error}", hint="fetch the file again")
+            case OSError():
+                return OutputError(f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}")
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """A run of the bytes that a `Spool` expands to."""
+
+    spool: Spool
+    start: int
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.spool.origin.sources
+
+    def narrow(self, start: int, nbytes: int) -> Expanded:
+        check_range(start, nbytes, self.nbytes)
+        return Expanded(self.spool, self.start + start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        file = self.spool.file()
+        at, stop = self.start, self.start + self.nbytes
+        while at < stop:
+            chunk = os.pread(file.fileno(), min(CHUNK, stop - at), at)
+            if not chunk:
+                raise Malformed(self.spool.path, f"expands to {at:,} bytes, {stop:,} were promised")
+            yield memoryview(chunk)
+            at += len(chunk)
+
+
+def expanded_whole(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Expanded:
+    """All that *origin* expands to; expands it now, since its length is not known before."""
+    spool = Spool(origin, codec, limits, scratch)
+    return Expanded(spool, 0, os.fstat(spool.file().fileno()).st_size)

@@ -1,0 +1,234 @@
+"""Byte strings whose length is known before they are read: a weight is an address, and here are the kinds of address.
+
+1. Only `chunks` touches weight bytes. It may be called again, and gives the same bytes as long as the file stays as it is.
+2. A chunk is at most `CHUNK` bytes; all but the last are a multiple of `PAGE`, so that no element of any type is cut.
+   A chunk is valid until the next one is asked for: its memory is used again.
+3. Payloads are frozen, hashable and picklable. Equal payloads are the same bytes, and that is how ties are found.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from shardkit.errors import FormatError, Malformed
+
+CHUNK = 8 << 20
+PAGE = 4096
+
+
+@runtime_checkable
+class Payload(Protocol):
+    """A byte string that knows its length, and from which bytes of which files it is made."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        ...
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        """The runs of files that are read to make it."""
+        ...
+
+    def narrow(self, start: int, nbytes: int) -> Payload:
+        """The *nbytes* bytes from *start* on.
+
+        Raises:
+            ValueError: they lie outside, or an element of a derived payload would be cut.
+        """
+        ...
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes in order, by the rules at the top of this module.
+
+        Raises:
+            FormatError: the file cannot be read, or has become shorter.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a file. Equal extents are the same bytes."""
+
+    path: Path
+    start: int
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return (self,)
+
+    def narrow(self, start: int, nbytes: int) -> Extent:
+        check_range(start, nbytes, self.nbytes)
+        return Extent(self.path, self.start + start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(CHUNK, self.nbytes)))
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start)
+                left = self.nbytes
+                while left:
+                    chunk = buffer[: min(CHUNK, left)]
+                    fill(chunk, file.readinto, self)
+                    yield chunk
+                    left -= len(chunk)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are held: a header, an index, padding."""
+
+    content: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content)
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return ()
+
+    def narrow(self, start: int, nbytes: int) -> Literal:
+        check_range(start, nbytes, self.nbytes)
+        return Literal(self.content[start : start + nbytes])
+
+    def chunks(self) -> Iterator[memoryview]:
+        whole = memoryview(self.content)
+        return (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Payloads one after the other."""
+
+    parts: tuple[Payload, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return tuple(source for part in self.parts for source in part.sources)
+
+    def narrow(self, start: int, nbytes: int) -> Payload:
+        check_range(start, nbytes, self.nbytes)
+        inside = tuple(self._overlapping(start, start + nbytes))
+        return inside[0] if len(inside) == 1 else Concat(inside)
+
+    def chunks(self) -> Iterator[memoryview]:
+        return rechunked(chunk for part in self.parts for chunk in part.chunks())
+
+    def _overlapping(self, start: int, stop: int) -> Iterator[Payload]:
+        ends = accumulate(part.nbytes for part in self.parts)
+        for part, end in zip(self.parts, ends, strict=True):
+            begin = end - part.nbytes
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                yield part.narrow(low - begin, high - low)
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """The inner bytes with every word of *width* bytes (2, 4 or 8) reversed: big-endian weights made little-endian."""
+
+    inner: Payload
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.inner.sources
+
+    def narrow(self, start: int, nbytes: int) -> Swapped:
+        if start % self.width or nbytes % self.width:
+            raise ValueError(f"[{start}, {start + nbytes}) cuts a word of {self.width} bytes")
+        return Swapped(self.inner.narrow(start, nbytes), self.width)
+
+    def chunks(self) -> Iterator[memoryview]:
+        for chunk in self.inner.chunks():
+            words = array({2: "H", 4: "I", 8: "Q"}[self.width], bytes(chunk))
+            words.byteswap()
+            yield memoryview(words).cast("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """A part of an output file that is computed while the file is written: zip directories, seek tables.
+
+    Attributes:
+        nbytes: length of what *make* returns.
+        make: takes the CRC-32 of each part that stands before this one in the file, in order.
+    """
+
+    nbytes: int
+    make: Callable[[Sequence[int]], bytes]
+
+
+Part = Payload | Trailer
+
+
+def read_all(payload: Payload) -> bytearray:
+    """The whole of *payload* in memory."""
+    content = bytearray()
+    for chunk in payload.chunks():
+        content += chunk
+    return content
+
+
+def rechunked(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
+    """*pieces* of any length as chunks of `CHUNK` bytes and a last one that may be shorter."""
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    filled = 0
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            taken = rest[: CHUNK - filled]
+            view[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            rest = rest[len(taken) :]
+            if filled == CHUNK:
+                yield view
+                filled = 0
+    if filled:
+        yield view[:filled]
+
+
+def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], extent: Extent) -> None:
+    """Fill *buffer* from *readinto*, which may give less than it was asked for.
+
+    Raises:
+        Malformed: the file of *extent* ended first.
+    """
+    filled = 0
+    while filled < len(buffer):
+        count = readinto(buffer[filled:])
+        if not count:
+            stop = extent.start + extent.nbytes
+            raise Malformed(extent.path, f"the file ends before byte {stop:,}", hint="it became shorter while in use; fetch it again")
+        filled += count
+
+
+def unreadable(path: Path, error: OSError) -> FormatError:
+    """What the operating system said of *path*, as a sentence."""
+    return FormatError(path, f"cannot be read: {error.strerror or error}")
+
+
+def check_range(start: int, nbytes: int, whole: int) -> None:
+    """Raise ValueError unless [start, start + nbytes) lies inside *whole* bytes."""
+    if start < 0 or nbytes < 0 or start + nbytes > whole:
+        raise ValueError(f"[{start}, {start + nbytes}) lies outside {whole} bytes")
