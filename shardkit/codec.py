@@ -23,6 +23,11 @@ class Frame:
     expanded: int
 
 
+def no_frames(payload: Payload) -> tuple[Frame, ...]:
+    """For a codec that keeps no table of its frames."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """One way to compress a file.
@@ -42,5 +47,5 @@ class Codec:
     suffix: str
     sniff: Callable[[bytes], bool]
     decompress: Callable[[Iterable[memoryview]], Iterator[bytes]]
-    frames: Callable[[Payload], tuple[Frame, ...]] = lambda payload: ()
+    frames: Callable[[Payload], tuple[Frame, ...]] = no_frames
     api: int = 1

@@ -1,7 +1,8 @@
-"""Compressed bytes with no random access: expanded once, on first use, to a temporary file that has no name.
+"""Compressed bytes as payloads, so that what is compressed is read like anything else.
 
-From there on they are read like any other payload, while equality, hashing and `sources` keep naming the original: a
-plan made from a `.zst` is the same plan on the next day.
+1. Without random access they are expanded once, on first use, to a temporary file that has no name (`Expanded`).
+2. With a table of frames each frame is expanded where it is read, and there is no temporary file (`Framed`).
+3. Equality, hashing and `sources` keep naming the original: a plan made from a `.zst` is the same plan on the next day.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import IO, Any
 from shardkit.codec import Codec
 from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
 from shardkit.limits import Limits
-from shardkit.payload import CHUNK, Extent, Payload, check_range
+from shardkit.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
 from shardkit.sizes import format_size
 
 _RATIO_FROM = 64 << 20
@@ -79,30 +80,17 @@ class Spool:
             expanded = 0
             for piece in self.codec.decompress(self.origin.chunks()):
                 expanded += len(piece)
-                self._check(expanded)
+                _check_limits(self.origin, expanded, self._limits)
+                self._check_room(expanded)
                 file.write(piece)
         except BaseException as error:
             file.close()
             raise self._explained(error) from None
         return file
 
-    def _check(self, expanded: int) -> None:
-        if expanded > self._limits.expanded_bytes:
-            raise LimitExceeded(
-                self.path,
-                f"expands to more than {format_size(self._limits.expanded_bytes)}",
-                limit="expanded_bytes",
-                actual=expanded,
-            )
-        ratio = expanded // max(1, self.origin.nbytes)
-        if expanded > _RATIO_FROM and ratio > self._limits.ratio:
-            raise LimitExceeded(
-                self.path, f"expands more than {self._limits.ratio}-fold, as no weights do", limit="ratio", actual=ratio + 1
-            )
-        if expanded % (16 * CHUNK) < CHUNK:
-            self._check_room(expanded)
-
     def _check_room(self, expanded: int) -> None:
+        if expanded % (16 * CHUNK) >= CHUNK:
+            return
         folder = self._scratch or Path(tempfile.gettempdir())
         free = shutil.disk_usage(folder).free
         if free < 4 * CHUNK:
@@ -114,7 +102,7 @@ class Spool:
     def _explained(self, error: BaseException) -> BaseException:
         match error:
             case ValueError():
-                return Malformed(self.path, f"broken {self.codec.name} data: {error}", hint="fetch the file again")
+                return _broken(self.origin, self.codec, error)
             case OSError():
                 return OutputError(f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}")
         return error
@@ -147,7 +135,74 @@ class Expanded:
             at += len(chunk)
 
 
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many those are."""
+
+    frame: Payload
+    codec: Codec
+    whole: int
+    start: int
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.frame.sources
+
+    def narrow(self, start: int, nbytes: int) -> Framed:
+        check_range(start, nbytes, self.nbytes)
+        return Framed(self.frame, self.codec, self.whole, self.start + start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        return rechunked(self._pieces()) if self.nbytes else iter(())
+
+    def _pieces(self) -> Iterator[memoryview]:
+        at, stop = 0, self.start + self.nbytes
+        try:
+            for piece in self.codec.decompress(self.frame.chunks()):
+                yield memoryview(piece)[max(0, self.start - at) : max(0, stop - at)]
+                at += len(piece)
+                if at >= stop and stop < self.whole:
+                    return
+        except ValueError as error:
+            raise _broken(self.frame, self.codec, error) from None
+        if at != self.whole:
+            raise _broken(self.frame, self.codec, ValueError(f"a frame holds {at:,} bytes, and its table says {self.whole:,}"))
+
+
+def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Payload:
+    """All that *origin* expands to: read in place if it has a table of frames, otherwise expanded now.
+
+    Raises:
+        Malformed: the stream or its table is broken.
+        LimitExceeded: it expands too far.
+        OutputError: there is no room for the temporary file.
+    """
+    try:
+        frames = codec.frames(origin)
+        _check_limits(origin, sum(frame.expanded for frame in frames), limits)
+        parts = tuple(Framed(origin.narrow(f.start, f.nbytes), codec, f.expanded, 0, f.expanded) for f in frames if f.expanded)
+    except ValueError as error:
+        raise _broken(origin, codec, error) from None
+    return Concat(parts) if frames else expanded_whole(origin, codec, limits, scratch)
+
+
 def expanded_whole(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Expanded:
     """All that *origin* expands to; expands it now, since its length is not known before."""
     spool = Spool(origin, codec, limits, scratch)
     return Expanded(spool, 0, os.fstat(spool.file().fileno()).st_size)
+
+
+def _check_limits(origin: Payload, expanded: int, limits: Limits) -> None:
+    path = origin.sources[0].path
+    if expanded > limits.expanded_bytes:
+        message = f"expands to more than {format_size(limits.expanded_bytes)}"
+        raise LimitExceeded(path, message, limit="expanded_bytes", actual=expanded)
+    ratio = expanded // max(1, origin.nbytes)
+    if expanded > _RATIO_FROM and ratio > limits.ratio:
+        message = f"expands more than {limits.ratio}-fold, as no weights do"
+        raise LimitExceeded(path, message, limit="ratio", actual=ratio + 1)
+
+
+def _broken(origin: Payload, codec: Codec, error: ValueError) -> Malformed:
+    return Malformed(origin.sources[0].path, f"broken {codec.name} data: {error}", hint="fetch the file again")

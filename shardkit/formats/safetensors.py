@@ -1,0 +1,83 @@
+"""safetensors: read and written.
+
+1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``) becomes an entry again, with the
+   payload of the tensor that was kept, and leaves the metadata.
+2. What is written stands in the order given, unless a tensor would then be misaligned to its type; then wide types go first.
+3. A file that is one aligned run of one source file starts its data at the source's offset modulo a page, so that a file system
+   that can share blocks shares them; any other at a multiple of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from shardkit import header
+from shardkit.plugin import PAGE, Checkpoint, Extent, Format, Literal, Part, Payload, Source, TensorEntry, coalesced
+
+_ALIGNMENT = 64
+
+
+def sniff(source: Source) -> bool:
+    """Whether the file begins with a length and a header; one that lies about its length counts too."""
+    head = source.head
+    length = int.from_bytes(head[: header.LENGTH_NBYTES], "little")
+    rest = head[header.LENGTH_NBYTES :]
+    if length <= header.MAX_JSON_NBYTES:
+        return rest.startswith(b"{") or b'"data_offsets"' in rest
+    return rest.startswith(b"{") and b'"data_offsets"' in rest and not head[: header.LENGTH_NBYTES].isascii()
+
+
+def scan(source: Source) -> Checkpoint:
+    """The tensors of the file, read from its header alone."""
+    first = source.read(0, min(header.LENGTH_NBYTES, source.size))
+    nbytes = header.json_nbytes(source.path, first, source.size, source.limits)
+    start = header.LENGTH_NBYTES + nbytes
+    content = source.read(header.LENGTH_NBYTES, nbytes)
+    parsed = header.parse(source.path, content, source.size - start, source.limits)
+    data = source.payload(start, source.size - start)
+    stored = {
+        tensor.name: TensorEntry((tensor.name,), tensor.dtype, tensor.shape, data.narrow(tensor.start, tensor.stop - tensor.start))
+        for tensor in parsed.tensors
+    }
+    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in stored}
+    tied = (TensorEntry((alias,), stored[kept].dtype, stored[kept].shape, stored[kept].payload) for alias, kept in ties.items())
+    metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
+    return Checkpoint((*stored.values(), *tied), metadata=metadata)
+
+
+def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
+    """The parts of a file that holds *entries*.
+
+    Raises:
+        Unwritable: a type without a code, a name that the format keeps for itself, or too many tensors for one header.
+        NameClash: two entries have one name.
+    """
+    if "format" not in metadata:
+        metadata = {"format": "pt", **metadata}
+    residue = _residue_of_source(entries)
+    if residue is not None:
+        return (Literal(header.dump(entries, metadata, residue=residue, modulus=PAGE)), *_data(entries))
+    if not _is_aligned(entries, at=0):
+        entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    return (Literal(header.dump(entries, metadata, modulus=_ALIGNMENT)), *_data(entries))
+
+
+FORMAT = Format(name="safetensors", suffixes=(".safetensors",), sniff=sniff, scan=scan, lay_out=lay_out)
+
+
+def _residue_of_source(entries: Sequence[TensorEntry]) -> int | None:
+    """The offset modulo a page of the one aligned run of a file that *entries* are; None where they are none."""
+    match list(_data(entries)):
+        case [Extent(_, start, _)] if _is_aligned(entries, at=start):
+            return start % PAGE
+    return None
+
+
+def _is_aligned(entries: Sequence[TensorEntry], *, at: int) -> bool:
+    starts = accumulate((entry.nbytes for entry in entries), initial=at)
+    return not any(start % entry.dtype.itemsize for entry, start in zip(entries, starts, strict=False))
+
+
+def _data(entries: Sequence[TensorEntry]) -> Iterator[Payload]:
+    return coalesced(entry.payload for entry in entries)

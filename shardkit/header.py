@@ -1,0 +1,256 @@
+"""The safetensors header: bytes ↔ entries, without any I/O.
+
+A file is 8 bytes (little-endian length n), n bytes of JSON that may end in spaces, and the data of all tensors without holes
+(https://github.com/huggingface/safetensors#format). What the reference reader refuses is refused here, each fault with a
+sentence that names the tensor; where it takes one of two values of a repeated key, so is the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import attrgetter
+from pathlib import Path
+
+from shardkit.checkpoint import TensorEntry
+from shardkit.dtypes import BY_CODE, DType
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, shown
+from shardkit.limits import Limits
+from shardkit.payload import PAGE
+from shardkit.strict_json import parse_json
+
+LENGTH_NBYTES = 8
+MAX_JSON_NBYTES = 100_000_000
+METADATA = "__metadata__"
+
+_U64 = 2**64
+_WHERE = "header"
+_FETCH = "it was cut off, most likely while it was copied or downloaded: fetch it again"
+_OFFSET_DIGITS = 19  # no file is longer than 2⁶³ bytes
+_WRITABLE = ", ".join(code for code, dtype in BY_CODE.items() if dtype.writable)
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """One tensor's line; *start* and *stop* count from the first byte of the data."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says: tensors in the order of their data, and the free text of `__metadata__`."""
+
+    tensors: tuple[HeaderEntry, ...]
+    metadata: dict[str, str]
+
+
+def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> int:
+    """The length of the JSON, from the *first* 8 bytes of a file of *file_nbytes*.
+
+    Raises:
+        Malformed: the file is too short, or the format allows no such length.
+        LimitExceeded: it is longer than `header_bytes`.
+    """
+    if len(first) < LENGTH_NBYTES:
+        raise Malformed(path, f"has {file_nbytes} bytes, and 8 are needed to say how long the header is", where=_WHERE, hint=_FETCH)
+    nbytes = int.from_bytes(first[:LENGTH_NBYTES], "little")
+    if nbytes > MAX_JSON_NBYTES:
+        raise Malformed(path, f"is said to take {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}", where=_WHERE)
+    if nbytes > limits.header_bytes:
+        raise LimitExceeded(path, f"the header takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes)
+    if nbytes > file_nbytes - LENGTH_NBYTES:
+        message = f"takes {nbytes:,} bytes, and the file ends after {file_nbytes - LENGTH_NBYTES:,} of them"
+        raise Malformed(path, message, where=_WHERE, hint=_FETCH)
+    return nbytes
+
+
+def parse(path: Path, content: bytes, data_nbytes: int, limits: Limits) -> Header:
+    """The header whose JSON is *content*, of a file with *data_nbytes* bytes behind it.
+
+    Raises:
+        Malformed: it breaks a rule of the format.
+        LimitExceeded: it is nested too deeply, or holds too many tensors.
+    """
+    if not content.startswith(b"{"):
+        raise Malformed(path, f"must begin with '{{', found {shown(content[:8])}", where=_WHERE)
+    document = parse_json(path, content, limits, where=_WHERE)
+    assert isinstance(document, dict)  # noqa: S101  a document that begins with a brace is no list and no scalar
+    metadata = _metadata(path, document.pop(METADATA, None))
+    if len(document) > limits.tensors:
+        raise LimitExceeded(path, f"holds {len(document):,} tensors", limit="tensors", actual=len(document))
+    tensors = [_entry(path, name, fields) for name, fields in document.items()]
+    tensors.sort(key=attrgetter("start", "stop"))
+    _check_cover(path, tensors, data_nbytes)
+    return Header(tuple(tensors), metadata)
+
+
+def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue: int = 0, modulus: int = 64) -> bytes:
+    """The first bytes of a file that holds *entries* one after the other: length, JSON, and spaces up to the data.
+
+    Args:
+        entries: in the order of their data.
+        metadata: for `__metadata__`, as it is.
+        residue: the data starts at an offset that is *residue* modulo *modulus*.
+        modulus: a power of two.
+
+    Raises:
+        Unwritable: the format has no way to hold one of them, or as many.
+        NameClash: two have one name.
+    """
+    _check_names(entries)
+    fields = [_metadata_line(metadata)] if metadata else []
+    fields += _lines(entries)
+    text = _encoded("{" + ",".join(fields) + "}", entries)
+    text += b" " * ((residue - LENGTH_NBYTES - len(text)) % modulus)
+    if len(text) > MAX_JSON_NBYTES:
+        raise Unwritable(
+            f"the header of {len(entries):,} tensors takes {len(text):,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
+            hint="write more, smaller shards: lower --max-shard",
+        )
+    return len(text).to_bytes(LENGTH_NBYTES, "little") + text
+
+
+def room(entry: TensorEntry) -> int:
+    """At least the bytes that the line of *entry* takes in a header, wherever its data lies."""
+    digits = sum(len(str(length)) + 1 for length in entry.shape)
+    return len(_quoted(entry.name).encode("utf-8", "surrogatepass")) + len(entry.dtype.code) + digits + _LINE_ROOM
+
+
+def fixed_room(metadata: Mapping[str, str]) -> int:
+    """At least the bytes of a header that are no tensor's: length, braces, *metadata*, and padding up to a page."""
+    line = _metadata_line({"format": "pt", **metadata})
+    return LENGTH_NBYTES + len(line.encode("utf-8", "surrogatepass")) + len("{,}") + PAGE
+
+
+def _metadata(path: Path, document: object) -> dict[str, str]:
+    match document:
+        case None:
+            return {}
+        case dict():
+            for key, value in document.items():
+                if not isinstance(value, str):
+                    raise Malformed(path, f"{METADATA}: the value of {shown(key)} must be text, found {shown(value)}", where=_WHERE)
+            return document
+    raise Malformed(path, f"{METADATA} must hold texts by name, found {shown(document)}", where=_WHERE)
+
+
+def _entry(path: Path, name: str, fields: object) -> HeaderEntry:
+    match fields:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [start, stop]} if code in BY_CODE:
+            dtype = BY_CODE[code]
+            if dtype.writable and _are_sizes(shape) and _are_sizes((start, stop)):
+                _check_nbytes(path, name, dtype, shape, start, stop)
+                return HeaderEntry(name, dtype, tuple(shape), start, stop)
+    raise Malformed(path, _fault(fields), where=_tensor(name))
+
+
+def _are_sizes(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < _U64 for value in values)
+
+
+def _fault(fields: object) -> str:
+    if not isinstance(fields, dict):
+        return f"must have dtype, shape and data_offsets, found {shown(fields)}"
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in fields:
+            return f"has no {field}"
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in BY_CODE or not BY_CODE[dtype].writable:
+        return f"dtype {shown(dtype)} is none of the format's: {_WRITABLE}"
+    field, count = ("data_offsets", "two") if isinstance(fields["shape"], list) and _are_sizes(fields["shape"]) else ("shape", "a list of")
+    return f"{field} must be {count} whole numbers from 0 to 2⁶⁴ - 1, found {_shown_list(fields[field])}"
+
+
+def _check_nbytes(path: Path, name: str, dtype: DType, shape: list[int], start: int, stop: int) -> None:
+    bits = dtype.bits
+    for length in shape:
+        bits *= length
+        if bits >= _U64:
+            raise Malformed(path, f"{dtype.code} {_shown_list(shape)} is larger than any memory", where=_tensor(name))
+    if stop < start:
+        raise Malformed(path, f"its data ends at {stop:,}, before it starts at {start:,}", where=_tensor(name))
+    if bits % 8:
+        message = f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
+        raise Malformed(path, message, where=_tensor(name))
+    if bits // 8 != stop - start:
+        message = f"{dtype.code} {_shown_list(shape)} needs {bits // 8:,} bytes, has {stop - start:,}"
+        raise Malformed(path, message, where=_tensor(name))
+
+
+def _check_cover(path: Path, tensors: Sequence[HeaderEntry], data_nbytes: int) -> None:
+    at = 0
+    before = "the header"
+    for tensor in tensors:
+        if tensor.start > at:
+            message = f"its data starts at {tensor.start:,}, and the {tensor.start - at:,} bytes before belong to no tensor"
+            raise Malformed(path, message, where=_tensor(tensor.name))
+        if tensor.start < at:
+            message = f"its data [{tensor.start:,}, {tensor.stop:,}) overlaps that of {before}, which ends at {at:,}"
+            raise Malformed(path, message, where=_tensor(tensor.name))
+        at, before = tensor.stop, _tensor(tensor.name)
+    if at > data_nbytes:
+        first = next(tensor for tensor in tensors if tensor.stop > data_nbytes)
+        message = f"the tensors need {at:,} bytes of data, and the file has {data_nbytes:,}; the first to miss some is {shown(first.name)}"
+        raise Malformed(path, message, hint=_FETCH)
+    if at < data_nbytes:
+        raise Malformed(path, f"{data_nbytes - at:,} bytes after the last tensor belong to no tensor")
+
+
+def _tensor(name: str) -> str:
+    return f"tensor {shown(name)}"
+
+
+def _shown_list(value: object) -> str:
+    if not isinstance(value, list) or len(value) > 8:
+        return shown(value)
+    return "[" + ", ".join(shown(item) for item in value) + "]"
+
+
+def _check_names(entries: Sequence[TensorEntry]) -> None:
+    names = {entry.name for entry in entries}
+    if METADATA in names:
+        raise Unwritable(f"no tensor of a safetensors file can be called {METADATA}", hint=f"--rename '^{METADATA}$=metadata' gives it another name")
+    if len(names) < len(entries):
+        seen: set[str] = set()
+        twice = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
+        raise NameClash(f"two tensors would be called {shown(twice)}")
+
+
+def _metadata_line(metadata: Mapping[str, str]) -> str:
+    return f'"{METADATA}":{{{",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in metadata.items())}}}'
+
+
+def _lines(entries: Sequence[TensorEntry]) -> Iterator[str]:
+    stops = accumulate(entry.nbytes for entry in entries)
+    for entry, stop in zip(entries, stops, strict=True):
+        if not entry.dtype.writable:
+            raise Unwritable(
+                f"tensor {shown(entry.name)} is {entry.dtype.code}, and safetensors has no such type",
+                hint="leave it out with --exclude, or choose another type with --dtype",
+            )
+        shape = ",".join(map(str, entry.shape))
+        start = stop - entry.nbytes
+        yield f'{_quoted(entry.name)}:{{"dtype":"{entry.dtype.code}","shape":[{shape}],"data_offsets":[{start},{stop}]}}'
+
+
+_LINE_ROOM = len(':{"dtype":"","shape":[],"data_offsets":[,]},') + 2 * _OFFSET_DIGITS
+
+
+def _encoded(text: str, entries: Sequence[TensorEntry]) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        culprit = next((entry.name for entry in entries if _is_no_text(entry.name)), "the metadata")
+        raise Unwritable(f"the name {shown(culprit)} holds half a surrogate pair, which no UTF-8 can hold", hint="give it another with --rename") from None
+
+
+def _is_no_text(name: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in name)

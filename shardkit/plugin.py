@@ -1,0 +1,66 @@
+"""Everything that the author of a format or a codec imports; the built-in ones import it too."""
+
+from __future__ import annotations
+
+from shardkit.checkpoint import Checkpoint, Other, OtherKind, SourceFile, TensorEntry
+from shardkit.codec import Codec, Frame
+from shardkit.dtypes import BY_CODE, BY_TORCH, DTYPES, DType
+from shardkit.errors import (
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    NameClash,
+    PluginError,
+    ShardkitError,
+    UnknownFormat,
+    Unwritable,
+    shown,
+)
+from shardkit.expansion import Expanded, Framed
+from shardkit.format import Format, Source
+from shardkit.limits import Limits
+from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
+from shardkit.runs import coalesced
+from shardkit.zips import STORED, Member
+
+__all__ = [
+    "BY_CODE",
+    "BY_TORCH",
+    "CHUNK",
+    "DTYPES",
+    "PAGE",
+    "STORED",
+    "Checkpoint",
+    "Codec",
+    "Concat",
+    "DType",
+    "Expanded",
+    "Extent",
+    "Format",
+    "FormatError",
+    "Frame",
+    "Framed",
+    "LimitExceeded",
+    "Limits",
+    "Literal",
+    "Malformed",
+    "Member",
+    "NameClash",
+    "Other",
+    "OtherKind",
+    "Part",
+    "Payload",
+    "PluginError",
+    "ShardkitError",
+    "Source",
+    "SourceFile",
+    "Swapped",
+    "TensorEntry",
+    "Trailer",
+    "UnknownFormat",
+    "Unwritable",
+    "coalesced",
+    "read_all",
+    "rechunked",
+    "shown",
+]

@@ -1,0 +1,85 @@
+"""JSON as strangers write it: what readers may take in two ways, or choke on, is refused with a sentence.
+
+A key that stands twice, NaN, half a surrogate pair, text that is no UTF-8 and nesting beyond reason are all legal to some
+parser and fatal to another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.limits import Limits
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> object:
+    """The document that *content* holds; dicts, lists and scalars.
+
+    Args:
+        path: for messages.
+        content: the document, UTF-8.
+        limits: `json_nesting` bounds its depth.
+        where: what the document is, for messages.
+
+    Raises:
+        Malformed: it is no JSON, or JSON that is read differently by different readers.
+        LimitExceeded: it is nested too deeply.
+    """
+    try:
+        document: object = _DECODER.decode(content.decode())
+    except RecursionError:
+        raise _too_deep(path, limits.json_nesting + 1, where) from None
+    except UnicodeDecodeError as error:
+        raise Malformed(path, f"byte {error.start:,} is not UTF-8 text", where=where) from None
+    except json.JSONDecodeError as error:
+        raise Malformed(path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where) from None
+    except ValueError as error:  # ours from below, or an integer of too many digits
+        raise Malformed(path, f"broken JSON: {error}", where=where) from None
+    _check_nesting(path, content, limits, where)
+    _check_surrogates(path, content, document, where)
+    return document
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} stands twice")
+    return fields
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+
+def _check_nesting(path: Path, content: bytes, limits: Limits, where: str) -> None:
+    if content.count(b"[") + content.count(b"{") <= limits.json_nesting:
+        return
+    brackets = _STRING.sub(b"", content).translate(_BRACES_AS_BRACKETS, _NO_BRACKET)
+    for _ in range(limits.json_nesting):
+        brackets = brackets.replace(b"[]", b"")  # takes the innermost level away, everywhere at once
+    if brackets:
+        raise _too_deep(path, limits.json_nesting + 1, where)
+
+
+def _check_surrogates(path: Path, content: bytes, document: object, where: str) -> None:
+    if re.search(rb"\\u[dD]", content) is None:
+        return
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Malformed(path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where) from None
+
+
+def _too_deep(path: Path, depth: int, where: str) -> LimitExceeded:
+    return LimitExceeded(path, f"{where}: JSON nested {depth} deep or deeper", limit="json_nesting", actual=depth)
