@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from shardkit.errors import BadDType, shown
+
 Kind = Literal["bool", "int", "float", "complex"]
 
 
@@ -91,3 +93,19 @@ DTYPES: tuple[DType, ...] = (
 BY_CODE: dict[str, DType] = {dtype.code: dtype for dtype in DTYPES}
 BY_TORCH: dict[str, DType] = {dtype.torch: dtype for dtype in DTYPES if dtype.torch}
 U8 = BY_CODE["U8"]
+
+_SHORT = {"half": "F16", "float": "F32", "double": "F64", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
+_SHORT |= {"fp8": "F8_E4M3", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
+
+
+def parse_dtype(name: str) -> DType:
+    """The floating-point type that people call *name*: "bf16", "bfloat16", "BF16", "torch.bfloat16".
+
+    Raises:
+        BadDType: it is none.
+    """
+    word = name.lower().removeprefix("torch.")
+    dtype = BY_TORCH.get(word) or BY_CODE.get(_SHORT.get(word, word.upper()))
+    if dtype is None or dtype.kind != "float" or not dtype.writable:
+        raise BadDType(f"{shown(name)} is no floating-point type", hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"')
+    return dtype

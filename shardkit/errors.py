@@ -10,8 +10,10 @@ ShardkitError (.hint)
 │   ├── AmbiguousRoot               several subtrees could be the model
 │   ├── Unwritable                  the output format has no way to hold a tensor
 │   ├── NothingSelected             no tensor is left
-│   └── BadSize                     a size that cannot be read
+│   ├── BadSize                     a size that cannot be read
+│   └── BadDType                    a type that is none, or that nothing can be cast to
 ├── OutputError                     the output cannot be written or replaced
+│   └── NoRoom                      the disk is too small for it
 └── PluginError (.distribution .entry_point)  a plugin cannot be loaded
 
 A message is a sentence for the person who holds the file: where, what was found, what was needed. *hint* says what to
@@ -103,8 +105,16 @@ class BadSize(PlanError):
     """A size that cannot be read."""
 
 
+class BadDType(PlanError):
+    """A type that is none, or that nothing can be cast to."""
+
+
 class OutputError(ShardkitError):
     """The output cannot be written or replaced."""
+
+
+class NoRoom(OutputError):
+    """The disk has less room than the output needs."""
 
 
 class PluginError(ShardkitError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -175,7 +175,7 @@ class Trailer:
     """
 
     nbytes: int
-    make: Callable[[Sequence[int]], bytes]
+    make: Callable[[Sequence[int]], bytes] = field(repr=False)
 
 
 Part = Payload | Trailer
@@ -218,9 +218,14 @@ def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], exten
     while filled < len(buffer):
         count = readinto(buffer[filled:])
         if not count:
-            stop = extent.start + extent.nbytes
-            raise Malformed(extent.path, f"the file ends before byte {stop:,}", hint="it became shorter while in use; fetch it again")
+            raise ended_early(extent)
         filled += count
+
+
+def ended_early(extent: Extent) -> Malformed:
+    """The file of *extent* ends inside it, though it did not when it was scanned."""
+    stop = extent.start + extent.nbytes
+    return Malformed(extent.path, f"the file ends before byte {stop:,}", hint="it became shorter while in use; fetch it again")
 
 
 def unreadable(path: Path, error: OSError) -> FormatError:

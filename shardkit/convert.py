@@ -1,0 +1,271 @@
+"""The main job: open → edit → plan → write, as one function.
+
+`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+
+from shardkit import registry, source
+from shardkit.checkpoint import Checkpoint, OtherKind, SourceFile
+from shardkit.companions import ModelConfig, companions
+from shardkit.copying import Engine, OnBytes
+from shardkit.destination import check_output, check_room, default_output, partial_folder
+from shardkit.dtypes import parse_dtype
+from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
+from shardkit.errors import Malformed, NoRoom, shown, shown_path
+from shardkit.journal import Identity, begin, boot_id
+from shardkit.limits import Limits
+from shardkit.index import HUB_INDEX_NBYTES
+from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
+from shardkit.roots import LeftOut
+from shardkit.sizes import format_size, parse_size
+from shardkit.writer import forecast, write
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """All that is decided before the first byte is written.
+
+    Attributes:
+        source: what is read.
+        out: the folder, or the one file, that will appear.
+        checkpoint: what the source holds.
+        edited: what of it is written, under which names.
+        plan: the files, part by part.
+        single: name of the one file, where *out* is a file.
+        notes: sentences that the user should see.
+    """
+
+    source: Path
+    out: Path
+    checkpoint: Checkpoint
+    edited: Edited
+    plan: Plan
+    single: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source: what was read.
+        out: the folder, or the one file, that was written.
+        format: format of the source.
+        shards: files that hold tensors.
+        tensors: tensors written; folded ties are not among them.
+        nbytes: bytes of those tensors as stored.
+        engines: bytes of all files by how they came there (the values of `Engine`).
+        aliases: folded ties: each other name to the name that is kept.
+        cast: tensors whose type was changed.
+        left_out: parts of the source that were not taken, with their bytes.
+        objects: names of what is in the source and no tensor.
+        calls: functions that the source asks to call, which were not called.
+        notes: sentences that the user should see.
+        resumed: files that an earlier, interrupted run had finished.
+        seconds: wall time.
+    """
+
+    source: Path
+    out: Path
+    format: str
+    shards: int
+    tensors: int
+    nbytes: int
+    engines: Mapping[str, int] = field(hash=False)
+    aliases: Mapping[str, str] = field(hash=False)
+    cast: int
+    left_out: tuple[LeftOut, ...]
+    objects: tuple[str, ...]
+    calls: tuple[str, ...]
+    notes: tuple[str, ...]
+    resumed: int
+    seconds: float
+
+
+def convert(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    max_shard: str | int | None = "5GB",
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    root: str | None = None,
+    ties: Ties = "keep-first",
+    jobs: int | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes | None = None,
+    sync: bool = True,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Report:
+    """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
+
+    Args:
+        src: a torch file (zip, legacy, TorchScript), safetensors, an index JSON, a folder, or a ``.zst`` of a file.
+        out: folder to make, or a file to make where it ends like a format that can be written (``.safetensors``); None for
+            ``<stem>-shards`` beside *src*, or in the working folder where that is read-only or a cache.
+        max_shard: bound on each file, header included, as ``"2GB"``, ``"500MiB"`` or bytes; None for one shard. A tensor
+            that alone is larger stands alone.
+        dtype: what floats of 16 bits or more are cast to, as ``"bf16"`` or ``"bfloat16"``; needs torch. None keeps each.
+        include: globs of names to take; none takes all. ``*`` crosses dots.
+        exclude: globs of names to leave out.
+        rename: pairs (regular expression, replacement), applied in order to every name.
+        root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
+        ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"`` writes it under each.
+        jobs: files written at a time; None for one per processor, at most 8.
+        overwrite: replace an earlier output of shardkit.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        sync: make every file last (fsync) before the output appears.
+        format: name of the format to read *src* as; None to recognise it.
+        with_companions: copy the small files beside the weights (config, tokenizer) of a source folder.
+        limits: what the source may ask for.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+        OutputError: *out* cannot be written or replaced.
+    """
+    begun = time.monotonic()
+    edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
+    conversion = prepare(src, out, edits, max_shard=max_shard, format=format, with_companions=with_companions, limits=limits)
+    report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
+    return replace(report, seconds=time.monotonic() - begun)
+
+
+def prepare(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None,
+    edits: Edits,
+    *,
+    max_shard: str | int | None = "5GB",
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Conversion:
+    """Decide everything that `convert` would do with these arguments, and write nothing.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+    """
+    src = Path(src)
+    out = Path(out) if out is not None else default_output(src)
+    limit = None if max_shard is None else parse_size(max_shard)
+    checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
+    config = ModelConfig.beside(src if src.is_dir() else src.parent)
+    if not config.ties_embeddings:
+        edits = replace(edits, ties="copy")
+    edited = edit(checkpoint, edits)
+    layout = None if out.is_dir() else registry.writer_for(out.suffix)
+    if layout is not None:
+        plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
+    else:
+        folder = _folder(src)
+        beside = companions(folder, checkpoint) if with_companions and folder else ()
+        plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside)
+    notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
+    return Conversion(src, out, checkpoint, edited, plan, out.name if layout is not None else None, notes)
+
+
+def carry_out(
+    conversion: Conversion,
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = lambda count: None,
+    sync: bool = True,
+) -> Report:
+    """Write what *conversion* decided; the output appears whole, by one rename, or not at all.
+
+    Raises:
+        FormatError: the source cannot be read, or changed meanwhile.
+        OutputError: the output cannot be written or replaced.
+    """
+    begun = time.monotonic()
+    plan, files = conversion.plan, conversion.checkpoint.files
+    out = conversion.out.absolute()
+    check_output(out, files, conversion.source, plan, overwrite=overwrite)
+    with begin(partial_folder(out), Identity(plan.digest, files, "" if sync else boot_id())) as journal:
+        resumed = len(journal.done)
+        try:
+            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done))
+            counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
+            _refuse_changed(files)
+        except (Malformed, NoRoom):
+            journal.discard()
+            raise
+        journal.commit(out, single=conversion.single)
+    return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)
+
+
+def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> int:
+    """Bytes that writing *plan* takes from the disk of *folder*: copies, not clones, and not the files that are *done*."""
+    todo = replace(plan, files=tuple(file for file in plan.files if file.name not in done))
+    return sum(count for engine, count in forecast(todo, folder).items() if engine is not Engine.CLONED)
+
+
+def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
+    others = conversion.checkpoint.others
+    return Report(
+        source=conversion.source,
+        out=conversion.out,
+        format=conversion.checkpoint.format,
+        shards=len(conversion.plan.shards),
+        tensors=len(conversion.plan.weight_map),
+        nbytes=conversion.plan.total_size,
+        engines=engines,
+        aliases=conversion.plan.aliases,
+        cast=conversion.edited.cast,
+        left_out=conversion.edited.left_out,
+        objects=tuple(other.name for other in others if other.kind is OtherKind.OBJECT),
+        calls=tuple(other.reason for other in others if other.kind is OtherKind.CALL),
+        notes=conversion.notes,
+        resumed=resumed,
+        seconds=seconds,
+    )
+
+
+def _refuse_changed(files: Sequence[SourceFile]) -> None:
+    for file in files:
+        if SourceFile.of(file.path) != file:
+            raise Malformed(file.path, "changed while it was read", hint="run the command again when nothing writes to it")
+
+
+def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
+    if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
+        yield f"config.json says that the embeddings are not tied, so {len(twice)} weights with equal bytes are written under each name"
+    if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
+        yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
+    if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
+        yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
+    if plan.oversized and limit is not None:
+        names = ", ".join(map(shown, plan.oversized[:3])) + (f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else "")
+        yield f"a shard of its own, larger than {format_size(limit)}, is needed for {names}"
+    if any(file.name == INDEX_NAME and file.nbytes > HUB_INDEX_NBYTES for file in plan.files):
+        yield f"the index is larger than the {format_size(HUB_INDEX_NBYTES)} that huggingface_hub reads; fewer tensors would help"
+
+
+def _folder(src: Path) -> Path | None:
+    """The folder whose companions belong to *src*; a single file has none."""
+    if src.is_dir():
+        return src
+    return src.parent if src.name.endswith(".json") else None
+
+
+def _scratch(out: Path) -> Path | None:
+    """Where compressed sources are expanded: beside the output, if that folder is there already."""
+    return out.parent if out.parent.is_dir() else None

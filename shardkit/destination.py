@@ -1,0 +1,96 @@
+"""Where an output goes when the user does not say, and what it may replace when the user says so.
+
+Nothing is replaced without `overwrite`; and with it only what shardkit itself writes: shards, their index, and the companions
+that this very run brings again. The source, a folder around it or inside it, and a mount point are never replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from shardkit import registry
+from shardkit.checkpoint import SourceFile
+from shardkit.errors import NoRoom, OutputError, shown, shown_path
+from shardkit.plan import INDEX_NAME, Plan
+from shardkit.sizes import format_size
+
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def default_output(source: Path) -> Path:
+    """`<stem>-shards` beside *source*, or in the working folder where that is read-only or a cache."""
+    named = _model_folder(source)
+    beside = source.parent if named == source else Path.cwd()
+    writable = os.access(beside, os.W_OK)
+    return (beside if writable else Path.cwd()) / f"{_stem(named)}-shards"
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the output *out* is prepared: beside it, so that one rename puts it in place."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Raise OutputError unless *out* is free, or *overwrite* and it is shardkit's to replace."""
+    if not out.parent.is_dir() and out.parent.exists():
+        raise OutputError(f"{shown_path(out.parent)} is no folder")
+    if out.is_dir() and os.path.ismount(out):
+        raise OutputError(f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}")
+    if not out.exists() or (out.is_dir() and not os.listdir(out)):
+        return
+    if not overwrite:
+        raise OutputError(f"{shown_path(out)} exists", hint="choose another output with -o, or replace it with --overwrite")
+    _refuse_source(out, sources, origin)
+    _refuse_foreign(out, plan)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise NoRoom unless the disk of *folder* has *needed* bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{shown_path(folder)} has {format_size(free)} free, and the output needs {format_size(needed)}",
+            hint="free some space, or choose another disk with -o",
+        )
+
+
+def _model_folder(source: Path) -> Path:
+    """*source*, or the folder that bears the model's name where it lies in a Hugging Face cache."""
+    return next((parent for parent in (source, *source.absolute().parents) if parent.name.startswith("models--")), source)
+
+
+def _stem(path: Path) -> str:
+    if path.name.startswith("models--"):
+        return path.name.split("--")[-1]
+    name = path.absolute().name if path.name in ("", "..") else path.name
+    if path.is_dir():
+        return name or "model"
+    endings = {".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}
+    while stripped := next((name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""):
+        name = stripped
+    return name
+
+
+def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> None:
+    place = out.resolve()
+    inputs = {origin.resolve(), *(source.path.resolve() for source in sources)}
+    if any(each == place or place in each.parents for each in inputs) or (origin.is_dir() and origin.resolve() in place.parents):
+        raise OutputError(f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten", hint="choose another output with -o")
+
+
+def _refuse_foreign(out: Path, plan: Plan) -> None:
+    ours = {file.name for file in plan.files} | {INDEX_NAME}
+    if out.is_dir():
+        found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
+    else:
+        found = [out.name]
+    foreign = sorted(name for name in found if name not in ours and not _SHARD.fullmatch(name))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise OutputError(f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten", hint="choose another output with -o, or move those files away")

@@ -1,0 +1,172 @@
+"""What the user wants changed: root, select, rename, cast_to, fold_ties; entries in, entries out, in that order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import translate
+from typing import Literal
+
+from shardkit.casting import Cast
+from shardkit.checkpoint import Checkpoint, Other, TensorEntry
+from shardkit.dtypes import DType
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, shown
+from shardkit.roots import LeftOut, select_root
+
+Ties = Literal["keep-first", "copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """The changes that a user asks for; by default, none.
+
+    Attributes:
+        root: dotted path of the subtree to take; "." for everything; None to find the model.
+        include: globs of names below the root; where there are any, only what matches one of them is taken. ``*`` crosses dots.
+        exclude: globs of names below the root to leave out.
+        rename: pairs of a regular expression and what replaces every match of it, applied in order to every name.
+        dtype: what floating-point tensors are cast to; None to keep each as it is.
+        ties: write a tied weight once and record its other names, or write a copy under each.
+    """
+
+    root: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    dtype: DType | None = None
+    ties: Ties = "keep-first"
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """What is left to write.
+
+    Attributes:
+        entries: the tensors, under the names they will have.
+        aliases: for each folded tie, its name to the name of the entry that has its bytes.
+        left_out: parts of the file that are not taken.
+        notes: sentences that the user should see.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    aliases: dict[str, str]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cast(self) -> int:
+        """How many tensors change their type."""
+        return sum(isinstance(entry.payload, Cast) for entry in self.entries)
+
+
+def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
+    """Apply *edits* to what *checkpoint* holds.
+
+    Raises:
+        AmbiguousRoot: several subtrees could be the model, and none is chosen.
+        NothingSelected: no tensor is left.
+        NameClash: two tensors end up with one name.
+        Unwritable: a weight that was selected is no dense tensor.
+        PlanError: a rename is no regular expression.
+    """
+    tensors, others, left_out = select_root(checkpoint, edits.root)
+    wanted = _Wanted.of(edits)
+    entries = tuple(entry for entry in tensors if wanted.takes(entry.name))
+    _refuse_undense([other for other in others if other.is_weight and wanted.takes(other.name)])
+    if not entries:
+        raise NothingSelected(_why_nothing(checkpoint, tensors), hint="run `shardkit inspect` to see what the file holds")
+    entries = _renamed(entries, edits.rename)
+    _refuse_clashes(entries)
+    notes: tuple[str, ...] = ()
+    if edits.dtype is not None:
+        entries, notes = cast_to(entries, edits.dtype)
+    kept, aliases = fold_ties(entries, {"format", *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
+    return Edited(kept, aliases, left_out, notes)
+
+
+def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
+    """*entries* with every float of 16 bits or more as *dtype*, and what there is to say about the others.
+
+    Narrower floats are the codes of a quantised weight, whose scales lie in other tensors: they stay as they are.
+    """
+    entries = tuple(entries)
+    narrow = sum(entry.dtype.kind == "float" and entry.dtype.bits < 16 for entry in entries)
+    notes = (f"{narrow} tensors of 8-bit or narrower floats keep their type: they are quantised, and their scales lie apart",)
+    return tuple(_cast(entry, dtype) for entry in entries), notes if narrow else ()
+
+
+def fold_ties(entries: Iterable[TensorEntry], reserved: Container[str] = ("format",)) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
+    """The entries whose bytes are not those of an earlier one, and for each other one its name to that earlier name.
+
+    A name in *reserved* means something else in the metadata of the output: under it a tensor is written again.
+    """
+    first: dict[tuple[object, DType, tuple[int, ...]], str] = {}
+    kept: list[TensorEntry] = []
+    aliases: dict[str, str] = {}
+    for entry in entries:
+        name = first.setdefault((entry.payload, entry.dtype, entry.shape), entry.name)
+        if name == entry.name or not entry.nbytes or entry.name in reserved:
+            kept.append(entry)
+        else:
+            aliases[entry.name] = name
+    return tuple(kept), aliases
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    include: re.Pattern[str] | None
+    exclude: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, edits: Edits) -> _Wanted:
+        return cls(_any_of(edits.include), _any_of(edits.exclude))
+
+    def takes(self, name: str) -> bool:
+        return (self.include is None or bool(self.include.match(name))) and not (self.exclude and self.exclude.match(name))
+
+
+def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(translate(glob) for glob in globs)) if globs else None
+
+
+def _refuse_undense(others: Sequence[Other]) -> None:
+    if not others:
+        return
+    listed = ", ".join(f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others[:5])
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    raise Unwritable(f"safetensors holds dense tensors only, and these are none: {listed}{more}", hint=f"leave them out: --exclude {others[0].name!r}")
+
+
+def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
+    if not checkpoint.tensors:
+        return "there are no tensors in the file"
+    if not tensors:
+        return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
+    return f"--include and --exclude leave none of the {len(tensors)} tensors"
+
+
+def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]) -> tuple[TensorEntry, ...]:
+    for pattern, replacement in rules:
+        try:
+            compiled = re.compile(pattern)
+            names = [compiled.sub(replacement, entry.name) for entry in entries]
+        except (re.error, IndexError) as error:
+            raise PlanError(f"--rename {pattern}={replacement} is no regular expression and its replacement: {error}") from None
+        entries = tuple(entry if entry.name == name else replace(entry, path=(name,)) for entry, name in zip(entries, names, strict=True))
+    return entries
+
+
+def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    for entry in entries:
+        path = seen.setdefault(entry.name, entry.path)
+        if path is not entry.path:
+            first, second = (" → ".join(shown(name) for name in each) for each in (path, entry.path))
+            raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint="tell them apart with --rename, or take one with --root or --exclude")
+
+
+def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:
+    if entry.dtype.kind != "float" or entry.dtype.bits < 16 or entry.dtype == dtype:
+        return entry
+    return TensorEntry(entry.path, dtype, entry.shape, Cast(entry.payload, entry.dtype, dtype))
