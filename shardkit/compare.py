@@ -1,0 +1,186 @@
+"""Two checkpoints, tensor by tensor and bit by bit; or an output against its source. One engine for verify and diff.
+
+Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two formats that hold the same weights are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from shardkit import source
+from shardkit.checkpoint import TensorEntry
+from shardkit.copying import OnBytes
+from shardkit.edits import Edits, edit
+from shardkit.limits import Limits
+from shardkit.payload import Payload
+from shardkit.roots import select_root
+
+Change = Literal["added", "removed", "dtype", "shape", "bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor that is not the same on both sides.
+
+    Attributes:
+        name: of the tensor.
+        change: "added" is on the right side only, "removed" on the left only; else the first thing that differs.
+        detail: for a person: both values, or the first element that differs.
+    """
+
+    name: str
+    change: Change
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of comparing.
+
+    Attributes:
+        tensors: how many were compared.
+        nbytes: bytes of one side that were compared.
+        differences: what differs, in the order of the left side, then what is on the right only.
+        notes: sentences that the user should see.
+    """
+
+    tensors: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+
+def diff(
+    a: str | PathLike[str], b: str | PathLike[str], *, root: str | None = None, limits: Limits = Limits(), on_bytes: OnBytes | None = None  # noqa: B008 - frozen
+) -> Comparison:
+    """What changes from checkpoint *a* to checkpoint *b*.
+
+    Args:
+        a: anything that `shardkit.open` reads.
+        b: likewise.
+        root: dotted path of the subtree to compare in both; None to find the model in each.
+        limits: what the files may ask for.
+        on_bytes: called, from any thread, with the number of bytes compared after each step.
+
+    Raises:
+        FormatError: one of them cannot be read.
+        AmbiguousRoot: several subtrees of one could be the model.
+    """
+    sides = [source.open(path, limits=limits) for path in (a, b)]
+    chosen = [select_root(checkpoint, root) for checkpoint in sides]
+    notes = tuple(
+        f"{Path(path)}: {sum(other.is_weight for other in others)} weights that are no dense tensors are not compared"
+        for path, (_, others, _) in zip((a, b), chosen, strict=True)
+        if any(other.is_weight for other in others)
+    )
+    return replace(compare(chosen[0][0], chosen[1][0], on_bytes=on_bytes), notes=notes)
+
+
+def verify(
+    out: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
+    edits: Edits = Edits(),  # noqa: B008 - frozen
+    *,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    on_bytes: OnBytes | None = None,
+) -> Comparison:
+    """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.
+
+    Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
+    that no byte is missing; and each tensor is read once.
+
+    Args:
+        out: what `convert` wrote, or any other checkpoint.
+        against: the checkpoint that it was made from.
+        edits: what was changed on the way.
+        limits: what the files may ask for.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+
+    Raises:
+        FormatError: one of them cannot be read.
+        PlanError: *edits* cannot be applied to *against*.
+    """
+    written = source.open(out, limits=limits)
+    if against is None:
+        return _readable(written.tensors, on_bytes)
+    edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
+    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes), notes=edited.notes)
+
+
+def compare(left: Iterable[TensorEntry], right: Iterable[TensorEntry], *, on_bytes: OnBytes | None = None) -> Comparison:
+    """Hold the tensors of *right* against those of *left*, by name."""
+    lefts = {entry.name: entry for entry in left}
+    rights = {entry.name: entry for entry in right}
+    pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
+    report = on_bytes or (lambda count: None)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "shardkit-compare") as pool:
+        found = pool.map(lambda pair: _difference(*pair, report), pairs)
+        changed = {entry.name: difference for (entry, _), difference in zip(pairs, found, strict=True)}
+    differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]
+    return Comparison(len(pairs), sum(entry.nbytes for entry, _ in pairs), tuple(differences))
+
+
+def _in_order(lefts: Mapping[str, TensorEntry], changed: Mapping[str, Difference | None]) -> Iterator[Difference]:
+    for name, entry in lefts.items():
+        difference = changed[name] if name in changed else _only(entry, "removed")
+        if difference is not None:
+            yield difference
+
+
+def _only(entry: TensorEntry, change: Literal["added", "removed"]) -> Difference:
+    return Difference(entry.name, change, f"{entry.dtype.code} {list(entry.shape)}")
+
+
+def _difference(left: TensorEntry, right: TensorEntry, on_bytes: OnBytes) -> Difference | None:
+    if left.dtype != right.dtype:
+        return Difference(left.name, "dtype", f"{left.dtype.code} became {right.dtype.code}")
+    if left.shape != right.shape:
+        return Difference(left.name, "shape", f"{list(left.shape)} became {list(right.shape)}")
+    at = _first_difference(left.payload, right.payload, on_bytes)
+    if at is None:
+        return None
+    return Difference(left.name, "bytes", f"the first element that differs is number {at * 8 // left.dtype.bits:,} of {left.nbytes * 8 // left.dtype.bits:,}")
+
+
+def _first_difference(left: Payload, right: Payload, on_bytes: OnBytes) -> int | None:
+    """Offset of the first byte that differs; None if there is none."""
+    if left == right:
+        on_bytes(left.nbytes)
+        return None
+    at = 0
+    for a, b in _paired(left.chunks(), right.chunks()):
+        if bytearray(a) != b:  # a memoryview compares item by item, a bytearray with memcmp
+            return at + next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        at += len(a)
+        on_bytes(len(a))
+    return None
+
+
+def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
+    """Both streams in pieces of one length, however each is cut."""
+    a = b = memoryview(b"")
+    while (a := a or next(lefts, a)) and (b := b or next(rights, b)):
+        count = min(len(a), len(b))
+        yield a[:count], b[:count]
+        a, b = a[count:], b[count:]
+
+
+def _readable(entries: Iterable[TensorEntry], on_bytes: OnBytes | None) -> Comparison:
+    count = nbytes = 0
+    for entry in entries:
+        for chunk in entry.payload.chunks():
+            nbytes += len(chunk)
+            if on_bytes:
+                on_bytes(len(chunk))
+        count += 1
+    return Comparison(count, nbytes, ())
