@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardkit import registry
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import FormatError, UnknownFormat
+from shardkit.errors import FormatError
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -97,15 +97,14 @@ def _is_index(path: Path) -> bool:
 
 
 def _is_weights(path: Path) -> bool:
+    """Whether a format or a codec claims the file; one that is broken where a format would look is no companion either."""
     if not path.is_file() or not path.stat().st_size:
         return False
     try:
         source = Source.file(path, Limits())
-        return registry.codec_of(source) is not None or registry.recognise(source) is not None
-    except UnknownFormat as error:
-        return error.claimed
+        return registry.codec_of(source) is not None or bool(registry.claimants(source))
     except FormatError:
-        return True  # a broken one is no companion either
+        return True
 
 
 def _copied(folder: Path, path: Path) -> OutputFile:

@@ -17,6 +17,7 @@ from shardkit import source
 from shardkit.checkpoint import TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
+from shardkit.errors import shown_path
 from shardkit.limits import Limits
 from shardkit.payload import Payload
 from shardkit.roots import select_root
@@ -61,7 +62,12 @@ class Comparison:
 
 
 def diff(
-    a: str | PathLike[str], b: str | PathLike[str], *, root: str | None = None, limits: Limits = Limits(), on_bytes: OnBytes | None = None  # noqa: B008 - frozen
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    *,
+    root: str | None = None,
+    limits: Limits = Limits(),
+    on_bytes: OnBytes | None = None,
 ) -> Comparison:
     """What changes from checkpoint *a* to checkpoint *b*.
 
@@ -79,11 +85,11 @@ def diff(
     sides = [source.open(path, limits=limits) for path in (a, b)]
     chosen = [select_root(checkpoint, root) for checkpoint in sides]
     notes = tuple(
-        f"{Path(path)}: {sum(other.is_weight for other in others)} weights that are no dense tensors are not compared"
-        for path, (_, others, _) in zip((a, b), chosen, strict=True)
-        if any(other.is_weight for other in others)
+        f"{shown_path(Path(path))}: {count} weights that are no dense tensors are not compared"
+        for path, rooted in zip((a, b), chosen, strict=True)
+        if (count := sum(other.is_weight for other in rooted.others))
     )
-    return replace(compare(chosen[0][0], chosen[1][0], on_bytes=on_bytes), notes=notes)
+    return replace(compare(chosen[0].tensors, chosen[1].tensors, on_bytes=on_bytes), notes=notes)
 
 
 def verify(
@@ -124,7 +130,7 @@ def compare(left: Iterable[TensorEntry], right: Iterable[TensorEntry], *, on_byt
     pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
     report = on_bytes or (lambda count: None)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "shardkit-compare") as pool:
-        found = pool.map(lambda pair: _difference(*pair, report), pairs)
+        found = pool.map(lambda pair: _difference(pair[0], pair[1], report), pairs)
         changed = {entry.name: difference for (entry, _), difference in zip(pairs, found, strict=True)}
     differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]
     return Comparison(len(pairs), sum(entry.nbytes for entry, _ in pairs), tuple(differences))
@@ -149,7 +155,11 @@ def _difference(left: TensorEntry, right: TensorEntry, on_bytes: OnBytes) -> Dif
     at = _first_difference(left.payload, right.payload, on_bytes)
     if at is None:
         return None
-    return Difference(left.name, "bytes", f"the first element that differs is number {at * 8 // left.dtype.bits:,} of {left.nbytes * 8 // left.dtype.bits:,}")
+    return Difference(
+        left.name,
+        "bytes",
+        f"the first element that differs is number {at * 8 // left.dtype.bits:,} of {left.nbytes * 8 // left.dtype.bits:,}",
+    )
 
 
 def _first_difference(left: Payload, right: Payload, on_bytes: OnBytes) -> int | None:

@@ -19,9 +19,9 @@ from shardkit.destination import check_output, check_room, default_output, parti
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
 from shardkit.errors import Malformed, NoRoom, shown, shown_path
+from shardkit.index import HUB_INDEX_NBYTES
 from shardkit.journal import Identity, begin, boot_id
 from shardkit.limits import Limits
-from shardkit.index import HUB_INDEX_NBYTES
 from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
 from shardkit.roots import LeftOut
 from shardkit.sizes import format_size, parse_size
@@ -176,7 +176,9 @@ def prepare(
     else:
         folder = _folder(src)
         beside = companions(folder, checkpoint) if with_companions and folder else ()
-        plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside)
+        plan = plan_folder(
+            edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
+        )
     notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
     return Conversion(src, out, checkpoint, edited, plan, out.name if layout is not None else None, notes)
 
@@ -253,7 +255,9 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
     if plan.oversized and limit is not None:
-        names = ", ".join(map(shown, plan.oversized[:3])) + (f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else "")
+        names = ", ".join(map(shown, plan.oversized[:3])) + (
+            f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
+        )
         yield f"a shard of its own, larger than {format_size(limit)}, is needed for {names}"
     if any(file.name == INDEX_NAME and file.nbytes > HUB_INDEX_NBYTES for file in plan.files):
         yield f"the index is larger than the {format_size(HUB_INDEX_NBYTES)} that huggingface_hub reads; fewer tensors would help"

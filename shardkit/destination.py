@@ -39,7 +39,9 @@ def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: P
     if not out.parent.is_dir() and out.parent.exists():
         raise OutputError(f"{shown_path(out.parent)} is no folder")
     if out.is_dir() and os.path.ismount(out):
-        raise OutputError(f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}")
+        raise OutputError(
+            f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}"
+        )
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     if not overwrite:
@@ -81,7 +83,10 @@ def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> No
     place = out.resolve()
     inputs = {origin.resolve(), *(source.path.resolve() for source in sources)}
     if any(each == place or place in each.parents for each in inputs) or (origin.is_dir() and origin.resolve() in place.parents):
-        raise OutputError(f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten", hint="choose another output with -o")
+        raise OutputError(
+            f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten",
+            hint="choose another output with -o",
+        )
 
 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
@@ -93,4 +98,7 @@ def _refuse_foreign(out: Path, plan: Plan) -> None:
     foreign = sorted(name for name in found if name not in ours and not _SHARD.fullmatch(name))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise OutputError(f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten", hint="choose another output with -o, or move those files away")
+        raise OutputError(
+            f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten",
+            hint="choose another output with -o, or move those files away",
+        )

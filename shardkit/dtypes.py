@@ -107,5 +107,7 @@ def parse_dtype(name: str) -> DType:
     word = name.lower().removeprefix("torch.")
     dtype = BY_TORCH.get(word) or BY_CODE.get(_SHORT.get(word, word.upper()))
     if dtype is None or dtype.kind != "float" or not dtype.writable:
-        raise BadDType(f"{shown(name)} is no floating-point type", hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"')
+        raise BadDType(
+            f"{shown(name)} is no floating-point type", hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"'
+        )
     return dtype

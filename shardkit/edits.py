@@ -70,19 +70,19 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
         Unwritable: a weight that was selected is no dense tensor.
         PlanError: a rename is no regular expression.
     """
-    tensors, others, left_out = select_root(checkpoint, edits.root)
+    rooted = select_root(checkpoint, edits.root)
     wanted = _Wanted.of(edits)
-    entries = tuple(entry for entry in tensors if wanted.takes(entry.name))
-    _refuse_undense([other for other in others if other.is_weight and wanted.takes(other.name)])
+    entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
+    _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
-        raise NothingSelected(_why_nothing(checkpoint, tensors), hint="run `shardkit inspect` to see what the file holds")
+        raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint="run `shardkit inspect` to see what the file holds")
     entries = _renamed(entries, edits.rename)
     _refuse_clashes(entries)
     notes: tuple[str, ...] = ()
     if edits.dtype is not None:
         entries, notes = cast_to(entries, edits.dtype)
     kept, aliases = fold_ties(entries, {"format", *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
-    return Edited(kept, aliases, left_out, notes)
+    return Edited(kept, aliases, rooted.left_out, notes)
 
 
 def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
@@ -96,7 +96,9 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
     return tuple(_cast(entry, dtype) for entry in entries), notes if narrow else ()
 
 
-def fold_ties(entries: Iterable[TensorEntry], reserved: Container[str] = ("format",)) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
+def fold_ties(
+    entries: Iterable[TensorEntry], reserved: Container[str] = ("format",)
+) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
     """The entries whose bytes are not those of an earlier one, and for each other one its name to that earlier name.
 
     A name in *reserved* means something else in the metadata of the output: under it a tensor is written again.
@@ -135,7 +137,10 @@ def _refuse_undense(others: Sequence[Other]) -> None:
         return
     listed = ", ".join(f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others[:5])
     more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-    raise Unwritable(f"safetensors holds dense tensors only, and these are none: {listed}{more}", hint=f"leave them out: --exclude {others[0].name!r}")
+    raise Unwritable(
+        f"safetensors holds dense tensors only, and these are none: {listed}{more}",
+        hint=f"leave them out: --exclude {others[0].name!r}",
+    )
 
 
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
@@ -153,7 +158,9 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
             names = [compiled.sub(replacement, entry.name) for entry in entries]
         except (re.error, IndexError) as error:
             raise PlanError(f"--rename {pattern}={replacement} is no regular expression and its replacement: {error}") from None
-        entries = tuple(entry if entry.name == name else replace(entry, path=(name,)) for entry, name in zip(entries, names, strict=True))
+        entries = tuple(
+            entry if entry.name == name else replace(entry, path=(name,)) for entry, name in zip(entries, names, strict=True)
+        )
     return entries
 
 
@@ -163,7 +170,10 @@ def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
         path = seen.setdefault(entry.name, entry.path)
         if path is not entry.path:
             first, second = (" → ".join(shown(name) for name in each) for each in (path, entry.path))
-            raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint="tell them apart with --rename, or take one with --root or --exclude")
+            raise NameClash(
+                f"two tensors would be called {shown(entry.name)}: {first}, and {second}",
+                hint="tell them apart with --rename, or take one with --root or --exclude",
+            )
 
 
 def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:

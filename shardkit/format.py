@@ -26,7 +26,9 @@ _WINDOW = 64 << 10
 class Source:
     """A file, or a folder, about to be recognised and scanned. Reads in windows, so that many small reads are cheap."""
 
-    def __init__(self, path: Path, content: Payload, *, names: tuple[str, ...] | None = None, limits: Limits, scratch: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, content: Payload, *, names: tuple[str, ...] | None = None, limits: Limits, scratch: Path | None = None
+    ) -> None:
         """Hold *content*, the bytes that stand for *path*; see `file` and `folder`.
 
         Args:

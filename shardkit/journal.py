@@ -87,7 +87,9 @@ class Journal:
             if self._sync:
                 sync_folder(out.parent)
         except OSError as error:
-            raise OutputError(f"{shown_path(out)}: cannot be put in place: {error.strerror}", hint=f"the complete output is in {self.folder}") from None
+            raise OutputError(
+                f"{shown_path(out)}: cannot be put in place: {error.strerror}", hint=f"the complete output is in {self.folder}"
+            ) from None
 
     def _append(self, line: str) -> None:
         self._file.write(line + "\n")
@@ -141,7 +143,10 @@ def sync_folder(folder: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     names = [name for name in os.listdir(folder) if name != NAME]
     if names and not (folder / NAME).exists():
-        raise OutputError(f"{shown_path(folder)} is where the output would be prepared, and it holds files that no run of shardkit left there", hint="move the folder away, or choose another output with -o")
+        raise OutputError(
+            f"{shown_path(folder)} is where the output would be prepared, and it holds files that no run of shardkit left there",
+            hint="move the folder away, or choose another output with -o",
+        )
 
 
 def _finished(file: IO[str], identity: Identity) -> set[str] | None:
@@ -177,7 +182,10 @@ def _lock(file: IO[str], folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
             return  # a file system without locks; nothing better is to be had
-        raise OutputError(f"{shown_path(folder)} is in use by another run of shardkit", hint="wait for it to end, or choose another output with -o") from None
+        raise OutputError(
+            f"{shown_path(folder)} is in use by another run of shardkit",
+            hint="wait for it to end, or choose another output with -o",
+        ) from None
 
 
 def _place_file(folder: Path, name: str, out: Path) -> None:
@@ -211,7 +219,10 @@ def _exchange(first: Path, second: Path) -> bool:
 
     renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
     at_cwd, exchange = -100, 2
-    return renameat2 is not None and renameat2(at_cwd, os.fsencode(first.absolute()), at_cwd, os.fsencode(second.absolute()), exchange) == 0
+    return (
+        renameat2 is not None
+        and renameat2(at_cwd, os.fsencode(first.absolute()), at_cwd, os.fsencode(second.absolute()), exchange) == 0
+    )
 
 
 def _hint(error: OSError) -> str | None:

@@ -161,7 +161,9 @@ def _shard_names(count: int) -> Iterator[str]:
 
 def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
     if layout.lay_out is None:
-        raise Unwritable(f"the format {layout.name} is only read", hint="write safetensors: leave -o out, or let it end in .safetensors")
+        raise Unwritable(
+            f"the format {layout.name} is only read", hint="write safetensors: leave -o out, or let it end in .safetensors"
+        )
     return layout.lay_out(entries, metadata)
 
 

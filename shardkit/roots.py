@@ -70,8 +70,17 @@ class Node:
         return [entry for child in self.children.values() for entry in child.tensors]
 
 
-def select_root(checkpoint: Checkpoint, root: str | None) -> tuple[tuple[TensorEntry, ...], tuple[Other, ...], tuple[LeftOut, ...]]:
-    """The tensors and others below *root*, with paths from there on, and what lies elsewhere.
+@dataclass(frozen=True, slots=True)
+class Rooted:
+    """The part of a checkpoint that lies below one place, with paths from there on, and what lies elsewhere."""
+
+    tensors: tuple[TensorEntry, ...]
+    others: tuple[Other, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
+    """What lies below *root*.
 
     Args:
         checkpoint: what to choose from.
@@ -83,12 +92,12 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> tuple[tuple[TensorE
     """
     flat = all(len(entry.path) == 1 for entry in checkpoint.tensors) and not any(o.is_weight for o in checkpoint.others)
     if root == "." or (root is None and flat):
-        return checkpoint.tensors, checkpoint.others, ()
+        return Rooted(checkpoint.tensors, checkpoint.others)
     tree = tree_of(checkpoint)
     node = _find_model(tree) if root is None else _named(tree, root)
     aside = _set_aside(node) if root is None else {}
     chosen = _Chosen(node, aside)
-    return chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), tuple(_left_out(tree, node, aside))
+    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), tuple(_left_out(tree, node, aside)))
 
 
 def tree_of(checkpoint: Checkpoint) -> Node:
@@ -198,7 +207,10 @@ def _named(tree: Node, root: str) -> Node:
             if rest.startswith(f"{name}."):
                 reached.append((child, rest[len(name) + 1 :]))
     names = ", ".join(shown(name) for name in list(tree.children)[:8])
-    raise NothingSelected(f"there is nothing to enter at {shown(root)}; the file holds {names or 'nothing'}", hint="run `shardkit inspect` to see the tree")
+    raise NothingSelected(
+        f"there is nothing to enter at {shown(root)}; the file holds {names or 'nothing'}",
+        hint="run `shardkit inspect` to see the tree",
+    )
 
 
 def _left_out(tree: Node, chosen: Node, aside: dict[tuple[str, ...], str]) -> Iterator[LeftOut]:

@@ -19,7 +19,9 @@ from shardkit.plan import OutputFile, Plan
 _TOGETHER = 8  # more files at a time than this do not help one disk
 
 
-def write(plan: Plan, journal: Journal, *, jobs: int | None = None, sync: bool = True, on_bytes: OnBytes = lambda count: None) -> Counter[Engine]:
+def write(
+    plan: Plan, journal: Journal, *, jobs: int | None = None, sync: bool = True, on_bytes: OnBytes = lambda count: None
+) -> Counter[Engine]:
     """Write the files of *plan* that *journal* does not have yet, and count the bytes by engine.
 
     Args:
@@ -86,10 +88,14 @@ class _Run:
         return counts
 
     def _fill(self, file: OutputFile, path: Path) -> Counter[Engine]:
-        with open(path, "wb", buffering=0) as output, Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier:
+        with (
+            open(path, "wb", buffering=0) as output,
+            Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier,
+        ):
             if not self._shares_pages(file):
                 reserve(output.fileno(), file.nbytes)
-            _write_parts(file, copier)
+            summed = any(isinstance(part, Trailer) for part in file.parts)
+            (_write_summed if summed else _write_parts)(file, copier)
             if self._sync:
                 os.fsync(output.fileno())
             return copier.counts
@@ -128,7 +134,10 @@ def check(path: Path, file: OutputFile) -> None:
 
 
 def _faulty(path: Path, message: str) -> OutputError:
-    return OutputError(f"{shown_path(path)} was not written right: {message}", hint="run the command again; if it stays so, it is a bug in shardkit")
+    return OutputError(
+        f"{shown_path(path)} was not written right: {message}",
+        hint="run the command again; if it stays so, it is a bug in shardkit",
+    )
 
 
 def _added(futures: Iterable[Future[Counter[Engine]]]) -> Counter[Engine]:
@@ -142,10 +151,9 @@ def _added(futures: Iterable[Future[Counter[Engine]]]) -> Counter[Engine]:
 
 
 def _write_parts(file: OutputFile, copier: Copier) -> None:
-    if any(isinstance(part, Trailer) for part in file.parts):
-        return _write_summed(file, copier)
     at = 0
     for part in file.parts:
+        assert not isinstance(part, Trailer)
         copier.write(part, at)
         at += part.nbytes
 
