@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from shardkit.payload import Extent, Payload, fill, unreadable
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]  # Any: unsigned words as wide as the elements, which is known when it runs
@@ -97,7 +96,7 @@ class Staging:
 
     def _one_by_one(self, at: int, start: int, near: Axis, way: _Way) -> None:
         """Read the runs along one axis, the first of them from element *start* to byte *at*."""
-        memory, nbytes = memoryview(self._runs), way.run * self._itemsize
+        memory, nbytes = self._runs.data, way.run * self._itemsize
         for element in range(start, start + near[0] * near[1], near[1]):
             self._read(memory[at : at + nbytes], element * self._itemsize)
             at += nbytes
@@ -109,7 +108,7 @@ class Staging:
             count = min(way.together, length - first)
             nbytes = reach_of([(count, stride), (way.run, 1)]) * self._itemsize
             self._window = _at_least(self._window, nbytes)
-            self._read(memoryview(self._window)[:nbytes], (start + first * stride) * self._itemsize)
+            self._read(self._window.data[:nbytes], (start + first * stride) * self._itemsize)
             runs = self._array(self._runs[at:], [count, way.run], [way.run, 1])
             runs[...] = self._array(self._window, [count, way.run], [stride, 1])
             at += runs.nbytes
