@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
-errors dtypes sizes
+errors sizes dtypes
 limits payload checkpoint
-codec expansion zips format header index strided casting pickles torch_objects object_tree
+codec expansion zips format strict_json header index runs gathering strided casting \
+    stand_ins pickle_machine pickles torch_tensors torch_objects object_tree diagnosis
 plugin roots edits plan codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
-registry source companions copying journal writer
+registry source companions destination copying journal writer
 convert offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()
@@ -28,7 +29,7 @@ __init__ cli __main__
 # What comes from outside the standard library or prints, and the only rooms that may know it. A room is a module or a package.
 ONLY_IN = {
     "torch": ("casting", "load"),
-    "numpy": ("strided",),
+    "numpy": ("gathering",),
     "zstandard": ("codecs.zstd",),
     "safetensors": ("writer",),
     "click": ("cli",),
