@@ -1,4 +1,4 @@
-"""Any checkpoint in, any model running: torch checkpoints to size-bounded safetensors shards, never more memory than one block."""
+"""Any checkpoint in, any model running, never more memory than one block."""
 
 from __future__ import annotations
 

@@ -95,9 +95,9 @@ def diff(
 def verify(
     out: str | PathLike[str],
     against: str | PathLike[str] | None = None,
-    edits: Edits = Edits(),  # noqa: B008 - frozen
+    edits: Edits = Edits(),
     *,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
     on_bytes: OnBytes | None = None,
 ) -> Comparison:
     """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.

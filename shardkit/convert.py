@@ -107,7 +107,7 @@ def convert(
     sync: bool = True,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
 ) -> Report:
     """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
 
@@ -154,7 +154,7 @@ def prepare(
     max_shard: str | int | None = "5GB",
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
 
@@ -249,16 +249,14 @@ def _refuse_changed(files: Sequence[SourceFile]) -> None:
 
 def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
-        yield f"config.json says that the embeddings are not tied, so {len(twice)} weights with equal bytes are written under each name"
+        yield f"config.json says that nothing is tied, so {len(twice)} weights with equal bytes are written under each name"
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
         yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
     if plan.oversized and limit is not None:
-        names = ", ".join(map(shown, plan.oversized[:3])) + (
-            f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
-        )
-        yield f"a shard of its own, larger than {format_size(limit)}, is needed for {names}"
+        more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
+        yield f"larger than {format_size(limit)} each, and so alone in a shard: {', '.join(map(shown, plan.oversized[:3]))}{more}"
     if any(file.name == INDEX_NAME and file.nbytes > HUB_INDEX_NBYTES for file in plan.files):
         yield f"the index is larger than the {format_size(HUB_INDEX_NBYTES)} that huggingface_hub reads; fewer tensors would help"
 

@@ -143,7 +143,8 @@ class Copier:
         pages = clonable(extent, at) if self._clones(extent.path) else 0
         edge = -extent.start % PAGE
         if not pages or not _tried(_clone, source.file, extent.start + edge, self._output, at + edge, pages):
-            return self._carry(source, extent, at)
+            self._carry(source, extent, at)
+            return
         self._done(Engine.CLONED, pages)
         rest = edge + pages
         self._carry(source, extent.narrow(0, edge), at)
@@ -174,7 +175,7 @@ class Copier:
         if self._source_now is None or self._source_now.path != path:
             self._open.close()
             try:
-                file = self._open.enter_context(open(path, "rb", buffering=0))
+                file = self._open.enter_context(path.open("rb", buffering=0))
             except OSError as error:
                 raise unreadable(path, error) from None
             self._source_now = _Opened(path, file.fileno(), list(_moves()))

@@ -2,7 +2,7 @@
 
 ShardkitError (.hint)
 ├── FormatError (.path)             the input cannot be read
-│   ├── UnknownFormat               no format recognises it, or more than one does
+│   ├── UnknownFormat (.claimed)    no format recognises it, or more than one does
 │   ├── Malformed (.where)          it breaks the rules of its format
 │   └── LimitExceeded (.limit .actual)  it asks for more than we give to a stranger
 ├── PlanError                       the request cannot be met with this input
@@ -52,7 +52,15 @@ class FormatError(ShardkitError):
 
 
 class UnknownFormat(FormatError):
-    """No format recognises the file, or more than one does."""
+    """No format recognises the file, or more than one does.
+
+    Attributes:
+        claimed: whether more than one does.
+    """
+
+    def __init__(self, path: Path, message: str, *, claimed: bool = False, hint: str | None = None) -> None:
+        super().__init__(path, message, hint=hint)
+        self.claimed = claimed
 
 
 class Malformed(FormatError):

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +63,13 @@ class Spool:
                 self._file = self._expand()
             return self._file
 
+    def read(self, start: int, nbytes: int) -> bytes:
+        """At most *nbytes* of the expanded bytes, from *start* on; fewer only at their end."""
+        file = self.file()
+        with self._lock:  # not every system reads at an offset without moving the file's own
+            file.seek(start)
+            return file.read(nbytes)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Spool) and (self.origin, self.codec.name) == (other.origin, other.codec.name)
 
@@ -75,18 +83,24 @@ class Spool:
         return Spool, (self.origin, self.codec, self._limits, self._scratch)
 
     def _expand(self) -> IO[bytes]:
-        file = tempfile.TemporaryFile(dir=self._scratch, buffering=0)
-        try:
-            expanded = 0
-            for piece in self.codec.decompress(self.origin.chunks()):
-                expanded += len(piece)
-                _check_limits(self.origin, expanded, self._limits)
-                self._check_room(expanded)
-                file.write(piece)
-        except BaseException as error:
-            file.close()
-            raise self._explained(error) from None
-        return file
+        with ExitStack() as undo:
+            try:
+                file = undo.enter_context(tempfile.TemporaryFile(dir=self._scratch, buffering=0))
+                self._fill(file)
+            except ValueError as error:
+                raise _broken(self.origin, self.codec, error) from None
+            except OSError as error:
+                raise OutputError(f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}") from None
+            undo.pop_all()  # from here on the spool owns the file, which goes when the spool goes
+            return file
+
+    def _fill(self, file: IO[bytes]) -> None:
+        expanded = 0
+        for piece in self.codec.decompress(self.origin.chunks()):
+            expanded += len(piece)
+            _check_limits(self.origin, expanded, self._limits)
+            self._check_room(expanded)
+            file.write(piece)
 
     def _check_room(self, expanded: int) -> None:
         if expanded % (16 * CHUNK) >= CHUNK:
@@ -95,17 +109,10 @@ class Spool:
         free = shutil.disk_usage(folder).free
         if free < 4 * CHUNK:
             raise OutputError(
-                f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: {format_size(expanded)} written, {format_size(free)} free",
+                f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: "
+                f"{format_size(expanded)} written, {format_size(free)} free",
                 hint="free some space, or set TMPDIR to a folder on a larger disk",
             )
-
-    def _explained(self, error: BaseException) -> BaseException:
-        match error:
-            case ValueError():
-                return _broken(self.origin, self.codec, error)
-            case OSError():
-                return OutputError(f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}")
-        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +132,9 @@ class Expanded:
         return Expanded(self.spool, self.start + start, nbytes)
 
     def chunks(self) -> Iterator[memoryview]:
-        file = self.spool.file()
         at, stop = self.start, self.start + self.nbytes
         while at < stop:
-            chunk = os.pread(file.fileno(), min(CHUNK, stop - at), at)
+            chunk = self.spool.read(at, min(CHUNK, stop - at))
             if not chunk:
                 raise Malformed(self.spool.path, f"expands to {at:,} bytes, {stop:,} were promised")
             yield memoryview(chunk)

@@ -58,7 +58,9 @@ class Node:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights at and below this node."""
-        return sum(weight.nbytes for node in self.walk() for weight in (*node.tensors, *node.undense))
+        return sum(
+            sum(entry.nbytes for entry in node.tensors) + sum(other.nbytes for other in node.undense) for node in self.walk()
+        )
 
     @property
     def holds_weights(self) -> bool:
