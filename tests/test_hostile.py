@@ -1,0 +1,112 @@
+"""Bad input: nothing but a ShardkitError comes out, soon, in bounded memory; nothing is run, and no output is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shardkit
+from shardkit.errors import ShardkitError
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = sorted((ROOT / "fixtures" / "hostile").iterdir())
+GOOD_FILES = sorted(path for path in (ROOT / "fixtures" / "good").iterdir() if path.is_file())
+SMALL = [path for path in GOOD_FILES if path.stat().st_size < 50_000]
+SECONDS = 30
+MEMORY = 1 << 30
+READ_AT_MOST = 1 << 28
+
+# One small file of each format, to be cut short after each of its bytes.
+CUT = [
+    "pickle-oldest-rebuild.pt",
+    "zip-deflated.pt",
+    "zip-zip64.pt",
+    "legacy-protocol-4.pt",
+    "safetensors-unaligned.safetensors",
+    "torchscript-frozen.pt",
+    "compressed-safetensors.safetensors.zst",
+]
+
+# The command line under a watchdog: a limit of memory and of processor time, so that a bomb ends as a failed test.
+WATCHED = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+from shardkit.cli import main
+main()
+"""
+
+
+def read(path: Path) -> None:
+    """Open *path* and read what it holds, as any command would."""
+    for entry in shardkit.open(path).tensors:
+        if entry.nbytes <= READ_AT_MOST:
+            entry.read()
+
+
+def command_line(*arguments: str | Path, room: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WATCHED, *arguments]
+    return subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=2 * SECONDS)
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
+def test_a_hostile_file_is_refused_with_a_sentence(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardkitError) as refusal:
+        shardkit.convert(path, tmp_path / "out", max_shard="1MB")
+    sentence = str(refusal.value)
+    assert str(path) in sentence or path.name in sentence
+    assert sentence.isprintable()
+    assert len(sentence) < 1000
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process to set")
+@pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
+def test_the_command_line_refuses_it_in_bounded_time_and_memory(path: Path, tmp_path: Path) -> None:
+    done = command_line("convert", path, "-o", "out", room=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert path.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2  # the sentence, and what to try
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_file_cut_short_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "cut.bin"
+    path.write_bytes((ROOT / "fixtures" / "good" / name).read_bytes())
+    for nbytes in reversed(range(path.stat().st_size)):
+        os.truncate(path, nbytes)
+        with pytest.raises(ShardkitError):
+            read(path)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.name)
+def test_flipped_bytes_are_refused_or_read(path: Path) -> None:
+    content = path.read_bytes()
+    place = st.integers(0, len(content) - 1)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(st.dictionaries(place, st.integers(1, 255), min_size=1, max_size=4))
+    def flip(changes: dict[int, int]) -> None:
+        flipped = bytearray(content)
+        for at, bits in changes.items():
+            flipped[at] ^= bits
+        with tempfile.TemporaryDirectory() as room:
+            changed = Path(room, "flipped.bin")
+            changed.write_bytes(flipped)
+            try:
+                read(changed)
+            except ShardkitError:
+                pass
+
+    flip()
