@@ -74,11 +74,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Rooted:
-    """The part of a checkpoint that lies below one place, with paths from there on, and what lies elsewhere."""
+    """The part of a checkpoint that lies below the place *path*, with paths from there on, and what lies elsewhere."""
 
     tensors: tuple[TensorEntry, ...]
     others: tuple[Other, ...]
     left_out: tuple[LeftOut, ...] = ()
+    path: tuple[str, ...] = ()
 
 
 def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
@@ -99,7 +100,8 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
     node = _find_model(tree) if root is None else _named(tree, root)
     aside = _set_aside(node) if root is None else {}
     chosen = _Chosen(node, aside)
-    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), tuple(_left_out(tree, node, aside)))
+    left_out = tuple(_left_out(tree, node, aside))
+    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, node.path)
 
 
 def tree_of(checkpoint: Checkpoint) -> Node:
