@@ -8,12 +8,12 @@ them reads or copies a weight, so every format gets streaming, kernel copies, dr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, TensorEntry
-from shardkit.errors import Malformed
+from shardkit.errors import Malformed, shown
 from shardkit.expansion import Expanded, Spool
 from shardkit.limits import Limits
 from shardkit.payload import Extent, Literal, Part, Payload, check_range, unreadable
@@ -113,6 +113,25 @@ class Source:
             return stored
         return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch), 0, member.nbytes)
 
+    def peek(self, member: Member, nbytes: int) -> bytes:
+        """The first *nbytes* bytes of what a zip *member* holds, or all if it holds less; a compressed one is expanded no further.
+
+        Raises:
+            Malformed: as for `member`, or the compressed data is broken.
+        """
+        start = data_start(self.path, member, self.read)
+        if member.method == STORED:
+            return self.read(start, min(nbytes, member.nbytes))
+        content = bytearray()
+        try:
+            for piece in DEFLATE.decompress(self._pieces(start, member.compressed)):
+                content += piece
+                if len(content) >= nbytes:
+                    break
+        except ValueError as error:
+            raise Malformed(self.path, f"broken {DEFLATE.name} data: {error}", where=f"zip member {shown(member.name)}") from None
+        return bytes(content[:nbytes])
+
     def read(self, start: int, nbytes: int) -> bytes:
         """The *nbytes* bytes from *start* on; for headers, never for weights.
 
@@ -135,6 +154,10 @@ class Source:
         """
         check_range(start, nbytes, self.size)
         return self.content.narrow(start, nbytes)
+
+    def _pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
+        stop = start + nbytes
+        return (memoryview(self.read(at, min(_HEAD, stop - at))) for at in range(start, stop, _HEAD))
 
     def _move_window(self, start: int, nbytes: int) -> None:
         span = min(max(nbytes, _WINDOW), self.size - start)

@@ -21,6 +21,7 @@ from shardkit.format import Format, Source
 from shardkit.limits import Limits
 from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
 from shardkit.runs import coalesced
+from shardkit.strided import strided
 from shardkit.zips import STORED, Member
 
 __all__ = [
@@ -63,4 +64,5 @@ __all__ = [
     "read_all",
     "rechunked",
     "shown",
+    "strided",
 ]
