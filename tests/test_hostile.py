@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,7 @@ def test_flipped_bytes_are_refused_or_read(path: Path) -> None:
         with tempfile.TemporaryDirectory() as room:
             changed = Path(room, "flipped.bin")
             changed.write_bytes(flipped)
-            try:
+            with suppress(ShardkitError):
                 read(changed)
-            except ShardkitError:
-                pass
 
     flip()
