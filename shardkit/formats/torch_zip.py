@@ -1,0 +1,124 @@
+"""What `torch.save` writes since torch 1.6: a zip archive with a pickle, `data.pkl`, and a record for each storage.
+
+1. The folder inside the archive is named after the file it was saved to: it is taken from where `data.pkl` is.
+2. `byteorder` came with torch 2.1; where it is absent the bytes are little-endian. Of other records nothing is needed.
+3. Kin that torch writes into zip archives too (exported programs, packages) is claimed here so that it can be explained.
+"""
+
+from __future__ import annotations
+
+from shardkit.checkpoint import Checkpoint, SourceFile
+from shardkit.errors import Malformed, shown
+from shardkit.format import Format, Source
+from shardkit.object_tree import collect
+from shardkit.payload import Payload, read_all
+from shardkit.pickles import unpickle
+from shardkit.stand_ins import Vocabulary
+from shardkit.torch_objects import find
+from shardkit.torch_tensors import Storage, storage_of
+from shardkit.zips import Member
+
+
+def sniff(source: Source) -> bool:
+    """Whether it is a zip archive that torch wrote, other than TorchScript."""
+    if source.head[:2] != b"PK":
+        return False
+    names = {member.name for member in source.members}
+    return not _has(names, "constants.pkl") and (_has(names, "data.pkl") or _kin(names) is not None)
+
+
+def scan(source: Source) -> Checkpoint:
+    """Read the pickle and the directory; no weights.
+
+    Raises:
+        Malformed: the archive or its pickle is broken, or it is kin that holds no checkpoint.
+        LimitExceeded: it asks for too much.
+    """
+    records = _Records(source)
+    data = source.member(records.member("data.pkl"))
+    pickle = unpickle(source.path, data, Vocabulary(find, storage_of), limits=source.limits, where=f"{records.root}data.pkl")
+    found = collect(
+        source.path,
+        pickle.value,
+        record=records.storage,
+        limits=source.limits,
+        calls=pickle.calls,
+        big_endian=records.is_big_endian(),
+    )
+    return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),))
+
+
+class _Records:
+    """The members of the archive, by their names below its root."""
+
+    def __init__(self, source: Source) -> None:
+        """Find the root.
+
+        Raises:
+            Malformed: it has no `data.pkl`.
+        """
+        self._source = source
+        self._members = {member.name: member for member in source.members}
+        self._storages: dict[str, Payload] = {}
+        self.root = self._root()
+
+    def member(self, name: str) -> Member:
+        """The member *name*; ValueError if there is none."""
+        member = self._members.get(self.root + name)
+        if member is None:
+            raise ValueError(f"the archive has no member {shown(self.root + name)}")
+        return member
+
+    def storage(self, storage: Storage) -> Payload:
+        """The bytes of a storage; ValueError if they are not as many as it says."""
+        payload = self._storages.get(storage.key)
+        if payload is None:
+            payload = self._storages[storage.key] = self._source.member(self.member(f"data/{storage.key}"))
+        if payload.nbytes != storage.nbytes:
+            raise ValueError(
+                f"record {shown(storage.key)} holds {payload.nbytes:,} bytes, and {storage.count:,} elements of "
+                f"{storage.kind.dtype.code} need {storage.nbytes:,}"
+            )
+        return payload
+
+    def is_big_endian(self) -> bool:
+        """What the record `byteorder` says."""
+        member = self._members.get(f"{self.root}byteorder")
+        if member is None:
+            return False
+        order = bytes(read_all(self._source.member(member))) if member.nbytes < 16 else b""
+        if order not in (b"little", b"big"):
+            raise Malformed(
+                self._source.path, f"says {shown(order)}, neither little nor big", where=f"record {shown(member.name)}"
+            )
+        return order == b"big"
+
+    def _root(self) -> str:
+        roots = [name.removesuffix("data.pkl") for name in self._members if name == "data.pkl" or name.endswith("/data.pkl")]
+        if not roots:
+            what, advice = _kin(set(self._members)) or ("a zip archive without data.pkl", "is it the right file?")
+            raise Malformed(self._source.path, f"is {what}, which is no checkpoint", hint=advice)
+        return min(roots, key=len)
+
+
+_KIN = {
+    "archive_format": (
+        "an exported program (torch.export.save, .pt2)",
+        "load it with torch.export.load, and save its state_dict with torch.save",
+    ),
+    ".data/extern_modules": (
+        "a torch.package archive",
+        "load it with torch.package.PackageImporter, and save the model's state_dict with torch.save",
+    ),
+}
+
+
+def _kin(names: set[str]) -> tuple[str, str] | None:
+    return next((explained for name, explained in _KIN.items() if _has(names, name)), None)
+
+
+def _has(names: set[str], name: str) -> bool:
+    return name in names or any(each.endswith(f"/{name}") for each in names)
+
+
+FORMAT = Format(name="torch-zip", suffixes=(".bin", ".pt", ".pth", ".ckpt", ".pth.tar"), sniff=sniff, scan=scan)

@@ -1,0 +1,243 @@
+"""What torch names in a pickle: the functions that rebuild tensors, the classes of storages, the types.
+
+Wrappers (Parameter, subclasses with dense data) are what they wrap. What has no dense bytes is `Undense`, with its kind.
+None of these functions runs anything of torch's; they take the arguments apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shardkit.checkpoint import OtherKind
+from shardkit.dtypes import BY_CODE, BY_TORCH, DType
+from shardkit.errors import shown
+from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque
+from shardkit.torch_tensors import Storage, StorageClass, Tensor, Undense, View
+
+
+def find(module: str, name: str) -> object:
+    """What stands for a global of a torch pickle; None if it is none of ours."""
+    full = f"{_RENAMED.get(module, module)}.{name}"
+    if module.split(".", 1)[0] == "torch":
+        if name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and name in BY_TORCH:
+            return BY_TORCH[name]
+    build = _BUILDERS.get(full)
+    return Builder(full, build) if build else None
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    match value:
+        case tuple() | list() if all(type(number) is int for number in value):
+            return tuple(value)
+    return None
+
+
+def _view(name: str, args: tuple[object, ...], dtype: object = None, bits: object = None) -> Tensor:
+    """The tensor that the first four arguments of all these functions describe."""
+    match args[:4]:
+        case (Storage() as storage, int(offset), shape, strides):
+            lengths, steps = _shape(shape), _shape(strides)
+        case _:
+            raise _wrong(name, args)
+    if lengths is None or steps is None:
+        raise _wrong(name, args)
+    if storage.kind.quantised:
+        return Undense(OtherKind.QUANTISED, storage.nbytes, "a quantised storage without its scale")
+    if dtype is None:
+        dtype = storage.kind.dtype
+    if not isinstance(dtype, DType):
+        return Undense(OtherKind.UNKNOWN_TENSOR, storage.nbytes, f"of the type {_named(dtype)}")
+    flags = bits if isinstance(bits, Dict) else _NO_FLAGS
+    return View(storage, dtype, offset, lengths, steps, flags.get("conj") is True, flags.get("neg") is True)
+
+
+def _rebuild_v1(args: tuple[object, ...]) -> Tensor:
+    return _view("_rebuild_tensor", args)
+
+
+def _rebuild_v2(args: tuple[object, ...]) -> Tensor:
+    return _view("_rebuild_tensor_v2", args, None, args[6] if len(args) > 6 else None)
+
+
+def _rebuild_v3(args: tuple[object, ...]) -> Tensor:
+    if len(args) < 7:
+        raise _wrong("_rebuild_tensor_v3", args)
+    return _view("_rebuild_tensor_v3", args, args[6], args[7] if len(args) > 7 else None)
+
+
+def _rebuild_wrapped(args: tuple[object, ...]) -> object:
+    """A Parameter: its first argument is the tensor."""
+    if not args:
+        raise _wrong("_rebuild_parameter", args)
+    return args[0]
+
+
+def _rebuild_from_type(args: tuple[object, ...]) -> object:
+    """A subclass: (function, class, its arguments, state). Such calls may be nested, as deep as a stranger likes."""
+    state: object = None
+    while True:
+        match args:
+            case (Builder(build=build), _, tuple(inner), state) if build is _rebuild_from_type:
+                args = inner
+            case (Builder(build=build), kind, tuple(inner), state):
+                return _of_type(build(inner), kind, state)
+            case (callee, kind, tuple(inner), *_):
+                return Opaque(_named(kind), (callee, *inner))
+            case _:
+                raise _wrong("_rebuild_from_type_v2", args)
+
+
+def _of_type(tensor: object, kind: object, state: object) -> object:
+    if not (isinstance(tensor, Undense) and tensor.kind is OtherKind.UNKNOWN_TENSOR):
+        return tensor
+    inside = state.values() if isinstance(state, Dict) else ()
+    return Undense(tensor.kind, tensor.nbytes + _nbytes(*inside), f"of the class {_named(kind)}")
+
+
+def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
+    """A tensor of a device that keeps its data on the CPU in files: (tensor, dtype, device, requires_grad)."""
+    match args:
+        case (View() as view, DType() as dtype, *_) if view.dtype != dtype:
+            return Undense(
+                OtherKind.UNKNOWN_TENSOR, view.nbytes, f"kept as {view.dtype.code}, to be cast to {dtype.code} by a device"
+            )
+        case (View() | Undense() as tensor, *_):
+            return tensor
+    raise _wrong("_rebuild_device_tensor_from_cpu_tensor", args)
+
+
+def _rebuild_from_numpy(args: tuple[object, ...]) -> Undense:
+    return Undense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a numpy array")
+
+
+def _rebuild_sparse(args: tuple[object, ...]) -> Undense:
+    inside = args[1] if len(args) > 1 and isinstance(args[1], tuple) else ()
+    return Undense(OtherKind.SPARSE, _nbytes(*inside), _named(args[0] if args else None))
+
+
+def _layout(args: tuple[object, ...]) -> Global:
+    return Global(args[0] if args and isinstance(args[0], str) else "torch.layout")
+
+
+def _rebuild_quantised(args: tuple[object, ...]) -> Undense:
+    nbytes = args[0].nbytes if args and isinstance(args[0], Storage) else 0
+    scheme = args[4][0] if len(args) > 4 and isinstance(args[4], tuple) and args[4] else None
+    return Undense(OtherKind.QUANTISED, nbytes, _named(scheme))
+
+
+def _rebuild_nested(args: tuple[object, ...]) -> Undense:
+    return Undense(OtherKind.NESTED, _nbytes(*args[:1]), "several tensors of unequal shapes in one")
+
+
+def _rebuild_meta(args: tuple[object, ...]) -> Undense:
+    return Undense(OtherKind.META, 0, "saved from the meta device, without data")
+
+
+def _rebuild_wrapper(args: tuple[object, ...]) -> Undense:
+    return Undense(OtherKind.UNKNOWN_TENSOR, 0, f"of the class {_named(args[0] if args else None)}")
+
+
+def _size(args: tuple[object, ...]) -> object:
+    shape = _shape(args[0]) if args else ()
+    return Opaque("torch.Size", args) if shape is None else shape
+
+
+def _ordered(args: tuple[object, ...]) -> Dict:
+    """An OrderedDict; Python 2 gave it its items as a list of lists."""
+    table = Dict()
+    for item in args[0] if args and isinstance(args[0], list) else ():
+        match item:
+            case [key, value]:
+                table.put(key, value)
+            case _:
+                raise ValueError(f"an item of an OrderedDict is {shown(item)}, not a key and a value")
+    return table
+
+
+def _encoded(args: tuple[object, ...]) -> object:
+    """Bytes, as protocol 2 has to write them."""
+    match args:
+        case (str(text), "latin1" | "latin-1"):
+            return text.encode("latin-1", "replace")
+        case (LongString() as long, *_):
+            return long
+    return Opaque("_codecs.encode", args)
+
+
+def _harmless(name: str) -> Callable[[tuple[object, ...]], Opaque]:
+    """A class that holds no weights, and whose making is not worth a mention."""
+    return lambda args: Opaque(name, args)
+
+
+def _collection(name: str) -> Callable[[tuple[object, ...]], Opaque]:
+    return lambda args: Opaque(name, items=args[0] if args and type(args[0]) is list else None)
+
+
+def _wrong(name: str, args: tuple[object, ...]) -> ValueError:
+    given = ", ".join(shown(arg) for arg in args[:8])
+    return ValueError(f"torch's {name} is called with ({given})")
+
+
+def _named(value: object) -> str:
+    return value.name if isinstance(value, Global | Builder | Opaque) else shown(value)
+
+
+def _nbytes(*values: object) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, View | Undense))
+
+
+_NO_FLAGS = Dict()
+_RENAMED = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
+
+_STORAGES = {
+    "UntypedStorage": StorageClass(BY_CODE["U8"]),
+    "_UntypedStorage": StorageClass(BY_CODE["U8"]),
+    "DoubleStorage": StorageClass(BY_CODE["F64"]),
+    "FloatStorage": StorageClass(BY_CODE["F32"]),
+    "HalfStorage": StorageClass(BY_CODE["F16"]),
+    "BFloat16Storage": StorageClass(BY_CODE["BF16"]),
+    "LongStorage": StorageClass(BY_CODE["I64"]),
+    "IntStorage": StorageClass(BY_CODE["I32"]),
+    "ShortStorage": StorageClass(BY_CODE["I16"]),
+    "CharStorage": StorageClass(BY_CODE["I8"]),
+    "ByteStorage": StorageClass(BY_CODE["U8"]),
+    "BoolStorage": StorageClass(BY_CODE["BOOL"]),
+    "ComplexDoubleStorage": StorageClass(BY_CODE["C128"]),
+    "ComplexFloatStorage": StorageClass(BY_CODE["C64"]),
+    "QInt8Storage": StorageClass(BY_CODE["I8"], quantised=True),
+    "QUInt8Storage": StorageClass(BY_CODE["U8"], quantised=True),
+    "QInt32Storage": StorageClass(BY_CODE["I32"], quantised=True),
+    "QUInt4x2Storage": StorageClass(BY_CODE["U8"], quantised=True),
+    "QUInt2x4Storage": StorageClass(BY_CODE["U8"], quantised=True),
+}
+
+_BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
+    "torch._utils._rebuild_tensor": _rebuild_v1,
+    "torch._utils._rebuild_tensor_v2": _rebuild_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+    "torch._utils._rebuild_parameter": _rebuild_wrapped,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_wrapped,
+    "torch._tensor._rebuild_from_type": _rebuild_from_type,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_from_cpu,
+    "torch._utils._rebuild_device_tensor_from_numpy": _rebuild_from_numpy,
+    "torch._utils._rebuild_xla_tensor": _rebuild_from_numpy,
+    "torch._utils._rebuild_sparse_tensor": _rebuild_sparse,
+    "torch._utils._rebuild_sparse_csr_tensor": _rebuild_sparse,
+    "torch._utils._rebuild_qtensor": _rebuild_quantised,
+    "torch._utils._rebuild_nested_tensor": _rebuild_nested,
+    "torch._utils._rebuild_meta_tensor_no_storage": _rebuild_meta,
+    "torch._utils._rebuild_wrapper_subclass": _rebuild_wrapper,
+    "torch.Size": _size,
+    "torch.device": _harmless("torch.device"),
+    "torch.serialization._get_layout": _layout,
+    "collections.OrderedDict": _ordered,
+    "collections.defaultdict": _harmless("collections.defaultdict"),
+    "_codecs.encode": _encoded,
+    "builtins.set": _collection("builtins.set"),
+    "builtins.frozenset": _collection("builtins.frozenset"),
+    "builtins.complex": _harmless("builtins.complex"),
+    "builtins.bytearray": _harmless("builtins.bytearray"),
+}

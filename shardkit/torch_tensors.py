@@ -1,0 +1,147 @@
+"""Tensors as torch pickles have them: views on storages, not yet looked up in any record.
+
+1. A `View` is numbers only. What they mean is checked when the tensor gets its name, so that a fault can name it.
+2. A storage is known by its key, never by an object: a pickle says the same storage anew for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from shardkit.checkpoint import OtherKind
+from shardkit.dtypes import DType
+from shardkit.errors import shown
+from shardkit.payload import Payload, Swapped
+from shardkit.stand_ins import Global
+from shardkit.strided import strided
+
+_MOST = 1 << 63  # torch counts elements in signed 64 bits
+_MOST_AXES = 64  # as torch has it (c10/core/TensorImpl.h)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageClass:
+    """A class of storages, as in `torch.FloatStorage`.
+
+    Attributes:
+        dtype: type of the elements, in which lengths are counted.
+        quantised: whether the elements mean something only with a scale beside them.
+    """
+
+    dtype: DType
+    quantised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of elements that tensors look at.
+
+    Attributes:
+        kind: its class.
+        key: names the record that it lies in.
+        count: elements of the record.
+        start: first of its elements in the record; not 0 only in files older than torch 0.4.
+        length: its own elements.
+    """
+
+    kind: StorageClass
+    key: str
+    count: int
+    start: int
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record."""
+        return self.count * self.kind.dtype.itemsize
+
+
+Record = Callable[[Storage], Payload]
+"""Finds the bytes of the record of a storage, as many as it says; raises ValueError with a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A dense tensor: a window on a storage, in elements. F4 is counted by torch in bytes of two."""
+
+    storage: Storage
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    conj: bool = False
+    neg: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage behind it, since the shape may lie."""
+        return self.storage.length * self.storage.kind.dtype.itemsize
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """The shape as safetensors has it, which counts packed elements one by one."""
+        if self.dtype.packed == 1:
+            return self.shape
+        return (*self.shape[:-1], self.shape[-1] * self.dtype.packed) if self.shape else (self.dtype.packed,)
+
+    def payload(self, record: Record, *, big_endian: bool) -> Payload:
+        """Its bytes: C-contiguous, little-endian.
+
+        Raises:
+            ValueError: the storage does not hold such a view.
+        """
+        self._check()
+        storage, itemsize = self.storage, self.storage.kind.dtype.itemsize
+        content = record(storage)
+        if (storage.start, storage.length) != (0, storage.count):
+            content = content.narrow(storage.start * itemsize, storage.length * itemsize)
+        if big_endian and self.dtype.word > 1:
+            content = Swapped(content, self.dtype.word)
+        return strided(
+            content, dtype=self.dtype, offset=self.offset, shape=self.shape, strides=self.strides, conj=self.conj, neg=self.neg
+        )
+
+    def _check(self) -> None:
+        if len(self.shape) > _MOST_AXES or len(self.shape) != len(self.strides):
+            raise ValueError(f"it has {len(self.shape)} axes and {len(self.strides)} strides; torch allows {_MOST_AXES} of both")
+        for number in (self.offset, *self.shape, *self.strides):
+            if not 0 <= number < _MOST:
+                raise ValueError(f"an axis, a stride or the offset is {shown(number)}")
+        if prod(self.shape) * self.dtype.itemsize >= _MOST:
+            raise ValueError(f"its shape {list(self.shape)} is larger than any memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Undense:
+    """A tensor that is no plain block of values."""
+
+    kind: OtherKind
+    nbytes: int
+    reason: str
+
+
+Tensor = View | Undense
+
+
+def storage_of(pid: object) -> Storage:
+    """The storage that a persistent id means, as zip and legacy files write it.
+
+    Raises:
+        ValueError: it means none.
+    """
+    match pid:
+        case ("storage", StorageClass() as kind, str(key), _, int(count)) if 0 <= count < _MOST:
+            return Storage(kind, key, count, 0, count)
+        case ("storage", StorageClass() as kind, str(key), _, int(count), None) if 0 <= count < _MOST:
+            return Storage(kind, key, count, 0, count)
+        case ("storage", StorageClass() as kind, str(key), _, int(count), (_, int(start), int(length))) if 0 <= count < _MOST:
+            if not 0 <= start <= start + length <= count:
+                raise ValueError(
+                    f"a view on storage {shown(key)} goes from {shown(start)} over {shown(length)} of {count} elements"
+                )
+            return Storage(kind, key, count, start, length)
+        case ("storage", Global(name), *_):
+            raise ValueError(f"a storage is of the class {shown(name)}, which torch does not have")
+    raise ValueError(f"the persistent id {shown(pid)} means no storage")
