@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
 from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, shown
 from shardkit.limits import Limits
-from shardkit.payload import PAGE
+from shardkit.payload import PAGE, Payload
 from shardkit.strict_json import parse_json
 
 LENGTH_NBYTES = 8
@@ -29,26 +29,15 @@ _U64 = 2**64
 _WHERE = "header"
 _FETCH = "it was cut off, most likely while it was copied or downloaded: fetch it again"
 _OFFSET_DIGITS = 19  # no file is longer than 2⁶³ bytes
-_WRITABLE = ", ".join(code for code, dtype in BY_CODE.items() if dtype.writable)
+_WRITABLE = {code: dtype for code, dtype in BY_CODE.items() if dtype.writable}
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderEntry:
-    """One tensor's line; *start* and *stop* count from the first byte of the data."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says: tensors in the order of their data, and the free text of `__metadata__`."""
+    """What a header says: the tensors in the order of their data, and the free text of `__metadata__`."""
 
-    tensors: tuple[HeaderEntry, ...]
+    tensors: tuple[TensorEntry, ...]
     metadata: dict[str, str]
 
 
@@ -72,8 +61,8 @@ def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> i
     return nbytes
 
 
-def parse(path: Path, content: bytes, data_nbytes: int, limits: Limits) -> Header:
-    """The header whose JSON is *content*, of a file with *data_nbytes* bytes behind it.
+def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
+    """The header whose JSON is *content*, of a file where *data* follows it.
 
     Raises:
         Malformed: it breaks a rule of the format.
@@ -86,10 +75,9 @@ def parse(path: Path, content: bytes, data_nbytes: int, limits: Limits) -> Heade
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
         raise LimitExceeded(path, f"holds {len(document):,} tensors", limit="tensors", actual=len(document))
-    tensors = [_entry(path, name, fields) for name, fields in document.items()]
-    tensors.sort(key=attrgetter("start", "stop"))
-    _check_cover(path, tensors, data_nbytes)
-    return Header(tuple(tensors), metadata)
+    lines = sorted(_line(path, name, fields) for name, fields in document.items())
+    _check_cover(path, lines, data.nbytes)
+    return Header(tuple(TensorEntry((n,), dtype, shape, data.narrow(at, stop - at)) for at, stop, n, dtype, shape in lines), metadata)
 
 
 def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue: int = 0, modulus: int = 64) -> bytes:
@@ -142,18 +130,32 @@ def _metadata(path: Path, document: object) -> dict[str, str]:
     raise Malformed(path, f"{METADATA} must hold texts by name, found {shown(document)}", where=_WHERE)
 
 
-def _entry(path: Path, name: str, fields: object) -> HeaderEntry:
-    match fields:
-        case {"dtype": str(code), "shape": list(shape), "data_offsets": [start, stop]} if code in BY_CODE:
-            dtype = BY_CODE[code]
-            if dtype.writable and _are_sizes(shape) and _are_sizes((start, stop)):
-                _check_nbytes(path, name, dtype, shape, start, stop)
-                return HeaderEntry(name, dtype, tuple(shape), start, stop)
-    raise Malformed(path, _fault(fields), where=_tensor(name))
+class _Line(NamedTuple):
+    """What the header says of one tensor; *start* and *stop* count from the first byte of the data, and lines sort by them."""
+
+    start: int
+    stop: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+def _line(path: Path, name: str, fields: dict[str, object]) -> _Line:
+    try:
+        dtype, shape, (start, stop) = _WRITABLE[fields["dtype"]], fields["shape"], fields["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise Malformed(path, _fault(fields), where=_tensor(name)) from None
+    if type(shape) is not list or not _are_sizes((start, stop, *shape)):
+        raise Malformed(path, _fault(fields), where=_tensor(name))
+    _check_nbytes(path, name, dtype, shape, start, stop)
+    return _Line(start, stop, name, dtype, tuple(shape))
 
 
 def _are_sizes(values: Iterable[object]) -> bool:
-    return all(type(value) is int and 0 <= value < _U64 for value in values)
+    for value in values:
+        if type(value) is not int or not 0 <= value < _U64:
+            return False
+    return True
 
 
 def _fault(fields: object) -> str:
@@ -163,8 +165,8 @@ def _fault(fields: object) -> str:
         if field not in fields:
             return f"has no {field}"
     dtype = fields["dtype"]
-    if not isinstance(dtype, str) or dtype not in BY_CODE or not BY_CODE[dtype].writable:
-        return f"dtype {shown(dtype)} is none of the format's: {_WRITABLE}"
+    if not isinstance(dtype, str) or dtype not in _WRITABLE:
+        return f"dtype {shown(dtype)} is none of the format's: {', '.join(_WRITABLE)}"
     field, count = ("data_offsets", "two") if isinstance(fields["shape"], list) and _are_sizes(fields["shape"]) else ("shape", "a list of")
     return f"{field} must be {count} whole numbers from 0 to 2⁶⁴ - 1, found {_shown_list(fields[field])}"
 
@@ -185,23 +187,25 @@ def _check_nbytes(path: Path, name: str, dtype: DType, shape: list[int], start: 
         raise Malformed(path, message, where=_tensor(name))
 
 
-def _check_cover(path: Path, tensors: Sequence[HeaderEntry], data_nbytes: int) -> None:
+def _check_cover(path: Path, lines: Sequence[_Line], data_nbytes: int) -> None:
     at = 0
-    before = "the header"
-    for tensor in tensors:
-        if tensor.start > at:
-            message = f"its data starts at {tensor.start:,}, and the {tensor.start - at:,} bytes before belong to no tensor"
-            raise Malformed(path, message, where=_tensor(tensor.name))
-        if tensor.start < at:
-            message = f"its data [{tensor.start:,}, {tensor.stop:,}) overlaps that of {before}, which ends at {at:,}"
-            raise Malformed(path, message, where=_tensor(tensor.name))
-        at, before = tensor.stop, _tensor(tensor.name)
+    for line, before in zip(lines, (None, *lines), strict=False):
+        if line.start != at:
+            raise Malformed(path, _gap(line, before), where=_tensor(line.name))
+        at = line.stop
     if at > data_nbytes:
-        first = next(tensor for tensor in tensors if tensor.stop > data_nbytes)
+        first = next(line for line in lines if line.stop > data_nbytes)
         message = f"the tensors need {at:,} bytes of data, and the file has {data_nbytes:,}; the first to miss some is {shown(first.name)}"
         raise Malformed(path, message, hint=_FETCH)
     if at < data_nbytes:
         raise Malformed(path, f"{data_nbytes - at:,} bytes after the last tensor belong to no tensor")
+
+
+def _gap(line: _Line, before: _Line | None) -> str:
+    at = before.stop if before else 0
+    if before is None or line.start > at:
+        return f"its data starts at {line.start:,}, and the {line.start - at:,} bytes before belong to no tensor"
+    return f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor {shown(before.name)}, which ends at {at:,}"
 
 
 def _tensor(name: str) -> str:

@@ -13,10 +13,6 @@ from pathlib import Path
 from shardkit.errors import LimitExceeded, Malformed, shown
 from shardkit.limits import Limits
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
-_NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
-
 
 def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> object:
     """The document that *content* holds; dicts, lists and scalars.
@@ -41,7 +37,7 @@ def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> obj
         raise Malformed(path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where) from None
     except ValueError as error:  # ours from below, or an integer of too many digits
         raise Malformed(path, f"broken JSON: {error}", where=where) from None
-    _check_nesting(path, content, limits, where)
+    _check_nesting(path, document, limits, where)
     _check_surrogates(path, content, document, where)
     return document
 
@@ -62,13 +58,13 @@ def _refuse(constant: str) -> object:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def _check_nesting(path: Path, content: bytes, limits: Limits, where: str) -> None:
-    if content.count(b"[") + content.count(b"{") <= limits.json_nesting:
-        return
-    brackets = _STRING.sub(b"", content).translate(_BRACES_AS_BRACKETS, _NO_BRACKET)
+def _check_nesting(path: Path, document: object, limits: Limits, where: str) -> None:
+    level = [document]
     for _ in range(limits.json_nesting):
-        brackets = brackets.replace(b"[]", b"")  # takes the innermost level away, everywhere at once
-    if brackets:
+        fields = [value for each in level if isinstance(each, dict) for value in each.values() if type(value) in (dict, list)]
+        items = [value for each in level if isinstance(each, list) for value in each if type(value) in (dict, list)]
+        level = fields + items
+    if level:
         raise _too_deep(path, limits.json_nesting + 1, where)
 
 

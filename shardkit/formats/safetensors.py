@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from shardkit import header
@@ -34,16 +35,13 @@ def scan(source: Source) -> Checkpoint:
     nbytes = header.json_nbytes(source.path, first, source.size, source.limits)
     start = header.LENGTH_NBYTES + nbytes
     content = source.read(header.LENGTH_NBYTES, nbytes)
-    parsed = header.parse(source.path, content, source.size - start, source.limits)
     data = source.payload(start, source.size - start)
-    stored = {
-        tensor.name: TensorEntry((tensor.name,), tensor.dtype, tensor.shape, data.narrow(tensor.start, tensor.stop - tensor.start))
-        for tensor in parsed.tensors
-    }
+    parsed = header.parse(source.path, content, data, source.limits)
+    stored = {entry.name: entry for entry in parsed.tensors}
     ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in stored}
-    tied = (TensorEntry((alias,), stored[kept].dtype, stored[kept].shape, stored[kept].payload) for alias, kept in ties.items())
+    tied = (replace(stored[kept], path=(alias,)) for alias, kept in ties.items())
     metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
-    return Checkpoint((*stored.values(), *tied), metadata=metadata)
+    return Checkpoint((*parsed.tensors, *tied), metadata=metadata)
 
 
 def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:

@@ -1,0 +1,192 @@
+"""Formats and codecs by their entry points, and which of them a file is.
+
+1. An entry point of the group `shardkit.formats` or `shardkit.codecs` names a `Format` or `Codec` record. The built-in ones
+   come in by the same door; where shardkit runs without being installed, the table below stands for its entry points.
+2. Content decides. A suffix is a hint for people, and the way to choose what is written.
+3. A plugin that cannot be loaded is kept as its error: it never stands in the way of a file that another format reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from shardkit.codec import Codec
+from shardkit.diagnosis import diagnosed
+from shardkit.errors import FormatError, PlanError, PluginError, ShardkitError, UnknownFormat, shown
+from shardkit.format import Format, Source
+
+FORMATS = "shardkit.formats"
+CODECS = "shardkit.codecs"
+API = 1
+
+_OWN = "shardkit"
+_BUILT_IN = {
+    FORMATS: {
+        "safetensors": "shardkit.formats.safetensors:FORMAT",
+        "torch-legacy": "shardkit.formats.torch_legacy:FORMAT",
+        "torch-zip": "shardkit.formats.torch_zip:FORMAT",
+        "torchscript": "shardkit.formats.torch_script:FORMAT",
+    },
+    CODECS: {"zstd": "shardkit.codecs.zstd:CODEC"},
+}
+
+Record = TypeVar("Record", Format, Codec)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[Record]):
+    """One entry point, and what became of it.
+
+    Attributes:
+        name: of the entry point, and of the format or codec.
+        group: `FORMATS` or `CODECS`.
+        distribution: what brings it, with its version.
+        record: the format or codec; None where it cannot be used.
+        error: why it cannot be used.
+    """
+
+    name: str
+    group: str
+    distribution: str
+    record: Record | None = None
+    error: PluginError | None = None
+
+
+@cache
+def formats() -> tuple[Loaded[Format], ...]:
+    """All formats that are installed, those of shardkit first."""
+    return tuple(_loaded(point, Format) for point in _points(FORMATS))
+
+
+@cache
+def codecs() -> tuple[Loaded[Codec], ...]:
+    """All codecs that are installed, those of shardkit first."""
+    return tuple(_loaded(point, Codec) for point in _points(CODECS))
+
+
+def recognise(source: Source) -> Format:
+    """The one format that *source* is of, judged by its content.
+
+    Raises:
+        UnknownFormat: none recognises it, or more than one does.
+        FormatError: it begins like a zip archive and is none.
+    """
+    verdicts = [(each, _verdict(each, each.record, source)) for each in formats() if each.record]
+    claimants = [each.record for each, verdict in verdicts if each.record and verdict is True]
+    if len(claimants) == 1:
+        return claimants[0]
+    if claimants:
+        names = " and ".join(claimant.name for claimant in claimants)
+        hint = f"say which it is: --format {claimants[0].name}"
+        raise UnknownFormat(source.path, f"could be {names}", claimed=True, hint=hint)
+    raise next((verdict for _, verdict in verdicts if isinstance(verdict, FormatError)), None) or _unknown(source, verdicts)
+
+
+def format_named(name: str) -> Format:
+    """The format called *name*.
+
+    Raises:
+        PlanError: there is none.
+        PluginError: its plugin cannot be used.
+    """
+    found = next((each for each in formats() if each.name == name), None)
+    if found is None:
+        known = ", ".join(each.name for each in formats())
+        raise PlanError(f"there is no format called {shown(name)}; there are {known}")
+    if found.record is None:
+        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+    return found.record
+
+
+def writer_for(suffix: str) -> Format | None:
+    """The format that writes files ending in *suffix*; None where none does."""
+    writers = (each.record for each in formats() if each.record and each.record.lay_out)
+    return next((writer for writer in writers if suffix in writer.suffixes), None)
+
+
+def suffixes() -> frozenset[str]:
+    """The endings that files of any format and codec usually have."""
+    of_formats = {suffix for each in formats() if each.record for suffix in each.record.suffixes}
+    return frozenset(of_formats | {each.record.suffix for each in codecs() if each.record})
+
+
+def codec_of(source: Source) -> Codec | None:
+    """The codec that *source* is compressed with, judged by its first bytes; None where it is not."""
+    if source.is_folder:
+        return None
+    head = source.head
+    return next((each.record for each in codecs() if each.record and each.record.sniff(head)), None)
+
+
+def _points(group: str) -> list[EntryPoint]:
+    """The entry points of *group*, each once, our own first."""
+    points = {(point.name, point.value): point for point in entry_points(group=group)}
+    for name, value in _BUILT_IN[group].items():
+        points.setdefault((name, value), EntryPoint(name, value, group))
+    return sorted(points.values(), key=lambda point: (point.value != _BUILT_IN[group].get(point.name), point.name))
+
+
+def _loaded(point: EntryPoint, kind: type[Record]) -> Loaded[Record]:
+    found: Loaded[Record] = Loaded(point.name, point.group, _distribution(point))
+    record = _load(found, "cannot be loaded", point.load)
+    if isinstance(record, PluginError):
+        return replace(found, error=record)
+    if not isinstance(record, kind):
+        return replace(found, error=_broken(found, f"must be a {kind.__name__}, found {shown(record)}"))
+    fault = _fault(point, record)
+    return replace(found, error=_broken(found, fault)) if fault else replace(found, record=record)
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else _OWN
+
+
+def _load(plugin: Loaded[Record], what: str, call: Callable[[], Result]) -> Result | PluginError:
+    """What *call*, the code of a stranger, returns: the one place where anything at all may come out."""
+    try:
+        return call()
+    except ShardkitError as error:
+        return _broken(plugin, f"{what}: {error}")
+    except Exception as error:  # noqa: BLE001 - an import can raise anything, and must not stop other formats
+        return _broken(plugin, f"{what}: {type(error).__name__}: {shown(str(error))}")
+
+
+def _broken(plugin: Loaded[Record], message: str) -> PluginError:
+    hint = f"update or remove {plugin.distribution.partition(' ')[0]}"
+    return PluginError(plugin.distribution, f"{plugin.group}:{plugin.name}", message, hint=hint)
+
+
+def _fault(point: EntryPoint, record: Format | Codec) -> str | None:
+    if record.api != API:
+        return f"is made for version {shown(record.api)} of the plugin contract, and this shardkit has {API}"
+    if record.name != point.name:
+        return f"calls itself {shown(record.name)}, and its entry point says {shown(point.name)}"
+    if _BUILT_IN[point.group].get(point.name, point.value) != point.value:
+        return "has the name of one that comes with shardkit"
+    return None
+
+
+def _verdict(plugin: Loaded[Format], record: Format, source: Source) -> bool | ShardkitError:
+    """Whether *record* claims *source*; an error where it cannot tell."""
+    try:
+        if plugin.distribution.partition(" ")[0] == _OWN:
+            return record.sniff(source)
+        return _load(plugin, f"cannot tell what {source.path.name} is", lambda: record.sniff(source))
+    except FormatError as error:
+        return error
+
+
+def _unknown(source: Source, verdicts: Iterable[tuple[Loaded[Format], object]]) -> UnknownFormat:
+    """What *source* is instead, and which plugin would perhaps have known it."""
+    error = diagnosed(source)
+    broken = [each.name for each in formats() if each.error]
+    broken += [each.name for each, verdict in verdicts if isinstance(verdict, PluginError)]
+    if broken:
+        also = f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why"
+        error.hint = f"{error.hint}; {also}" if error.hint else also
+    return error
