@@ -114,7 +114,7 @@ class Source:
         return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch), 0, member.nbytes)
 
     def peek(self, member: Member, nbytes: int) -> bytes:
-        """The first *nbytes* bytes of what a zip *member* holds, or all if it holds less; a compressed one is expanded no further.
+        """The first *nbytes* bytes of what a zip *member* holds, or all of fewer; a compressed one is expanded no further.
 
         Raises:
             Malformed: as for `member`, or the compressed data is broken.
