@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Spool:
         with self._lock:
             if self._file is None:
                 self._file = self._expand()
+                weakref.finalize(self, self._file.close)
             return self._file
 
     def read(self, start: int, nbytes: int) -> bytes:
