@@ -20,6 +20,7 @@ _OLD_TORCH_TAR = (b"sys_info", b"pickle", b"tensors", b"storages")
 _AGAIN = "fetch it again"
 _UNPACK = "unpack it, and convert what is inside"
 _NPZ = "pip install shardkit-npz"
+_WEIGHTS = "give the file or folder with the weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ def _archive(source: Source) -> tuple[str, str]:
         return "is an archive of NumPy arrays (.npz), which a plugin reads", _NPZ
     steps = {step for name in names for step in name.split("/")}
     if "extern_modules" in steps:
-        return "is a torch.package archive, which holds code beside weights", "load it where it belongs and save model.state_dict()"
+        return "is a torch.package archive, which holds code beside weights", "load it there and save model.state_dict()"
     if "archive_format" in steps or {"data", "weights"} <= steps:
-        return "is an archive of torch.export (.pt2)", "save the state_dict of the exported program: torch.save(program.state_dict, …)"
+        return "is an archive of torch.export (.pt2)", "save what it was exported from: torch.save(program.state_dict, …)"
     listed = ", ".join(shown(name) for name in names[:3]) or "nothing"
     return f"is a zip archive of {len(names):,} files that torch did not write; it holds {listed}", _UNPACK
 
@@ -103,28 +104,41 @@ def _is_text(head: bytes) -> bool:
     return bool(text) and all(character.isprintable() or character in "\t\r\n\f" for character in text)
 
 
+def _begins(*magics: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magics)
+
+
+def _packed(name: str, command: str) -> tuple[str, str]:
+    return f"is compressed with {name}", f"run `{command}` on it, and convert what comes out"
+
+
+_RESAVE = "load it where it was made and save it with torch.save"
+_MOBILE = "is a program for mobile devices (ExecuTorch or TensorFlow Lite)"
+_LLAMA = "take the model's original safetensors or .bin files"
+_ORIGIN = "take the torch checkpoint that it was made from"
 _LOOKALIKES = (
-    _Lookalike(_PAGE.match, "is an HTML page, most likely an error or a login that was saved under this name", f"{_AGAIN}, with a token if the model is gated"),
-    _Lookalike(lambda head: head.startswith(b"\x1f\x8b"), "is compressed with gzip", "run `gunzip` on it (and `tar -x` if it is a .tar.gz), and convert what comes out"),
-    _Lookalike(lambda head: head.startswith(b"BZh"), "is compressed with bzip2", "run `bunzip2` on it, and convert what comes out"),
-    _Lookalike(lambda head: head.startswith(b"\xfd7zXZ\0"), "is compressed with xz", "run `unxz` on it, and convert what comes out"),
-    _Lookalike(lambda head: head.startswith(b"\x04\x22\x4d\x18"), "is compressed with lz4", "run `unlz4` on it, and convert what comes out"),
-    _Lookalike(lambda head: head.startswith(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive", _UNPACK),
-    _Lookalike(lambda head: head.startswith(b"Rar!"), "is a RAR archive", _UNPACK),
-    _Lookalike(_is_old_torch_tar, "is a tar archive of torch before 0.1.10 (2017)", "load it with torch.load and save it again with torch.save"),
+    _Lookalike(
+        _PAGE.match, "is an HTML page, as a download saves an error or a login", f"{_AGAIN}, with a token if it needs one"
+    ),
+    _Lookalike(_begins(b"\x1f\x8b"), *_packed("gzip", "gunzip")),
+    _Lookalike(_begins(b"BZh"), *_packed("bzip2", "bunzip2")),
+    _Lookalike(_begins(b"\xfd7zXZ\0"), *_packed("xz", "unxz")),
+    _Lookalike(_begins(b"\x04\x22\x4d\x18"), *_packed("lz4", "unlz4")),
+    _Lookalike(_begins(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive", _UNPACK),
+    _Lookalike(_begins(b"Rar!"), "is a RAR archive", _UNPACK),
+    _Lookalike(_is_old_torch_tar, "is a tar archive of torch before 0.1.10", _RESAVE),
     _Lookalike(_is_tar, "is a tar archive", _UNPACK),
-    _Lookalike(lambda head: head.startswith(b"GGUF"), "is a GGUF file, as llama.cpp uses", "take the model's original safetensors or .bin files"),
-    _Lookalike(lambda head: head[:4] in (b"lmgg", b"fmgg", b"tjgg"), "is an old GGML file of llama.cpp", "take the model's original safetensors or .bin files"),
-    _Lookalike(_CTRANSLATE2.match, "is a model of CTranslate2, which stores weights its own way", "take the model it was converted from"),
-    _Lookalike(lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, as Keras and h5py write", "load it there and save it with safetensors.numpy.save_file"),
-    _Lookalike(lambda head: head.startswith(b"\x93NUMPY"), "is a NumPy array (.npy), which a plugin reads", _NPZ),
-    _Lookalike(lambda head: head.startswith(b"|TZR|"), "is a file of tensorizer", "load it there and save it with safetensors.torch.save_file"),
-    _Lookalike(lambda head: head[4:8] in (b"ET12", b"TFL3"), "is a program for mobile devices (ExecuTorch or TensorFlow Lite)", "take the model it was exported from"),
-    _Lookalike(_is_onnx, "looks like an ONNX model (a protocol buffer)", "take the torch checkpoint it was exported from"),
-    _Lookalike(_is_pickle, "is a Python pickle that torch.save did not write", "load it where it was made and save its tensors with torch.save"),
-    _Lookalike(lambda head: b'"weight_map"' in head and _is_json(head), "is an index whose name does not end in .index.json", "give it back its name, as in model.safetensors.index.json"),
-    _Lookalike(_is_json, "is a JSON text and holds no weights", "give the file or folder with the weights"),
-    _Lookalike(lambda head: not head.strip(b"\0"), "begins with nothing but zeros, as a download that made room and never filled it", _AGAIN),
+    _Lookalike(_begins(b"GGUF"), "is a GGUF file, as llama.cpp uses", _LLAMA),
+    _Lookalike(_begins(b"lmgg", b"fmgg", b"tjgg"), "is an old GGML file of llama.cpp", _LLAMA),
+    _Lookalike(_CTRANSLATE2.match, "is a model of CTranslate2, which keeps weights in a way of its own", _ORIGIN),
+    _Lookalike(_begins(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, as Keras writes", "load it there and save it as safetensors"),
+    _Lookalike(_begins(b"\x93NUMPY"), "is a NumPy array (.npy), which a plugin reads", _NPZ),
+    _Lookalike(_begins(b"|TZR|"), "is a file of tensorizer", "load it there and save it as safetensors"),
+    _Lookalike(lambda head: head[4:8] in (b"ET12", b"TFL3"), _MOBILE, _ORIGIN),
+    _Lookalike(_is_onnx, "looks like an ONNX model (a protocol buffer)", _ORIGIN),
+    _Lookalike(_is_pickle, "is a Python pickle that torch.save did not write", _RESAVE),
+    _Lookalike(_is_json, "is a JSON text and holds no weights", _WEIGHTS),
+    _Lookalike(lambda head: not head.strip(b"\0"), "begins with nothing but zeros, as a download that was never filled", _AGAIN),
 )
 
 
@@ -132,5 +146,5 @@ def _unknown(head: bytes) -> tuple[str, str]:
     if len(head) < 16:
         return f"has {len(head)} bytes, too few for any format", _AGAIN
     if _is_text(head):
-        return f"is a text, beginning {shown(head[:40].decode('utf-8', 'replace'))}, and holds no weights", "give the file or folder with the weights"
+        return f"is a text and holds no weights; it begins with {shown(head[:40].decode('utf-8', 'replace'))}", _WEIGHTS
     return f"is of no known format; it begins with {head[:8].hex(' ')}", "`shardkit formats` lists what can be read"

@@ -16,7 +16,7 @@ from shardkit.limits import Limits
 from shardkit.strict_json import parse_json
 
 _WHERE = "index"
-_LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes
+LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -64,7 +64,7 @@ def dump(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """The text of an index over *total_size* bytes of tensors: keys sorted, indented as long as readers take it so."""
     document = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-    if len(text) > _LARGEST_READ_BY_HUB:
+    if len(text) > LARGEST_READ_BY_HUB:
         text = json.dumps(document, separators=(",", ":"), sort_keys=True)
     return text.encode()
 

@@ -53,7 +53,7 @@ class _Census:
     elsewhere: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, shard: Checkpoint) -> None:
-        foreign = []
+        foreign: list[TensorEntry] = []
         for entry in shard.tensors:
             if self.weight_map.get(entry.name) == name:
                 self.tensors.append(entry)
@@ -83,7 +83,7 @@ class _Census:
         if twice:
             yield f"{_counted(twice)} in several shards; the one that the index names was taken"
 
-    def _add_foreign(self, name: str, shard: Checkpoint, entries: Iterable[TensorEntry]) -> None:
+    def _add_foreign(self, name: str, shard: Checkpoint, entries: list[TensorEntry]) -> None:
         listed = {entry.payload for entry in shard.tensors if entry.name in self.found} if entries else set()
         for entry in entries:
             if entry.name in self.weight_map or entry.name in self.found:

@@ -30,7 +30,13 @@ _PREFERRED = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face's l
 _LISTED = 8
 
 
-def open(path: str | os.PathLike[str], *, format: str | None = None, limits: Limits = Limits(), scratch: Path | None = None) -> Checkpoint:  # noqa: A002, B008
+def open(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    limits: Limits = Limits(),
+    scratch: Path | None = None,
+) -> Checkpoint:
     """Everything that the checkpoint at *path* holds, read from headers alone.
 
     Args:
@@ -45,8 +51,9 @@ def open(path: str | os.PathLike[str], *, format: str | None = None, limits: Lim
         PluginError: a plugin that is needed cannot be used.
     """
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
+    path = Path(path)
     with _collector_paused():
-        return opener.folder(Path(path)) if _is_folder(Path(path)) else opener.file(Path(path))
+        return opener.folder(path) if _is_folder(path) else opener.file(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +87,29 @@ class _Opener:
             if preferred in names:
                 others = [name for name in names if name in _PREFERRED]
                 return _with_note(self.file(folder / preferred), preferred, others)
-        checkpoints = [(name, self.file(folder / name)) for name in names[:_LISTED]]
-        bearing = [(name, each) for name, each in checkpoints if each.tensors or any(other.is_weight for other in each.others)]
+        checkpoints = [self.file(folder / name) for name in names[:_LISTED]]
+        bearing = [each for each in checkpoints if each.tensors or any(other.is_weight for other in each.others)]
         if len(bearing) == 1 and len(checkpoints) == len(names):
-            return bearing[0][1]
+            return bearing[0]
         raise UnknownFormat(
             folder,
             f"holds {len(names)} files with weights and no index that joins them: {_listed(names)}",
-            hint=f"give one of them, as in {folder / names[0]}, or fetch the index (*.index.json) if they are shards of one model",
+            hint=f"give one of them, as in {folder / names[0]}; if they are shards of one model, fetch its *.index.json",
         )
 
     def _by_folder_format(self, source: Source, names: Sequence[str]) -> Checkpoint:
-        try:
-            return self._scanned(source)
-        except UnknownFormat as error:
-            if error.claimed:
-                raise
+        if self.format is None:
+            try:
+                return self._scanned(source)
+            except UnknownFormat as error:
+                if error.claimed:
+                    raise
         endings = tuple(registry.suffixes())
         for name in names:
             if name.endswith(endings) and not (source.path / name).is_dir():
                 self.file(source.path / name)  # says what is wrong with it
-        raise UnknownFormat(source.path, f"holds no weights; it holds {_listed(names) or 'nothing'}", hint=_inside(source.path, names))
+        found = _listed(names) or "nothing"
+        raise UnknownFormat(source.path, f"holds no weights; it holds {found}", hint=_inside(source.path, names))
 
     def _may_hold_weights(self, path: Path) -> bool:
         """Whether a format or codec claims the file, or it is a broken one of theirs."""
@@ -189,7 +198,8 @@ def _is_index(source: Source) -> bool:
 
 
 def _chosen_index(folder: Path, names: Sequence[str]) -> str:
-    preferred = [name for name in names if ".safetensors." in name] or [name for name in names if ".bin." in name] or names
+    safe, pickled = ([name for name in names if kind in name] for kind in (".safetensors.", ".bin."))
+    preferred = safe or pickled or names
     if len(preferred) > 1:
         hint = f"give one of them, as in {folder / preferred[0]}"
         raise UnknownFormat(folder, f"holds {len(preferred)} indexes: {_listed(preferred)}", hint=hint)

@@ -73,7 +73,7 @@ def frames(payload: Payload) -> tuple[Frame, ...]:
     table = _table(payload, count * Struct(width).size)
     sizes = list(iter_unpack(width, table))
     stops = accumulate(compressed for compressed, _ in sizes)
-    listed = tuple(Frame(stop - compressed, compressed, expanded) for (compressed, expanded), stop in zip(sizes, stops, strict=True))
+    listed = tuple(Frame(stop - nbytes, nbytes, expanded) for (nbytes, expanded), stop in zip(sizes, stops, strict=True))
     end = listed[-1].start + listed[-1].nbytes if listed else 0
     before = payload.nbytes - len(table) - _FOOTER.size - 8
     if end != before:
@@ -174,5 +174,6 @@ def _decompressor() -> ZstdDecompressor:
     try:
         from zstandard import ZstdDecompressor
     except ImportError:
-        raise PluginError("shardkit", "shardkit.codecs:zstd", "needs the package zstandard", hint="pip install zstandard") from None
+        hint = "pip install zstandard"
+        raise PluginError("shardkit", "shardkit.codecs:zstd", "needs the package zstandard", hint=hint) from None
     return ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
