@@ -25,7 +25,7 @@ checkpoint = shardkit.open(source)
 assert len(checkpoint) > 4, list(checkpoint)
 assert checkpoint["state_dict.0.weight"].read() == bytes.fromhex("0000803f") * 12
 report = shardkit.convert(source, folder / "out", max_shard=1000)
-assert shardkit.verify(folder / "out", source)
+assert shardkit.verify(folder / "out", source).same
 print(json.dumps([name for name in sys.argv[2].split(",") if name in sys.modules]))
 """
 
