@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from shardkit.checkpoint import TensorEntry as TensorEntry
     from shardkit.compare import diff as diff
     from shardkit.compare import verify as verify
-    from shardkit.convert import Report as Report
-    from shardkit.convert import convert as convert
+    from shardkit.conversion import Report as Report
+    from shardkit.conversion import convert as convert
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.limits import Limits as Limits
     from shardkit.plan import Plan as Plan
@@ -23,10 +23,10 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Limits": "limits",
     "Plan": "plan",
-    "Report": "convert",
+    "Report": "conversion",
     "ShardkitError": "errors",
     "TensorEntry": "checkpoint",
-    "convert": "convert",
+    "convert": "conversion",
     "diff": "compare",
     "open": "source",
     "verify": "compare",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardkit import registry
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import FormatError
+from shardkit.errors import FormatError, UnknownFormat
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -102,7 +102,9 @@ def _is_weights(path: Path) -> bool:
         return False
     try:
         source = Source.file(path, Limits())
-        return registry.codec_of(source) is not None or bool(registry.claimants(source))
+        return registry.codec_of(source) is not None or bool(registry.recognise(source))
+    except UnknownFormat as error:
+        return error.claimed
     except FormatError:
         return True
 

@@ -19,10 +19,10 @@ FLOORS = """
 errors sizes dtypes
 limits payload checkpoint
 codec expansion zips format strict_json header index runs gathering strided casting \
-    stand_ins pickle_machine pickles torch_tensors torch_objects object_tree diagnosis
+    stand_ins pickle_machine pickles torch_tensors torch_objects module_tree object_tree diagnosis
 plugin roots edits plan codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
-registry source companions destination copying journal writer
-convert offload compare load testing
+registry shards source companions destination copying journal writer
+conversion offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()
 

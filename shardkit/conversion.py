@@ -19,7 +19,7 @@ from shardkit.destination import check_output, check_room, default_output, parti
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
 from shardkit.errors import Malformed, NoRoom, shown, shown_path
-from shardkit.index import HUB_INDEX_NBYTES
+from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.journal import Identity, begin, boot_id
 from shardkit.limits import Limits
 from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
@@ -257,8 +257,8 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         yield f"larger than {format_size(limit)} each, and so alone in a shard: {', '.join(map(shown, plan.oversized[:3]))}{more}"
-    if any(file.name == INDEX_NAME and file.nbytes > HUB_INDEX_NBYTES for file in plan.files):
-        yield f"the index is larger than the {format_size(HUB_INDEX_NBYTES)} that huggingface_hub reads; fewer tensors would help"
+    if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
+        yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
 
 
 def _folder(src: Path) -> Path | None:
