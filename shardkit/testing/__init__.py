@@ -1,0 +1,61 @@
+"""The conformance kit: what every format and every codec must keep, as plain functions that raise AssertionError with a sentence.
+
+    from shardkit.testing import check_format
+
+    def test_the_format_keeps_its_promises():
+        check_format(FORMAT, samples=[Path("tests/good.npz")])
+
+`check_format` and `check_codec` are made of smaller checks, listed in `READING`, `WRITING` and `CODING`, so that a test may be
+parametrised over them and name the promise that is broken. Samples should be small, a few kilobytes: they are cut at every byte.
+"""
+
+from __future__ import annotations
+
+from shardkit.testing.codecs import CODING, CodecSample, check_codec
+from shardkit.testing.damage import check_damage, check_truncation
+from shardkit.testing.formats import (
+    check_foreign,
+    check_headers_only,
+    check_payloads,
+    check_scan,
+    check_sniff,
+    check_unusual_content,
+)
+from shardkit.testing.payloads import Watched, check_payload
+from shardkit.testing.suite import READING, check_format
+from shardkit.testing.writers import (
+    WRITING,
+    check_dtypes,
+    check_large_tensor,
+    check_layout,
+    check_metadata,
+    check_names,
+    check_shapes,
+    check_ties,
+)
+
+__all__ = [
+    "CODING",
+    "READING",
+    "WRITING",
+    "CodecSample",
+    "Watched",
+    "check_codec",
+    "check_damage",
+    "check_dtypes",
+    "check_foreign",
+    "check_format",
+    "check_headers_only",
+    "check_large_tensor",
+    "check_layout",
+    "check_metadata",
+    "check_names",
+    "check_payload",
+    "check_payloads",
+    "check_scan",
+    "check_shapes",
+    "check_sniff",
+    "check_ties",
+    "check_truncation",
+    "check_unusual_content",
+]

@@ -1,0 +1,124 @@
+"""What every codec keeps, as checks that take a `Codec` and a sample: a compressed file, and the bytes that it expands to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardkit.codec import Codec
+from shardkit.payload import CHUNK, Extent, Literal
+from shardkit.testing import foreign
+from shardkit.testing.damage import changed, damages, places
+from shardkit.testing.payloads import Watched, expect
+from shardkit.testing.sources import saying
+
+_HEAD = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSample:
+    """A compressed file and what it holds."""
+
+    path: Path
+    expanded: bytes = field(repr=False)
+
+
+def check_codec(codec: Codec, samples: Sequence[CodecSample]) -> None:
+    """All of `CODING`, for every sample.
+
+    Raises:
+        AssertionError: a promise is broken, and which.
+    """
+    expect(bool(samples), "a codec needs one sample at least")
+    for sample in samples:
+        for check in CODING:
+            with saying(f"{codec.name}, {check.__name__}, {sample.path.name}"):
+                check(codec, sample)
+
+
+def check_recognition(codec: Codec, sample: CodecSample) -> None:
+    """The codec claims the sample by its first bytes, and nothing that is foreign, nor what it expands to."""
+    expect(codec.sniff(sample.path.read_bytes()[:_HEAD]) is True, "sniff must return True for the first bytes of the sample")
+    for name, content in foreign.contents():
+        if not name.startswith("a gzip"):
+            expect(codec.sniff(content[:_HEAD]) is False, f"sniff claims {name}")
+    expect(codec.sniff(sample.expanded[:_HEAD]) is False, "sniff claims what the sample expands to")
+
+
+def check_pieces(codec: Codec, sample: CodecSample) -> None:
+    """However the compressed bytes are cut, the same bytes come out, at most 8 MiB at a time and when they are asked for."""
+    content = sample.path.read_bytes()
+    for size in (1, 7, 4096, len(content)):
+        pieces = list(map(bytes, codec.decompress(_pieces(content, size))))
+        expect(b"".join(pieces) == sample.expanded, f"fed {size} bytes at a time, it gave other bytes than the sample holds")
+        expect(max(map(len, pieces), default=0) <= CHUNK, f"one piece has more than {CHUNK:,} bytes")
+    codec.decompress(_never())
+
+
+def check_early_end(codec: Codec, sample: CodecSample) -> None:
+    """A stream that was cut off raises ValueError; where it is cut between two streams, each of them stands for itself."""
+    content = sample.path.read_bytes()
+    for nbytes in places(len(content)):
+        with saying(f"cut off after {nbytes:,} of {len(content):,} bytes"):
+            first = _expanded(codec, content[:nbytes])
+            if first is not None:
+                rest = _expanded(codec, content[nbytes:])
+                whole = rest is not None and first + rest == sample.expanded
+                expect(whole, "decompress took it for whole, and must raise ValueError")
+
+
+def check_broken_stream(codec: Codec, sample: CodecSample) -> None:
+    """Bytes changed at random raise ValueError or give other bytes, from decompress and frames alike; nothing else comes out."""
+    content = sample.path.read_bytes()
+    for damage in damages(content):
+        with saying(f"with the bytes {damage} (position: value)"):
+            damaged = changed(content, damage)
+            _expanded(codec, damaged)
+            _frames_or_fault(codec, damaged, sample.path)
+
+
+def check_frames(codec: Codec, sample: CodecSample) -> None:
+    """The frames, where there is a table, lie in order, cover all that is expanded, and each expands alone."""
+    whole = Extent(sample.path, 0, sample.path.stat().st_size)
+    at, stop = 0, 0
+    for frame in codec.frames(whole):
+        name = f"the frame at {frame.start}"
+        expect(frame.start >= stop, f"{name} begins before the one before it ends")
+        stop = frame.start + frame.nbytes
+        expanded = b"".join(map(bytes, codec.decompress(whole.narrow(frame.start, frame.nbytes).chunks())))
+        expect(len(expanded) == frame.expanded, f"{name} says {frame.expanded} bytes, and expands to {len(expanded)}")
+        expect(expanded == sample.expanded[at : at + len(expanded)], f"{name} expands to other bytes than the whole has there")
+        at += len(expanded)
+    expect(at in (0, len(sample.expanded)), f"the frames expand to {at} bytes, and the whole to {len(sample.expanded)}")
+
+
+CodecCheck = Callable[[Codec, CodecSample], None]
+
+CODING: tuple[CodecCheck, ...] = (check_recognition, check_pieces, check_early_end, check_broken_stream, check_frames)
+
+
+def _pieces(content: bytes, size: int) -> Iterator[memoryview]:
+    view = memoryview(content)
+    return (view[at : at + max(size, 1)] for at in range(0, len(view), max(size, 1)))
+
+
+def _never() -> Iterator[memoryview]:
+    expect(False, "decompress read its input before it was asked for a piece")
+    yield memoryview(b"")
+
+
+def _expanded(codec: Codec, content: bytes) -> bytes | None:
+    """What *content* expands to; None if the codec refuses it."""
+    try:
+        return b"".join(map(bytes, codec.decompress(_pieces(content, len(content)))))
+    except ValueError as error:
+        expect(bool(str(error)), "a ValueError without a sentence came out")
+        return None
+
+
+def _frames_or_fault(codec: Codec, content: bytes, path: Path) -> None:
+    try:
+        codec.frames(Watched(path, Literal(content)))
+    except ValueError as error:
+        expect(bool(str(error)), "a ValueError without a sentence came out of frames")

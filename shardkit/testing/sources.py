@@ -1,0 +1,56 @@
+"""Sources as the checks need them, and sentences that say which one a check was about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardkit.errors import FormatError
+from shardkit.format import Format, Source
+from shardkit.limits import Limits
+from shardkit.payload import Extent, read_all
+from shardkit.testing.payloads import Watched, expect
+
+
+class Exact(Source):
+    """A source that reads what it is asked for and no window around it, so that it can be told what a format asks for."""
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        if start < 0 or nbytes < 0 or start + nbytes > self.size:
+            return super().read(start, nbytes)  # says so
+        return bytes(read_all(self.content.narrow(start, nbytes)))
+
+
+def source_of(path: Path) -> Source:
+    """The file or folder *path*, as shardkit gives it to a format."""
+    return Source.folder(path, Limits()) if path.is_dir() else Source.file(path, Limits())
+
+
+def watched(path: Path) -> Watched:
+    """The content of the file *path*, which remembers what is read of it."""
+    return Watched(path, Extent(path, 0, path.stat().st_size))
+
+
+def claims(candidate: Format, source: Source, name: str) -> bool:
+    """What sniff says; of the errors it may raise there is one, for a broken zip archive."""
+    try:
+        verdict = candidate.sniff(source)
+    except FormatError:
+        expect(source.head[:2] == b"PK", f"sniff raised a FormatError for {name}, and must return False")
+        return False
+    except Exception as error:
+        raise AssertionError(f"sniff raised {type(error).__name__} for {name}, and must return True or False: {error}") from error
+    expect(type(verdict) is bool, f"sniff must return True or False, found a {type(verdict).__name__}")
+    return verdict
+
+
+@contextmanager
+def saying(where: str) -> Iterator[None]:
+    """Begin every failure inside with *where*; an exception of any other kind is a failure too."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{where}: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"{where}: {type(error).__name__} came out: {error}") from error
