@@ -18,7 +18,7 @@ from shardkit.copying import Engine, OnBytes
 from shardkit.destination import check_output, check_room, default_output, partial_folder
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
-from shardkit.errors import Malformed, NoRoom, shown, shown_path
+from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown, shown_path
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.journal import Identity, begin, boot_id
 from shardkit.limits import Limits
@@ -207,7 +207,7 @@ def carry_out(
             check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done))
             counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
             _refuse_changed(files)
-        except (Malformed, NoRoom):
+        except (Malformed, LimitExceeded, NoRoom):
             journal.discard()
             raise
         journal.commit(out, single=conversion.single)
