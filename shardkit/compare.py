@@ -6,7 +6,8 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -68,6 +69,7 @@ def diff(
     root: str | None = None,
     limits: Limits = Limits(),
     on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
 ) -> Comparison:
     """What changes from checkpoint *a* to checkpoint *b*.
 
@@ -77,6 +79,7 @@ def diff(
         root: dotted path of the subtree to compare in both; None to find the model in each.
         limits: what the files may ask for.
         on_bytes: called, from any thread, with the number of bytes compared after each step.
+        on_total: called once, before, with the number of bytes to compare.
 
     Raises:
         FormatError: one of them cannot be read.
@@ -89,7 +92,7 @@ def diff(
         for path, rooted in zip((a, b), chosen, strict=True)
         if (count := sum(other.is_weight for other in rooted.others))
     )
-    return replace(compare(chosen[0].tensors, chosen[1].tensors, on_bytes=on_bytes), notes=notes)
+    return replace(compare(chosen[0].tensors, chosen[1].tensors, on_bytes=on_bytes, on_total=on_total), notes=notes)
 
 
 def verify(
@@ -99,6 +102,7 @@ def verify(
     *,
     limits: Limits = Limits(),
     on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
 ) -> Comparison:
     """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.
 
@@ -111,6 +115,7 @@ def verify(
         edits: what was changed on the way.
         limits: what the files may ask for.
         on_bytes: called, from any thread, with the number of bytes after each step.
+        on_total: called once, before, with the number of bytes to come.
 
     Raises:
         FormatError: one of them cannot be read.
@@ -118,22 +123,50 @@ def verify(
     """
     written = source.open(out, limits=limits)
     if against is None:
-        return _readable(written.tensors, on_bytes)
+        return _readable(written.tensors, on_bytes or _unheard, on_total or _unheard)
     edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
-    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes), notes=edited.notes)
+    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=edited.notes)
 
 
-def compare(left: Iterable[TensorEntry], right: Iterable[TensorEntry], *, on_bytes: OnBytes | None = None) -> Comparison:
-    """Hold the tensors of *right* against those of *left*, by name."""
+def compare(
+    left: Iterable[TensorEntry],
+    right: Iterable[TensorEntry],
+    *,
+    on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
+) -> Comparison:
+    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`."""
     lefts = {entry.name: entry for entry in left}
     rights = {entry.name: entry for entry in right}
     pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
-    report = on_bytes or (lambda count: None)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "shardkit-compare") as pool:
-        found = pool.map(lambda pair: _difference(pair[0], pair[1], report), pairs)
-        changed = {entry.name: difference for (entry, _), difference in zip(pairs, found, strict=True)}
+    total = sum(entry.nbytes for entry, _ in pairs)
+    (on_total or _unheard)(total)
+    changed = {entry.name: found for (entry, _), found in zip(pairs, _differences(pairs, on_bytes or _unheard), strict=True)}
     differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]
-    return Comparison(len(pairs), sum(entry.nbytes for entry, _ in pairs), tuple(differences))
+    return Comparison(len(pairs), total, tuple(differences))
+
+
+def _unheard(count: int) -> None:
+    """Stand for a callback that nobody gave."""
+
+
+class _Stopped(BaseException):
+    """The comparison was interrupted, or another tensor cannot be read."""
+
+
+def _differences(pairs: Iterable[tuple[TensorEntry, TensorEntry]], on_bytes: OnBytes) -> list[Difference | None]:
+    stop = threading.Event()
+
+    def report(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        on_bytes(count)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "shardkit-compare") as pool:
+        try:
+            return list(pool.map(lambda pair: _difference(pair[0], pair[1], report), pairs))
+        finally:
+            stop.set()
 
 
 def _in_order(lefts: Mapping[str, TensorEntry], changed: Mapping[str, Difference | None]) -> Iterator[Difference]:
@@ -185,12 +218,12 @@ def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterat
         a, b = a[count:], b[count:]
 
 
-def _readable(entries: Iterable[TensorEntry], on_bytes: OnBytes | None) -> Comparison:
+def _readable(entries: Sequence[TensorEntry], on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    on_total(sum(entry.nbytes for entry in entries))
     count = nbytes = 0
     for entry in entries:
         for chunk in entry.payload.chunks():
             nbytes += len(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
+            on_bytes(len(chunk))
         count += 1
     return Comparison(count, nbytes, ())
