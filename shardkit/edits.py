@@ -11,7 +11,7 @@ from typing import Literal
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, shown
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, shown, shown_path
 from shardkit.roots import LeftOut, select_root
 
 Ties = Literal["keep-first", "copy"]
@@ -145,7 +145,8 @@ def _refuse_undense(others: Sequence[Other]) -> None:
 
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
     if not checkpoint.tensors:
-        return "there are no tensors in the file"
+        where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
+        return f"{where}: there are no tensors in it"
     if not tensors:
         return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
     return f"--include and --exclude leave none of the {len(tensors)} tensors"

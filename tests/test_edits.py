@@ -119,7 +119,7 @@ def test_an_undense_weight_is_refused_by_name_and_may_be_excluded() -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "edits", "reason"),
     [
-        (Checkpoint(()), Edits(), "there are no tensors in the file"),
+        (Checkpoint(()), Edits(), "the source: there are no tensors in it"),
         (WEIGHTS, Edits(exclude=("*",)), "leave none of the 4 tensors"),
     ],
 )
