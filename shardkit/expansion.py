@@ -162,7 +162,7 @@ class Framed:
         return Framed(self.frame, self.codec, self.whole, self.start + start, nbytes)
 
     def chunks(self) -> Iterator[memoryview]:
-        return rechunked(self._pieces()) if self.nbytes else iter(())
+        return rechunked(self._pieces(), self.nbytes) if self.nbytes else iter(())
 
     def _pieces(self) -> Iterator[memoryview]:
         at, stop = 0, self.start + self.nbytes

@@ -127,7 +127,7 @@ class Concat:
         return inside[0] if len(inside) == 1 else Concat(inside)
 
     def chunks(self) -> Iterator[memoryview]:
-        return rechunked(chunk for part in self.parts for chunk in part.chunks())
+        return rechunked((chunk for part in self.parts for chunk in part.chunks()), self.nbytes)
 
     def _overlapping(self, start: int, stop: int) -> Iterator[Payload]:
         ends = accumulate(part.nbytes for part in self.parts)
@@ -189,23 +189,28 @@ def read_all(payload: Payload) -> bytearray:
     return content
 
 
-def rechunked(pieces: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
-    """*pieces* of any length as chunks of `CHUNK` bytes and a last one that may be shorter."""
-    buffer = bytearray(CHUNK)
-    view = memoryview(buffer)
+def rechunked(pieces: Iterable[memoryview | bytes], nbytes: int) -> Iterator[memoryview]:
+    """*pieces* of any length, *nbytes* together, as chunks of `CHUNK` bytes and a rest; a piece that is one is not copied."""
+    buffer = memoryview(b"")
     filled = 0
+    left = nbytes
     for piece in pieces:
         rest = memoryview(piece)
-        while rest:
-            taken = rest[: CHUNK - filled]
-            view[filled : filled + len(taken)] = taken
+        while rest and left:
+            size = min(CHUNK, left)
+            if not filled and len(rest) == size:
+                yield rest
+                left -= size
+                break
+            buffer = buffer or memoryview(bytearray(size))
+            taken = rest[: size - filled]
+            buffer[filled : filled + len(taken)] = taken
             filled += len(taken)
             rest = rest[len(taken) :]
-            if filled == CHUNK:
-                yield view
+            if filled == size:
+                yield buffer[:size]
+                left -= size
                 filled = 0
-    if filled:
-        yield view[:filled]
 
 
 def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], extent: Extent) -> None:

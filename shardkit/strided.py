@@ -102,7 +102,7 @@ class Strided:
         return Strided(self.storage, self.dtype, self.axes, self.first + first, count, self.conj, self.neg)
 
     def chunks(self) -> Iterator[memoryview]:
-        return rechunked(self._pieces())
+        return rechunked(self._pieces(), self.nbytes)
 
     def _pieces(self) -> Iterator[memoryview]:
         memory = memory_of(min(_SLAB, self.nbytes))

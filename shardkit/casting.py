@@ -1,0 +1,100 @@
+"""A payload that changes the type of floats while it is read, exactly as `Tensor.to` does.
+
+Torch is imported when the first byte is asked for. It is given so little at a time that it stays in the processor's
+cache, and that torch finds no work in it for threads of its own: the writer's threads are enough, and more would be
+in their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardkit.dtypes import DType
+from shardkit.errors import Unwritable
+from shardkit.payload import Extent, Payload, check_range, rechunked
+
+if TYPE_CHECKING:
+    import torch
+
+_GRAIN = 32768  # elements; at::internal::GRAIN_SIZE, of which torch says that more is worth a second thread
+_OUTPUT = 1 << 20  # bytes of a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Floats of the type *source*, as *target*: rounded to nearest even, out of range as torch has it.
+
+    Attributes:
+        inner: the floats as they are stored.
+        source: their type.
+        target: the type they get.
+
+    Raises:
+        Unwritable: torch casts no such types.
+        ValueError: an element of *inner* is cut.
+    """
+
+    inner: Payload
+    source: DType
+    target: DType
+
+    def __post_init__(self) -> None:
+        if not (_is_cast(self.source) and _is_cast(self.target)):
+            raise Unwritable(
+                f"{self.source.code} cannot be cast to {self.target.code}: torch casts floats of 8 bits and more",
+                hint="leave such tensors out with --exclude, or keep the types by leaving --dtype away",
+            )
+        if self.inner.nbytes % self.source.itemsize:
+            raise ValueError(f"{self.inner.nbytes} bytes are no whole number of {self.source.code} elements")
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes // self.source.itemsize * self.target.itemsize
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.inner.sources
+
+    def narrow(self, start: int, nbytes: int) -> Cast:
+        check_range(start, nbytes, self.nbytes)
+        first, before = divmod(start, self.target.itemsize)
+        count, behind = divmod(nbytes, self.target.itemsize)
+        if before or behind:
+            raise ValueError(f"[{start}, {start + nbytes}) cuts an element of {self.target.itemsize} bytes")
+        return Cast(self.inner.narrow(first * self.source.itemsize, count * self.source.itemsize), self.source, self.target)
+
+    def chunks(self) -> Iterator[memoryview]:
+        if not self.nbytes:
+            return
+        output = memoryview(bytearray(min(_OUTPUT, self.nbytes)))
+        rooms = _parts(_tensor(output, self.target), _GRAIN)
+        for chunk in rechunked(self.inner.chunks(), self.inner.nbytes):
+            # Torch warns of memory that must not be written, though it will only read it.
+            floats = _tensor(memoryview(bytearray(chunk)) if chunk.readonly else chunk, self.source)
+            for part in _parts(floats, _GRAIN * len(rooms)):
+                for room, grain in zip(rooms, _parts(part, _GRAIN), strict=False):
+                    room[: len(grain)].copy_(grain)
+                yield output[: len(part) * self.target.itemsize]
+
+
+def _is_cast(dtype: DType) -> bool:
+    return dtype.kind == "float" and dtype.bits >= 8 and dtype.torch is not None
+
+
+def _parts(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    """*tensor* in parts of *count* elements and a rest."""
+    return tensor.split(count)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
+
+
+def _tensor(memory: memoryview, dtype: DType) -> torch.Tensor:
+    """*memory* as a tensor that shares it."""
+    try:
+        import torch
+    except ImportError:
+        raise Unwritable("casting needs torch, which is not installed", hint="pip install torch, or keep the types") from None
+    name = str(dtype.torch)
+    if not hasattr(torch, name):
+        raise Unwritable(f"torch {torch.__version__}, which is installed, has no {name}", hint="update torch")
+    return torch.frombuffer(memory, dtype=getattr(torch, name))
