@@ -115,7 +115,11 @@ def inflate(pieces: Iterable[memoryview]) -> Iterator[bytes]:
         raise ValueError("the compressed data ends early")
 
 
-DEFLATE = Codec("deflate", "", sniff=lambda head: False, decompress=inflate)
+def _never(head: bytes) -> bool:
+    return False  # raw DEFLATE has nothing to know it by
+
+
+DEFLATE = Codec("deflate", "", sniff=_never, decompress=inflate)
 
 _LOCAL = Struct("<4s2xH18xHH")
 _ENTRY = Struct("<4s4xHH4xIIIHHH8xI")
@@ -242,7 +246,7 @@ def _check_names(path: Path, rows: list[_Row]) -> None:
 def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
     """The rows as members that know where the next one begins, in the order of *rows*."""
     starts = sorted(row[1] for row in rows)
-    following = dict(zip(starts, [*starts[1:], end], strict=True))
+    following = dict(zip(starts, [*starts, end][1:], strict=True))
     if len(following) != len(rows):
         raise _broken(path, "two members begin at one byte")
     for name, start, compressed, nbytes, method, crc in rows:
