@@ -1,0 +1,113 @@
+"""Run commands in turn, as whole processes, and hold their medians against each other.
+
+Every contender of a race runs once in each round, so that a machine whose speed drifts drifts for all of them. This module
+stays small: a child counts the memory of the process that started it into its own peak.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process: wall time in seconds, peak resident memory in bytes."""
+
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Medians:
+    """What several runs of one command come to."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def peak_mb(self) -> float:
+        return max(run.peak for run in self.runs) / 1e6
+
+    def __str__(self) -> str:
+        times = sorted(run.seconds for run in self.runs)
+        return f"{self.seconds:7.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {self.peak_mb:7.0f} MB"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A command, and what it writes, which is removed before and after each run."""
+
+    command: Sequence[str]
+    output: Path | None = None
+
+
+def race(contenders: Mapping[str, Contender], rounds: int, before: Callable[[], None] = lambda: None) -> dict[str, Medians]:
+    """Run all *contenders* in turn, *rounds* times after one round that does not count; *before* runs before each process."""
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, contender in contenders.items():
+            remove(contender.output)
+            before()
+            run = measured(contender.command)
+            remove(contender.output)
+            if number:
+                runs[name].append(run)
+    return {name: Medians(tuple(each)) for name, each in runs.items()}
+
+
+def measured(command: Sequence[str]) -> Run:
+    """Run *command* to its end.
+
+    Raises:
+        SystemExit: it failed; what it said is printed.
+    """
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - begun
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{said.decode(errors='replace')}")
+    return Run(seconds, usage.ru_maxrss * 1024)
+
+
+def remove(path: Path | None) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path is not None and path.is_dir():
+        shutil.rmtree(path)
+    elif path is not None:
+        path.unlink(missing_ok=True)
+
+
+def settle() -> None:
+    """Let the disk come to rest, so that one process does not wait for the writes of another."""
+    os.sync()
+
+
+def in_page_cache(path: Path) -> None:
+    """Read *path* once, so that it is in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(8 << 20):
+            pass
+
+
+def made(folder: Path, name: str) -> Path:
+    """The checkpoint called *name* of checkpoints.py in *folder*; made there, by a process of its own, if it is missing."""
+    path = folder / name
+    if not path.exists():
+        print(f"making {path} …", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, Path(__file__).parent / "checkpoints.py", name, folder], check=True)
+    return path
