@@ -139,10 +139,6 @@ class Machine:
         self.held += _OBJECT
         return values
 
-    def mark(self) -> None:
-        self.below.append(self.stack)
-        self.stack = []
-
     def marked(self) -> list[Any]:
         """What lies above the topmost mark, taken off; the mark goes with it."""
         values = self.stack

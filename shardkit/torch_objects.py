@@ -7,6 +7,7 @@ None of these functions runs anything of torch's; they take the arguments apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from shardkit.checkpoint import OtherKind
 from shardkit.dtypes import BY_CODE, BY_TORCH, DType
@@ -27,44 +28,44 @@ def find(module: str, name: str) -> object:
     return Builder(full, build) if build else None
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    match value:
-        case tuple() | list() if all(type(number) is int for number in value):
-            return tuple(value)
-    return None
-
-
-def _view(name: str, args: tuple[object, ...], dtype: object = None, bits: object = None) -> Tensor:
-    """The tensor that the first four arguments of all these functions describe."""
+def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
+    """The tensor that the first four arguments of all three functions describe."""
     match args[:4]:
-        case (Storage() as storage, int(offset), shape, strides):
-            lengths, steps = _shape(shape), _shape(strides)
+        case (Storage() as storage, int(offset), tuple() | list() as shape, tuple() | list() as strides):
+            lengths, steps = _integers(shape), _integers(strides)
         case _:
-            raise _wrong(name, args)
-    if lengths is None or steps is None:
-        raise _wrong(name, args)
+            raise _wrong("_rebuild_tensor", args)
     if storage.kind.quantised:
         return Undense(OtherKind.QUANTISED, storage.nbytes, "a quantised storage without its scale")
-    if dtype is None:
-        dtype = storage.kind.dtype
     if not isinstance(dtype, DType):
         return Undense(OtherKind.UNKNOWN_TENSOR, storage.nbytes, f"of the type {_named(dtype)}")
-    flags = bits if isinstance(bits, Dict) else _NO_FLAGS
-    return View(storage, dtype, offset, lengths, steps, flags.get("conj") is True, flags.get("neg") is True)
+    if isinstance(flags, Dict) and flags:
+        return View(storage, dtype, offset, lengths, steps, flags.get("conj") is True, flags.get("neg") is True)
+    return View(storage, dtype, offset, lengths, steps)
+
+
+def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
+    if not _INTEGER.issuperset(map(type, values)):
+        raise ValueError(f"a shape or stride of a tensor is {shown(values)} that are not all integers")
+    return cast("tuple[int, ...]", tuple(values))
 
 
 def _rebuild_v1(args: tuple[object, ...]) -> Tensor:
-    return _view("_rebuild_tensor", args)
+    return _view(args, _dtype_of(args), None)
 
 
 def _rebuild_v2(args: tuple[object, ...]) -> Tensor:
-    return _view("_rebuild_tensor_v2", args, None, args[6] if len(args) > 6 else None)
+    return _view(args, _dtype_of(args), args[6] if len(args) > 6 else None)
 
 
 def _rebuild_v3(args: tuple[object, ...]) -> Tensor:
     if len(args) < 7:
         raise _wrong("_rebuild_tensor_v3", args)
-    return _view("_rebuild_tensor_v3", args, args[6], args[7] if len(args) > 7 else None)
+    return _view(args, args[6], args[7] if len(args) > 7 else None)
+
+
+def _dtype_of(args: tuple[object, ...]) -> DType | None:
+    return args[0].kind.dtype if args and isinstance(args[0], Storage) else None
 
 
 def _rebuild_wrapped(args: tuple[object, ...]) -> object:
@@ -140,8 +141,7 @@ def _rebuild_wrapper(args: tuple[object, ...]) -> Undense:
 
 
 def _size(args: tuple[object, ...]) -> object:
-    shape = _shape(args[0]) if args else ()
-    return Opaque("torch.Size", args) if shape is None else shape
+    return tuple(args[0]) if args and isinstance(args[0], tuple | list) else ()
 
 
 def _ordered(args: tuple[object, ...]) -> Dict:
@@ -188,7 +188,7 @@ def _nbytes(*values: object) -> int:
     return sum(value.nbytes for value in values if isinstance(value, View | Undense))
 
 
-_NO_FLAGS = Dict()
+_INTEGER = frozenset({int})
 _RENAMED = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
 
 _STORAGES = {

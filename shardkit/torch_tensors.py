@@ -106,9 +106,9 @@ class View:
     def _check(self) -> None:
         if len(self.shape) > _MOST_AXES or len(self.shape) != len(self.strides):
             raise ValueError(f"it has {len(self.shape)} axes and {len(self.strides)} strides; torch allows {_MOST_AXES} of both")
-        for number in (self.offset, *self.shape, *self.strides):
-            if not 0 <= number < _MOST:
-                raise ValueError(f"an axis, a stride or the offset is {shown(number)}")
+        numbers = (self.offset, *self.shape, *self.strides)
+        if min(numbers) < 0 or max(numbers) >= _MOST:
+            raise ValueError(f"an axis, a stride or the offset is {shown(min(numbers) if min(numbers) < 0 else max(numbers))}")
         if prod(self.shape) * self.dtype.itemsize >= _MOST:
             raise ValueError(f"its shape {list(self.shape)} is larger than any memory")
 
@@ -131,17 +131,23 @@ def storage_of(pid: object) -> Storage:
     Raises:
         ValueError: it means none.
     """
-    match pid:
-        case ("storage", StorageClass() as kind, str(key), _, int(count)) if 0 <= count < _MOST:
-            return Storage(kind, key, count, 0, count)
-        case ("storage", StorageClass() as kind, str(key), _, int(count), None) if 0 <= count < _MOST:
-            return Storage(kind, key, count, 0, count)
-        case ("storage", StorageClass() as kind, str(key), _, int(count), (_, int(start), int(length))) if 0 <= count < _MOST:
-            if not 0 <= start <= start + length <= count:
-                raise ValueError(
-                    f"a view on storage {shown(key)} goes from {shown(start)} over {shown(length)} of {count} elements"
-                )
-            return Storage(kind, key, count, start, length)
-        case ("storage", Global(name), *_):
-            raise ValueError(f"a storage is of the class {shown(name)}, which torch does not have")
-    raise ValueError(f"the persistent id {shown(pid)} means no storage")
+    if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+        raise ValueError(f"the persistent id {shown(pid)} means no storage")
+    _, kind, key, _, count, *view = pid
+    if type(kind) is Global:
+        raise ValueError(f"a storage is of the class {shown(kind.name)}, which torch does not have")
+    if type(kind) is not StorageClass or type(key) is not str or type(count) is not int or not 0 <= count < _MOST:
+        raise ValueError(f"a storage of class {shown(kind)} has the key {shown(key)} and {shown(count)} elements")
+    return (
+        Storage(kind, key, count, 0, count)
+        if not view or view[0] is None
+        else _viewed(Storage(kind, key, count, 0, count), view[0])
+    )
+
+
+def _viewed(root: Storage, view: object) -> Storage:
+    """A part of a storage, as torch wrote them before 0.4: (key of the view, first element, elements)."""
+    match view:
+        case (_, int(start), int(length)) if 0 <= start <= start + length <= root.count:
+            return Storage(root.kind, root.key, root.count, start, length)
+    raise ValueError(f"a view on storage {shown(root.key)} is no part of its {root.count} elements")
