@@ -2,7 +2,6 @@
 
 1. The folder inside the archive is named after the file it was saved to: it is taken from where `data.pkl` is.
 2. `byteorder` came with torch 2.1; where it is absent the bytes are little-endian. Of other records nothing is needed.
-3. Kin that torch writes into zip archives too (exported programs, packages) is claimed here so that it can be explained.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ def sniff(source: Source) -> bool:
     if source.head[:2] != b"PK":
         return False
     names = {member.name for member in source.members}
-    return not _has(names, "constants.pkl") and (_has(names, "data.pkl") or _kin(names) is not None)
+    return _has(names, "data.pkl") and not _has(names, "constants.pkl")
 
 
 def scan(source: Source) -> Checkpoint:
     """Read the pickle and the directory; no weights.
 
     Raises:
-        Malformed: the archive or its pickle is broken, or it is kin that holds no checkpoint.
+        Malformed: the archive or its pickle is broken.
         LimitExceeded: it asks for too much.
     """
     records = _Records(source)
@@ -96,25 +95,8 @@ class _Records:
     def _root(self) -> str:
         roots = [name.removesuffix("data.pkl") for name in self._members if name == "data.pkl" or name.endswith("/data.pkl")]
         if not roots:
-            what, advice = _kin(set(self._members)) or ("a zip archive without data.pkl", "is it the right file?")
-            raise Malformed(self._source.path, f"is {what}, which is no checkpoint", hint=advice)
+            raise Malformed(self._source.path, "is a zip archive without data.pkl, which torch.save did not write")
         return min(roots, key=len)
-
-
-_KIN = {
-    "archive_format": (
-        "an exported program (torch.export.save, .pt2)",
-        "load it with torch.export.load, and save its state_dict with torch.save",
-    ),
-    ".data/extern_modules": (
-        "a torch.package archive",
-        "load it with torch.package.PackageImporter, and save the model's state_dict with torch.save",
-    ),
-}
-
-
-def _kin(names: set[str]) -> tuple[str, str] | None:
-    return next((explained for name, explained in _KIN.items() if _has(names, name)), None)
 
 
 def _has(names: set[str], name: str) -> bool:
