@@ -71,7 +71,7 @@ class Malformed(FormatError):
     """
 
     def __init__(self, path: Path, message: str, *, where: str = "", hint: str | None = None) -> None:
-        super().__init__(path, f"{where}: {message}" if where else message, hint=hint)
+        super().__init__(path, f"{_printable(where)}: {message}" if where else message, hint=hint)
         self.where = where
 
 
@@ -161,7 +161,11 @@ def shown(value: object) -> str:
 
 def shown_path(path: Path) -> str:
     """*path* as it is printed: whole, but with control characters escaped."""
-    return "".join(_escaped(c) for c in str(path))
+    return _printable(str(path))
+
+
+def _printable(text: str) -> str:
+    return "".join(_escaped(c) for c in text)
 
 
 def _clipped(text: str) -> str:
