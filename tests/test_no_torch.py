@@ -34,7 +34,7 @@ COMMAND_LINE = """
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps(list(sys.modules))))
 from shardkit.cli import main
-main()
+sys.exit(main())
 """
 
 
