@@ -1,7 +1,7 @@
 """safetensors: read and written.
 
 1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``) becomes an entry again, with the
-   payload of the tensor that was kept, and leaves the metadata.
+   payload of the tensor that was kept, and leaves the metadata; but ``format`` is no record, whatever the tensors are called.
 2. What is written stands in the order given, unless a tensor would then be misaligned to its type; then wide types go first.
 3. A file that is one aligned run of one source file starts its data at the source's offset modulo a page, so that a file system
    that can share blocks shares them; any other at a multiple of 64.
@@ -38,7 +38,8 @@ def scan(source: Source) -> Checkpoint:
     data = source.payload(start, source.size - start)
     parsed = header.parse(source.path, content, data, source.limits)
     stored = {entry.name: entry for entry in parsed.tensors}
-    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in stored}
+    taken = {"format", *stored}
+    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in taken}
     tied = (replace(stored[kept], path=(alias,)) for alias, kept in ties.items())
     metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
     return Checkpoint((*parsed.tensors, *tied), metadata=metadata)
