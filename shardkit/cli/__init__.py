@@ -1,0 +1,81 @@
+"""The command line: runs what was asked for, and turns what goes wrong into a sentence and an exit code.
+
+    0    done; for verify and diff: the same
+    1    it cannot be done; for verify and diff: not the same
+    2    the command line is not understood
+    130  stopped by Ctrl-C
+    141  nobody reads the output any more
+    143  stopped by SIGTERM
+
+An exception that is no `ShardkitError` is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from shardkit.cli.interruption import Terminated, signals_raise
+from shardkit.cli.printing import flush, never_fail_to_encode, nobody_reads, say
+from shardkit.errors import ShardkitError
+
+_CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, and give the exit code.
+
+    Args:
+        arguments: what follows ``shardkit``; None for the arguments of this process.
+    """
+    try:
+        import click  # noqa: F401 - so that its absence has a sentence of its own
+    except ModuleNotFoundError:
+        say("shardkit: the command line needs click, which is not installed\nhint: pip install click")
+        return 1
+    never_fail_to_encode()
+    try:
+        return _ended(sys.argv[1:] if arguments is None else list(arguments))
+    except BrokenPipeError:
+        nobody_reads()
+        return _CLOSED_PIPE
+
+
+def _ended(arguments: list[str]) -> int:
+    """Run to the end, whichever that is."""
+    import click
+
+    try:
+        with signals_raise():
+            code = _run(arguments)
+        flush()
+        return code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "shardkit"
+        _explain(error.format_message(), f"see {command} --help")
+        return error.exit_code
+    except ShardkitError as error:
+        _explain(str(error), error.hint)
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        say("; ".join(["shardkit: stopped", *getattr(stop, "__notes__", ())]), after_echo=isinstance(stop, KeyboardInterrupt))
+        return stop.exit_code if isinstance(stop, Terminated) else 130
+
+
+def _run(arguments: list[str]) -> int:
+    from click.exceptions import Exit
+
+    from shardkit.cli.group import shardkit
+
+    try:
+        with shardkit.make_context("shardkit", arguments) as context:
+            shardkit.invoke(context)
+    except Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _explain(sentence: str, hint: str | None) -> None:
+    say(f"shardkit: {sentence}")
+    if hint:
+        say(f"hint: {hint}")

@@ -1,0 +1,38 @@
+"""What comparing two checkpoints gave, printed: the shared end of verify and diff."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from shardkit.cli.printing import aligned, printable, put, put_json, say
+
+if TYPE_CHECKING:
+    from shardkit.compare import Comparison, Difference
+
+_MOST = 20
+_SIGNS = {"added": "+", "removed": "-"}
+
+
+def report(comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool) -> None:
+    """Print the differences and then the *verdict*; nothing if *quiet*."""
+    if as_json:
+        put_json({"same": comparison.same, **asdict(comparison)})
+    elif not quiet:
+        for note in comparison.notes:
+            say(f"note: {printable(note)}")
+        for line in _differences(comparison.differences):
+            put(line)
+        put(verdict)
+
+
+def _differences(differences: tuple[Difference, ...]) -> Iterator[str]:
+    rows = [(_SIGNS.get(each.change, "~"), printable(each.name), _what(each)) for each in differences[:_MOST]]
+    yield from aligned(rows, indent=0)
+    if len(differences) > _MOST:
+        yield f"... and {len(differences) - _MOST:,} more; --json lists all"
+
+
+def _what(difference: Difference) -> str:
+    return difference.detail if difference.change in _SIGNS else f"{difference.change}: {difference.detail}"

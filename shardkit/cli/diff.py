@@ -1,0 +1,56 @@
+"""`shardkit diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardkit.cli import options
+from shardkit.cli.printing import several
+from shardkit.cli.progress import progress
+
+if TYPE_CHECKING:
+    from shardkit.compare import Comparison
+    from shardkit.limits import Limits
+
+
+@click.command(
+    "diff",
+    epilog="""\b
+For example:
+  shardkit diff before.pt after.pt
+  shardkit diff llama/ finetuned/ --json""",
+)
+@options.path_argument("a", "A")
+@options.path_argument("b", "B")
+@click.option("--root", metavar="PATH", help="Compare what lies below this dotted path; '.' for everything.")
+@options.limit_option
+@options.json_option("all differences")
+@options.quiet_option
+@click.pass_context
+def command(context: click.Context, a: Path, b: Path, root: str | None, limits: Limits, as_json: bool, quiet: bool) -> None:
+    """List what changes from checkpoint A to checkpoint B.
+
+    A line that begins with - names a tensor that only A has, + one that only B has, ~ one whose type, shape or bytes
+    changed. Bits are compared: a NaN equals itself, and the format does not matter. In a nested checkpoint the model is
+    compared, unless --root says otherwise. The exit code is 0 if nothing changes, else 1.
+    """
+    from shardkit.cli.comparison import report
+    from shardkit.compare import diff
+
+    with progress("comparing", quiet=quiet or as_json) as bar:
+        comparison = diff(a, b, root=root, limits=limits, on_bytes=bar.add, on_total=bar.expect)
+    report(comparison, _verdict(comparison), as_json=as_json, quiet=quiet)
+    context.exit(0 if comparison.same else 1)
+
+
+def _verdict(comparison: Comparison) -> str:
+    from shardkit.sizes import format_size
+
+    if comparison.same:
+        return f"no difference: {several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
+    counts = {word: sum(each.change == word for each in comparison.differences) for word in ("added", "removed")}
+    counts["changed"] = len(comparison.differences) - sum(counts.values())
+    return ", ".join(f"{count:,} {word}" for word, count in counts.items()) + f", {comparison.tensors:,} in both"

@@ -1,0 +1,110 @@
+"""`shardkit convert --dry-run`: the plan printed, and whether it can be carried out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardkit.checkpoint import OtherKind
+from shardkit.cli.printing import aligned, named, printable, put, put_json, several
+from shardkit.cli.summary import remarks, ways
+from shardkit.copying import Engine
+from shardkit.destination import check_output, check_room
+from shardkit.errors import OutputError, shown_path
+from shardkit.sizes import format_size
+from shardkit.writer import forecast
+
+if TYPE_CHECKING:
+    from shardkit.conversion import Conversion
+    from shardkit.plan import Plan
+
+_SIZE_COLUMN = frozenset({1})
+_WORDS = {Engine.CLONED: "to clone", Engine.COPIED: "to copy", Engine.TRANSFORMED: "to transform", Engine.WRITTEN: "headers"}
+
+
+def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
+    """Print what *conversion* would write, and touch nothing.
+
+    Raises:
+        OutputError: it could not be carried out.
+    """
+    plan, out = conversion.plan, conversion.out.absolute()
+    folder = _standing(out.parent)
+    moves = {file.name: _moves(replace(plan, files=(file,)), folder) for file in plan.files}
+    total: Counter[str] = sum(moves.values(), Counter())
+    needed = sum(count for word, count in total.items() if word != _WORDS[Engine.CLONED])
+    if as_json:
+        put_json(_document(conversion, moves, needed, folder))
+    else:
+        put("\n".join(_lines(conversion, moves, total)))
+    check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{shown_path(folder)} may not be written to", hint="choose another output with -o")
+    check_room(folder, needed)
+    if not as_json:
+        free = format_size(shutil.disk_usage(folder).free)
+        put(f"It needs {format_size(needed)}, and {named(folder)} has {free} free. Nothing was written.")
+
+
+def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Counter[str]) -> Iterator[str]:
+    plan, checkpoint = conversion.plan, conversion.checkpoint
+    made = f"{several(len(plan.shards), 'shard')}, {several(len(plan.weight_map), 'tensor')}, {format_size(plan.total_size)}"
+    yield f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}"
+    counts = Counter(plan.weight_map.values())
+    files = ((file.name, format_size(file.nbytes), _content(counts[file.name]), ways(moves[file.name])) for file in plan.files)
+    yield from aligned(((printable(name), *rest) for name, *rest in files), right=_SIZE_COLUMN)
+    rows = [
+        ("in all", ways(total)),
+        *remarks(
+            aliases=plan.aliases,
+            cast=conversion.edited.cast,
+            left_out=conversion.edited.left_out,
+            objects=_names(conversion, OtherKind.OBJECT),
+            calls=tuple(other.reason for other in checkpoint.others if other.kind is OtherKind.CALL),
+            notes=conversion.notes,
+        ),
+    ]
+    yield from aligned(rows, indent=0)
+
+
+def _moves(plan: Plan, folder: Path) -> Counter[str]:
+    """Bytes of *plan* by what is to be done with them."""
+    return Counter({_WORDS[engine]: count for engine, count in forecast(plan, folder).items()})
+
+
+def _content(tensors: int) -> str:
+    return several(tensors, "tensor") if tensors else ""
+
+
+def _document(conversion: Conversion, moves: Mapping[str, Counter[str]], needed: int, folder: Path) -> dict[str, object]:
+    plan = conversion.plan
+    return {
+        "source": conversion.source,
+        "out": conversion.out,
+        "format": conversion.checkpoint.format,
+        "files": [{"name": file.name, "nbytes": file.nbytes, "engines": moves[file.name]} for file in plan.files],
+        "weight_map": plan.weight_map,
+        "aliases": plan.aliases,
+        "nbytes": plan.total_size,
+        "cast": conversion.edited.cast,
+        "left_out": [asdict(part) for part in conversion.edited.left_out],
+        "notes": conversion.notes,
+        "needed": needed,
+        "free": shutil.disk_usage(folder).free,
+    }
+
+
+def _names(conversion: Conversion, kind: OtherKind) -> tuple[str, ...]:
+    return tuple(other.name for other in conversion.checkpoint.others if other.kind is kind)
+
+
+def _standing(folder: Path) -> Path:
+    """*folder*, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder

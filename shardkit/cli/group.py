@@ -1,0 +1,70 @@
+"""The command group: a table of commands, each of which is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from shardkit import __version__
+
+_COMMANDS = {
+    "convert": "Write a checkpoint as size-bounded safetensors shards.",
+    "inspect": "Show what a checkpoint holds, without reading a weight.",
+    "verify": "Check that an output is whole, and equal to its source.",
+    "diff": "List what changes from one checkpoint to another.",
+    "formats": "List the formats that can be read and written.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are the modules of this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = import_module(f"shardkit.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(_what_else(args[0]), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(
+    cls=LazyGroup,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+For example:
+  shardkit inspect big.bin
+  shardkit convert big.bin --max-shard 2GB
+  shardkit verify big-shards --against big.bin""",
+)
+@click.version_option(__version__, prog_name="shardkit", message="%(prog)s %(version)s")
+@click.pass_context
+def shardkit(context: click.Context) -> None:
+    """Turn any torch checkpoint into safe, size-bounded safetensors shards, without running its pickle."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def _what_else(word: str) -> str:
+    """What *word*, which is no command, may have been meant to be."""
+    from difflib import get_close_matches
+
+    if Path(word).exists():
+        return f"{word!r} is a file, and a command comes first, as in: shardkit inspect {word}"
+    close = get_close_matches(word, _COMMANDS, 1)
+    return f"there is no command {word!r}" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,0 +1,44 @@
+"""`shardkit inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardkit.cli import options
+from shardkit.cli.printing import put, put_json
+
+if TYPE_CHECKING:
+    from shardkit.limits import Limits
+
+
+@click.command(
+    "inspect",
+    epilog="""\b
+For example:
+  shardkit inspect big.bin
+  shardkit inspect run/last.ckpt --all | less
+  shardkit inspect llama/ --json | jq '.tensors[] | select(.dtype == "F32") | .name'""",
+)
+@options.path_argument("source", "SRC")
+@click.option("--all", "everything", is_flag=True, help="Show every tensor, however many lines that takes.")
+@options.format_option
+@options.limit_option
+@options.json_option("every tensor, with the place of its bytes,")
+def command(source: Path, everything: bool, format: str | None, limits: Limits, as_json: bool) -> None:  # noqa: A002
+    """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no tensor.
+
+    Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name. Beyond 200 lines, numbered
+    parts that look alike are folded, and then what lies deepest.
+    """
+    import shardkit
+    from shardkit.cli.document import document
+    from shardkit.cli.portrait import portrait
+
+    checkpoint = shardkit.open(source, format=format, limits=limits)
+    if as_json:
+        put_json(document(source, checkpoint))
+    else:
+        put("\n".join(portrait(source, checkpoint, everything=everything)))

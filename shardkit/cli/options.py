@@ -1,0 +1,132 @@
+"""The options that commands share, and what the words after them mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from shardkit.errors import ShardkitError
+from shardkit.limits import Limits
+from shardkit.sizes import parse_size
+
+Command = TypeVar("Command", bound=Callable[..., object])
+Parsed = TypeVar("Parsed")
+
+_NAMES = [field.name for field in fields(Limits)]
+
+
+def path_argument(name: str, shown: str) -> Callable[[Command], Command]:
+    """An argument that is a path; whether it can be read is found out by reading it."""
+    return click.argument(name, metavar=shown, type=click.Path(path_type=Path))
+
+
+def edit_options(command: Command) -> Command:
+    """What changes on the way from source to output: --root, --include, --exclude, --rename, --dtype, --ties."""
+    for option in reversed(_EDITS):
+        command = option(command)
+    return command
+
+
+def parse_limits(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> Limits:
+    """The limits that several ``NAME=VALUE`` give, the others as they are."""
+    raised = {}
+    for word in words:
+        name, equals, number = word.partition("=")
+        if not equals or name not in _NAMES:
+            raise click.BadParameter(f"{word!r} must be NAME=VALUE, and NAME one of {', '.join(_NAMES)}")
+        raised[name] = _or_usage(parse_size, number)
+    return Limits(**raised)
+
+
+def parse_shard_size(context: click.Context, parameter: click.Parameter, word: str) -> int | None:
+    """The size that *word* says; None for "none"."""
+    return None if word.lower() == "none" else _or_usage(parse_size, word)
+
+
+def parse_renames(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The pairs that several ``REGEX=REPL`` give."""
+    return tuple(map(split_rename, words))
+
+
+def split_rename(word: str) -> tuple[str, str]:
+    """*word* split at the first ``=`` with a whole regular expression before it, so that ``(?=x)y=z`` means ``(?=x)y``.
+
+    Raises:
+        click.BadParameter: there is none.
+    """
+    for match in re.finditer("=", word):
+        pattern, replacement = word[: match.start()], word[match.end() :]
+        if pattern and _compiles(pattern):
+            return pattern, replacement
+    raise click.BadParameter(f"{word!r} must be REGEX=REPL, as in '^module\\.=' or 'gamma$=weight'")
+
+
+def check_dtype(context: click.Context, parameter: click.Parameter, word: str | None) -> str | None:
+    """*word*, once it is known to name a type."""
+    if word is not None:
+        from shardkit.dtypes import parse_dtype
+
+        _or_usage(parse_dtype, word)
+    return word
+
+
+def json_option(what: str) -> Callable[[Command], Command]:
+    """--json, which prints *what*."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as one JSON document.")
+
+
+limit_option = click.option(
+    "--limit",
+    "limits",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=parse_limits,
+    help=f"Raise a guard against malicious files; the error that needs it says so. Names: {', '.join(_NAMES)}.",
+)
+
+format_option = click.option("--format", metavar="NAME", help="Read SRC as this format, not as the one it is recognised as.")
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+_EDITS = (
+    click.option(
+        "--root", metavar="PATH", help="Take what lies below this dotted path, '.' for all. By default the model is found."
+    ),
+    click.option("--include", metavar="GLOB", multiple=True, help="Take only names that match; repeatable. * crosses dots."),
+    click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; repeatable."),
+    click.option(
+        "--rename",
+        metavar="REGEX=REPL",
+        multiple=True,
+        callback=parse_renames,
+        help="Replace every match in every name; repeatable, in order. Split at the first = with a whole REGEX before it.",
+    ),
+    click.option("--dtype", metavar="TYPE", callback=check_dtype, help="Cast floats to bf16, fp16, fp32 ...; needs torch."),
+    click.option(
+        "--ties",
+        type=click.Choice(["keep-first", "copy"]),
+        default="keep-first",
+        show_default=True,
+        help="Write a tied weight once and record its other names, or write it under each name.",
+    ),
+)
+
+
+def _or_usage(parse: Callable[[str], Parsed], word: str) -> Parsed:
+    try:
+        return parse(word)
+    except ShardkitError as error:
+        raise click.BadParameter(f"{error}; {error.hint}" if error.hint else str(error)) from None
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

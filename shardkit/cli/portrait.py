@@ -1,0 +1,122 @@
+"""A checkpoint drawn for a person: a header, the tree of names, and what there is to know besides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
+from shardkit.cli.outline import Leaf, Line, outline
+from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.sharing import overlaps, ties
+from shardkit.errors import AmbiguousRoot, NothingSelected, shown
+from shardkit.roots import select_root
+from shardkit.sizes import format_size
+from shardkit.strided import Strided
+
+_MOST_LINES = 200
+_MOST_NAMES = 10
+_LONGEST = 120  # characters of a label or remark
+_DEEPEST = 30  # levels; what lies deeper is not indented further
+_STEP = "  "
+_SIZE_COLUMN = frozenset({3})
+
+
+def portrait(source: Path, checkpoint: Checkpoint, *, everything: bool) -> Iterator[str]:
+    """The lines that show *checkpoint*; of any number if *everything* is to be seen."""
+    lines, folded = outline(_leaves(checkpoint), most=None if everything else _MOST_LINES)
+    yield from _head(source, checkpoint)
+    if lines:
+        yield ""
+        yield from aligned(map(_cells, lines), right=_SIZE_COLUMN, indent=0)
+    foot = list(_foot(checkpoint, folded=folded))
+    if foot:
+        yield ""
+        yield from aligned(foot, indent=0)
+
+
+def _head(source: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    files = several(len(checkpoint.files), "file")
+    yield f"{named(source)}: {checkpoint.format}, {files}, {format_size(sum(file.size for file in checkpoint.files))}"
+    codes = Counter(entry.dtype.code for entry in checkpoint.tensors)
+    types = ", ".join(f"{count:,} {code}" for code, count in codes.most_common())
+    made = f"{several(len(checkpoint.tensors), 'tensor')}, {format_size(checkpoint.nbytes)}"
+    yield f"{made}: {types}" if types else made
+
+
+def _leaves(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], Leaf]]:
+    tensors = checkpoint.tensors
+    tied = ties(tensors)
+    over = overlaps(tensors, tied)
+    for number, entry in enumerate(tensors):
+        if number in tied:
+            kept = tensors[tied[number]]
+            yield entry.path, Leaf(entry.dtype.code, str(list(entry.shape)), 0, f"= {kept.name}", tie=_seen_from(entry, kept))
+        else:
+            remark = _remark(entry, tensors[over[number]] if number in over else None)
+            yield entry.path, Leaf(entry.dtype.code, str(list(entry.shape)), entry.nbytes, remark)
+    for other in checkpoint.others:
+        if other.kind is not OtherKind.CALL:
+            yield other.path, Leaf(other.kind, "", other.nbytes, other.reason, is_tensor=False)
+
+
+def _remark(entry: TensorEntry, below: TensorEntry | None) -> str:
+    """What there is to say of *entry*, which lies over *below*."""
+    view = "strided view" if isinstance(entry.payload, Strided) else ""
+    place = f"in the storage of {below.name}" if below else ""
+    return ", ".join(filter(None, (view, place)))
+
+
+def _seen_from(entry: TensorEntry, kept: TensorEntry) -> str:
+    """The way from the one name to the other, which is the same for two pairs that lie alike in the tree."""
+    here, there = entry.name.split("."), kept.name.split(".")
+    same = next((at for at, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+    return ".".join([*("^" for _ in here[same:]), *there[same:]])
+
+
+def _cells(line: Line) -> tuple[str, str, str, str, str]:
+    indent = _STEP * min(line.depth, _DEEPEST)
+    if line.item is None:
+        return f"{indent}… {line.hidden:,} more", "", "", "", ""
+    item = line.item
+    label = indent + (_clipped(item.label) or "(the file itself)")
+    times = f"{item.times:,} × " if item.times > 1 else ""
+    if item.leaf:
+        leaf = item.leaf
+        size = "" if leaf.tie or not (leaf.is_tensor or leaf.nbytes) else format_size(leaf.nbytes * item.times)
+        return label, f"{times}{leaf.kind}", leaf.shape, size, _clipped(leaf.remark)
+    place = item.place
+    return label, times.rstrip(), several(place.tensors, "tensor"), format_size(place.nbytes * item.times), ""
+
+
+def _clipped(text: str) -> str:
+    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
+
+
+def _foot(checkpoint: Checkpoint, *, folded: bool) -> Iterator[tuple[str, str]]:
+    if folded:
+        yield "folded", "what looks alike, and what lies deep; --all shows every line"
+    yield from _root(checkpoint)
+    calls = tuple(other.reason for other in checkpoint.others if other.kind is OtherKind.CALL)
+    if calls:
+        yield "never run", listed(calls, most=_MOST_NAMES)
+    for key, text in list(checkpoint.metadata.items())[:_MOST_NAMES]:
+        yield "metadata", f"{_clipped(key)}: {shown(text)}"
+    if len(checkpoint.metadata) > _MOST_NAMES:
+        yield "metadata", f"{len(checkpoint.metadata) - _MOST_NAMES:,} more; --json lists all"
+    yield from (("note", printable(note)) for note in checkpoint.notes)
+
+
+def _root(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """What convert would take."""
+    try:
+        rooted = select_root(checkpoint, None)
+    except (AmbiguousRoot, NothingSelected) as error:
+        yield "convert", f"{error}; {error.hint}" if error.hint else str(error)
+        return
+    weighty = [part for part in rooted.left_out if part.nbytes]
+    if rooted.path or weighty:
+        without = [f"{part.name} ({format_size(part.nbytes)}, {part.reason})" for part in weighty]
+        leaves = f" and leaves out {listed(without, most=_MOST_NAMES)}" if without else ""
+        yield "convert", f"takes {shown('.'.join(rooted.path)) if rooted.path else 'the rest'}{leaves}"
