@@ -29,13 +29,14 @@ def write(
         journal: the folder to write in.
         jobs: files written at a time; None for one per processor, at most 8.
         sync: make each file last before it counts as done.
-        on_bytes: called, from any thread, with the number of bytes after each step.
+        on_bytes: called, from any thread, with the number of bytes after each step; first with those that *journal* has.
 
     Raises:
         FormatError: a source cannot be read.
         OutputError: a file cannot be written, or is not what the reference reader expects.
     """
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
+    on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     shards = set(plan.weight_map.values())
     run = _Run(journal, cache(lambda path: can_clone(path, journal.folder)), sync, on_bytes)
     with ThreadPoolExecutor(jobs or min(_TOGETHER, os.cpu_count() or 1), "shardkit-write") as pool:
