@@ -136,9 +136,10 @@ class Expanded:
     def chunks(self) -> Iterator[memoryview]:
         at, stop = self.start, self.start + self.nbytes
         while at < stop:
-            chunk = self.spool.read(at, min(CHUNK, stop - at))
-            if not chunk:
-                raise Malformed(self.spool.path, f"expands to {at:,} bytes, {stop:,} were promised")
+            wanted = min(CHUNK, stop - at)
+            chunk = self.spool.read(at, wanted)
+            if len(chunk) < wanted:  # before it is given out: a short chunk could cut a word
+                raise Malformed(self.spool.path, f"expands to {at + len(chunk):,} bytes, {stop:,} were promised")
             yield memoryview(chunk)
             at += len(chunk)
 
