@@ -28,7 +28,7 @@ def by_torch(path: Path) -> Any:
 def by_torchscript(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated; its files live on
-        return torch.jit.load(path, map_location="cpu").state_dict()
+        return torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]  # torch has none for it
 
 
 @dataclass(frozen=True)
