@@ -184,7 +184,7 @@ def _payloads(parts: Sequence[Part]) -> Sequence[Payload]:
     crcs: list[int] = []
     payloads: list[Payload] = []
     for part in parts:
-        payload = Literal(part.make(tuple(crcs))) if isinstance(part, Trailer) else part
+        payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
         expect(payload.nbytes == part.nbytes, f"a trailer of {part.nbytes} bytes was promised, and {payload.nbytes} were made")
         crcs.append(_crc(payload))
         payloads.append(payload)

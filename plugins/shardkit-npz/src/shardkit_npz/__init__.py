@@ -1,0 +1,1 @@
+"""NumPy's .npz and .npy as formats of shardkit."""
