@@ -71,14 +71,14 @@ class _Census:
         first = lacking[0]
         elsewhere = f"it lies in {shown(self.elsewhere[first])}" if first in self.elsewhere else "which does not hold it"
         join = ", and " if first in self.elsewhere else ", "
-        more = f"; {len(lacking) - 1:,} more tensors are not where they should be" if len(lacking) > 1 else ""
+        more = f"; so it is with {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
         message = f"puts it into {shown(self.weight_map[first])}{join}{elsewhere}{more}"
         hint = "index and shards are not of one model, or of one version of it: fetch them again"
         raise Malformed(path, message, where=f"tensor {shown(first)}", hint=hint)
 
     def notes(self) -> Iterator[str]:
         for shard, names in self.unlisted.items():
-            yield f"{_counted(names)} in {shown(shard)} that the index does not list, and taken along"
+            yield f"{_counted(names)} in {shown(shard)} and not in the index; taken along"
         twice = [name for name in self.elsewhere if name in self.found]
         if twice:
             yield f"{_counted(twice)} in several shards; the one that the index names was taken"
