@@ -52,7 +52,7 @@ def open(
     """
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
     path = Path(path)
-    with _collector_paused():
+    with collector_paused():
         return opener.folder(path) if _is_folder(path) else opener.file(path)
 
 
@@ -236,7 +236,7 @@ def _inside(folder: Path, names: Sequence[str]) -> str | None:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the collector of cycles from walking, again and again, the many small objects of a scan, none of which is garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
