@@ -33,12 +33,14 @@ def command(source: Path, everything: bool, format: str | None, limits: Limits, 
     Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name. Beyond 200 lines, numbered
     parts that look alike are folded, and then what lies deepest.
     """
-    import shardkit
     from shardkit.cli.document import document
     from shardkit.cli.portrait import portrait
+    from shardkit.source import collector_paused
+    from shardkit.source import open as open_checkpoint
 
-    checkpoint = shardkit.open(source, format=format, limits=limits)
-    if as_json:
-        put_json(document(source, checkpoint))
-    else:
-        put("\n".join(portrait(source, checkpoint, everything=everything)))
+    with collector_paused():
+        checkpoint = open_checkpoint(source, format=format, limits=limits)
+        if as_json:
+            put_json(document(source, checkpoint))
+        else:
+            put("\n".join(portrait(source, checkpoint, everything=everything)))

@@ -44,7 +44,7 @@ class Leaf:
 
 @dataclass(slots=True)
 class Place:
-    """A part of a name: what is at it, and what lies below."""
+    """A part of a name: what is at it, and what lies below, with how many tensors and bytes there are in all."""
 
     label: str
     leaves: list[Leaf] = field(default_factory=list)
@@ -102,7 +102,7 @@ def outline(leaves: Iterable[tuple[tuple[str, ...], Leaf]], *, most: int | None)
 
 
 def _grown(leaves: Iterable[tuple[tuple[str, ...], Leaf]]) -> list[Place]:
-    """All places, each before those below it, with what is in them summed up."""
+    """All places, each before those below it."""
     places = [Place("")]
     for path, leaf in leaves:
         place = places[0]
@@ -112,11 +112,9 @@ def _grown(leaves: Iterable[tuple[tuple[str, ...], Leaf]]) -> list[Place]:
                 child = place.children[label] = Place(label)
                 places.append(child)
             place = child
+            place.tensors += leaf.is_tensor
+            place.nbytes += leaf.nbytes
         place.leaves.append(leaf)
-    for place in reversed(places):
-        below = place.children.values()
-        place.tensors = sum(leaf.is_tensor for leaf in place.leaves) + sum(child.tensors for child in below)
-        place.nbytes = sum(leaf.nbytes for leaf in place.leaves) + sum(child.nbytes for child in below)
     return places
 
 
@@ -141,6 +139,8 @@ def _opened(whole: Item, most: int | None, *, fold: bool) -> bool:
         item = queue.popleft()
         items = list(_items(item.place, fold=fold)) if item.leaf is None else []
         if len(items) > left:
+            if not fold:
+                return False
             closed.append((item, items))
             continue
         item.items = items

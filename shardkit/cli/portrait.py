@@ -96,7 +96,7 @@ def _clipped(text: str) -> str:
 
 def _foot(checkpoint: Checkpoint, *, folded: bool) -> Iterator[tuple[str, str]]:
     if folded:
-        yield "folded", "what looks alike, and what lies deep; --all shows every line"
+        yield "folded", "--all shows every tensor"
     yield from _root(checkpoint)
     calls = tuple(other.reason for other in checkpoint.others if other.kind is OtherKind.CALL)
     if calls:
