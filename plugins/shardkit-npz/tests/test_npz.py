@@ -325,20 +325,16 @@ def test_archives_beyond_4_gib_are_zip64(tmp_path: Path) -> None:
     path = tmp_path / "sparse.zip"
     with path.open("wb") as file:
         for part in archive(members):
-            content = part.make(crcs) if isinstance(part, Trailer) else None
             if isinstance(part, Zeros):
                 file.seek(part.nbytes, io.SEEK_CUR)
                 crcs.append(7)  # of zeros that nobody reads here
                 continue
-            content = content if content is not None else bytes(read_all(part))  # type: ignore[arg-type]  # a Trailer has content
+            content = part.make(crcs) if isinstance(part, Trailer) else bytes(read_all(part))
             crcs.append(zlib.crc32(content))
             file.write(content)
     with zipfile.ZipFile(path) as opened:
         found = [(info.filename, info.file_size, info.CRC) for info in opened.infolist()]
         assert found == [("a", 5 << 30, 7), ("b", 5, zlib.crc32(b"after"))]
-            ("a", 5 << 30, 7),
-            ("b", 5, zlib.crc32(b"after")),
-        ]
         assert opened.read("b") == b"after"
     assert [member.nbytes for member in Source.file(path, Limits()).members] == [5 << 30, 5]
 
