@@ -1,7 +1,7 @@
 """Which files beside the weights come along: config, tokenizer, generation settings, licence, code.
 
 Regular files (symlinks followed) of at most 50 MB at the top of a source folder and in its subfolders without weights, not
-hidden, recognised by no format, and no index.
+hidden, recognised by no format, no index, and not called like a shard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shardkit.errors import FormatError, UnknownFormat
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.payload import Extent
-from shardkit.plan import OutputFile
+from shardkit.plan import OutputFile, is_shard_name
 
 _LARGEST = 50_000_000
 _DEEPEST = 8  # folders below the source; a guard against circles of symlinks
@@ -81,7 +81,8 @@ def _below(folder: Path, weights: set[Path], depth: int) -> Iterable[Path]:
 
 
 def _comes_along(path: Path) -> bool:
-    return _is_small_file(path) and not _is_index(path) and not _is_weights(path)
+    # A pointer of git-lfs, or what a download left, can bear the name of a shard and be no weights.
+    return _is_small_file(path) and not _is_index(path) and not is_shard_name(path.name) and not _is_weights(path)
 
 
 def _is_small_file(path: Path) -> bool:

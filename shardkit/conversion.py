@@ -15,7 +15,7 @@ from shardkit import registry, source
 from shardkit.checkpoint import Checkpoint, OtherKind, SourceFile
 from shardkit.companions import ModelConfig, companions
 from shardkit.copying import Engine, OnBytes
-from shardkit.destination import check_output, check_room, default_output, partial_folder
+from shardkit.destination import check_output, check_room, default_output, followed, partial_folder
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
 from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown, shown_path
@@ -163,7 +163,7 @@ def prepare(
         PlanError: what was asked cannot be made of it.
     """
     src = Path(src)
-    out = Path(out) if out is not None else default_output(src)
+    out = followed(Path(out)) if out is not None else default_output(src)
     limit = None if max_shard is None else parse_size(max_shard)
     checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
     config = ModelConfig.beside(src if src.is_dir() else src.parent)

@@ -7,7 +7,6 @@ that this very run brings again. The source, a folder around it or inside it, an
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,18 +14,22 @@ from pathlib import Path
 from shardkit import registry
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
-from shardkit.plan import INDEX_NAME, Plan
+from shardkit.plan import INDEX_NAME, Plan, is_shard_name
 from shardkit.sizes import format_size
-
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def default_output(source: Path) -> Path:
     """`<stem>-shards` beside *source*, or in the working folder where that is read-only or a cache."""
-    named = _model_folder(source)
-    beside = source.parent if named == source else Path.cwd()
+    source = source.resolve() if source.name in ("", "..") else source  # "." and ".." have no name and no parent
+    model = _model_folder(source)
+    beside = source.parent if model == source else Path.cwd()
     writable = os.access(beside, os.W_OK)
-    return (beside if writable else Path.cwd()) / f"{_stem(named)}-shards"
+    return (beside if writable else Path.cwd()) / f"{_stem(model)}-shards"
+
+
+def followed(out: Path) -> Path:
+    """*out*, or where it leads if it is a link: that is what a rename can replace."""
+    return out.resolve() if out.is_symlink() else out
 
 
 def partial_folder(out: Path) -> Path:
@@ -70,7 +73,7 @@ def _model_folder(source: Path) -> Path:
 def _stem(path: Path) -> str:
     if path.name.startswith("models--"):
         return path.name.split("--")[-1]
-    name = path.absolute().name if path.name in ("", "..") else path.name
+    name = path.name
     if path.is_dir():
         return name or "model"
     endings = {".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}
@@ -95,7 +98,7 @@ def _refuse_foreign(out: Path, plan: Plan) -> None:
         found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
     else:
         found = [out.name]
-    foreign = sorted(name for name in found if name not in ours and not _SHARD.fullmatch(name))
+    foreign = sorted(name for name in found if name not in ours and not is_shard_name(name))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise OutputError(

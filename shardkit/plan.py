@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from shardkit.format import Format
 from shardkit.payload import Extent, Literal, Part
 
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEn
         room -= need
     if run:
         yield tuple(run)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether some folder that is planned here could have a shard called *name*."""
+    return bool(_SHARD_NAME.fullmatch(name))
 
 
 @dataclass(frozen=True, slots=True)
