@@ -12,9 +12,9 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -144,6 +144,23 @@ class Expanded:
             at += len(chunk)
 
 
+class LastFrame:
+    """What one frame expands to, kept so that reading many small things in it expands it once; any thread may use it."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Payload, bytes] | None = None
+
+    def content(self, frame: Payload, expand: Callable[[], bytes]) -> bytes:
+        """What *frame* expands to: what is kept, or what *expand* returns."""
+        held = self._held
+        if held is None or held[0] != frame:
+            held = self._held = (frame, expand())
+        return held[1]
+
+    def __reduce__(self) -> tuple[type[LastFrame], tuple[()]]:
+        return LastFrame, ()  # a pickle carries no content
+
+
 @dataclass(frozen=True, slots=True)
 class Framed:
     """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many those are."""
@@ -153,6 +170,7 @@ class Framed:
     whole: int
     start: int
     nbytes: int
+    last: LastFrame = field(default_factory=LastFrame, compare=False, repr=False)
 
     @property
     def sources(self) -> tuple[Extent, ...]:
@@ -160,10 +178,14 @@ class Framed:
 
     def narrow(self, start: int, nbytes: int) -> Framed:
         check_range(start, nbytes, self.nbytes)
-        return Framed(self.frame, self.codec, self.whole, self.start + start, nbytes)
+        return replace(self, start=self.start + start, nbytes=nbytes)
 
     def chunks(self) -> Iterator[memoryview]:
-        return rechunked(self._pieces(), self.nbytes) if self.nbytes else iter(())
+        if self.whole > CHUNK:
+            yield from rechunked(self._pieces(), self.nbytes)
+        elif self.nbytes:
+            content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole)._pieces()))
+            yield memoryview(content)[self.start : self.start + self.nbytes]
 
     def _pieces(self) -> Iterator[memoryview]:
         at, stop = 0, self.start + self.nbytes
@@ -171,12 +193,13 @@ class Framed:
             for piece in self.codec.decompress(self.frame.chunks()):
                 yield memoryview(piece)[max(0, self.start - at) : max(0, stop - at)]
                 at += len(piece)
-                if at >= stop and stop < self.whole:
-                    return
+                if at > self.whole or (at >= stop and stop < self.whole):
+                    break
         except ValueError as error:
             raise _broken(self.frame, self.codec, error) from None
-        if at != self.whole:
-            raise _broken(self.frame, self.codec, ValueError(f"a frame holds {at:,} bytes, and its table says {self.whole:,}"))
+        if at > self.whole or at < stop:
+            lie = f"its table says that a frame holds {self.whole:,} bytes, and it does not"
+            raise _broken(self.frame, self.codec, ValueError(lie))
 
 
 def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Payload:
@@ -190,10 +213,13 @@ def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | Non
     try:
         frames = codec.frames(origin)
         _check_limits(origin, sum(frame.expanded for frame in frames), limits)
-        parts = tuple(Framed(origin.narrow(f.start, f.nbytes), codec, f.expanded, 0, f.expanded) for f in frames if f.expanded)
+        bearing = [(origin.narrow(each.start, each.nbytes), each.expanded) for each in frames if each.expanded]
     except ValueError as error:
         raise _broken(origin, codec, error) from None
-    return Concat(parts) if frames else expanded_whole(origin, codec, limits, scratch)
+    if frames:
+        last = LastFrame()
+        return Concat(tuple(Framed(frame, codec, whole, 0, whole, last) for frame, whole in bearing))
+    return expanded_whole(origin, codec, limits, scratch)
 
 
 def expanded_whole(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Expanded:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,9 +114,9 @@ class Concat:
 
     parts: tuple[Payload, ...]
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return self._stops[-1] if self._stops else 0
 
     @property
     def sources(self) -> tuple[Extent, ...]:
@@ -129,11 +130,17 @@ class Concat:
     def chunks(self) -> Iterator[memoryview]:
         return rechunked((chunk for part in self.parts for chunk in part.chunks()), self.nbytes)
 
+    @cached_property
+    def _stops(self) -> list[int]:
+        return list(accumulate(part.nbytes for part in self.parts))
+
     def _overlapping(self, start: int, stop: int) -> Iterator[Payload]:
-        ends = accumulate(part.nbytes for part in self.parts)
-        for part, end in zip(self.parts, ends, strict=True):
+        for position in range(bisect_right(self._stops, start), len(self.parts)):
+            part, end = self.parts[position], self._stops[position]
             begin = end - part.nbytes
             low, high = max(start, begin), min(stop, end)
+            if begin >= stop:
+                return
             if low < high:
                 yield part.narrow(low - begin, high - low)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from shardkit.expansion import Expanded, Framed
 from shardkit.payload import Concat, Extent, Payload
@@ -35,5 +36,5 @@ def _joined(left: Payload, right: Payload) -> Payload | None:
         case Expanded(), Expanded() if left.start + left.nbytes == right.start and left.spool == right.spool:
             return Expanded(left.spool, left.start, left.nbytes + right.nbytes)
         case Framed(), Framed() if left.start + left.nbytes == right.start and left.frame == right.frame:
-            return Framed(left.frame, left.codec, left.whole, left.start, left.nbytes + right.nbytes)
+            return replace(left, nbytes=left.nbytes + right.nbytes)
     return None

@@ -61,9 +61,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 def _check_nesting(path: Path, document: object, limits: Limits, where: str) -> None:
     level = [document]
     for _ in range(limits.json_nesting):
-        fields = [value for each in level if isinstance(each, dict) for value in each.values() if type(value) in (dict, list)]
-        items = [value for each in level if isinstance(each, list) for value in each if type(value) in (dict, list)]
-        level = fields + items
+        fields = [v for each in level if type(each) is dict for v in each.values() if type(v) is dict or type(v) is list]
+        items = [v for each in level if type(each) is list for v in each if type(v) is dict or type(v) is list]
+        level = [*fields, *items]
     if level:
         raise _too_deep(path, limits.json_nesting + 1, where)
 
