@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from shardkit.cli.interruption import Terminated, signals_raise
-from shardkit.cli.printing import flush, never_fail_to_encode, nobody_reads, say
+from shardkit.cli.printing import flush, never_fail_to_encode, nobody_reads, printable, say
 from shardkit.errors import ShardkitError
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
@@ -76,6 +76,6 @@ def _run(arguments: list[str]) -> int:
 
 
 def _explain(sentence: str, hint: str | None) -> None:
-    say(f"shardkit: {sentence}")
+    say(f"shardkit: {printable(sentence)}")
     if hint:
-        say(f"hint: {hint}")
+        say(f"hint: {printable(hint)}")

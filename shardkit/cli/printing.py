@@ -23,6 +23,8 @@ def put(text: str) -> None:
         BrokenPipeError: nobody reads it.
         OutputError: it cannot be written for another reason, such as a full disk.
     """
+    if sys.stdout is None:  # as Python leaves it where the shell has closed it: >&-
+        raise OutputError("standard output is closed")
     with _stdout_or_sentence():
         sys.stdout.write(f"{text}\n")
 
@@ -34,14 +36,16 @@ def put_json(document: object) -> None:
 
 def say(text: str, *, after_echo: bool = False) -> None:
     """Print *text*, which is for a person, to stderr; on a line of its own where the terminal has echoed a key before."""
-    start = "\n" if after_echo and sys.stderr.isatty() else ""
-    print(f"{start}{text}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        start = "\n" if after_echo and sys.stderr.isatty() else ""
+        print(f"{start}{text}", file=sys.stderr, flush=True)
 
 
 def flush() -> None:
     """Write what stdout still holds; raises as `put` does."""
-    with _stdout_or_sentence():
-        sys.stdout.flush()
+    if sys.stdout is not None:
+        with _stdout_or_sentence():
+            sys.stdout.flush()
 
 
 def never_fail_to_encode() -> None:
@@ -52,7 +56,7 @@ def never_fail_to_encode() -> None:
 
 def nobody_reads() -> None:
     """Drop what is not printed yet, so that Python does not complain at its end that it cannot be."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         _drop(stream)
 
 
@@ -100,7 +104,7 @@ def _stdout_or_sentence() -> Iterator[None]:
 
 
 def _drop(stream: TextIO) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a stream of a test, or none at all, has no file behind it
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no file behind it
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)

@@ -35,7 +35,7 @@ class Progress:
 @contextmanager
 def progress(label: str, *, quiet: bool) -> Iterator[Progress]:
     """A bar that is gone when the work is done; none if *quiet*, where stderr is no terminal, or without tqdm."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield Progress(None)
         return
     try:
