@@ -70,7 +70,7 @@ def _empty_tuple(m: Machine) -> None:
 
 def _stop(m: Machine) -> None:
     if not m.stack:
-        raise IndexError
+        raise ValueError("the pickle stops with nothing on its stack")
     raise Stopped
 
 

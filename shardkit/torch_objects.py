@@ -17,7 +17,7 @@ from shardkit.torch_tensors import Storage, StorageClass, Tensor, Undense, View
 
 
 def find(module: str, name: str) -> object:
-    """What stands for a global of a torch pickle; None if it is none of ours."""
+    """What stands for a global of a torch pickle."""
     full = f"{_RENAMED.get(module, module)}.{name}"
     if module.split(".", 1)[0] == "torch":
         if name in _STORAGES:
@@ -25,7 +25,7 @@ def find(module: str, name: str) -> object:
         if module == "torch" and name in BY_TORCH:
             return BY_TORCH[name]
     build = _BUILDERS.get(full)
-    return Builder(full, build) if build else None
+    return Builder(full, build) if build else Global(full)
 
 
 def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
@@ -156,6 +156,10 @@ def _ordered(args: tuple[object, ...]) -> Dict:
     return table
 
 
+def _bytes(args: tuple[object, ...]) -> object:
+    return Opaque("builtins.bytes", args) if args else b""
+
+
 def _encoded(args: tuple[object, ...]) -> object:
     """Bytes, as protocol 2 has to write them."""
     match args:
@@ -189,7 +193,7 @@ def _nbytes(*values: object) -> int:
 
 
 _INTEGER = frozenset({int})
-_RENAMED = {"__builtin__": "builtins", "torch.tensor": "torch._tensor"}
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 
 _STORAGES = {
     "UntypedStorage": StorageClass(BY_CODE["U8"]),
@@ -238,6 +242,7 @@ _BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "_codecs.encode": _encoded,
     "builtins.set": _collection("builtins.set"),
     "builtins.frozenset": _collection("builtins.frozenset"),
+    "builtins.bytes": _bytes,
     "builtins.complex": _harmless("builtins.complex"),
     "builtins.bytearray": _harmless("builtins.bytearray"),
 }

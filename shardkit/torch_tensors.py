@@ -76,8 +76,9 @@ class View:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage behind it, since the shape may lie."""
-        return self.storage.length * self.storage.kind.dtype.itemsize
+        """Bytes of its values; no more than its storage has, since a shape may lie."""
+        count = prod(self.shape) if len(self.shape) <= _MOST_AXES else self.storage.length
+        return min(max(count, 0), self.storage.length) * self.dtype.itemsize
 
     @property
     def logical_shape(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ def sniff(source: Source) -> bool:
     if source.head[:2] != b"PK":
         return False
     names = {member.name for member in source.members}
-    return _has(names, "data.pkl") and not _has(names, "constants.pkl")
+    return has_member(names, "data.pkl") and not has_member(names, "constants.pkl")
 
 
 def scan(source: Source) -> Checkpoint:
@@ -33,7 +33,7 @@ def scan(source: Source) -> Checkpoint:
         Malformed: the archive or its pickle is broken.
         LimitExceeded: it asks for too much.
     """
-    records = _Records(source)
+    records = Records(source)
     data = source.member(records.member("data.pkl"))
     pickle = unpickle(source.path, data, Vocabulary(find, storage_of), limits=source.limits, where=f"{records.root}data.pkl")
     found = collect(
@@ -47,7 +47,7 @@ def scan(source: Source) -> Checkpoint:
     return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),))
 
 
-class _Records:
+class Records:
     """The members of the archive, by their names below its root."""
 
     def __init__(self, source: Source) -> None:
@@ -61,9 +61,13 @@ class _Records:
         self._storages: dict[str, Payload] = {}
         self.root = self._root()
 
+    def find(self, name: str) -> Member | None:
+        """The member *name*, if there is one."""
+        return self._members.get(self.root + name)
+
     def member(self, name: str) -> Member:
         """The member *name*; ValueError if there is none."""
-        member = self._members.get(self.root + name)
+        member = self.find(name)
         if member is None:
             raise ValueError(f"the archive has no member {shown(self.root + name)}")
         return member
@@ -82,7 +86,7 @@ class _Records:
 
     def is_big_endian(self) -> bool:
         """What the record `byteorder` says."""
-        member = self._members.get(f"{self.root}byteorder")
+        member = self.find("byteorder")
         if member is None:
             return False
         order = bytes(read_all(self._source.member(member))) if member.nbytes < 16 else b""
@@ -99,7 +103,8 @@ class _Records:
         return min(roots, key=len)
 
 
-def _has(names: set[str], name: str) -> bool:
+def has_member(names: set[str], name: str) -> bool:
+    """Whether there is a member *name* in the archive's root or in its only folder."""
     return name in names or any(each.endswith(f"/{name}") for each in names)
 
 
