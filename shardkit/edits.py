@@ -146,7 +146,7 @@ def _refuse_undense(others: Sequence[Other]) -> None:
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
-        return f"{where}: there are no tensors in it"
+        return "; ".join((f"{where}: there are no tensors in it", *checkpoint.notes))
     if not tensors:
         return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
     return f"--include and --exclude leave none of the {len(tensors)} tensors"
