@@ -85,7 +85,9 @@ def test_long_strings_are_left_where_they_are() -> None:
     blob = bytes(range(256)) * 4000
     for protocol in (3, 4, 5):
         content = pickle.dumps([blob, "x" * 5000, b"short", 7], protocol)
-        long, text, short, seven = read(content).value  # type: ignore[misc]  # it is a list of four
+        value = read(content).value
+        assert isinstance(value, list)
+        long, text, short, seven = value
         assert isinstance(long, LongString)
         assert content[long.start : long.start + long.nbytes] == blob
         assert isinstance(text, LongString)

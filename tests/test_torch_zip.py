@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,16 @@ def saved(value: object) -> bytes:
     return file.getvalue()
 
 
-def rezipped(content: bytes, method: int, *, root: str = "", without: tuple[str, ...] = (), **changed: bytes) -> bytes:
+def rezipped(
+    content: bytes, method: int, *, root: str = "", without: Sequence[str] = (), changed: Mapping[str, bytes] | None = None
+) -> bytes:
     """The archive written anew: by another method, under another root, some records left out and some changed."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", method) as new:
         for info in old.infolist():
             name = info.filename.partition("/")[2]
             if name not in without:
-                new.writestr(root + name, changed.get(name, old.read(info)))
+                new.writestr(root + name, (changed or {}).get(name, old.read(info)))
     return file.getvalue()
 
 
@@ -87,26 +90,31 @@ def test_big_endian_words_are_turned(tmp_path: Path) -> None:
     turned = {
         name: b"".join(records[name][at : at + w][::-1] for at in range(0, len(records[name]), w)) for name, w in widths.items()
     }
-    content = rezipped(content, zipfile.ZIP_STORED, root="m/", byteorder=b"big", **turned)
+    content = rezipped(content, zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"big", **turned})
     assert_same(scanned(content, tmp_path))
     typed = torch.load(tmp_path / "m.pt")
     assert all(torch.equal(typed[name], TENSORS[name]) for name in "abc")  # "u", of no typed storage, torch itself gets wrong
 
 
-def test_a_storage_that_is_missing_short_or_long_is_named(tmp_path: Path) -> None:
-    whole = saved({"w": torch.arange(4)})
-    for changes, sentence in (
-        ({"without": ("data/0",)}, "no member 'm/data/0'"),
-        ({"data/0": bytes(31)}, "holds 31 bytes, and 4 elements of I64 need 32"),
-        ({"data/0": bytes(33)}, "holds 33 bytes"),
-    ):
-        content = rezipped(whole, zipfile.ZIP_STORED, root="m/", **changes)  # type: ignore[arg-type]  # one table for both
-        with pytest.raises(Malformed, match=f"tensor 'w': .*{sentence}"):
-            scanned(content, tmp_path)
+FAULTY_RECORDS = {
+    "missing": (rezipped(saved({"w": torch.arange(4)}), 0, root="m/", without=["data/0"]), "no member 'm/data/0'"),
+    "short": (
+        rezipped(saved({"w": torch.arange(4)}), 0, root="m/", changed={"data/0": bytes(31)}),
+        "holds 31 bytes, and 4 elements of I64 need 32",
+    ),
+    "long": (rezipped(saved({"w": torch.arange(4)}), 0, root="m/", changed={"data/0": bytes(33)}), "holds 33 bytes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_RECORDS)
+def test_a_tensor_is_named_whose_storage_is(fault: str, tmp_path: Path) -> None:
+    content, sentence = FAULTY_RECORDS[fault]
+    with pytest.raises(Malformed, match=f"tensor 'w': .*{sentence}"):
+        scanned(content, tmp_path)
 
 
 def test_an_unknown_byte_order_is_refused(tmp_path: Path) -> None:
-    content = rezipped(saved(TENSORS), zipfile.ZIP_STORED, root="m/", byteorder=b"middle")
+    content = rezipped(saved(TENSORS), zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"middle"})
     with pytest.raises(Malformed, match="neither little nor big"):
         scanned(content, tmp_path)
 
@@ -128,10 +136,10 @@ def test_other_zip_archives_are_left_to_others(names: tuple[str, ...], tmp_path:
 
 
 def test_a_data_pkl_that_is_no_torch_pickle_is_refused_or_empty(tmp_path: Path) -> None:
-    content = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", **{"data.pkl": b"not a pickle"})
+    content = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": b"not a pickle"})
     with pytest.raises(Malformed, match=r"m/data\.pkl, byte \d+"):
         scanned(content, tmp_path)
-    plain = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", **{"data.pkl": pickle.dumps(3)})
+    plain = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": pickle.dumps(3)})
     assert scanned(plain, tmp_path).tensors == ()
 
 
