@@ -20,7 +20,7 @@ from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
 from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown, shown_path
 from shardkit.index import LARGEST_READ_BY_HUB
-from shardkit.journal import Identity, begin, boot_id
+from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
 from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
 from shardkit.roots import LeftOut
@@ -200,6 +200,7 @@ def carry_out(
     begun = time.monotonic()
     plan, files = conversion.plan, conversion.checkpoint.files
     out = conversion.out.absolute()
+    mend(out, partial_folder(out))
     check_output(out, files, conversion.source, plan, overwrite=overwrite)
     with begin(partial_folder(out), Identity(plan.digest, files, "" if sync else boot_id())) as journal:
         resumed = len(journal.done)
@@ -207,8 +208,12 @@ def carry_out(
             check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done))
             counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
             _refuse_changed(files)
-        except (Malformed, LimitExceeded, NoRoom):
+        except (Malformed, LimitExceeded):
             journal.discard()
+            raise
+        except NoRoom:
+            if not resumed:  # else what an earlier run finished stays, for when there is room
+                journal.discard()
             raise
         journal.commit(out, single=conversion.single)
     return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)

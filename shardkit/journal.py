@@ -1,10 +1,11 @@
 """OUT.partial/: where an output is written until it is whole, and what of it is done.
 
 1. The journal is a file of JSON lines in OUT.partial/. Its first line says for which plan, from which files and by whom;
-   each further line names a file that is complete, and is written after that file was synced.
+   each further line names a file that is complete, with its length, and is written after that file was synced.
 2. One run at a time: the journal is locked for as long as it is open.
 3. A journal for the same plan and unchanged sources is resumed. Any other is begun anew.
-4. The commit removes the journal and moves the folder, or the one file in it, to OUT by one rename.
+4. The commit moves the folder, or the one file in it, to OUT by one rename, removes what was replaced, and the journal last:
+   a journal in OUT tells that the commit was killed on the way, and `mend` finishes it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -65,7 +66,7 @@ class Journal:
 
     def finished(self, name: str) -> None:
         """Record that the file called *name* is complete."""
-        self._append(json.dumps({"done": name}))
+        self._append(_done_line(self.folder, name))
         self.done.add(name)
 
     def discard(self) -> None:
@@ -80,12 +81,14 @@ class Journal:
             OutputError: the system refuses.
         """
         try:
-            (self.folder / NAME).unlink()
+            if os.name == "nt":
+                self._file.close()  # there no folder moves while a file in it is open
             if self._sync:
                 sync_folder(self.folder)
             _place_file(self.folder, single, out) if single else _place_folder(self.folder, out)
             if self._sync:
                 sync_folder(out.parent)
+            mend(out, self.folder)
         except OSError as error:
             raise OutputError(
                 f"{shown_path(out)}: cannot be put in place: {error.strerror}", hint=f"the complete output is in {self.folder}"
@@ -108,17 +111,24 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
-        with open(folder / NAME, "a+", encoding="utf-8") as file:
+        with open(folder / NAME, "a+", encoding="utf-8", errors="replace") as file:
             _lock(file, folder)
-            done = _finished(file, identity)
-            _keep_only(folder, done or ())
-            journal = Journal(folder, file, done or set(), resumed=done is not None, sync=not identity.boot)
-            if done is None:
-                file.truncate(0)
-                journal._append(identity.line())
+            finished = _finished(file, identity)
+            done = {name for name, nbytes in (finished or {}).items() if _is_whole(folder / name, nbytes)}
+            _keep_only(folder, done)
+            journal = Journal(folder, file, done, resumed=finished is not None, sync=not identity.boot)
+            file.truncate(0)  # a line that was cut off would spoil the next one
+            journal._append("\n".join((identity.line(), *(_done_line(folder, name) for name in sorted(done)))))
             yield journal
     except OSError as error:
         raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=_hint(error)) from None
+
+
+def mend(out: Path, folder: Path) -> None:
+    """Finish a commit to *out* that brought the new output there from *folder*, and was killed before it had cleaned up."""
+    if (out / NAME).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # since the exchange it holds what was replaced
+        (out / NAME).unlink(missing_ok=True)
 
 
 def boot_id() -> str:
@@ -149,16 +159,28 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _finished(file: IO[str], identity: Identity) -> set[str] | None:
+def _done_line(folder: Path, name: str) -> str:
+    return json.dumps({"done": name, "nbytes": (folder / name).stat().st_size})
+
+
+def _finished(file: IO[str], identity: Identity) -> dict[str, int] | None:
     """The files that an earlier run for *identity* completed; None where the journal is new, broken or for another plan."""
     file.seek(0)
     first, *rest = file.read().split("\n")
     if first != identity.line():
         return None
-    return {str(json.loads(line)["done"]) for line in rest[:-1]}  # what follows the last line end was cut off while written
+    try:
+        lines = [json.loads(line) for line in rest[:-1]]  # what follows the last line end was cut off while written
+        return {str(line["done"]): int(line["nbytes"]) for line in lines}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
-def _keep_only(folder: Path, names: Sequence[str] | set[str]) -> None:
+def _is_whole(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
     kept = {folder / name for name in names} | {folder / NAME}
     for parent, folders, files in os.walk(folder, topdown=False):
         for name in files:
@@ -190,19 +212,17 @@ def _lock(file: IO[str], folder: Path) -> None:
 
 def _place_file(folder: Path, name: str, out: Path) -> None:
     os.replace(folder / name, out)
-    folder.rmdir()
+    shutil.rmtree(folder)
 
 
 def _place_folder(folder: Path, out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
         _rename_over_empty(folder, out)
-    elif _exchange(folder, out):
-        shutil.rmtree(folder)
-    else:
+    elif not _exchange(folder, out):
         old = out.with_name(f"{out.name}.old")
         os.rename(out, old)
         os.rename(folder, out)
-        shutil.rmtree(old)
+        os.rename(old, folder)  # as after an exchange
 
 
 def _rename_over_empty(folder: Path, out: Path) -> None:
