@@ -25,6 +25,7 @@ from shardkit.testing.payloads import Watched, check_payload
 from shardkit.testing.suite import READING, check_format
 from shardkit.testing.writers import (
     WRITING,
+    assembled,
     check_dtypes,
     check_large_tensor,
     check_layout,
@@ -40,6 +41,7 @@ __all__ = [
     "WRITING",
     "CodecSample",
     "Watched",
+    "assembled",
     "check_codec",
     "check_damage",
     "check_dtypes",

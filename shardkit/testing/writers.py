@@ -24,7 +24,7 @@ from shardkit.testing.sources import Exact, saying, source_of
 
 _SHAPES = ((), (1,), (0,), (7,), (3, 5), (2, 0, 3), (3, 1, 2, 2))
 _NAMES = (
-    *("weight", "layers.0.attn.q_proj.weight", "a/b", "../up", "C:\\drive", "größe", "重み", "with space", "", ".", "dot."),
+    *("weight", "layers.0.attn.q_proj.weight", "a/b", "../up", "C:\\drive", "größe", "重み", " spaces ", "", ".", "dot."),
     *("x.npy", "'quoted' \"twice\"", "line\nbreak", "nul\0byte", "__metadata__", "format", "x" * 300, "lone \ud800 surrogate"),
 )
 _LARGE = 32 << 20
