@@ -74,6 +74,18 @@ class Item:
     items: list[Item] = field(default_factory=list)
     hidden: int = 0
 
+    @property
+    def tensors(self) -> int:
+        """How many tensors the line stands for, with what is below it."""
+        below = self.place.tensors - sum(leaf.is_tensor for leaf in self.place.leaves)
+        return self.times * (self.leaf.is_tensor if self.leaf else below)
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        below = self.place.nbytes - sum(leaf.nbytes for leaf in self.place.leaves)
+        return self.times * (self.leaf.nbytes if self.leaf else below)
+
 
 @dataclass(frozen=True, slots=True)
 class Line:

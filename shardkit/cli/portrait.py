@@ -84,10 +84,9 @@ def _cells(line: Line) -> tuple[str, str, str, str, str]:
     times = f"{item.times:,} × " if item.times > 1 else ""
     if item.leaf:
         leaf = item.leaf
-        size = "" if leaf.tie or not (leaf.is_tensor or leaf.nbytes) else format_size(leaf.nbytes * item.times)
+        size = "" if leaf.tie or not (leaf.is_tensor or leaf.nbytes) else format_size(item.nbytes)
         return label, f"{times}{leaf.kind}", leaf.shape, size, _clipped(leaf.remark)
-    place = item.place
-    return label, times.rstrip(), several(place.tensors, "tensor"), format_size(place.nbytes * item.times), ""
+    return label, times.rstrip(), several(item.tensors // item.times, "tensor"), format_size(item.nbytes), ""
 
 
 def _clipped(text: str) -> str:
