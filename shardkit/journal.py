@@ -121,7 +121,7 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
             journal._append("\n".join((identity.line(), *(_done_line(folder, name) for name in sorted(done)))))
             yield journal
     except OSError as error:
-        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=_hint(error)) from None
+        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=advice(error)) from None
 
 
 def mend(out: Path, folder: Path) -> None:
@@ -129,6 +129,13 @@ def mend(out: Path, folder: Path) -> None:
     if (out / NAME).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # since the exchange it holds what was replaced
         (out / NAME).unlink(missing_ok=True)
+
+
+def advice(error: OSError) -> str | None:
+    """What to try after *error*, which the system raised while an output was prepared."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the same command again: it goes on from what is done"
+    return None
 
 
 def boot_id() -> str:
@@ -243,9 +250,3 @@ def _exchange(first: Path, second: Path) -> bool:
         renameat2 is not None
         and renameat2(at_cwd, os.fsencode(first.absolute()), at_cwd, os.fsencode(second.absolute()), exchange) == 0
     )
-
-
-def _hint(error: OSError) -> str | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the same command again: it goes on from what is done"
-    return None

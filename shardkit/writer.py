@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shardkit.copying import Copier, Engine, OnBytes, can_clone, clonable, engine_of, reserve
 from shardkit.errors import OutputError, shown_path
-from shardkit.journal import Journal
+from shardkit.journal import Journal, advice
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.plan import OutputFile, Plan
 
@@ -81,7 +81,8 @@ class _Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             counts = self._fill(file, path)
         except OSError as error:
-            raise OutputError(f"{shown_path(path)}: cannot be written: {error.strerror or error}") from None
+            message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
+            raise OutputError(message, hint=advice(error)) from None
         if checked:
             check(path, file)
         with self._lock:
@@ -164,6 +165,6 @@ def _write_summed(file: OutputFile, copier: Copier) -> None:
     at = 0
     crcs: list[int] = []
     for part in file.parts:
-        payload = Literal(part.make(tuple(crcs))) if isinstance(part, Trailer) else part
+        payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
         crcs.append(copier.write_summed(payload, at))
         at += part.nbytes
