@@ -160,7 +160,9 @@ class Source:
         return (memoryview(self.read(at, min(_HEAD, stop - at))) for at in range(start, stop, _HEAD))
 
     def _move_window(self, start: int, nbytes: int) -> None:
-        span = min(max(nbytes, _WINDOW), self.size - start)
+        # Headers that stand close together are read ahead; of those far apart, as between large weights, little is read.
+        near = 0 <= start - self._window_start - len(self._window) < _WINDOW
+        span = min(max(nbytes, _WINDOW if near else _HEAD), self.size - start)
         self._window = b"".join(bytes(chunk) for chunk in self.content.narrow(start, span).chunks())
         self._window_start = start
 

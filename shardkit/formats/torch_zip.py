@@ -105,7 +105,8 @@ class Records:
 
 def has_member(names: set[str], name: str) -> bool:
     """Whether there is a member *name* in the archive's root or in its only folder."""
-    return name in names or any(each.endswith(f"/{name}") for each in names)
+    below = f"/{name}"
+    return name in names or any(each.endswith(below) for each in names)
 
 
 FORMAT = Format(name="torch-zip", suffixes=(".bin", ".pt", ".pth", ".ckpt", ".pth.tar"), sniff=sniff, scan=scan)
