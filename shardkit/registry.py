@@ -120,7 +120,12 @@ def codec_of(source: Source) -> Codec | None:
     if source.is_folder:
         return None
     head = source.head
-    return next((each.record for each in codecs() if each.record and each.record.sniff(head)), None)
+    return next((each.record for each in codecs() if each.record and _is_of(each, each.record, head)), None)
+
+
+def _is_of(plugin: Loaded[Codec], codec: Codec, head: bytes) -> bool:
+    """Whether *head* begins a file of *codec*; one that cannot tell is passed over."""
+    return _load(plugin, "cannot tell what a file is", lambda: codec.sniff(head)) is True
 
 
 def _points(group: str) -> list[EntryPoint]:
@@ -152,7 +157,7 @@ def _load(plugin: Loaded[Record], what: str, call: Callable[[], Result]) -> Resu
         return call()
     except ShardkitError as error:
         return _broken(plugin, f"{what}: {error}")
-    except Exception as error:  # noqa: BLE001 - an import can raise anything, and must not stop other formats
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an import can raise anything, and must not stop other formats
         return _broken(plugin, f"{what}: {type(error).__name__}: {shown(str(error))}")
 
 
