@@ -261,7 +261,7 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
-        yield f"larger than {format_size(limit)} each, and so alone in a shard: {', '.join(map(shown, plan.oversized[:3]))}{more}"
+        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {', '.join(map(shown, plan.oversized[:3]))}{more}"
     if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
 
