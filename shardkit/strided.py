@@ -186,6 +186,8 @@ class _Cut:
 
 def _best_cut(axes: tuple[Axis, ...], itemsize: int) -> _Cut:
     """The cut that reads least for an element of the output; of equals, the one with the largest boxes."""
+    if reach_of(axes) * itemsize <= _SLAB:
+        return _Cut(0, axes[0][0])  # so little that to think about it takes longer
 
     def price(cut: _Cut) -> float:
         box = ((cut.step, axes[cut.axis][1]), *axes[cut.axis + 1 :])
