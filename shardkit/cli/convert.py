@@ -17,6 +17,8 @@ from shardkit.cli.printing import named, put_json, say
 from shardkit.cli.progress import progress
 
 if TYPE_CHECKING:
+    from shardkit.conversion import Conversion, Report
+    from shardkit.dtypes import DType
     from shardkit.edits import Ties
     from shardkit.limits import Limits
 
@@ -67,7 +69,7 @@ def command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     rename: tuple[tuple[str, str], ...],
-    dtype: str | None,
+    dtype: DType | None,
     ties: Ties,
     jobs: int | None,
     no_fsync: bool,
@@ -87,27 +89,25 @@ def command(
     The edits are applied in the order in which they are listed below: root, include and exclude, rename, dtype, ties.
     """
     from shardkit.cli.dry_run import rehearse
-    from shardkit.cli.summary import summary
-    from shardkit.conversion import carry_out, prepare
-    from shardkit.dtypes import parse_dtype
+    from shardkit.conversion import prepare
     from shardkit.edits import Edits
 
     begun = time.monotonic()
     _refuse_shards_of_one_file(context, output, max_shard)
-    edits = Edits(root, include, exclude, rename, parse_dtype(dtype) if dtype else None, ties)
+    edits = Edits(root, include, exclude, rename, dtype, ties)
     conversion = prepare(
         source, output, edits, max_shard=max_shard, format=format, with_companions=not no_companions, limits=limits
     )
     if dry_run:
         rehearse(conversion, overwrite=overwrite, as_json=as_json)
         context.exit()
-    with _resumable(conversion.out), progress("writing", quiet=quiet or as_json) as bar:
-        bar.expect(conversion.plan.nbytes)
-        report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=bar.add, sync=not no_fsync)
+    report = _written(conversion, jobs=jobs, overwrite=overwrite, sync=not no_fsync, quiet=quiet or as_json)
     report = replace(report, seconds=time.monotonic() - begun)
     if as_json:
         put_json(asdict(report))
     elif not quiet:
+        from shardkit.cli.summary import summary
+
         say("\n".join(summary(report)))
 
 
@@ -122,6 +122,14 @@ def _refuse_shards_of_one_file(context: click.Context, output: Path | None, max_
             f"-o {output} is one file, which has no shards: leave out --max-shard, or name a folder, as in -o {output.stem}",
             context,
         )
+
+
+def _written(conversion: Conversion, *, jobs: int | None, overwrite: bool, sync: bool, quiet: bool) -> Report:
+    from shardkit.conversion import carry_out
+
+    with _resumable(conversion.out), progress("writing", quiet=quiet) as bar:
+        bar.expect(conversion.plan.nbytes)
+        return carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=bar.add, sync=sync)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import click
 
+from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
 from shardkit.sizes import parse_size
@@ -66,13 +67,9 @@ def split_rename(word: str) -> tuple[str, str]:
     raise click.BadParameter(f"{word!r} must be REGEX=REPL, as in '^module\\.=' or 'gamma$=weight'")
 
 
-def check_dtype(context: click.Context, parameter: click.Parameter, word: str | None) -> str | None:
-    """*word*, once it is known to name a type."""
-    if word is not None:
-        from shardkit.dtypes import parse_dtype
-
-        _or_usage(parse_dtype, word)
-    return word
+def parse_type(context: click.Context, parameter: click.Parameter, word: str | None) -> DType | None:
+    """The floating-point type that *word* names."""
+    return None if word is None else _or_usage(parse_dtype, word)
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
@@ -106,7 +103,7 @@ _EDITS = (
         callback=parse_renames,
         help="Replace every match in every name; repeatable, in order. Split at the first = with a whole REGEX before it.",
     ),
-    click.option("--dtype", metavar="TYPE", callback=check_dtype, help="Cast floats to bf16, fp16, fp32 ...; needs torch."),
+    click.option("--dtype", metavar="TYPE", callback=parse_type, help="Cast floats to bf16, fp16, fp32 ...; needs torch."),
     click.option(
         "--ties",
         type=click.Choice(["keep-first", "copy"]),

@@ -13,6 +13,7 @@ from shardkit.cli.progress import progress
 
 if TYPE_CHECKING:
     from shardkit.compare import Comparison
+    from shardkit.dtypes import DType
     from shardkit.edits import Edits, Ties
     from shardkit.limits import Limits
 
@@ -40,7 +41,7 @@ def command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     rename: tuple[tuple[str, str], ...],
-    dtype: str | None,
+    dtype: DType | None,
     ties: Ties,
     limits: Limits,
     as_json: bool,
@@ -56,10 +57,9 @@ def command(
     """
     from shardkit.cli.comparison import report
     from shardkit.compare import verify
-    from shardkit.dtypes import parse_dtype
     from shardkit.edits import Edits
 
-    edits = Edits(root, include, exclude, rename, parse_dtype(dtype) if dtype else None, ties)
+    edits = Edits(root, include, exclude, rename, dtype, ties)
     if against is None:
         _refuse_idle(context, edits)
     with progress("checking", quiet=quiet or as_json) as bar:
