@@ -22,6 +22,7 @@ from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown, shown_path
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
+from shardkit.payload import Extent
 from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
 from shardkit.roots import LeftOut
 from shardkit.sizes import format_size, parse_size
@@ -36,6 +37,7 @@ class Conversion:
         source: what is read.
         out: the folder, or the one file, that will appear.
         checkpoint: what the source holds.
+        files: every file that is read, companions too, as it was then.
         edited: what of it is written, under which names.
         plan: the files, part by part.
         single: name of the one file, where *out* is a file.
@@ -45,6 +47,7 @@ class Conversion:
     source: Path
     out: Path
     checkpoint: Checkpoint
+    files: tuple[SourceFile, ...]
     edited: Edited
     plan: Plan
     single: str | None
@@ -171,16 +174,18 @@ def prepare(
         edits = replace(edits, ties="copy")
     edited = edit(checkpoint, edits)
     layout = None if out.is_dir() else registry.writer_for(out.suffix)
+    files = checkpoint.files
     if layout is not None:
         plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
     else:
         folder = _folder(src)
         beside = companions(folder, checkpoint) if with_companions and folder else ()
+        files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
         plan = plan_folder(
             edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
         )
     notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
-    return Conversion(src, out, checkpoint, edited, plan, out.name if layout is not None else None, notes)
+    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes)
 
 
 def carry_out(
@@ -198,7 +203,7 @@ def carry_out(
         OutputError: the output cannot be written or replaced.
     """
     begun = time.monotonic()
-    plan, files = conversion.plan, conversion.checkpoint.files
+    plan, files = conversion.plan, conversion.files
     out = conversion.out.absolute()
     mend(out, partial_folder(out))
     check_output(out, files, conversion.source, plan, overwrite=overwrite)
@@ -261,7 +266,8 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
-        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {', '.join(map(shown, plan.oversized[:3]))}{more}"
+        names = ", ".join(map(shown, plan.oversized[:3]))
+        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
     if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
 

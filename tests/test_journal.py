@@ -100,6 +100,20 @@ def test_a_source_that_changed_since_begins_anew(source: Path, tmp_path: Path) -
     assert shardkit.convert(source, tmp_path / "out", max_shard="9kB").resumed == 0
 
 
+def test_a_companion_that_changed_since_is_copied_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "model" / "config.json"
+    config.parent.mkdir()
+    source.rename(config.parent / "pytorch_model.bin")
+    config.write_text('{"a": 1}')
+    with monkeypatch.context() as kill:
+        kill.setattr(Journal, "commit", killed)
+        with pytest.raises(Killed):
+            shardkit.convert(config.parent, tmp_path / "out")
+    config.write_text('{"a": 2}')
+    shardkit.convert(config.parent, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == '{"a": 2}'
+
+
 def test_a_source_that_changes_while_it_is_read_leaves_nothing(source: Path, tmp_path: Path) -> None:
     def touch(count: int) -> None:
         os.utime(source)

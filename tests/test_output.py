@@ -132,15 +132,17 @@ def test_the_same_input_and_options_give_the_same_bytes(jobs: int, tmp_path: Pat
     assert first == second
 
 
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.integers(1, 30_000), st.booleans())
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.integers(1, 30_000), st.booleans(), st.integers(0, 20))
 def test_the_bound_is_on_the_whole_file_and_what_exceeds_it_stands_alone(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], bound: int, long_names: bool
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], bound: int, long_names: bool, ties: int
 ) -> None:
     folder = tmp_path_factory.mktemp("bound")
     prefix = "é" * 100 if long_names else ""
     state = {f"{prefix}{number}": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
+    state |= {f"{prefix}alias {number}": state[f"{prefix}0"] for number in range(ties)}
     source = save(folder / "big.bin", state)
     report = shardkit.convert(source, folder / "out", max_shard=bound, sync=False)
+    assert set(shardkit.open(folder / "out")) == set(state)
     too_large = [file for file in shards_in(folder / "out") if file.stat().st_size > bound]
     assert all(len(names_in(file)) == 1 for file in too_large)
     assert bool(too_large) == any("alone in a shard" in note for note in report.notes)
