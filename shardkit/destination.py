@@ -53,14 +53,14 @@ def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: P
     _refuse_foreign(out, plan)
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int, source: Path) -> None:
     """Raise NoRoom unless the disk of *folder* has *needed* bytes free."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NoRoom(
-            f"{shown_path(folder)} has {format_size(free)} free, and the output needs {format_size(needed)}",
+            f"{shown_path(folder)} has {format_size(free)} free, and what {shown_path(source)} becomes needs {format_size(needed)}",
             hint="free some space, or choose another disk with -o",
         )
 
@@ -76,7 +76,7 @@ def _stem(path: Path) -> str:
     name = path.name
     if path.is_dir():
         return name or "model"
-    endings = {".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}
+    endings = sorted({".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}, key=len, reverse=True)
     while stripped := next((name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""):
         name = stripped
     return name
