@@ -60,7 +60,7 @@ def save_tiny(path: Path) -> None:
 def save_index(path: Path) -> None:
     """100,000 experts in 40 shards, and their index."""
     path.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(40):
         name = f"model-{shard + 1:05d}-of-00040.safetensors"
         tensors = {f"model.layers.{shard}.mlp.experts.{number}.weight": torch.zeros(4) for number in range(2500)}

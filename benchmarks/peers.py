@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -52,7 +53,13 @@ def _save(state_dict, out: str) -> None:  # type: ignore[no-untyped-def]  # like
     save_torch_state_dict(state_dict, out, max_shard_size="2GB")
 
 
-JOBS = {"hub": hub, "hub-mmap": hub_mmap, "hub-cast": hub_cast, "load": load, "import-torch": import_torch}
+JOBS: dict[str, Callable[..., None]] = {
+    "hub": hub,
+    "hub-mmap": hub_mmap,
+    "hub-cast": hub_cast,
+    "load": load,
+    "import-torch": import_torch,
+}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -210,7 +210,7 @@ def carry_out(
     with begin(partial_folder(out), Identity(plan.digest, files, "" if sync else boot_id())) as journal:
         resumed = len(journal.done)
         try:
-            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done))
+            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), conversion.source)
             counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
             _refuse_changed(files)
         except (Malformed, LimitExceeded):

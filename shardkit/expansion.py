@@ -30,7 +30,9 @@ _RATIO_FROM = 64 << 20
 class Spool:
     """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may read."""
 
-    def __init__(self, origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> None:
+    def __init__(
+        self, origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None, promised: int | None = None
+    ) -> None:
         """Expand nothing yet.
 
         Args:
@@ -38,9 +40,11 @@ class Spool:
             codec: how they are compressed.
             limits: bounds the expansion.
             scratch: folder for the temporary file; None for the system's.
+            promised: bytes that it must expand to; None where nothing tells beforehand.
         """
         self.origin = origin
         self.codec = codec
+        self._promised = promised
         self._limits = limits
         self._scratch = scratch
         self._lock = threading.Lock()
@@ -82,7 +86,7 @@ class Spool:
         return f"Spool({self.origin!r}, {self.codec.name!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # Any: the pickle protocol's own type
-        return Spool, (self.origin, self.codec, self._limits, self._scratch)
+        return Spool, (self.origin, self.codec, self._limits, self._scratch, self._promised)
 
     def _expand(self) -> IO[bytes]:
         with ExitStack() as undo:
@@ -100,9 +104,13 @@ class Spool:
         expanded = 0
         for piece in self.codec.decompress(self.origin.chunks()):
             expanded += len(piece)
+            if self._promised is not None and expanded > self._promised:
+                raise ValueError(f"expands to more than the {self._promised:,} bytes that were promised")
             _check_limits(self.origin, expanded, self._limits)
             self._check_room(expanded)
             file.write(piece)
+        if self._promised is not None and expanded < self._promised:
+            raise ValueError(f"expands to {expanded:,} bytes, {self._promised:,} were promised")
 
     def _check_room(self, expanded: int) -> None:
         if expanded % (16 * CHUNK) >= CHUNK:

@@ -111,7 +111,7 @@ class Source:
         stored = self.payload(data_start(self.path, member, self.read), member.compressed)
         if member.method == STORED:
             return stored
-        return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch), 0, member.nbytes)
+        return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch, member.nbytes), 0, member.nbytes)
 
     def peek(self, member: Member, nbytes: int) -> bytes:
         """The first *nbytes* bytes of what a zip *member* holds, or all of fewer; a compressed one is expanded no further.

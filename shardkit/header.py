@@ -247,7 +247,7 @@ def _lines(entries: Sequence[TensorEntry]) -> Iterator[str]:
         if not entry.dtype.writable:
             raise Unwritable(
                 f"tensor {shown(entry.name)} is {entry.dtype.code}, and safetensors has no such type",
-                hint="leave it out with --exclude, or choose another type with --dtype",
+                hint=f"leave it out: --exclude {shown(entry.name)}",
             )
         shape = ",".join(map(str, entry.shape))
         start = stop - entry.nbytes

@@ -36,20 +36,68 @@ class LeftOut:
 
 @dataclass(slots=True)
 class Node:
-    """A place in the tree of names, with the tensors and the weights of other kinds that have this very name."""
+    """A place in the tree of names, and what can be said of all that lies at and below it.
 
-    path: tuple[str, ...]
+    Attributes:
+        step: the last name of its path.
+        parent: the place above; None for the root of the tree.
+        children: the places below, by their steps.
+        tensors: those that have this very path.
+        undense: weights of other kinds that have this very path.
+        holds_weights: whether there are any at or below.
+        is_incidental: whether all of them are scalars or random-number states.
+        is_numbered: whether all names below are numbers.
+        is_optimizer_state: whether all weights are an optimizer's: of one, of a list of them, or of one beside its slots.
+    """
+
+    step: str = ""
+    parent: Node | None = None
     children: dict[str, Node] = field(default_factory=dict)
     tensors: list[TensorEntry] = field(default_factory=list)
     undense: list[Other] = field(default_factory=list)
+    holds_weights: bool = False
+    is_incidental: bool = True
+    is_numbered: bool = True
+    is_optimizer_state: bool = False
 
-    def walk(self) -> Iterator[Node]:
-        """This node and all below it."""
-        stack = [self]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+    def judge(self) -> None:
+        """Fill in what is said of the place, when it is said of all below."""
+        children = self.children.values()
+        bearing = [child for child in children if child.holds_weights]
+        optimizers = [child for child in bearing if child.is_optimizer_state]
+        self.holds_weights = bool(self.tensors or self.undense or bearing)
+        self.is_incidental = not self.undense and all(map(_is_incidental, self.tensors)) and all(c.is_incidental for c in bearing)
+        self.is_numbered = all(step.isdecimal() and child.is_numbered for step, child in self.children.items())
+        beside = (child.is_optimizer_state or child.is_list for child in bearing)
+        self.is_optimizer_state = {"state", "param_groups"} <= self.children.keys() or (bool(optimizers) and all(beside))
+
+    @property
+    def is_list(self) -> bool:
+        return bool(self.children) and self.is_numbered
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether weights hang on this place by names of their own, and not just counters and the like."""
+        return any((child.tensors or child.undense) and not child.is_incidental for child in self.children.values())
+
+    @property
+    def why_aside(self) -> str | None:
+        """Why no model lies here; None where one may."""
+        if not self.holds_weights:
+            return "holds no tensors"
+        if self.is_optimizer_state:
+            return "optimizer state"
+        return "loop or random-number state" if self.is_incidental else None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The steps from the root down to this place; not kept, since a tree may be 100,000 deep."""
+        steps: list[str] = []
+        node = self
+        while node.parent is not None:
+            steps.append(node.step)
+            node = node.parent
+        return tuple(reversed(steps))
 
     @property
     def name(self) -> str:
@@ -57,19 +105,13 @@ class Node:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights at and below this node."""
-        return sum(
-            sum(entry.nbytes for entry in node.tensors) + sum(other.nbytes for other in node.undense) for node in self.walk()
-        )
-
-    @property
-    def holds_weights(self) -> bool:
-        return any(node.tensors or node.undense for node in self.walk())
-
-    @property
-    def own(self) -> list[TensorEntry]:
-        """The tensors that hang on this node by a name of their own."""
-        return [entry for child in self.children.values() for entry in child.tensors]
+        """Bytes of all weights at and below."""
+        total, stack = 0, [self]
+        while stack:
+            node = stack.pop()
+            total += sum(entry.nbytes for entry in node.tensors) + sum(other.nbytes for other in node.undense)
+            stack.extend(node.children.values())
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,101 +141,74 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
     tree = tree_of(checkpoint)
     node = _find_model(tree) if root is None else _named(tree, root)
     aside = _set_aside(node) if root is None else {}
-    chosen = _Chosen(node, aside)
+    chosen = _Chosen(node.path, aside)
     left_out = tuple(_left_out(tree, node, aside))
-    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, node.path)
+    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, chosen.path)
 
 
 def tree_of(checkpoint: Checkpoint) -> Node:
     """The tree that the paths of all tensors and others span."""
-    tree = Node(())
+    nodes = [Node()]
     for entry in checkpoint.tensors:
-        _place(tree, entry.path).tensors.append(entry)
+        _place(nodes, entry.path).tensors.append(entry)
     for other in checkpoint.others:
-        node = _place(tree, other.path)
+        node = _place(nodes, other.path)
         if other.is_weight:
             node.undense.append(other)
-    return tree
+    for node in reversed(nodes):  # every place was made after the one above it
+        node.judge()
+    return nodes[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    node: Node
-    aside: dict[tuple[str, ...], str]
+    path: tuple[str, ...]
+    aside: dict[str, str]
 
     def tensors(self, entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
-        depth = len(self.node.path)
+        depth = len(self.path)
         if not depth and not self.aside:
             return tuple(entries)
         return tuple(TensorEntry(e.path[depth:], e.dtype, e.shape, e.payload) for e in entries if self._holds(e.path))
 
     def others(self, others: Iterable[Other]) -> tuple[Other, ...]:
-        depth = len(self.node.path)
+        depth = len(self.path)
         return tuple(Other(o.path[depth:], o.kind, o.nbytes, o.reason) for o in others if self._holds(o.path))
 
     def _holds(self, path: tuple[str, ...]) -> bool:
-        depth = len(self.node.path)
-        return path[:depth] == self.node.path and len(path) > depth and path[: depth + 1] not in self.aside
+        depth = len(self.path)
+        return path[:depth] == self.path and len(path) > depth and path[depth] not in self.aside
 
 
-def _place(tree: Node, path: tuple[str, ...]) -> Node:
-    node = tree
-    for depth, name in enumerate(path, 1):
-        child = node.children.get(name)
-        if child is None:
-            child = node.children[name] = Node(path[:depth])
-        node = child
+def _place(nodes: list[Node], path: tuple[str, ...]) -> Node:
+    """The place at *path*; it and those above it are made, and added to *nodes*, where they are missing."""
+    node = nodes[0]
+    for step in path:
+        if step not in node.children:
+            node.children[step] = Node(step, node)
+            nodes.append(node.children[step])
+        node = node.children[step]
     return node
 
 
 def _find_model(tree: Node) -> Node:
     node = tree
-    while all(map(_is_incidental, node.own)):
-        candidates = _candidates(node)
+    while not node.has_own_weights:
+        bearing = [child for child in node.children.values() if child.why_aside is None]
+        candidates = [child for child in bearing if not child.is_list] or bearing
         if not candidates:
             break
         if len(candidates) > 1:
             raise _ambiguous(candidates)
         node = candidates[0]
-    if not node.children:  # a lone tensor, named by the step that led to it
-        return Node(node.path[:-1], {node.path[-1]: node}) if node.path else node
     return node
 
 
-def _candidates(node: Node) -> list[Node]:
-    bearing = [child for name, child in node.children.items() if _why_aside(child) is None]
-    named = [child for child in bearing if not _is_list(child)]
-    return named or bearing
-
-
-def _set_aside(node: Node) -> dict[tuple[str, ...], str]:
-    """The subtrees below the model's *node* that are no part of it, each with the reason."""
-    subtrees = [child for child in node.children.values() if child.children and child.holds_weights]
-    reasons = {child.path: reason for child in subtrees if (reason := _why_aside(child))}
+def _set_aside(node: Node) -> dict[str, str]:
+    """The steps to the subtrees below the model's *node* that are no part of it, each with the reason."""
+    subtrees = (child for child in node.children.values() if child.children and child.holds_weights)
+    reasons = {child.step: reason for child in subtrees if (reason := child.why_aside)}
     return reasons if len(reasons) < len(node.children) else {}
-
-
-def _why_aside(node: Node) -> str | None:
-    if not node.holds_weights:
-        return "holds no tensors"
-    if _is_optimizer_state(node):
-        return "optimizer state"
-    if all(not each.undense and all(map(_is_incidental, each.tensors)) for each in node.walk()):
-        return "loop or random-number state"
-    return None
-
-
-def _is_optimizer_state(node: Node) -> bool:
-    """Whether all its weights are an optimizer's: of one, of a list of them, or of one wrapped with its slots."""
-    if {"state", "param_groups"} <= node.children.keys():
-        return True
-    inside = [child for child in node.children.values() if child.holds_weights]
-    optimizers = [child for child in inside if child.children and _is_optimizer_state(child)]
-    return bool(optimizers) and all(child in optimizers or _is_list(child) for child in inside)
-
-
-def _is_list(node: Node) -> bool:
-    return bool(node.children) and all(name.isdecimal() for each in node.walk() for name in each.children)
 
 
 def _is_incidental(entry: TensorEntry) -> bool:
@@ -217,16 +232,16 @@ def _named(tree: Node, root: str) -> Node:
     )
 
 
-def _left_out(tree: Node, chosen: Node, aside: dict[tuple[str, ...], str]) -> Iterator[LeftOut]:
+def _left_out(tree: Node, chosen: Node, aside: dict[str, str]) -> Iterator[LeftOut]:
     """What is beside the way down to *chosen*, topmost places only, and what is set aside below it."""
     node = tree
-    for name in chosen.path:
+    for step in chosen.path:
         for child in node.children.values():
-            if child.path[-1] != name:
-                yield LeftOut(child.name, child.nbytes, _why_aside(child) or "beside the model")
-        node = node.children[name]
-    for path, reason in aside.items():
-        yield LeftOut(".".join(path), chosen.children[path[-1]].nbytes, reason)
+            if child.step != step:
+                yield LeftOut(child.name, child.nbytes, child.why_aside or "beside the model")
+        node = node.children[step]
+    for step, reason in aside.items():
+        yield LeftOut(chosen.children[step].name, chosen.children[step].nbytes, reason)
 
 
 def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> obj
         raise Malformed(path, f"byte {error.start:,} is not UTF-8 text", where=where) from None
     except json.JSONDecodeError as error:
         raise Malformed(path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where) from None
-    except ValueError as error:  # ours from below, or an integer of too many digits
+    except ValueError as error:  # ours from below, or Python's: an integer of more digits than it converts
+        if "set_int_max_str_digits" in str(error):
+            error = ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits")
         raise Malformed(path, f"broken JSON: {error}", where=where) from None
     _check_nesting(path, document, limits, where)
     _check_surrogates(path, content, document, where)

@@ -12,8 +12,8 @@ from shardkit.dtypes import BY_CODE
 from shardkit.edits import Edited
 from shardkit.errors import Unwritable
 from shardkit.formats.safetensors import FORMAT
-from shardkit.payload import Extent
-from shardkit.plan import INDEX_NAME, Plan, by_size, plan_file, plan_folder
+from shardkit.payload import Extent, Literal
+from shardkit.plan import INDEX_NAME, OutputFile, Plan, by_size, plan_file, plan_folder
 
 F32 = BY_CODE["F32"]
 SOURCE = Path("/source/big.bin")
@@ -21,6 +21,13 @@ SOURCE = Path("/source/big.bin")
 
 def tensor(name: str, elements: int, start: int = 0) -> TensorEntry:
     return TensorEntry((name,), F32, (elements,), Extent(SOURCE, start, 4 * elements))
+
+
+def literal(file: OutputFile) -> bytes:
+    """What a file begins with that is held in the plan itself."""
+    (first, *_) = file.parts
+    assert isinstance(first, Literal)
+    return first.content
 
 
 def edited(*entries: TensorEntry, **aliases: str) -> Edited:
@@ -61,7 +68,7 @@ def test_several_shards_are_numbered_and_indexed() -> None:
         "model-00002-of-00002.safetensors",
         INDEX_NAME,
     ]
-    index = json.loads(b"".join(bytes(chunk) for part in plan.files[-1].parts for chunk in part.chunks()))
+    index = json.loads(literal(plan.files[-1]))
     assert list(index["weight_map"].items()) == [("a", plan.files[1].name), ("b", plan.files[0].name)]
     assert index["metadata"]["total_size"] == plan.total_size == 16_000
 
@@ -74,7 +81,7 @@ def test_what_is_larger_than_the_bound_stands_alone_and_is_named() -> None:
 
 def test_a_folded_tie_is_recorded_beside_the_tensor_that_is_kept() -> None:
     plan = plan_folder(edited(tensor("a", 2000), tensor("b", 2000, 9000), c="b"), FORMAT, max_shard=10_000, metadata={"by": "me"})
-    headers = [json.loads(bytes(next(file.parts[0].chunks()))[8:]) for file in plan.shards]
+    headers = [json.loads(literal(file)[8:]) for file in plan.shards]
     assert [header["__metadata__"] for header in headers] == [
         {"format": "pt", "by": "me"},
         {"format": "pt", "by": "me", "c": "b"},

@@ -18,7 +18,7 @@ def plain(*path: str) -> Other:
     return Other(path, OtherKind.OBJECT, 0, "a list of 1")
 
 
-OPTIMIZER = [tensor("optimizer", "state", "0", "exp_avg"), plain("optimizer", "param_groups")]
+OPTIMIZER: list[TensorEntry | Other] = [tensor("optimizer", "state", "0", "exp_avg"), plain("optimizer", "param_groups")]
 
 MODELS: dict[str, tuple[list[TensorEntry | Other], list[str], list[str]]] = {
     "a flat state dict": ([tensor("a.weight"), tensor("a.bias")], ["a.weight", "a.bias"], []),
@@ -103,3 +103,15 @@ def test_a_name_on_the_way_may_hold_dots() -> None:
 def test_a_root_that_is_not_there_says_what_is() -> None:
     with pytest.raises(NothingSelected, match=re.escape("nothing to enter at 'modle'; the file holds 'model', 'n'")):
         select_root(Checkpoint((tensor("model", "w"), tensor("n", "w"))), "modle")
+
+
+def test_a_tree_of_any_depth_is_walked() -> None:
+    path = ("a",) * 50_000
+    deep = Checkpoint((tensor(*path, "w"), tensor("optimizer", "state", *path, "m")), (plain("optimizer", "param_groups"),))
+    (found,) = select_root(deep, None).tensors
+    assert found.path == ("w",)
+
+
+def test_two_undense_weights_at_the_top_are_the_model() -> None:
+    sparse = tuple(Other((name,), OtherKind.SPARSE, 8, "sparse") for name in "ab")
+    assert select_root(Checkpoint((), sparse), None).others == sparse

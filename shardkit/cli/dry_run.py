@@ -45,7 +45,7 @@ def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
     check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{shown_path(folder)} may not be written to", hint="choose another output with -o")
-    check_room(folder, needed)
+    check_room(folder, needed, conversion.source)
     if not as_json:
         free = format_size(shutil.disk_usage(folder).free)
         put(f"It needs {format_size(needed)}, and {named(folder)} has {free} free. Nothing was written.")
