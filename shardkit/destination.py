@@ -60,7 +60,8 @@ def check_room(folder: Path, needed: int, source: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NoRoom(
-            f"{shown_path(folder)} has {format_size(free)} free, and what {shown_path(source)} becomes needs {format_size(needed)}",
+            f"{shown_path(folder)} has {format_size(free)} free, "
+            f"and the output of {shown_path(source)} needs {format_size(needed)}",
             hint="free some space, or choose another disk with -o",
         )
 

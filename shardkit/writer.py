@@ -123,17 +123,16 @@ def check(path: Path, file: OutputFile) -> None:
         OutputError: it does not take the file.
     """
     try:
-        import numpy  # noqa: F401 - the reference reader needs it to open a file
         from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as opened:  # which itself imports numpy
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise _faulty(path, f"the reference reader does not take it: {error}") from None
     except ImportError:
         if path.stat().st_size != file.nbytes:
             raise _faulty(path, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there") from None
-        return
-    try:
-        with safe_open(path, framework="np") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise _faulty(path, f"the reference reader does not take it: {error}") from None
 
 
 def _faulty(path: Path, message: str) -> OutputError:

@@ -142,7 +142,7 @@ def test_a_dry_run_of_what_cannot_be_done_shows_the_plan_and_exits_1(
     assert main(["convert", TRAINING, "-o", "out", "--dry-run"]) == 1
     shown = capsys.readouterr()
     assert "model.safetensors" in shown.out
-    assert "has 100 B free, and the output needs" in shown.err
+    assert "has 100 B free, and the output of" in shown.err
     (room / "full").mkdir()
     (room / "full" / "notes.txt").write_text("mine")
     assert main(["convert", TRAINING, "-o", "full", "--dry-run", "--overwrite"]) == 1
