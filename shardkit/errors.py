@@ -14,6 +14,9 @@ ShardkitError (.hint)
 │   └── BadDType                    a type that is none, or that nothing can be cast to
 ├── OutputError                     the output cannot be written or replaced
 │   └── NoRoom                      the disk is too small for it
+├── LoadError                       a checkpoint cannot become a running model
+│   ├── Mismatch (.missing .unexpected .wrong_shape)  the model and the checkpoint are not of one kind
+│   └── OverBudget (.needed .available)  the memory that may be used is too small
 └── PluginError (.distribution .entry_point)  a plugin cannot be loaded
 
 A message is a sentence for the person who holds the file: where, what was found, what was needed. *hint* says what to
@@ -22,6 +25,7 @@ try. Values that come out of a file reach a message only through `shown`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 _SHOWN_CHARACTERS = 80
@@ -123,6 +127,48 @@ class OutputError(ShardkitError):
 
 class NoRoom(OutputError):
     """The disk has less room than the output needs."""
+
+
+class LoadError(ShardkitError):
+    """A checkpoint cannot become a running model."""
+
+
+class Mismatch(LoadError):
+    """The model and the checkpoint are not of one kind.
+
+    Attributes:
+        missing: names that the model has and the checkpoint has not.
+        unexpected: names that the checkpoint has and the model has not.
+        wrong_shape: for each name, the shape in the checkpoint and the shape in the model.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.missing = missing
+        self.unexpected = unexpected
+        self.wrong_shape = dict(wrong_shape or {})
+
+
+class OverBudget(LoadError):
+    """The memory that may be used is too small.
+
+    Attributes:
+        needed: bytes.
+        available: bytes.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.needed = needed
+        self.available = available
 
 
 class PluginError(ShardkitError):
