@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardkit.checkpoint import Checkpoint, SourceFile
-from shardkit.errors import Malformed, shown
-from shardkit.format import Format, Source
 from shardkit.object_tree import collect
-from shardkit.payload import Payload
 from shardkit.pickles import Pickle, unpickle
+from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, shown
 from shardkit.sizes import format_size
 from shardkit.stand_ins import Global, Vocabulary
 from shardkit.torch_objects import find

@@ -14,16 +14,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from shardkit.checkpoint import Checkpoint, Other, OtherKind, SourceFile
-from shardkit.errors import LimitExceeded, Malformed, shown
-from shardkit.format import Format, Source
 from shardkit.formats.torch_zip import Records, has_member
 from shardkit.object_tree import collect
 from shardkit.pickles import Pickle, unpickle
+from shardkit.plugin import Checkpoint, Format, LimitExceeded, Malformed, Member, Other, OtherKind, Source, SourceFile, shown
 from shardkit.stand_ins import Builder, Dict, Opaque, Vocabulary
 from shardkit.torch_objects import find
 from shardkit.torch_tensors import Undense, View, storage_of
-from shardkit.zips import Member
 
 
 def sniff(source: Source) -> bool:

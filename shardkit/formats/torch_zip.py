@@ -6,16 +6,12 @@
 
 from __future__ import annotations
 
-from shardkit.checkpoint import Checkpoint, SourceFile
-from shardkit.errors import Malformed, shown
-from shardkit.format import Format, Source
 from shardkit.object_tree import collect
-from shardkit.payload import Payload, read_all
 from shardkit.pickles import unpickle
+from shardkit.plugin import Checkpoint, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
 from shardkit.stand_ins import Vocabulary
 from shardkit.torch_objects import find
 from shardkit.torch_tensors import Storage, storage_of
-from shardkit.zips import Member
 
 
 def sniff(source: Source) -> bool:
