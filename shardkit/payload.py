@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from uuid import uuid4
 
 from shardkit.errors import FormatError, Malformed
 
@@ -105,6 +106,45 @@ class Literal:
 
     def chunks(self) -> Iterator[memoryview]:
         whole = memoryview(self.content)
+        return (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Weights that are in memory already; chunks are views of it, and nothing is copied but to pickle.
+
+    Equal are the same runs of one memory: which memory it is, is told by a name that it is given when it is first held. Where
+    tensors share memory, hold it once and narrow.
+
+    Attributes:
+        memory: C-contiguous, and not written while it is held.
+        origin: the name.
+        start: where in that memory the run begins.
+    """
+
+    memory: bytes | bytearray | memoryview = field(compare=False, repr=False)
+    origin: str = field(default_factory=lambda: uuid4().hex)
+    start: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        memory = memoryview(self.memory)
+        object.__setattr__(self, "memory", memory.cast("B") if memory.nbytes else memoryview(b""))
+        object.__setattr__(self, "nbytes", memory.nbytes)
+
+    def __reduce__(self) -> tuple[type[Buffer], tuple[bytes, str, int]]:
+        return Buffer, (bytes(self.memory), self.origin, self.start)
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return ()
+
+    def narrow(self, start: int, nbytes: int) -> Buffer:
+        check_range(start, nbytes, self.nbytes)
+        return Buffer(self.memory[start : start + nbytes], self.origin, self.start + start)
+
+    def chunks(self) -> Iterator[memoryview]:
+        whole = memoryview(self.memory)
         return (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
 
 
