@@ -45,7 +45,7 @@ def peak(statement: str, *arguments: Path) -> int:
     [
         "shardkit.open(sys.argv[1])",
         "shardkit.convert(sys.argv[1], sys.argv[2], sync=False)",
-        "shardkit.verify(sys.argv[1], sys.argv[1])",
+        "shardkit.verify(sys.argv[1])",
     ],
     ids=["open", "convert", "verify"],
 )
