@@ -117,4 +117,5 @@ def test_equal_buffers_are_the_same_run_of_one_memory() -> None:
 
 
 def test_memory_of_any_items_is_held_as_bytes() -> None:
-    assert read_all(Buffer(memoryview(torch.arange(6, dtype=torch.int16).reshape(2, 3).numpy()))).hex() == "000001000200030004000500"
+    table = torch.arange(6, dtype=torch.int16).reshape(2, 3).numpy()
+    assert read_all(Buffer(memoryview(table))).hex() == "000001000200030004000500"
