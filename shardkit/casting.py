@@ -1,4 +1,4 @@
-"""A payload that changes the type of floats while it is read, exactly as `Tensor.to` does.
+"""A payload that changes the type of numbers while it is read, exactly as `Tensor.to` does.
 
 Torch is imported when the first byte is asked for. It is given so little at a time that it stays in the processor's
 cache, and that torch finds no work in it for threads of its own: the writer's threads are enough, and more would be
@@ -24,10 +24,10 @@ _OUTPUT = 1 << 20  # bytes of a chunk
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Floats of the type *source*, as *target*: rounded to nearest even, out of range as torch has it.
+    """Numbers of the type *source*, as *target*: floats rounded to nearest even, out of range as torch has it.
 
     Attributes:
-        inner: the floats as they are stored.
+        inner: the numbers as they are stored.
         source: their type.
         target: the type they get.
 
@@ -41,9 +41,9 @@ class Cast:
     target: DType
 
     def __post_init__(self) -> None:
-        if not (_is_cast(self.source) and _is_cast(self.target)):
+        if not can_cast(self.source, self.target):
             raise Unwritable(
-                f"{self.source.code} cannot be cast to {self.target.code}: torch casts floats of 8 bits and more",
+                f"{self.source.code} cannot be cast to {self.target.code}: torch casts numbers of 8 bits and more",
                 hint="leave such tensors out with --exclude, or keep the types by leaving --dtype away",
             )
         if self.inner.nbytes % self.source.itemsize:
@@ -79,8 +79,10 @@ class Cast:
                 yield output[: len(part) * self.target.itemsize]
 
 
-def _is_cast(dtype: DType) -> bool:
-    return dtype.kind == "float" and dtype.bits >= 8 and dtype.torch is not None
+def can_cast(source: DType, target: DType) -> bool:
+    """Whether torch makes *target* of *source* without losing more than precision: complex numbers stay complex."""
+    known = all(dtype.bits >= 8 and dtype.torch is not None for dtype in (source, target))
+    return known and (source.kind != "complex" or target.kind == "complex")
 
 
 def _parts(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:

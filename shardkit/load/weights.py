@@ -1,0 +1,83 @@
+"""What of a model a checkpoint fills: its weights, each physical one once with all its names.
+
+Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shardkit.dtypes import BY_TORCH, DType
+
+_EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One physical tensor of a model.
+
+    Attributes:
+        names: all its names in the model's state dict, in its order.
+        tensor: the object that all these names hold; on the meta device as long as nothing is loaded.
+        is_buffer: whether it is a buffer under each of its names.
+    """
+
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+    is_buffer: bool
+
+
+def weights_of(model: nn.Module) -> Iterator[Weight]:
+    """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
+    tensors: dict[int, torch.Tensor] = {}
+    names: dict[int, list[str]] = {}
+    parameters: set[int] = set()
+    for name, tensor, is_parameter in _named_tensors(model):
+        tensors[id(tensor)] = tensor
+        names.setdefault(id(tensor), []).append(name)
+        if is_parameter:
+            parameters.add(id(tensor))
+    return (Weight(tuple(names[key]), tensor, key not in parameters) for key, tensor in tensors.items())
+
+
+def unreal_buffers(model: nn.Module) -> Iterator[str]:
+    """Buffers that no checkpoint holds and that have no values."""
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.is_meta:
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def extra_states(model: nn.Module) -> Iterator[str]:
+    """The keys of what modules keep in a state dict beside their tensors, and take back by `set_extra_state`."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            yield f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE
+
+
+def stored_type(dtype: torch.dtype) -> DType | None:
+    """What *dtype* is in a checkpoint; None if no checkpoint has it."""
+    return BY_TORCH.get(str(dtype).removeprefix("torch."))
+
+
+def torch_type(dtype: DType) -> torch.dtype | None:
+    """What *dtype* is in torch; None if the torch that is installed has no such type."""
+    found = getattr(torch, dtype.torch, None) if dtype.torch else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name, tensor and whether it is a parameter, for all that a state dict of *model* holds, without making one."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dotted = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dotted + name, parameter, True
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield dotted + name, buffer, False
