@@ -61,7 +61,7 @@ def test_rows_are_read_in_the_memory_there_is(slab: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("rows", [3, 3_000])
 def test_large_joins_come_in_whole_pages(rows: int) -> None:
     tensors = [torch.randint(0, 255, (rows, 12_000_011 // rows), dtype=torch.uint8) for _ in range(2)]
-    payload = joined([Buffer(memoryview(t.numpy())) for t in tensors], [t.shape for t in tensors], 1)
+    payload = joined([Buffer(t.numpy().data) for t in tensors], [t.shape for t in tensors], 1)
     lengths = [len(chunk) for chunk in payload.chunks()]
     assert all(n <= CHUNK for n in lengths)
     assert all(n % PAGE == 0 for n in lengths[:-1])
@@ -118,4 +118,4 @@ def test_equal_buffers_are_the_same_run_of_one_memory() -> None:
 
 def test_memory_of_any_items_is_held_as_bytes() -> None:
     table = torch.arange(6, dtype=torch.int16).reshape(2, 3).numpy()
-    assert read_all(Buffer(memoryview(table))).hex() == "000001000200030004000500"
+    assert read_all(Buffer(table.data)).hex() == "000001000200030004000500"
