@@ -14,16 +14,17 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgtp])(i?))?b?\s*", re.IGN
 _HINT = 'write a number of bytes, or one with a unit, as in "2GB", "500MiB" or "1.5G"'
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, *, least: int = 1) -> int:
     """The number of bytes that *size* says.
 
     Raises:
-        BadSize: it is no size, or less than one byte.
+        BadSize: it is no size, or less than *least* bytes.
     """
     if isinstance(size, str):
         size = _parse(size)
-    if size < 1:
-        raise BadSize(f"a size must be at least one byte, found {shown(size)}", hint=_HINT)
+    if size < least:
+        bound = "one byte" if least == 1 else f"{least} bytes"
+        raise BadSize(f"a size must be at least {bound}, found {shown(size)}", hint=_HINT)
     return size
 
 

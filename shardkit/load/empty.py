@@ -1,0 +1,132 @@
+"""Build models without their weights: parameters go elsewhere, to the meta device above all, as soon as they are registered.
+
+1. The registration hooks of torch do it; nothing of torch is replaced. They are installed once, when the first context is
+   entered, and stay, idle outside of contexts: taking one away while another thread registers a parameter would end that
+   thread's walk over the hooks with an error.
+2. Only the thread that entered a context is affected, and of nested contexts only the innermost acts.
+3. An object that is registered again gets the twin that it got the first time, so that tied weights stay tied.
+4. Whether a buffer is persistent is known only after the hook has run, so a buffer goes elsewhere one registration late.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
+    """Within this context, models are built with no memory for their weights: parameters are on the meta device.
+
+    At any moment one parameter at most takes memory, the one under construction. Buffers that no checkpoint holds are real.
+
+    Args:
+        include_buffers: whether persistent buffers are on the meta device too.
+    """
+    with init_on_device(torch.device("meta"), include_buffers):
+        yield
+
+
+@contextmanager
+def init_on_device(device: torch.device | str | int, include_buffers: bool = False) -> Iterator[None]:
+    """Within this context, models are built with their parameters on *device*.
+
+    Class, attributes and ties of parameters are kept; those of lazy modules, which have no shape yet, are left as they are.
+
+    Args:
+        device: where the parameters go.
+        include_buffers: whether persistent buffers go there too.
+    """
+    _install()
+    context = _Context(torch.device(device), include_buffers)
+    _here.contexts.append(context)
+    try:
+        yield
+    finally:
+        _here.contexts.remove(context)
+        context.settle()
+
+
+@dataclass(slots=True, eq=False)
+class _Context:
+    device: torch.device
+    include_buffers: bool
+    twins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    pending: tuple[nn.Module, str, torch.Tensor] | None = None
+
+    def parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        self.settle()
+        return self._twin(parameter)
+
+    def buffer(self, module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+        self.settle()
+        if self.include_buffers and isinstance(buffer, torch.Tensor):
+            self.pending = (module, name, buffer)
+
+    def settle(self) -> None:
+        """Move the buffer that was registered last, if it is still there and persistent."""
+        if self.pending is None:
+            return
+        module, name, buffer = self.pending
+        self.pending = None
+        if module._buffers.get(name) is buffer and name not in module._non_persistent_buffers_set:
+            module._buffers[name] = self._twin(buffer)
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_lazy(tensor):
+            return tensor
+        if tensor not in self.twins:
+            twin = tensor if tensor.device == self.device else _moved(tensor, self.device)
+            self.twins[tensor] = self.twins[twin] = twin
+        found = self.twins[tensor]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+class _Here(threading.local):
+    """The contexts that this thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[_Context] = []
+
+
+_here = _Here()
+_installing = threading.Lock()
+_installed: list[RemovableHandle] = []
+
+
+def _install() -> None:
+    with _installing:
+        if not _installed:
+            # torch declares that the hook returns None, and documents that it may return another parameter.
+            _installed.append(register_module_parameter_registration_hook(_on_parameter))  # type: ignore[arg-type]
+            _installed.append(register_module_buffer_registration_hook(_on_buffer))
+
+
+def _on_parameter(module: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    return _here.contexts[-1].parameter(parameter) if _here.contexts else None
+
+
+def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+    if _here.contexts:
+        _here.contexts[-1].buffer(module, name, buffer)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """*tensor* on *device*, of the same class and with the same attributes; no method of the class is asked to make it."""
+    if issubclass(type(tensor), nn.Parameter):
+        moved = torch.Tensor._make_subclass(type(tensor), tensor.data.to(device), tensor.requires_grad)
+    else:  # a tensor of another kind, which may say that it is a parameter: its own operations know how to move it
+        moved = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+    for name, attribute in getattr(tensor, "__dict__", {}).items():
+        moved.__dict__.setdefault(name, attribute)
+    return moved
