@@ -1,0 +1,103 @@
+"""Device maps: cleaned, checked, looked up, and kept off the disk; compared with Accelerate."""
+
+from __future__ import annotations
+
+import warnings
+
+import accelerate.utils as theirs  # type: ignore[import-untyped] # it ships no types
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers.integrations.accelerate import expand_device_map
+
+from shardkit.errors import LoadError, OverBudget
+from shardkit.load.device_maps import check_device_map, clean_device_map, device_of, refuse_disk
+
+LEAVES = st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map(".".join), min_size=1, max_size=12, unique=True)
+
+
+def model() -> nn.Module:
+    made = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
+    made.register_parameter("bare", nn.Parameter(torch.ones(2)))
+    made.register_buffer("derived", torch.ones(2), persistent=False)
+    return made
+
+
+@given(LEAVES, st.data())
+def test_maps_are_cleaned_as_by_accelerate(names: list[str], data: st.DataObject) -> None:
+    devices: st.SearchStrategy[int | str] = st.sampled_from([0, 1, "cpu"])
+    device_map = {name: data.draw(devices) for name in names}
+    cleaned = clean_device_map(device_map)
+    assert cleaned == theirs.modeling.clean_device_map(dict(device_map))
+    assert {name: device_of(name, cleaned) for name in device_map} == device_map
+
+
+@pytest.mark.parametrize(
+    ("device_map", "cleaned"),
+    [
+        ({"a": 0, "b": 0}, {"": 0}),
+        ({"a.b": 0}, {"a.b": 0}),
+        ({"a.b": 0, "a.c": 0, "d": 1}, {"a": 0, "d": 1}),
+        ({"a.1": 0, "a.10": 0, "b": 1}, {"a": 0, "b": 1}),
+        ({"": 0, "a": 1}, {"": 0, "a": 1}),
+        ({"": 0, "a": 0}, {"": 0}),
+        ({"a": 1, "a.b": 0, "a.c": 0}, {"a": 1, "a.b": 0, "a.c": 0}),
+        ({}, {}),
+    ],
+)
+def test_what_has_one_device_has_one_name(device_map: dict[str, int | str], cleaned: dict[str, int | str]) -> None:
+    before = dict(device_map)
+    assert clean_device_map(device_map) == cleaned
+    assert device_map == before
+
+
+def test_a_name_never_captures_one_that_only_begins_alike() -> None:
+    device_map: dict[str, int | str] = {"model.layers.1": 0, "": "cpu"}
+    assert device_of("model.layers.1.weight", device_map) == 0
+    assert device_of("model.layers.10.weight", device_map) == "cpu"
+    assert expand_device_map(device_map, ["model.layers.10.weight"])["model.layers.10.weight"] == 0  # Transformers
+
+
+def test_a_name_that_no_one_speaks_of_has_no_device() -> None:
+    with pytest.raises(LoadError, match=r"says nothing of 'b\.weight'"):
+        device_of("b.weight", {"a": 0})
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": 0}, {"0": 0, "1": "disk", "bare": "cpu"}, {"0": 0, "1.0": 0, "1.1": torch.device("cpu"), "bare": 1, "derived": 0}],
+)
+def test_a_map_that_covers_all_is_fine_with_names_of_tensors_too(device_map: dict[str, int | str | torch.device]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_device_map(model(), device_map)
+
+
+def test_accelerate_warns_of_a_tensor_that_its_own_maps_name() -> None:
+    with pytest.warns(UserWarning, match="bare"):
+        theirs.check_device_map(model(), {"0": 0, "1": 0, "bare": 0})
+
+
+def test_what_is_not_covered_is_named() -> None:
+    with pytest.raises(LoadError, match=r"no device to 3 of the model's tensors: 'bare', '0.weight', '0.bias'"):
+        check_device_map(model(), {"1": 0})
+    with pytest.raises(ValueError, match=r"bare, 0\.weight, 0\.bias"):
+        theirs.check_device_map(model(), {"1": 0})
+
+
+def test_what_is_no_name_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="calls 'no.such'"):
+        check_device_map(model(), {"": 0, "no.such": 1})
+
+
+def test_nothing_lands_on_disk_in_silence() -> None:
+    made = nn.Sequential(*[nn.Linear(10, 10, bias=False) for _ in range(4)])
+    refuse_disk(made, {"": "cpu"}, {"cpu": 0})
+    with pytest.raises(OverBudget, match=r"800 B would land on disk: '2', '3'; .* 300 B are missing") as caught:
+        refuse_disk(made, {"0": 0, "1": "cpu", "2": "disk", "3": "disk"}, {0: 400, "cpu": 900})
+    assert (caught.value.needed, caught.value.available) == (1200, 900)
+    with pytest.raises(OverBudget, match="400 B would land") as caught:
+        refuse_disk(made, {"0": 0, "1": 0, "2": "disk", "3": "disk"}, {0: 400}, dtype="bf16")
+    assert (caught.value.needed, caught.value.available) == (400, 0)
