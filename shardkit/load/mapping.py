@@ -1,0 +1,92 @@
+"""A checkpoint as a mapping of names to Paged tensors: a torch.load that runs no pickle and reads a weight when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import TypeVar
+
+import torch
+
+from shardkit import source
+from shardkit.checkpoint import Other, TensorEntry
+from shardkit.dtypes import DType
+from shardkit.errors import LoadError, shown
+from shardkit.limits import Limits
+from shardkit.load.paged import Paged
+from shardkit.load.recording import device_of
+from shardkit.payload import Payload
+from shardkit.roots import select_root
+
+
+def tensors(
+    path: str | PathLike[str], *, root: str | None = None, device: str | torch.device = "cpu", limits: Limits = Limits()
+) -> Mapping[str, Paged]:
+    """The weights of the checkpoint at *path* by their names, none of which is read before it is used.
+
+    Args:
+        path: whatever `shardkit.open` opens: a file of any format, compressed or not; an index; a folder with one of them.
+        root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
+        device: where tensors are put when they are read.
+        limits: what the file may ask for.
+
+    Returns:
+        A mapping that `Module.load_state_dict` takes, with ``assign=True`` or without. Tied weights are one object. A weight
+        that is no dense tensor is listed, and a LoadError when it is asked for.
+
+    Raises:
+        FormatError: the checkpoint cannot be read.
+        PlanError: several parts of it could be the model, or there is nothing at *root*.
+        LoadError: two weights have one name, or there is no such device.
+    """
+    rooted = select_root(source.open(path, limits=limits), root)
+    return _Weights(_by_name(rooted.tensors), _by_name(o for o in rooted.others if o.is_weight), device_of(device))
+
+
+_Named = TypeVar("_Named", TensorEntry, Other)
+
+
+class _Weights(Mapping[str, Paged]):
+    def __init__(self, entries: Mapping[str, TensorEntry], undense: Mapping[str, Other], device: torch.device) -> None:
+        self._entries = entries
+        self._undense = undense
+        self._device = device
+        self._made: dict[tuple[Payload, DType, tuple[int, ...]] | str, Paged] = {}
+
+    def __getitem__(self, name: str) -> Paged:
+        if name in self._undense:
+            raise _undense(self._undense[name])
+        entry = self._entries[name]
+        key = (entry.payload, entry.dtype, entry.shape) if entry.nbytes else name  # what is tied is one object
+        made = self._made.get(key)
+        return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._entries
+        yield from self._undense
+
+    def __len__(self) -> int:
+        return len(self._entries) + len(self._undense)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._undense
+
+
+def _by_name(found: Iterable[_Named]) -> dict[str, _Named]:
+    by_name: dict[str, _Named] = {}
+    for each in found:
+        first = by_name.setdefault(each.name, each)
+        if first is not each:
+            paths = (" → ".join(map(shown, one.path)) for one in (first, each))
+            raise LoadError(
+                f"two weights would be called {shown(each.name)}: {', and '.join(paths)}",
+                hint="give the root of one of them, or rename one with shardkit.convert",
+            )
+    return by_name
+
+
+def _undense(other: Other) -> LoadError:
+    return LoadError(
+        f"{shown(other.name)} is no dense tensor but a {other.kind}: {shown(other.reason)[1:-1]}",
+        hint="such weights are not read; leave the name out, or load the file with torch.load if you trust it",
+    )
