@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
@@ -60,9 +61,16 @@ class Home:
         return Cast(self.entry.payload, self.entry.dtype, target)
 
     @property
+    def stored(self) -> TensorEntry:
+        """The entry as if it were stored as it will be in memory."""
+        target = stored_type(self.dtype) or self.entry.dtype
+        shape = (*self.shape[:-1], self.shape[-1] * target.packed) if self.shape else ()
+        return TensorEntry(self.entry.path, target, shape, self.payload)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes in memory."""
-        return self.payload.nbytes
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +128,9 @@ def assign(
     )
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first few of *names*, for a sentence."""
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-    return ", ".join(shown(name) for name in names[:_LISTED]) + more
+    return _each(shown(name) for name in names)
 
 
 @dataclass(slots=True)

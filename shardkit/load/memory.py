@@ -43,14 +43,14 @@ def aligned(nbytes: int) -> torch.Tensor:
         LoadError: there is no room for it.
     """
     if nbytes < HUGE:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the default device
     return Arena.of(nbytes).tensor(0, torch.uint8, (nbytes,))
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous *tensor* in main memory; valid as long as the tensor is."""
     nbytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B") if nbytes else memoryview(b"")
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B") if nbytes else memoryview(bytearray())
 
 
 def read_into(payload: Payload, memory: memoryview) -> None:
@@ -258,7 +258,7 @@ def _carry_out(jobs: Sequence[_Read | _Derivation], workers: int, on_bytes: OnBy
 
 def _scatter(file: int, buffers: Sequence[memoryview], extent: Extent) -> None:
     """Fill *buffers*, one behind the other, with *extent* of the open *file*."""
-    rest, at = list(buffers), extent.start
+    rest, at = [buffer for buffer in buffers if buffer], extent.start
     while rest:
         count = os.preadv(file, rest, at)
         if not count:

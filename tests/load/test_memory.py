@@ -97,7 +97,7 @@ def test_each_tensor_is_a_storage_of_its_own_with_its_type_and_shape(file: Path)
     assert (empty.dtype, empty.shape) == (torch.float16, (0, 7))
 
 
-@pytest.mark.parametrize("extent", [(7, 100), (1, CHUNK + 9)])
+@pytest.mark.parametrize("extent", [(7, 100), (1, CHUNK + 9), (7, 0)])
 def test_what_is_given_is_filled(file: Path, extent: tuple[int, int]) -> None:
     for payload in (Extent(file, *extent), Concat((Extent(file, 0, 1), Extent(file, *extent)))):
         memory = bytearray(payload.nbytes)
