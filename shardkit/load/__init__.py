@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardkit.load.mapping import tensors as tensors
     from shardkit.load.paged import Paged as Paged
     from shardkit.load.placement import infer_auto_device_map as infer_auto_device_map
+    from shardkit.load.saving import save as save
 
 _HOMES = {
     "Paged": "paged",
@@ -25,6 +26,7 @@ _HOMES = {
     "init_empty_weights": "empty",
     "init_on_device": "empty",
     "load_checkpoint_in_model": "loading",
+    "save": "saving",
     "tensors": "mapping",
 }
 

@@ -1,0 +1,94 @@
+"""Write a model out, whether its weights are in memory or addresses: streamed, sharded, and whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shardkit import conversion, registry
+from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
+from shardkit.conversion import Conversion, Report
+from shardkit.destination import followed
+from shardkit.dtypes import DType
+from shardkit.edits import Edited, fold_ties
+from shardkit.errors import LoadError, shown
+from shardkit.load.paged import Paged
+from shardkit.load.recipe import dtype_of
+from shardkit.payload import Buffer, Payload
+from shardkit.plan import plan_folder
+from shardkit.sizes import parse_size
+from shardkit.strided import strided
+
+
+def save(
+    model: nn.Module, folder: str | PathLike[str], *, max_shard: str | int | None = "5GB", overwrite: bool = False
+) -> Report:
+    """Write the state dict of *model* to *folder*, as safetensors shards and an index.
+
+    Weights that are addresses go from their files to the output without being held; those on an accelerator are copied to
+    main memory first. A weight under several names is written once, and its other names recorded.
+
+    Args:
+        model: its configuration, where it has one, is saved by its own library.
+        folder: what will appear, whole or not at all.
+        max_shard: bound on each file, header included, as ``"2GB"`` or bytes; None for one shard.
+        overwrite: replace an earlier output of shardkit.
+
+    Returns:
+        What was done.
+
+    Raises:
+        LoadError: something in the state dict is no dense tensor, or has no value.
+        FormatError: a file that weights are read from has changed.
+        PlanError: safetensors has no such type.
+        OutputError: *folder* cannot be written or replaced.
+    """
+    entries = tuple(_entries(model.state_dict()))
+    kept, aliases = fold_ties(entries)
+    checkpoint = Checkpoint(entries)
+    files = tuple(SourceFile.of(path) for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources))
+    edited = Edited(kept, aliases, ())
+    limit = None if max_shard is None else parse_size(max_shard)
+    plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata={"format": "pt"})
+    out = followed(Path(folder))
+    origin = Path(type(model).__name__)  # which messages call the source
+    return conversion.carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
+
+
+def _entries(state: Mapping[str, object]) -> list[TensorEntry]:
+    storages: dict[int, Buffer] = {}
+    return [_entry(name, value, storages) for name, value in state.items()]
+
+
+def _entry(name: str, value: object, storages: dict[int, Buffer]) -> TensorEntry:
+    if not isinstance(value, torch.Tensor):
+        raise LoadError(f"{shown(name)} is {shown(value)} and no tensor, which safetensors cannot hold")
+    dtype = dtype_of(value)
+    if dtype is None or value.layout is not torch.strided or value.is_nested:
+        raise LoadError(f"{shown(name)} is a {value.layout} tensor of {value.dtype}, and only dense ones can be written")
+    if value.is_meta:
+        raise LoadError(f"{shown(name)} is on the meta device, where it has no value", hint="load the model before it is saved")
+    shape = (*value.shape[:-1], value.shape[-1] * dtype.packed) if value.ndim else ()
+    payload = value.payload if isinstance(value, Paged) else _held(value.detach().to("cpu"), dtype, storages)
+    return TensorEntry((name,), dtype, shape, payload)
+
+
+def _held(tensor: torch.Tensor, dtype: DType, storages: dict[int, Buffer]) -> Payload:
+    """The memory of *tensor*; tensors that share a storage share one Buffer in *storages*, by its address."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in storages:
+        whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        storages[storage.data_ptr()] = Buffer(whole.numpy().data)  # which keeps the storage
+    return strided(
+        storages[storage.data_ptr()],
+        dtype=dtype,
+        offset=int(tensor.storage_offset()),
+        shape=tensor.shape,
+        strides=tensor.stride(),
+        conj=tensor.is_conj(),
+        neg=tensor.is_neg(),
+    )

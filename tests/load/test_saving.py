@@ -1,0 +1,131 @@
+"""A model is written as it is, from memory and from addresses alike, and the peers' readers read it bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import shardkit
+from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
+from shardkit.load import Paged, save, tensors
+from truth import values
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 11, bias=False))
+    tied[3].weight = tied[0].weight
+    return tied
+
+
+def state_of(module: nn.Module) -> dict[str, bytes]:
+    return {name: values(t.read() if isinstance(t, Paged) else t) for name, t in module.state_dict().items()}
+
+
+def paged(source: nn.Module, folder: Path) -> nn.Module:
+    """The same model with addresses for weights."""
+    torch.save(source.state_dict(), folder / "source.pt")
+    target = model()
+    target.load_state_dict(tensors(folder / "source.pt"), assign=True)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["in memory", "paged", "mixed", "paged and cast"])
+def test_a_model_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    source = model()
+    if kind != "in memory":
+        source = paged(source, tmp_path)  # type: ignore[assignment]  # it is one
+    if kind == "mixed":
+        source[1].weight = nn.Parameter(torch.rand(6, 6).t())
+    if kind == "paged and cast":
+        source.bfloat16()
+    report = save(source, tmp_path / "out", max_shard=800)
+    assert report.shards > 1
+    assert report.aliases == {"3.weight": "0.weight"}
+    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(source)
+    stored = {name: t for shard in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(shard).items()}
+    assert {name: values(t) for name, t in stored.items()} | {"3.weight": values(stored["0.weight"])} == state_of(source)
+
+
+def test_weights_that_share_memory_and_are_no_ties_are_all_written(tmp_path: Path) -> None:
+    module, memory = nn.Module(), torch.arange(12.0)
+    for name, view in {"all": memory, "rows": memory[4:8], "turned": memory.view(3, 4).t(), "same": memory[4:8]}.items():
+        module.register_buffer(name, view)
+    report = save(module, tmp_path / "out")
+    assert report.aliases == {"same": "rows"}
+    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(module)
+
+
+def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
+    report = save(model(), tmp_path / "out", max_shard=None)
+    assert report.shards == 1
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() | {"3.weight"} == model().state_dict().keys()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_transformers_loads_what_was_written_from_addresses(tmp_path: Path) -> None:
+    config: Any = transformers.LlamaConfig
+    torch.manual_seed(0)
+    kind: Any = transformers.LlamaForCausalLM
+    theirs = kind(config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lazy = kind.from_pretrained(None, config=theirs.config, state_dict=tensors(tmp_path / "theirs"), dtype=torch.float16)
+    save(lazy, tmp_path / "ours", max_shard="40kB")
+    lazy.config.save_pretrained(tmp_path / "ours")
+    loaded, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    assert state_of(loaded) == state_of(theirs.half())
+
+
+def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    save(model(), tmp_path / "out")
+    with pytest.raises(OutputError, match="exists"):
+        save(model(), tmp_path / "out")
+    save(model().half(), tmp_path / "out", overwrite=True)
+    assert tensors(tmp_path / "out")["1.weight"].dtype is torch.float16
+
+
+def test_a_model_is_not_written_over_the_files_that_it_reads(tmp_path: Path) -> None:
+    save(model(), tmp_path / "out")
+    lazy = model()
+    lazy.load_state_dict(tensors(tmp_path / "out"), assign=True)
+    with pytest.raises(OutputError, match="is being read"):
+        save(lazy, tmp_path / "out", overwrite=True)
+    assert state_of(lazy) == state_of(model())
+
+
+def test_a_source_that_is_gone_or_shorter_leaves_no_output(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(100, 100)}, tmp_path / "w.safetensors")
+    lazy = nn.Linear(100, 100, bias=False)
+    lazy.load_state_dict(tensors(tmp_path / "w.safetensors"), assign=True)
+    (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
+    with pytest.raises(Malformed, match="ends before"):
+        save(lazy, tmp_path / "out")
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(shardkit.ShardkitError, match="cannot be read"):
+        save(lazy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_value_or_no_place_is_told(tmp_path: Path) -> None:
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"step": 3}
+
+    with pytest.raises(LoadError, match="on the meta device"):
+        save(model().to("meta"), tmp_path / "out")
+    with pytest.raises(LoadError, match="'_extra_state' is a dict of 1 and no tensor"):
+        save(Stateful(2, 2), tmp_path / "out")
+    module = nn.Module()
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(LoadError, match="only dense ones"):
+        save(module, tmp_path / "out")
+    module.register_buffer("sparse", torch.eye(3, dtype=torch.complex128))
+    with pytest.raises(Unwritable):
+        save(module, tmp_path / "out")
