@@ -20,7 +20,8 @@ errors sizes dtypes
 limits payload checkpoint
 codec expansion zips format strict_json header index runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
-plugin roots edits plan codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
+plugin roots edits named_blocks fitting plan \
+    codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
 registry shards source companions destination copying journal writer host_memory
 conversion offload compare load testing
 __init__ cli __main__

@@ -90,10 +90,12 @@ format_option = click.option("--format", metavar="NAME", help="Read SRC as this 
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
+root_option = click.option(
+    "--root", metavar="PATH", help="Take what lies below this dotted path, '.' for all. By default the model is found."
+)
+
 _EDITS = (
-    click.option(
-        "--root", metavar="PATH", help="Take what lies below this dotted path, '.' for all. By default the model is found."
-    ),
+    root_option,
     click.option("--include", metavar="GLOB", multiple=True, help="Take only names that match; repeatable. * crosses dots."),
     click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; repeatable."),
     click.option(

@@ -1,0 +1,160 @@
+"""Where the blocks of a checkpoint would lie, for a person and for a machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.dtypes import DType
+from shardkit.edits import cast_to, fold_ties
+from shardkit.errors import NothingSelected, shown_path
+from shardkit.fitting import CPU, DISK, Fit, fit
+from shardkit.host_memory import available_memory
+from shardkit.named_blocks import Block, named_blocks, runs_of_names
+from shardkit.roots import LeftOut, select_root
+from shardkit.sizes import format_size
+
+_MOST = 10
+_SIZES = frozenset({2, 3})
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The blocks of the checkpoint *source*, and where they go.
+
+    Attributes:
+        source: what was read.
+        format: its format.
+        dtype: the code of the type that floats are counted as; None for those that they are stored in.
+        blocks: in the order in which they are run, tied tensors in the first that has them.
+        fit: where they go.
+        aliases: the other names of tied tensors, each to the name under which it is counted.
+        left_out: parts of the file that are not the model.
+        notes: sentences that the user should see.
+    """
+
+    source: Path
+    format: str
+    dtype: str | None
+    blocks: tuple[Block, ...]
+    fit: Fit
+    aliases: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(self.fit.sizes.values())
+
+    @property
+    def largest(self) -> Block:
+        """The largest block."""
+        return max(self.blocks, key=lambda block: block.nbytes)
+
+
+def placed(
+    source: Path,
+    checkpoint: Checkpoint,
+    budgets: Mapping[str, int],
+    *,
+    root: str | None,
+    dtype: DType | None,
+    no_split: re.Pattern[str] | None,
+) -> Placed:
+    """Where the blocks of the model in *checkpoint* would lie.
+
+    Raises:
+        AmbiguousRoot: several subtrees could be the model, and none is chosen.
+        NothingSelected: there is no tensor.
+    """
+    rooted = select_root(checkpoint, root)
+    if not rooted.tensors:
+        raise NothingSelected(f"{shown_path(source)}: there are no tensors in it")
+    entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
+    kept, aliases = fold_ties(entries, reserved=())
+    blocks = named_blocks(kept, no_split)
+    undense = [other.name for other in rooted.others if other.is_weight]
+    if undense:
+        notes += (f"{several(len(undense), 'weight')} not counted, being no dense tensors: {listed(undense, most=_MOST)}",)
+    if CPU not in budgets and "mps" not in budgets:
+        budgets = {**budgets, CPU: available_memory()}
+        notes += (f"nothing is said of the CPU: it may hold what this machine has free, {format_size(budgets[CPU])}",)
+    fitted = fit({block.name: block.nbytes for block in blocks}, budgets)
+    code = dtype.code if dtype else None
+    return Placed(source, checkpoint.format, code, blocks, fitted, aliases, rooted.left_out, (*checkpoint.notes, *notes))
+
+
+def drawn(found: Placed) -> Iterator[str]:
+    """The lines that show *found*."""
+    as_type = f" as {found.dtype}" if found.dtype else ""
+    amount = f"{several(len(found.blocks), 'block')}, {format_size(found.nbytes)}{as_type}"
+    yield f"{named(found.source)} ({found.format}): {amount}"
+    yield from aligned(_rows(found.fit), right=_SIZES)
+    yield from aligned(_remarks(found), indent=0)
+
+
+def document(found: Placed) -> dict[str, object]:
+    """Everything that `shardkit place --json` says."""
+    fitted = found.fit
+    return {
+        "source": found.source,
+        "format": found.format,
+        "dtype": found.dtype,
+        "nbytes": found.nbytes,
+        "blocks": [
+            {
+                "name": block.name,
+                "device": fitted.homes[block.name],
+                "nbytes": block.nbytes,
+                "tensors": [entry.name for entry in block.entries],
+            }
+            for block in found.blocks
+        ],
+        "budgets": fitted.budgets,
+        "used": fitted.used,
+        "left": fitted.left,
+        "largest": {"name": found.largest.name, "nbytes": found.largest.nbytes},
+        "brought": fitted.brought,
+        "lacking": fitted.lacking,
+        "aliases": found.aliases,
+        "left_out": [asdict(part) for part in found.left_out],
+        "notes": found.notes,
+    }
+
+
+def _rows(fitted: Fit) -> Iterator[tuple[str, str, str, str]]:
+    for device in fitted.used:
+        label = device
+        for run in runs_of_names(name for name, home in fitted.homes.items() if home == device):
+            names = run[0] if len(run) == 1 else f"{run[0]} … {run[-1].rpartition('.')[2]}"
+            nbytes = sum(fitted.sizes[name] for name in run)
+            yield label, printable(names), several(len(run), "block"), format_size(nbytes)
+            label = ""
+        if label and device != DISK:
+            yield label, "nothing", "", ""
+
+
+def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
+    fitted = found.fit
+    for device, left in fitted.left.items():
+        yield f"left on {device}", f"{format_size(left)} of {format_size(fitted.budgets[device])}"
+    if fitted.used[DISK]:
+        yield "on disk", f"{format_size(fitted.used[DISK])}, read for every forward"
+    yield "largest", f"{printable(found.largest.name)}, {format_size(found.largest.nbytes)}"
+    for device, nbytes in fitted.lacking.items():
+        block = fitted.brought[device]
+        what = f"{printable(block)}, {format_size(fitted.sizes[block])}, is to be brought to {device}"
+        yield "does not fit", f"{what}, which lacks {format_size(nbytes)} for it"
+    for alias, kept in list(found.aliases.items())[:_MOST]:
+        yield "tied", f"{printable(alias)} = {printable(kept)}"
+    if len(found.aliases) > _MOST:
+        yield "tied", f"{len(found.aliases) - _MOST:,} more"
+    for part in found.left_out:
+        if part.nbytes:
+            yield "left out", f"{printable(part.name)}, {format_size(part.nbytes)}: {part.reason}"
+    yield from (("note", printable(note)) for note in found.notes)

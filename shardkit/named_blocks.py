@@ -1,0 +1,172 @@
+"""Which tensors of a checkpoint are run as one, told from their names alone: numbered layers, and the modules beside them.
+
+1. The first number in a name ends the name of its block, as in ``model.layers.3``: experts lie inside their layer.
+2. What would be more than half of all is a wrapper and no block, if there are numbers inside it: the next number counts then,
+   as in ``0.auto_model.encoder.layer.3``.
+3. Without a number, the block is the module, as in ``lm_head``; one with tensors of its own takes along what lies below it. A
+   tensor that stands beside blocks is a block of its own.
+4. Blocks come in the order of the file, those of one module together and numbered ones by their numbers. A file that is sorted
+   by name says nothing about the order in which blocks are run; there, words in their names do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shardkit.checkpoint import TensorEntry
+
+Path = tuple[str, ...]  # a name, cut at its dots
+
+# In the order in which such parts are run.
+_SIDES = (re.compile(r"encoder|vision|down_"), re.compile(r"decoder|up_"))
+_INPUT = re.compile(r"emb|wte|wpe|shared|token|(^|[._])(stem|conv_in)")
+_NORM = re.compile(r"norm|(^|[._])ln")
+_OUTPUT = re.compile(r"head|classifier|score|pooler|_out$|(^|[._])(out|output|cls)([._]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tensors that are run as one.
+
+    Attributes:
+        name: the part of their names that they have in common.
+        entries: the tensors, in the order of the file.
+    """
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | None = None) -> tuple[Block, ...]:
+    """All *entries* as blocks, in the order in which they are likely to be run.
+
+    Args:
+        entries: the tensors, each name once.
+        no_split: what is found in the name of a module, up to one of its dots or its end, makes that module a block.
+    """
+    entries = tuple(entries)
+    paths = {entry.name: tuple(entry.name.split(".")) for entry in entries}
+    chosen = _chosen(paths.values(), no_split) if no_split else {}
+    rest = [entry for entry in entries if paths[entry.name] not in chosen]
+    numbered = _numbered({paths[entry.name]: entry.nbytes for entry in rest}, sum(entry.nbytes for entry in entries))
+    homes = chosen | numbered
+    homes |= _modules([path for path in paths.values() if path not in homes], set(homes.values()))
+    found: dict[Path, list[TensorEntry]] = defaultdict(list)
+    for entry in entries:
+        found[homes[paths[entry.name]]].append(entry)
+    in_order = _by_words(_by_tree(found)) if _says_nothing(entries) else _by_tree(found)
+    return tuple(Block(".".join(path), tuple(found[path])) for path in in_order)
+
+
+def runs_of_names(names: Iterable[str]) -> Iterator[list[str]]:
+    """*names* in pieces, those in one that are numbered one after the other."""
+    run: list[str] = []
+    for name in names:
+        if run and not _follows(run[-1], name):
+            yield run
+            run = []
+        run.append(name)
+    if run:
+        yield run
+
+
+def _chosen(paths: Iterable[Path], no_split: re.Pattern[str]) -> dict[Path, Path]:
+    """The tensors in modules that the user names, and these."""
+    heads = {path: _heads(path) for path in paths}
+    matches = {path: next((head for head in each if no_split.search(".".join(head))), None) for path, each in heads.items()}
+    return {path: match for path, match in matches.items() if match is not None}
+
+
+def _heads(path: Path) -> Iterator[Path]:
+    return (path[:length] for length in range(1, len(path) + 1))
+
+
+def _numbered(sizes: dict[Path, int], total: int) -> dict[Path, Path]:
+    """The tensors with a number in their names, and the parts of these that end in it."""
+    homes: dict[Path, Path] = {}
+    waiting: list[tuple[Sequence[Path], int]] = [(tuple(sizes), 0)]
+    while waiting:
+        paths, start = waiting.pop()
+        inside: dict[Path, list[Path]] = defaultdict(list)
+        for path in paths:
+            at = next((at for at, step in enumerate(path[start:], start) if _is_number(step)), None)
+            if at is not None:
+                inside[path[: at + 1]].append(path)
+        for home, members in inside.items():
+            if 2 * sum(sizes[path] for path in members) > total and _holds_numbers(members, len(home)):
+                waiting.append((members, len(home)))
+            else:
+                homes.update(dict.fromkeys(members, home))
+    return homes
+
+
+def _holds_numbers(paths: Iterable[Path], start: int) -> bool:
+    """Whether the names go on to several numbers."""
+    lists: dict[Path, set[str]] = defaultdict(set)
+    for path in paths:
+        at = next((at for at, step in enumerate(path[start:], start) if _is_number(step)), None)
+        if at is not None:
+            lists[path[:at]].add(path[at])
+    return any(len(numbers) > 1 for numbers in lists.values())
+
+
+def _is_number(step: str) -> bool:
+    return step.isascii() and step.isdecimal() and len(step) < 10
+
+
+def _modules(paths: Sequence[Path], blocks: Iterable[Path]) -> dict[Path, Path]:
+    """For each tensor the module that is its block: the outermost that has tensors of its own and holds no other block."""
+    around = {head for block in blocks for head in _heads(block[:-1])}
+    owners = {path[:-1] for path in paths} - around
+    return {path: next((head for head in _heads(path) if head in owners), path) for path in paths}
+
+
+def _says_nothing(entries: Iterable[TensorEntry]) -> bool:
+    """Whether the order of the file is that of the names, as the writers of safetensors leave it: by type, then by name."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for entry in entries:
+        names[entry.dtype.itemsize].append(entry.name)
+    return all(each == sorted(each) for each in names.values())
+
+
+def _by_tree(blocks: Iterable[Path]) -> list[Path]:
+    """What lies in one module side by side, modules in the order in which they first appear, numbered ones by their numbers."""
+    seen: dict[tuple[Path, str | None], int] = {}
+
+    def place(head: Path) -> tuple[int, int]:
+        *around, step = head
+        number = int(step) if _is_number(step) else None
+        return seen.setdefault((tuple(around), step if number is None else None), len(seen)), number or 0
+
+    return sorted(blocks, key=lambda path: [place(head) for head in _heads(path)])
+
+
+def _by_words(blocks: Iterable[Path]) -> list[Path]:
+    return sorted(blocks, key=lambda path: _turn(".".join(_before_number(path))))
+
+
+def _before_number(path: Path) -> Path:
+    """What is said of a block by the names before its number; one at the very front is that of a wrapper."""
+    at = next((at for at, step in enumerate(path) if at and _is_number(step)), len(path))
+    return path[:at]
+
+
+def _turn(name: str) -> tuple[int, int]:
+    """When a part with this name is run: the side it belongs to, and within that side its kind."""
+    first, last = (bool(side.search(name)) for side in _SIDES)
+    kind = 0 if _INPUT.search(name) else 3 if _OUTPUT.search(name) else 2 if _NORM.search(name) else 1
+    if first != last:
+        return (1 if first else 3), kind
+    return (0 if kind == 0 else 2 if kind == 1 else 4), kind
+
+
+def _follows(name: str, following: str) -> bool:
+    (around, _, step), (next_around, _, next_step) = name.rpartition("."), following.rpartition(".")
+    return around == next_around and _is_number(step) and _is_number(next_step) and int(next_step) == int(step) + 1
