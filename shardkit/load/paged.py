@@ -92,9 +92,10 @@ class Paged(torch.Tensor):
             LoadError: there is no room for it.
         """
         payload, strides = self.recipe.in_memory
-        memory = aligned(payload.nbytes)
-        read_into(payload, memory_of(memory))
-        return memory.view(self.dtype).as_strided(self.shape, strides, 0).to(self.device)
+        with torch.inference_mode(False):  # what was read in inference mode can outlive it too
+            memory = aligned(payload.nbytes)
+            read_into(payload, memory_of(memory))
+            return memory.view(self.dtype).as_strided(self.shape, strides, 0).to(self.device)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without the operation
@@ -102,9 +103,8 @@ class Paged(torch.Tensor):
     ) -> object:
         options = kwargs or {}
         _refuse_writing(func, args, options)
-        composite = func.decompose(*args, **options)  # arrives whole in inference mode only
-        if composite is not NotImplemented:
-            return composite
+        if _is_composite(func):
+            return func.decompose(*args, **options)
         recorded = record(func, *_replaced((args, options), Paged, lambda paged: Address(paged.recipe, paged.device)))
         if recorded is not NotImplemented:
             return _replaced(recorded, Address, lambda address: Paged(address.recipe, address.device))
@@ -202,7 +202,7 @@ def _holding(tensor: torch.Tensor) -> Paged:
 def _no_memory() -> LoadError:
     return LoadError(
         "a Paged is the address of a weight in a checkpoint, and has no memory to point at",
-        hint="take its value first: tensor.read(); to save what it came from in another form, use shardkit.convert",
+        hint="take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)",
     )
 
 
@@ -221,6 +221,12 @@ def _written(func: Operation) -> tuple[tuple[int, str], ...]:
     """Which arguments *func* writes to."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, each.name) for i, each in arguments if each.alias_info is not None and each.alias_info.is_write)
+
+
+@cache
+def _is_composite(func: Operation) -> bool:
+    """Whether *func* is made of other operations; such a one arrives whole in inference mode only."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _replaced(value: Any, kind: type[_Kind], replacement: Callable[[_Kind], object]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -392,6 +394,43 @@ def test_what_is_read_has_aligned_memory_of_its_own(shape: tuple[int, ...], tmp_
     assert first.data_ptr() != second.data_ptr()
     first.zero_()
     assert torch.equal(paged, weight)
+
+
+def test_what_is_read_in_inference_mode_outlives_it() -> None:
+    with torch.inference_mode():
+        read, row = address(random((4, 6))).read(), address(random((4, 6)))[0]
+    assert not read.is_inference()
+    read.requires_grad_().square().sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    assert nn.Parameter(row).requires_grad
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from shardkit.checkpoint import TensorEntry
+from shardkit.dtypes import BY_CODE
+from shardkit.load.paged import Paged
+from shardkit.payload import Extent
+
+nbytes = 96 << 20
+paged = Paged.of(TensorEntry(("w",), BY_CODE["F32"], (nbytes // 4096, 1024), Extent(Path(sys.argv[1]), 0, nbytes)))
+ways = {"plain": paged, "cast": paged.double(), "turned": paged.t().contiguous(), "joined": torch.cat([paged, paged], 1)}
+tensor = ways[sys.argv[2]]
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+value = tensor.read()
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(grown - value.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units, or not at all")
+@pytest.mark.parametrize("way", ["plain", "cast", "turned", "joined"])
+def test_reading_needs_little_beside_the_tensor(way: str, tmp_path: Path) -> None:
+    with open(tmp_path / "w", "wb") as file:
+        file.truncate(96 << 20)
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "w", way], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 20
 
 
 def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
