@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from shardkit.load.balance import get_balanced_memory as get_balanced_memory
     from shardkit.load.budgets import get_max_memory as get_max_memory
     from shardkit.load.device_maps import check_device_map as check_device_map
+    from shardkit.load.dispatch import close as close
+    from shardkit.load.dispatch import cpu_offload as cpu_offload
+    from shardkit.load.dispatch import disk_offload as disk_offload
+    from shardkit.load.dispatch import dispatch_model as dispatch_model
+    from shardkit.load.dispatch import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+    from shardkit.load.dispatch import remove_hooks as remove_hooks
     from shardkit.load.empty import init_empty_weights as init_empty_weights
     from shardkit.load.empty import init_on_device as init_on_device
     from shardkit.load.loading import load_checkpoint_in_model as load_checkpoint_in_model
@@ -20,12 +26,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Paged": "paged",
     "check_device_map": "device_maps",
+    "close": "dispatch",
+    "cpu_offload": "dispatch",
+    "disk_offload": "dispatch",
+    "dispatch_model": "dispatch",
     "get_balanced_memory": "balance",
     "get_max_memory": "budgets",
     "infer_auto_device_map": "placement",
     "init_empty_weights": "empty",
     "init_on_device": "empty",
+    "load_checkpoint_and_dispatch": "dispatch",
     "load_checkpoint_in_model": "loading",
+    "remove_hooks": "dispatch",
     "save": "saving",
     "tensors": "mapping",
 }

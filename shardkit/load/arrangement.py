@@ -1,0 +1,229 @@
+"""Put the weights of a model where a device map wants them: in memory, or as addresses that forward hooks page in and out.
+
+1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
+2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
+   the model runs on an accelerator. What it sends to the disk streams from where it lies.
+3. A weight that should stream and is in no block stays in the memory of the device that it is needed on, as do buffers unless
+   they are to be offloaded; those that no checkpoint holds always do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from shardkit.errors import LoadError
+from shardkit.load.assign import listed
+from shardkit.load.blocks import Block, Cut, cut, seats_of
+from shardkit.load.budgets import Device
+from shardkit.load.device_maps import device_of
+from shardkit.load.lanes import lane_to
+from shardkit.load.loading import torch_device
+from shardkit.load.memory import materialise
+from shardkit.load.moves import Mover, RoundTrip
+from shardkit.load.paged import Paged
+from shardkit.load.pager import Pager, Streamed
+from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.sources import Sources
+from shardkit.load.stream import Piece, Stream
+from shardkit.load.weights import Weight, weights_of
+from shardkit.payload import Buffer
+
+_CPU = torch.device("cpu")
+OnBytes = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a model shall run.
+
+    Attributes:
+        device_map: a device for each part of the model.
+        main: the device that runs what is on CPU or disk.
+        whole: names of classes whose modules stream as one.
+        offload_buffers: whether buffers stream like parameters.
+        skip: keys of arguments that are not moved between devices.
+        ring: blocks of streamed weights that are in memory at a time.
+        hooks: whether arguments are moved where nothing streams and all is on one device.
+    """
+
+    device_map: Mapping[str, Device]
+    main: torch.device
+    whole: Collection[str] = ()
+    offload_buffers: bool = False
+    skip: Collection[str] = ()
+    ring: int = 4
+    hooks: bool = False
+
+    def runs_on(self, name: str) -> torch.device:
+        """The device on which the part *name* runs."""
+        device = device_of(name, self.device_map)
+        return self.main if device in ("cpu", "disk") else torch_device(device)
+
+    def streams(self, weight: Weight) -> Hashable:
+        """From and to which device *weight* streams; None if it stays in memory."""
+        name = weight.names[0]
+        device, runs_on = device_of(name, self.device_map), self.runs_on(name)
+        offloaded = device == "disk" or (device == "cpu" and runs_on.type != "cpu")
+        return (device, runs_on) if offloaded and (self.offload_buffers or not weight.is_buffer) else None
+
+    def cut(self, model: nn.Module) -> Cut:
+        """What of *model* streams, and what stays in memory."""
+        return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
+
+
+def arrange(model: nn.Module, wish: Wish, *, origin: torch.device | None = None, on_bytes: OnBytes = lambda _: None) -> None:
+    """Bring every weight of *model* to its place, and attach the hooks.
+
+    Args:
+        model: its weights are in memory, or `Paged`.
+        wish: how it shall run.
+        origin: the device where streamed weights are put when the hooks are removed; None if they stay addresses.
+        on_bytes: called with the number of bytes after each read.
+
+    Raises:
+        FormatError: a file cannot be read, or has become shorter.
+        LoadError: a weight has no value, or there is no room for it.
+    """
+    _refuse_empty(weights_of(model))
+    parts = wish.cut(model)
+    places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
+    inside = [weight for block in parts.blocks for weight in block.weights]
+    places += [(weight, _CPU) for weight in inside if device_of(weight.names[0], wish.device_map) == "cpu"]
+    settle(model, places, on_bytes=on_bytes)
+    _settle_other_buffers(model, wish)
+    _stream(model, parts, wish, origin)
+    if wish.hooks:
+        _attach_movers(model, wish)
+
+
+def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]], *, on_bytes: OnBytes = lambda _: None) -> None:
+    """Bring weights of *model* into the memory of devices, those that are addresses by reading them.
+
+    Raises:
+        FormatError: a file cannot be read, or has become shorter.
+        LoadError: there is no room for it.
+    """
+    places = list(places)
+    paged = [(weight, device, weight.tensor) for weight, device in places if isinstance(weight.tensor, Paged)]
+    laid_out = [tensor.recipe.in_memory for _, _, tensor in paged]
+    flat = [(payload, tensor.dtype, (tensor.numel(),)) for (payload, _), (_, _, tensor) in zip(laid_out, paged, strict=True)]
+    for (weight, device, tensor), (_, strides), read in zip(paged, laid_out, materialise(flat, on_bytes=on_bytes), strict=True):
+        put(model, weight, read.as_strided(tensor.shape, strides).to(device))
+    for weight, device in places:
+        if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
+            weight.tensor.data = weight.tensor.data.to(device)
+
+
+def put(model: nn.Module, weight: Weight, tensor: torch.Tensor) -> None:
+    """Let *model* hold *tensor* in all places of *weight*, as a parameter if that was one."""
+    if not weight.is_buffer and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=weight.tensor.requires_grad and not isinstance(tensor, Paged))
+    for seat in seats_of(model, weight):
+        seat.take(tensor)
+
+
+def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, object], int, object]]:
+    """What `arrange` attached to *model* or what it was copied from: module, table of hooks, key in it, and what is behind."""
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(table.items()):
+                attached = getattr(hook, "__self__", None)
+                if isinstance(attached, Pager | Mover | Sources):
+                    yield module, table, key, attached
+
+
+def detach(model: nn.Module) -> list[Pager]:
+    """Take all hooks of `arrange` away from *model*, and give the pagers among what was attached."""
+    pagers: dict[Pager, None] = {}
+    for module, table, key, attached in list(attachments(model)):
+        if isinstance(attached, Pager):
+            pagers[attached] = None
+        flags = [module._forward_pre_hooks_with_kwargs] if table is module._forward_pre_hooks else []
+        flags = flags or [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]
+        for each in (table, *flags):
+            each.pop(key, None)  # type: ignore[attr-defined]  # a dict, which the annotation does not let be changed
+    return list(pagers)
+
+
+def _refuse_empty(weights: Iterable[Weight]) -> None:
+    empty = [weight.names[0] for weight in weights if weight.tensor.is_meta or is_lazy(weight.tensor)]
+    if empty:
+        raise LoadError(
+            f"{len(empty)} weights of the model have no values: {listed(empty)}",
+            hint="load a checkpoint into the model, or pass what holds them as state_dict or offload_dir",
+        )
+
+
+def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
+    """Bring the buffers that no checkpoint holds to where their modules run."""
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
+
+
+def _stream(model: nn.Module, parts: Cut, wish: Wish, origin: torch.device | None) -> None:
+    """Let the blocks stream: one ring for each device."""
+    streamed = [_Streamed.of(block, wish) for block in parts.blocks]
+    sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
+    for device in dict.fromkeys(each.device for each in streamed):
+        group = [each for each in streamed if each.device == device]
+        stream = Stream([each.pieces for each in group], lane_to(device), ring=wish.ring, verify=sources.verify)
+        for number, each in enumerate(group):
+            for weight, recipe in zip(each.block.weights, each.recipes, strict=True):
+                put(model, weight, Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer))
+            Pager(stream, number, each.block.seats, each.recipes, origin=origin).attach(each.block.module)
+    if streamed:
+        sources.attach(model)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Streamed:
+    """A block, the device that it runs on, and where its weights are."""
+
+    block: Block
+    device: torch.device
+    recipes: tuple[Recipe, ...]
+
+    @classmethod
+    def of(cls, block: Block, wish: Wish) -> _Streamed:
+        tensors = (seat.tensor for seat in block.seats)
+        recipes = tuple(_recipe(tensor) for tensor in tensors if tensor is not None)
+        return cls(block, wish.runs_on(block.weights[0].names[0]), recipes)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        laid_out = [(recipe, *recipe.in_memory) for recipe in self.recipes]
+        return [
+            Piece(payload, recipe.torch_dtype, recipe.shape, strides, weight.is_buffer)
+            for (recipe, payload, strides), weight in zip(laid_out, self.block.weights, strict=True)
+        ]
+
+
+def _recipe(tensor: torch.Tensor) -> Recipe:
+    """How to make *tensor*, which may be in memory."""
+    if isinstance(tensor, Paged):
+        return tensor.recipe
+    held = tensor.detach().to("cpu").contiguous()
+    dtype = dtype_of(held)
+    if dtype is None:
+        raise LoadError(f"a weight of the type {held.dtype} cannot stream: no format stores it")
+    memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
+    return Recipe(memory, dtype, tuple(held.shape), held.stride())
+
+
+def _attach_movers(model: nn.Module, wish: Wish) -> None:
+    """Where all runs on the CPU, only the model's own inputs can be elsewhere."""
+    devices = {wish.runs_on(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    if any(device.type != "cpu" for device in devices):
+        for prefix, module in model.named_modules():
+            direct = next((name for name in (*module._parameters, *module._buffers)), None)
+            if direct is not None and module is not model:
+                Mover(wish.runs_on(f"{prefix}.{direct}"), wish.skip).attach(module)
+    RoundTrip(wish.main, wish.skip).attach(model)

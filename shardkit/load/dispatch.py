@@ -1,0 +1,323 @@
+"""Accelerate's family of big-model inference, with its names, arguments and meaning, on what shardkit can open.
+
+What is different, and why:
+
+1. Weights that the device map sends to the disk stream from the checkpoint itself, whatever its format. Nothing is written for
+   it, so *offload_folder* stays empty; *offload_dir* is written to only where a model that is in memory goes to disk.
+2. Everything that is wrong is said before a weight is touched, and for every device. *strict* means both directions.
+3. Outside its block's forward a streamed weight is an address that is read when it is used, and not a meta tensor.
+4. *preload_module_classes* are classes whose modules stream as one. That is so for more than they name (see `blocks`), so that
+   it is seldom needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+
+from shardkit.errors import LoadError, shown
+from shardkit.load import resident
+from shardkit.load.arrangement import Wish, arrange, detach
+from shardkit.load.assign import Home
+from shardkit.load.balance import get_balanced_memory
+from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
+from shardkit.load.device_maps import DeviceMap, check_device_map, refuse_disk
+from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
+from shardkit.load.module_sizes import class_names
+from shardkit.load.offloading import fill_empty, spill
+from shardkit.load.opened import Opened
+from shardkit.load.paged import Paged
+from shardkit.load.pager import Streamed
+from shardkit.load.placement import infer_auto_device_map
+from shardkit.load.weights import weights_of
+
+_MODES = ("auto", "balanced", "balanced_low_0", "sequential")
+_Model = TypeVar("_Model", bound=nn.Module)
+AnyDevice = str | int | torch.device
+Names = Iterable[str] | str | None
+
+
+def load_checkpoint_and_dispatch(
+    model: _Model,
+    checkpoint: str | PathLike[str],
+    device_map: str | DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    no_split_module_classes: Names = None,
+    offload_folder: str | PathLike[str] | None = None,
+    offload_buffers: bool = False,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool | None = None,
+    skip_keys: Names = None,
+    preload_module_classes: Names = None,
+    force_hooks: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
+    *,
+    offload: Literal["allow", "never"] = "allow",
+    ring: int = 4,
+) -> _Model:
+    """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
+
+    Args:
+        model: the model, empty or not. It is changed, and returned.
+        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, a folder.
+        device_map: a device for each part of the model, by name; or how to make one: "auto" and "balanced" spread it over the
+            accelerators, "balanced_low_0" leaves the first as empty as can be, "sequential" fills one after the other. None
+            loads all weights where the model has them, empty ones onto the CPU, and attaches nothing.
+        max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where *device_map* is a word.
+        no_split_module_classes: names of classes whose modules stay on one device, and stream as one.
+        offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning says so.
+        offload_buffers: let buffers stream with the parameters beside them, where they would stay in memory.
+        dtype: what floats are cast to; None for the types that *model* has.
+        offload_state_dict: likewise.
+        skip_keys: keys of arguments that stay where they are.
+        preload_module_classes: names of classes whose modules stream as one, for forwards that use their parts' weights.
+        force_hooks: move inputs and outputs even if all of the model is on one device.
+        strict: let missing and unexpected names be errors. If not, they are warnings, and missing weights keep their values.
+        full_state_dict: a checkpoint is read by one process, whole; False is an error.
+        broadcast_from_rank0: likewise; True is an error.
+        offload: "never" to fail rather than let weights stream from disk.
+        ring: how many blocks of streamed weights are in memory at a time; at least two.
+
+    Raises:
+        FormatError: the checkpoint cannot be read.
+        PlanError: several parts of it could be the model.
+        LoadError: it does not fit the model, or the model the memory; and before a weight is touched.
+    """
+    if device_map is None or broadcast_from_rank0 or not full_state_dict:  # the last two are errors, and it says so
+        load_checkpoint_in_model(
+            model,
+            checkpoint,
+            dtype=dtype,
+            strict=strict,
+            full_state_dict=full_state_dict,
+            broadcast_from_rank0=broadcast_from_rank0,
+        )
+        return model
+    _warn_of_idle(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
+    target, no_split = floating(dtype), class_names(no_split_module_classes)
+    opened = Opened.at(checkpoint)
+    found = match(model, opened, dtype=target, strict=strict)
+    device_map = _device_map(model, device_map, max_memory, no_split, target, offload_buffers, offload)
+    check_device_map(model, device_map)
+    whole = no_split | class_names(preload_module_classes)
+    wish = _wish(device_map, None, whole, offload_buffers, skip_keys, force_hooks, ring)
+    values, extra = _values(model, found.homes, wish), resident.read_extra(found.extra)
+    opened.check_unchanged()
+    resident.install(model, found.homes, values, extra)
+    arrange(model, wish)
+    for note in (*opened.notes, *found.notes):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return _mapped(model, device_map)
+
+
+def dispatch_model(
+    model: _Model,
+    device_map: DeviceMap,
+    main_device: AnyDevice | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    offload_dir: str | PathLike[str] | None = None,
+    offload_index: Mapping[str, Mapping[str, Any]] | None = None,  # Any: as Accelerate has it
+    offload_buffers: bool = False,
+    skip_keys: Names = None,
+    preload_module_classes: Names = None,
+    force_hooks: bool = False,
+    *,
+    ring: int = 4,
+) -> _Model:
+    """Let *model* run over accelerators, CPU and disk.
+
+    Args:
+        model: the model. It is changed, and returned.
+        device_map: a device for each part of it, by name.
+        main_device: what runs the parts on CPU and disk; None for the first accelerator in *device_map*, or else the CPU.
+        state_dict: the values of weights that are on the meta device.
+        offload_dir: a checkpoint with the values of weights that are on the meta device, from which those on disk stream. Where
+            weights that go to disk are in memory, they are written there, to a folder that is new, empty, or holds just them.
+        offload_index: the files of weights that are on the meta device, as in
+            ``{"a.weight": {"safetensors_file": "x.safetensors"}}``.
+        offload_buffers: let buffers stream with the parameters beside them.
+        skip_keys: keys of arguments that stay where they are.
+        preload_module_classes: names of classes whose modules stream as one.
+        force_hooks: move inputs and outputs even if all of the model is on one device.
+        ring: how many blocks of streamed weights are in memory at a time; at least two.
+
+    Raises:
+        FormatError: a file cannot be read.
+        OutputError: *offload_dir* cannot be written.
+        LoadError: the map or the files do not fit the model, or a weight has no value.
+    """
+    check_device_map(model, device_map)
+    wish = _wish(device_map, main_device, class_names(preload_module_classes), offload_buffers, skip_keys, force_hooks, ring)
+    _dispatch(model, wish, state_dict, offload_dir, offload_index)
+    return _mapped(model, device_map)
+
+
+def cpu_offload(
+    model: _Model,
+    execution_device: AnyDevice | None = None,
+    offload_buffers: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    preload_module_classes: Names = None,
+) -> _Model:
+    """Keep the weights of *model* in main memory, and let them stream to *execution_device*.
+
+    Args:
+        model: the model. It is changed, and returned.
+        execution_device: what runs it; None for the device of its first parameter. On the CPU nothing needs to stream.
+        offload_buffers: let buffers stream too.
+        state_dict: the values of weights that are on the meta device.
+        preload_module_classes: names of classes whose modules stream as one.
+
+    Raises:
+        LoadError: a weight has no value, or there is no room.
+    """
+    wish = _wish({"": "cpu"}, execution_device or _first_device(model), preload_module_classes, offload_buffers, None, True, 4)
+    _dispatch(model, wish, state_dict, None, None)
+    return model
+
+
+def disk_offload(
+    model: _Model,
+    offload_dir: str | PathLike[str],
+    execution_device: AnyDevice | None = None,
+    offload_buffers: bool = False,
+    preload_module_classes: Names = None,
+) -> _Model:
+    """Let the weights of *model* stream from *offload_dir*.
+
+    Args:
+        model: the model. It is changed, and returned.
+        offload_dir: as for `dispatch_model`.
+        execution_device: what runs it; None for the device of its first parameter.
+        offload_buffers: let buffers stream too.
+        preload_module_classes: names of classes whose modules stream as one.
+
+    Raises:
+        FormatError: a file cannot be read.
+        OutputError: *offload_dir* cannot be written.
+        LoadError: the files do not fit the model, or a weight has no value.
+    """
+    wish = _wish({"": "disk"}, execution_device or _first_device(model), preload_module_classes, offload_buffers, None, True, 4)
+    _dispatch(model, wish, None, offload_dir, None)
+    return model
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take away what was attached to *model*. What it had in memory before it was dispatched is there again.
+
+    Weights that were loaded to stream stay addresses, which are read whenever they are used: right, and slow.
+
+    Raises:
+        FormatError: a file cannot be read.
+    """
+    for pager in detach(model):
+        pager.let_go()
+        for seat in pager.seats if pager.origin is not None else ():
+            stood = seat.tensor
+            if isinstance(stood, Streamed):
+                value = stood.read().to(pager.origin)
+                seat.take(nn.Parameter(value, requires_grad=False) if isinstance(stood, nn.Parameter) else value)
+
+
+def close(model: nn.Module) -> None:
+    """Give back the threads and the memory that streaming took, for *model* and all copies of it.
+
+    The model still runs, and reads each weight whenever it is used.
+    """
+    for pager in detach(model):
+        pager.let_go()
+        pager.stream.close()
+
+
+def _dispatch(
+    model: nn.Module,
+    wish: Wish,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    offload_dir: str | PathLike[str] | None,
+    offload_index: Mapping[str, Mapping[str, Any]] | None,  # Any: as Accelerate has it
+) -> None:
+    first = _first_device(model)
+    origin = torch.device("cpu") if first.type == "meta" else first
+    folder = None if offload_dir is None else Path(offload_dir)
+    fill_empty(model, state_dict or {}, folder, offload_index or {})
+    spill(model, wish, folder)
+    arrange(model, wish, origin=origin)
+
+
+def _device_map(
+    model: nn.Module,
+    device_map: str | DeviceMap,
+    max_memory: MaxMemory | None,
+    no_split: frozenset[str],
+    dtype: torch.dtype | None,
+    offload_buffers: bool,
+    offload: str,
+) -> dict[str, Device]:
+    """*device_map* with devices as they are called in maps, made first if it is a word."""
+    budgets: Mapping[Device, int] = {}
+    if isinstance(device_map, str):
+        if device_map not in _MODES:
+            raise LoadError(f"{shown(device_map)} is no device map", hint=f"choose one of {', '.join(_MODES)}, or give a dict")
+        budgets = get_max_memory(max_memory)
+        if device_map != "sequential":
+            low_zero = device_map == "balanced_low_0"
+            budgets = get_balanced_memory(model, max_memory, no_split, dtype, low_zero=low_zero)
+        chosen = infer_auto_device_map(model, cast("MaxMemory", budgets), no_split, dtype, offload_buffers=offload_buffers)
+    else:
+        chosen = {name: device_key(device) for name, device in device_map.items()}
+    if offload == "never":
+        refuse_disk(model, chosen, budgets, dtype=dtype)
+    return chosen
+
+
+def _wish(
+    device_map: DeviceMap,
+    runs_on: AnyDevice | None,
+    whole: Names,
+    offload_buffers: bool,
+    skip_keys: Names,
+    force_hooks: bool,
+    ring: int,
+) -> Wish:
+    devices = {name: device_key(device) for name, device in device_map.items()}
+    several = len(set(devices.values())) > 1 or "disk" in devices.values()
+    return Wish(
+        device_map=devices,
+        main=main_device(devices) if runs_on is None else torch_device(device_key(runs_on)),
+        whole=class_names(whole),
+        offload_buffers=offload_buffers,
+        skip=class_names(skip_keys),
+        ring=ring,
+        hooks=several or force_hooks,
+    )
+
+
+def _values(model: nn.Module, homes: Iterable[Home], wish: Wish) -> dict[str, torch.Tensor]:
+    """What each of *homes* gets: an address if it streams from disk, and else its values."""
+    streamed = {weight.names[0] for block in wish.cut(model).blocks for weight in block.weights}
+    homes = list(homes)
+    values: dict[str, torch.Tensor] = {home.name: Paged.of(home.stored) for home in homes if home.name in streamed}
+    return values | resident.read((home, wish.runs_on(home.name)) for home in homes if home.name not in streamed)
+
+
+def _first_device(model: nn.Module) -> torch.device:
+    return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))
+
+
+def _mapped(model: _Model, device_map: DeviceMap) -> _Model:
+    model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # an attribute that no module declares
+    return model
+
+
+def _warn_of_idle(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            warnings.warn(f"{name} has no meaning here: weights stream from the checkpoint itself", UserWarning, stacklevel=3)

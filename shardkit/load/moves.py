@@ -1,0 +1,129 @@
+"""Inputs to where they are needed, and the output back to where they came from.
+
+Containers keep their type. What need not move is the same object before and after, and so is a container in which nothing moves:
+a cache that a block writes into stays the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardkit.load.pager import eager
+
+
+def moved(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:  # Any: whatever a model takes
+    """*value* with every tensor in it on *device*, but for those under a key that is to *skip*."""
+    match value:
+        case torch.Tensor():
+            return value if value.device == device else value.to(device)
+        case tuple() | list():
+            parts = [moved(part, device, skip) for part in value]
+            return value if _same(parts, value) else _like(value, parts)
+        case Mapping():
+            items = {key: part if key in skip else moved(part, device, skip) for key, part in value.items()}
+            return value if _same(items.values(), value.values()) else _refilled(value, items)
+    return value
+
+
+def device_of_first(value: object) -> torch.device | None:
+    """The device of the first tensor in *value*."""
+    match value:
+        case torch.Tensor():
+            return value.device
+        case tuple() | list():
+            parts: Collection[object] = value
+        case Mapping():
+            parts = value.values()
+        case _:
+            return None
+    return next((device for part in parts if (device := device_of_first(part)) is not None), None)
+
+
+class Mover:
+    """The hook of a module that runs on one device: its inputs come there."""
+
+    def __init__(self, device: torch.device, skip: Collection[str] = ()) -> None:
+        """Move nothing yet.
+
+        Args:
+            device: where the module runs.
+            skip: keys of arguments, and of entries of mappings in them, that stay where they are.
+        """
+        self._device = device
+        self._skip = frozenset(skip)
+
+    def attach(self, module: nn.Module) -> None:
+        """Let *module* run there."""
+        module.register_forward_pre_hook(self.bring, with_kwargs=True)
+
+    @eager
+    def bring(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],  # Any: whatever a model takes
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move the arguments."""
+        return moved(args, self._device, self._skip), moved(kwargs, self._device, self._skip)
+
+
+class RoundTrip(Mover):
+    """The same for a whole model, whose output goes back to where its first input was."""
+
+    def __init__(self, device: torch.device, skip: Collection[str] = ()) -> None:
+        """Move nothing yet; the arguments are those of `Mover`."""
+        super().__init__(device, skip)
+        self._thread = threading.local()
+
+    def attach(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self.bring, with_kwargs=True)
+        module.register_forward_hook(self.return_, always_call=True)
+
+    @eager
+    def bring(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],  # Any: whatever a model takes
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._origins().append(device_of_first((args, kwargs)))
+        return moved(args, self._device, self._skip), moved(kwargs, self._device, self._skip)
+
+    @eager
+    def return_(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Move the output."""
+        origins = self._origins()
+        origin = origins.pop() if origins else None
+        return output if origin is None else moved(output, origin, self._skip)
+
+    def __deepcopy__(self, memo: object) -> RoundTrip:
+        return RoundTrip(self._device, self._skip)
+
+    def _origins(self) -> list[torch.device | None]:
+        """The device of the input of each of this thread's forwards that run, the innermost last."""
+        if not hasattr(self._thread, "origins"):
+            self._thread.origins = []
+        origins: list[torch.device | None] = self._thread.origins
+        return origins
+
+
+def _same(left: Collection[Any], right: Collection[Any]) -> bool:
+    return all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _like(value: tuple[Any, ...] | list[Any], parts: list[Any]) -> Any:
+    """*parts* as what *value* is."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return type(value)(parts)
+
+
+def _refilled(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """*items* as what *value* is: the outputs of model libraries are dataclasses and mappings at once."""
+    made: Any = type(value)
+    return made(**items) if hasattr(value, "__dataclass_fields__") else made(items)

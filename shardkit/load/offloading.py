@@ -1,0 +1,149 @@
+"""Addresses for weights: where a checkpoint holds them, or where a model that is in memory is written to stream from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardkit import conversion, registry
+from shardkit.checkpoint import Checkpoint, TensorEntry
+from shardkit.edits import Edited
+from shardkit.errors import LoadError, Mismatch, shown, shown_path
+from shardkit.load import resident
+from shardkit.load.arrangement import Wish, put
+from shardkit.load.assign import assign, listed
+from shardkit.load.device_maps import device_of
+from shardkit.load.opened import Opened
+from shardkit.load.paged import Paged
+from shardkit.load.weights import Weight, stored_type, weights_of
+from shardkit.payload import Buffer
+from shardkit.plan import plan_folder
+
+_MAX_SHARD = 5_000_000_000
+_HINT = "choose another folder, or remove that one if it was made for another model"
+
+
+def fill_empty(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    folder: Path | None,
+    index: Mapping[str, Mapping[str, Any]],  # Any: as Accelerate has it
+) -> None:
+    """Give the weights of *model* that are on the meta device their values, or the addresses of these.
+
+    Args:
+        model: what to fill.
+        state_dict: looked at first.
+        folder: a checkpoint with the others.
+        index: files with the others, for each name ``{"safetensors_file": path, "weight_name": name there}``.
+
+    Raises:
+        FormatError: a file cannot be read.
+        LoadError: what is found does not fit.
+    """
+    wanted = _without_values(model)
+    for weight in wanted:
+        found = next((state_dict[name] for name in weight.names if name in state_dict), None)
+        if found is not None:
+            _check_shape(weight, found)
+            put(model, weight, found.detach().to(weight.tensor.dtype))
+    if wanted and (folder is not None or index):
+        entries = _indexed(index) if index else Opened.at(folder).entries if folder else {}
+        homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes
+        names = {weight.names[0] for weight in wanted if not any(name in state_dict for name in weight.names)}
+        resident.install(model, homes, {home.name: Paged.of(home.stored) for home in homes if home.name in names})
+
+
+def spill(model: nn.Module, wish: Wish, folder: Path | None) -> None:
+    """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and let the model have addresses.
+
+    Raises:
+        FormatError: the folder holds something that cannot be read.
+        LoadError: it holds other weights; or there is no folder, and one is needed.
+        OutputError: it cannot be written.
+    """
+    inside = [weight for block in wish.cut(model).blocks for weight in block.weights]
+    weights = [weight for weight in inside if device_of(weight.names[0], wish.device_map) == "disk" and _is_in_memory(weight)]
+    if not weights:
+        return
+    names = [weight.names[0] for weight in weights]
+    if folder is None:
+        raise LoadError(f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to")
+    entries = tuple(_entry(weight) for weight in weights)
+    if folder.is_dir() and any(folder.iterdir()):
+        _check_holds(folder, entries)
+    else:
+        _write(folder, entries)
+    stored = Opened.at(folder).entries
+    for weight, name in zip(weights, names, strict=True):
+        put(model, weight, Paged.of(stored[name]))
+
+
+def _without_values(model: nn.Module) -> list[Weight]:
+    """The weights on the meta device, and the buffers beside them: these are real in an empty model, and not yet loaded."""
+    weights = list(weights_of(model))
+    is_empty = any(weight.tensor.is_meta for weight in weights)
+    return [weight for weight in weights if weight.tensor.is_meta or (is_empty and weight.is_buffer)]
+
+
+def _is_in_memory(weight: Weight) -> bool:
+    return not isinstance(weight.tensor, Paged) and not weight.tensor.is_meta
+
+
+def _check_shape(weight: Weight, found: torch.Tensor) -> None:
+    if found.shape != weight.tensor.shape:
+        shapes = (tuple(found.shape), tuple(weight.tensor.shape))
+        raise Mismatch(
+            f"the state dict does not fit the model: {shown(weight.names[0])} is {list(shapes[0])} there, {list(shapes[1])} here",
+            wrong_shape={weight.names[0]: shapes},
+        )
+
+
+def _indexed(index: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorEntry]:
+    opened: dict[str, Opened] = {}
+    entries: dict[str, TensorEntry] = {}
+    for name, place in index.items():
+        file = place.get("safetensors_file")
+        if not isinstance(file, str):
+            raise LoadError(
+                f"offload_index has no safetensors_file for {shown(name)}: a folder of .dat files cannot be checked",
+                hint="give the checkpoint that the folder was made from",
+            )
+        if file not in opened:
+            opened[file] = Opened.at(file)
+        there = str(place.get("weight_name", name))
+        if there not in opened[file].entries:
+            raise LoadError(f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has")
+        entries[name] = opened[file].entries[there]
+    return entries
+
+
+def _entry(weight: Weight) -> TensorEntry:
+    tensor = weight.tensor.detach().to("cpu").contiguous()
+    dtype = stored_type(tensor.dtype)
+    if dtype is None:
+        raise LoadError(f"{shown(weight.names[0])} is {tensor.dtype}, which no format stores")
+    shape = (*tensor.shape[:-1], tensor.shape[-1] * dtype.packed) if tensor.ndim else ()
+    memory = Buffer(tensor.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
+    return TensorEntry((weight.names[0],), dtype, shape, memory)
+
+
+def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:
+    """See that what *folder* holds are *entries*, byte for byte: then it was made for this model, in an earlier run."""
+    stored = Opened.at(folder).entries
+    for entry in entries:
+        twin = stored.get(entry.name)
+        if twin is None or (twin.dtype, twin.shape) != (entry.dtype, entry.shape) or twin.read() != entry.read():
+            raise LoadError(f"{shown_path(folder)} holds weights of another model: not this {shown(entry.name)}", hint=_HINT)
+
+
+def _write(folder: Path, entries: Iterable[TensorEntry]) -> None:
+    checkpoint = Checkpoint(tuple(entries))
+    edited = Edited(checkpoint.tensors, {}, ())
+    plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=_MAX_SHARD, metadata={"format": "pt"})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    conversion.carry_out(conversion.Conversion(folder, folder, checkpoint, (), edited, plan, None, ()), sync=False)

@@ -1,0 +1,252 @@
+"""Forward hooks that page blocks in and out.
+
+1. Outside its block's forward a streamed weight is `Streamed`: an address, which is read when it is used. A direct call of a
+   submodule, or a look at `block.weight`, is right that way, only slower.
+2. The pre-hook stands first and the other hook last. That one runs after exceptions too, also those of other pre-hooks, but not
+   after KeyboardInterrupt and SystemExit: what these leave held is let go at the same thread's next block, at its end, or by
+   closing. So every visit is released by name, and to release it twice does nothing.
+3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on the same stream.
+4. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache, wraps
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from shardkit.errors import LoadError
+from shardkit.load.blocks import Seat
+from shardkit.load.paged import Paged
+from shardkit.load.recipe import Recipe
+from shardkit.load.stream import Stream
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class Streamed(Paged):
+    """A weight outside its block's forward. It cannot leave the device that its block runs on."""
+
+    @classmethod
+    def standing_for(cls, recipe: Recipe, device: torch.device, *, is_buffer: bool) -> Streamed:
+        """What stands in the place of the parameter, or the buffer, that *recipe* makes."""
+        made = cls.__new__(cls, recipe, device)
+        assert isinstance(made, Streamed)
+        if not is_buffer:
+            made._is_param = True  # what makes torch take a tensor of any class for a Parameter
+        return made
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
+        device: torch.device | None = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type != self.device.type:
+            raise _immovable()
+        moved: torch.Tensor = super().to(*args, **kwargs)
+        return moved
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to("cpu")
+
+    def cuda(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to("cuda")
+
+    def xpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to("xpu")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Streamed:
+        if id(self) not in memo:
+            twin = self.standing_for(self.recipe, self.device, is_buffer=True)
+            twin.__dict__.update(deepcopy({name: value for name, value in self.__dict__.items() if name != "recipe"}, memo))
+            memo[id(self)] = twin
+        found = memo[id(self)]
+        assert isinstance(found, Streamed)
+        return found
+
+
+def _immovable() -> LoadError:
+    return LoadError(
+        "a model that streams some of its weights cannot be moved to another device",
+        hint="load it with another device_map; of a single weight, take weight.detach().to(device)",
+    )
+
+
+def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
+    """*hook*, which `torch.compile` leaves alone. Its compiler takes seconds to import, so that is left to who uses it."""
+    disabled = cache(lambda: torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    @wraps(hook)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "torch._dynamo" not in sys.modules:
+            return hook(*args, **kwargs)
+        result: _R = disabled()(*args, **kwargs)
+        return result
+
+    return called
+
+
+class Visit:
+    """One forward of one block, in one thread."""
+
+    __slots__ = ("call", "pager")
+
+    def __init__(self, pager: Pager, call: FrameType | None) -> None:
+        """Hold nothing yet.
+
+        Args:
+            pager: whose block it is.
+            call: the frame of the module call; None if it cannot be told.
+        """
+        self.pager = pager
+        self.call = call
+
+    def end(self) -> None:
+        self.pager.put_back(self)
+
+
+class Pager:
+    """The hooks of one block."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        number: int,
+        seats: Sequence[Seat],
+        recipes: Sequence[Recipe],
+        *,
+        origin: torch.device | None = None,
+    ) -> None:
+        """Page nothing yet.
+
+        Args:
+            stream: where the weights come from.
+            number: of the block's page there.
+            seats: where its weights belong.
+            recipes: for each, what stands there as `Streamed`.
+            origin: the device where the weights go when the hooks are removed; None if they stay addresses.
+        """
+        self.origin = origin
+        self._stream = stream
+        self._number = number
+        self._seats = tuple(seats)
+        self._recipes = tuple(recipes)
+        self._inside: set[Visit] = set()
+        self._taken: list[tuple[Seat, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def stream(self) -> Stream:
+        """Where the weights come from."""
+        return self._stream
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """Where the weights belong."""
+        return self._seats
+
+    def attach(self, module: nn.Module) -> None:
+        """Make *module* the block."""
+        module.register_forward_pre_hook(self.enter, prepend=True)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    @eager
+    def enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """Put the weights in their places."""
+        visits = _visits(self._stream)
+        if visits:
+            _end_abandoned(visits)
+        visit = Visit(self, _module_call())
+        visits.append(visit)
+        try:
+            tensors = self._stream.claim(self._number, visit, holding=len(visits) > 1)
+            if tensors is not None:
+                self._put_in(visit, tensors)
+        except BaseException:
+            visits.remove(visit)
+            visit.end()
+            raise
+
+    @eager
+    def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        """Put the addresses back, and let the weights go."""
+        visits = _visits(self._stream)
+        own = [position for position, visit in enumerate(visits) if visit.pager is self]
+        if own:
+            for visit in visits[own[-1] :]:  # what stands behind was left by an interrupt inside this forward
+                visit.end()
+            del visits[own[-1] :]
+
+    def let_go(self) -> None:
+        """End all visits that an interrupt left."""
+        for visit in list(self._inside):
+            visit.end()
+
+    def put_back(self, visit: Visit) -> None:
+        """End *visit*, if it is not ended."""
+        with self._stream.lock:
+            self._inside.discard(visit)
+            if not self._inside:
+                for seat, tensor, stood in self._taken:
+                    if seat.tensor is tensor:
+                        seat.take(stood)
+                self._taken.clear()
+            self._stream.release(self._number, visit)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Pager:
+        return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes, origin=self.origin)
+
+    def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor]) -> None:
+        with self._stream.lock:
+            self._inside.add(visit)
+            for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
+                stood = seat.tensor
+                if isinstance(stood, Streamed) and stood.recipe == recipe and stood.device == tensor.device:
+                    self._taken.append((seat, tensor, stood))
+                    seat.take(tensor)
+
+
+class _Visits:
+    """Those of one thread; its end is the end of the thread."""
+
+    def __init__(self) -> None:
+        self.stack: list[Visit] = []
+        weakref.finalize(self, _end_all, self.stack).atexit = False
+
+
+def _end_all(stack: list[Visit]) -> None:
+    while stack:
+        stack.pop().end()
+
+
+def _visits(stream: Stream) -> list[Visit]:
+    local = stream.thread
+    if not hasattr(local, "visits"):
+        local.visits = _Visits()
+    visits: _Visits = local.visits
+    return visits.stack
+
+
+def _end_abandoned(visits: list[Visit]) -> None:
+    """End those whose module call is over, though its last hook did not run."""
+    running = set()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    for visit in list(visits):
+        if visit.call is not None and visit.call not in running:
+            visit.end()
+            visits.remove(visit)
+
+
+def _module_call() -> FrameType | None:
+    """The frame of the innermost module call that has hooks."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame

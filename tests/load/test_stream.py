@@ -1,0 +1,358 @@
+"""The ring: bounded, shared, never stuck, and right with a device whose memory is separate and whose copies come late."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardkit.errors import FormatError, LoadError
+from shardkit.load.lanes import CpuLane, Lane, Ticket, Write
+from shardkit.load.memory import memory_of
+from shardkit.load.stream import Piece, Stream
+from shardkit.payload import Extent, Payload
+
+ELEMENTS = 1024
+PAGE = 4 * ELEMENTS
+
+
+class LateTicket:
+    """A copy that happens when somebody cannot go on without it."""
+
+    def __init__(self, lane: LateLane, number: int) -> None:
+        self.lane = lane
+        self.number = number
+
+    def precede(self) -> None:
+        self.lane.run_until(self.number)
+
+    def finish(self) -> None:
+        self.lane.run_until(self.number)
+
+
+class LateLane:
+    """A device with memory of its own. Until a copy is run, its target holds NaNs; what is copied is what the host holds then."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.lock = threading.RLock()
+        self.queue: list[tuple[int, Callable[[], None]]] = []
+        self.count = 0
+        self.bytes = 0
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        self.bytes += nbytes
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
+        host = torch.empty_like(memory)
+        write(memory_of(host))
+
+        def copy() -> None:
+            for ticket in after:
+                ticket.finish()
+            memory.copy_(host)
+
+        with self.lock:
+            self.count += 1
+            self.queue.append((self.count, copy))
+            memory.fill_(0xFF)
+            return LateTicket(self, self.count)
+
+    def issued(self, memory: torch.Tensor) -> Ticket:
+        return LateTicket(self, 0)
+
+    def run_until(self, number: int) -> None:
+        with self.lock:
+            while self.queue and self.queue[0][0] <= number:
+                self.queue.pop(0)[1]()
+
+
+@pytest.fixture(params=[CpuLane, LateLane], ids=["cpu", "late"])
+def lane(request: pytest.FixtureRequest) -> Lane:
+    made: Lane = request.param()
+    return made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(value(number).numpy().tobytes() for number in range(8)))
+    return path
+
+
+def value(number: int) -> torch.Tensor:
+    return torch.full((ELEMENTS,), float(number + 1))
+
+
+def page(file: Path, number: int) -> list[Piece]:
+    return [Piece(Extent(file, number * PAGE, PAGE), torch.float32, (ELEMENTS,), (1,))]
+
+
+def streaming(file: Path, lane: Lane, *, ring: int = 2) -> Stream:
+    return Stream([page(file, number) for number in range(8)], lane, ring=ring)
+
+
+def use(stream: Stream, number: int) -> None:
+    visit = object()
+    tensors = stream.claim(number, visit)
+    assert tensors is not None
+    assert torch.equal(tensors[0], value(number))
+    stream.release(number, visit)
+
+
+ORDERS = [list(range(8)) * 3, [0, 3, 1, 7, 7, 2] * 3, [7, 6, 5, 4, 3, 2, 1, 0] * 2, [0, 1, 2, 0, 5, 2] * 4, [4] * 5]
+
+
+@pytest.mark.parametrize("ring", [2, 3, 8, 20])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: Lane, order: list[int], ring: int) -> None:
+    stream = streaming(file, lane, ring=ring)
+    for number in order:
+        use(stream, number)
+    assert stream.nbytes <= ring * PAGE
+    stream.close()
+    assert stream.nbytes == 0
+
+
+def test_four_threads_and_two_slots_come_to_an_end(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    wrong: list[BaseException] = []
+
+    def run(seed: int) -> None:
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist() * 40
+        try:
+            for number in order:
+                use(stream, number)
+        except BaseException as error:  # noqa: BLE001 - told by the assertion below
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert stream.nbytes <= 2 * PAGE
+
+
+class Counted:
+    """A payload that counts its reads, and holds them up until it may go on."""
+
+    def __init__(self, inner: Payload) -> None:
+        self.inner = inner
+        self.reads = 0
+        self.go = threading.Event()
+        self.go.set()
+        self.fails = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.inner.sources
+
+    def narrow(self, start: int, nbytes: int) -> Payload:
+        return self.inner.narrow(start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        self.reads += 1
+        self.go.wait(30)
+        if self.fails:
+            raise FormatError(Path("weights"), "broken on purpose")
+        return self.inner.chunks()
+
+
+def counted(file: Path, *, ring: int = 2, count: int = 8) -> tuple[Stream, list[Counted]]:
+    payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(count)]
+    pages = [[Piece(payload, torch.float32, (ELEMENTS,), (1,))] for payload in payloads]
+    return Stream(pages, CpuLane(), ring=ring), payloads
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_threads_that_want_the_same_page_share_one_read(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[5].go.clear()
+    got: list[object] = []
+    threads = [threading.Thread(target=lambda: got.append(stream.claim(5, object()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: payloads[5].reads == 1)
+    payloads[5].go.set()
+    for thread in threads:
+        thread.join(20)
+    assert len(got) == 4
+    assert payloads[5].reads == 1
+
+
+def test_the_next_page_is_read_ahead_also_around_the_end(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    use(stream, 7)
+    assert eventually(lambda: payloads[0].reads == payloads[1].reads == 1)
+    assert payloads[2].reads == 0
+
+
+def test_what_followed_last_time_is_read_ahead_this_time(file: Path) -> None:
+    stream, payloads = counted(file)
+    for number in [2, 6, 2, 6]:
+        use(stream, number)
+    before = payloads[6].reads
+    use(stream, 4)
+    use(stream, 2)
+    assert eventually(lambda: payloads[6].reads > before)
+
+
+def test_a_failed_read_is_told_and_tried_again(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[3].fails = True
+    for _ in range(3):
+        with pytest.raises(FormatError, match="broken on purpose"):
+            stream.claim(3, object())
+    payloads[3].fails = False
+    use(stream, 3)
+    assert stream.nbytes <= 2 * PAGE
+
+
+def test_a_thread_that_holds_a_page_never_waits_for_a_slot(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    for number in range(6):
+        tensors = stream.claim(number, number, holding=number > 0)
+        assert tensors is not None
+        assert torch.equal(tensors[0], value(number))
+    assert stream.nbytes == 6 * PAGE
+    for number in range(6):
+        stream.release(number, number)
+    assert stream.nbytes <= 2 * PAGE
+    for number in range(8):
+        use(stream, number)
+
+
+def test_releasing_twice_or_by_a_stranger_does_nothing(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    first, second = object(), object()
+    tensors = stream.claim(0, first)
+    stream.claim(0, second)
+    assert tensors is not None
+    for _ in range(2):
+        stream.release(0, second)
+    stream.release(0, object())
+    for number in range(1, 8):
+        use(stream, number)
+    assert torch.equal(tensors[0], value(0))  # the first visit still holds it
+
+
+def test_a_refilled_slot_refuses_a_late_backward(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    x = torch.ones(ELEMENTS, requires_grad=True)
+    visit = object()
+    tensors = stream.claim(0, visit)
+    assert tensors is not None
+    assert not tensors[0].requires_grad
+    y = (x * tensors[0]).sum()
+    stream.release(0, visit)
+    for number in range(1, 8):
+        use(stream, number)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    seen: dict[int, tuple[int, int]] = {}
+    for number in [*range(8), *range(8), 3, 1, 5, 7]:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        assert isinstance(tensors[0], torch.nn.Parameter)
+        assert seen.setdefault(id(tensors[0]), (number, tensors[0].data_ptr())) == (number, tensors[0].data_ptr())
+        stream.release(number, "visit")
+
+
+def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    with torch.inference_mode():
+        tensors = stream.claim(0, "visit")
+    assert tensors is not None
+    assert not tensors[0].is_inference()
+
+
+def test_pages_of_many_sizes_share_one_ring(tmp_path: Path) -> None:
+    sizes = [10, 5000, 70, 5000, 1, 3000, 2000, 64]
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(bytes([number]) * size for number, size in enumerate(sizes)))
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    pages = [
+        [Piece(Extent(path, start, size), torch.uint8, (size,), (1,), is_buffer=True)]
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    stream = Stream(pages, CpuLane(), ring=2)
+    for number in [*range(8), 7, 5, 3, 1, 0, 2, 4, 6] * 3:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        assert torch.equal(tensors[0], torch.full((sizes[number],), number, dtype=torch.uint8))
+        assert stream.nbytes <= stream.room
+        stream.release(number, "visit")
+
+
+def test_verification_that_fails_is_told(file: Path) -> None:
+    def verify() -> None:
+        raise LoadError("changed")
+
+    stream = Stream([page(file, 0)], CpuLane(), ring=2, verify=verify)
+    with pytest.raises(LoadError, match="changed"):
+        stream.claim(0, "visit")
+
+
+def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    stream.claim(0, "visit")
+    stream.close()
+    assert stream.claim(1, "another") is None
+    assert 0 < stream.nbytes <= PAGE
+    stream.release(0, "visit")
+    assert stream.nbytes == 0
+
+
+def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    stream.claim(0, "a")
+    stream.claim(1, "b", holding=True)
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(stream.claim(2, "c")))
+    thread.start()
+    time.sleep(0.05)
+    assert not got
+    stream.release(1, "b")
+    thread.join(20)
+    assert got
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    use(stream, 0)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number in range(8):
+                use(stream, number)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    use(stream, 1)
