@@ -62,13 +62,14 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not set(json.loads(done.stdout.splitlines()[-1])) & {"torch", "numpy", "zstandard"}
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify", "place"])
 def test_the_commands_import_no_torch(command: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: dict[str, list[str | Path]] = {
         "inspect": [FIXTURE],
         "convert": [FIXTURE, "-o", out, "--max-shard", "1000"],
         "verify": [ROOT / "fixtures" / "good" / "folder-safetensors"],
+        "place": [FIXTURE, "--dtype", "bf16"],
     }
     done = python("-c", COMMAND_LINE, command, *arguments[command])
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,11 @@ def test_the_library_works_with_nothing_else_installed(bare: Path, tmp_path: Pat
 def test_the_commands_work_with_click_alone(bare: Path, tmp_path: Path) -> None:
     install(bare, "click")
     out = tmp_path / "out"
-    for command in (("inspect", FIXTURE), ("convert", FIXTURE, "-o", out), ("verify", out, "--against", FIXTURE)):
+    for command in (
+        ("inspect", FIXTURE),
+        ("convert", FIXTURE, "-o", out),
+        ("verify", out, "--against", FIXTURE),
+        ("place", FIXTURE),
+    ):
         done = python("-m", "shardkit", *command, interpreter=bare)
         assert done.returncode == 0, done.stderr

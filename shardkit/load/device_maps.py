@@ -74,19 +74,19 @@ def refuse_disk(
     """See that nothing lands on disk.
 
     Raises:
-        OverBudget: something does; with what the CPU, the last before the disk, would need, and what it may hold.
+        OverBudget: something does; with what the last device before the disk would need, and what it may hold.
     """
     sizes = module_sizes(model, dtype, special_dtypes)
     devices = {name: device_of(name, device_map) for name, _ in named_tensors(model)}
-    on_disk = [name for name, device in devices.items() if device == "disk"]
-    if not on_disk:
+    landed = sum(sizes[name] for name, device in devices.items() if device == "disk")
+    if "disk" not in devices.values():
         return
-    landed = sum(sizes[name] for name in on_disk)
-    needed = landed + sum(sizes[name] for name, device in devices.items() if device == "cpu")
-    available = min(budgets.get("cpu", 0), needed)
+    last = next((device for device in reversed(list(budgets)) if device != "disk"), "cpu")
+    needed = landed + sum(sizes[name] for name, device in devices.items() if device == last)
+    available = min(budgets.get(last, 0), needed)
     parts = [name for name, device in device_map.items() if device == "disk"]
     raise OverBudget(
-        f"{format_size(landed)} would land on disk: {_listed(parts)}; the CPU would have to hold {format_size(needed)}, "
+        f"{format_size(landed)} would land on disk: {_listed(parts)}; {last!r} would have to hold {format_size(needed)}, "
         f"and may hold {format_size(available)}: {format_size(needed - available)} are missing",
         needed=needed,
         available=available,

@@ -86,10 +86,11 @@ class _Context:
             return tensor
         if tensor not in self.twins:
             twin = tensor if tensor.device == self.device else _moved(tensor, self.device)
-            self.twins[tensor] = self.twins[twin] = twin
+            self.twins[tensor] = twin
+            self.twins[twin] = None  # itself; a dictionary that held what it knows by weak references would keep it alive
+            return twin
         found = self.twins[tensor]
-        assert isinstance(found, torch.Tensor)
-        return found
+        return found if isinstance(found, torch.Tensor) else tensor
 
 
 class _Here(threading.local):

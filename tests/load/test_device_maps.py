@@ -98,6 +98,6 @@ def test_nothing_lands_on_disk_in_silence() -> None:
     with pytest.raises(OverBudget, match=r"800 B would land on disk: '2', '3'; .* 300 B are missing") as caught:
         refuse_disk(made, {"0": 0, "1": "cpu", "2": "disk", "3": "disk"}, {0: 400, "cpu": 900})
     assert (caught.value.needed, caught.value.available) == (1200, 900)
-    with pytest.raises(OverBudget, match="400 B would land") as caught:
-        refuse_disk(made, {"0": 0, "1": 0, "2": "disk", "3": "disk"}, {0: 400}, dtype="bf16")
-    assert (caught.value.needed, caught.value.available) == (400, 0)
+    with pytest.raises(OverBudget, match=r"400 B would land .* 'mps' would have to hold 800 B, and may hold 500 B") as caught:
+        refuse_disk(made, {"0": "mps", "1": "mps", "2": "disk", "3": "disk"}, {"mps": 500}, dtype="bf16")
+    assert (caught.value.needed, caught.value.available) == (800, 500)

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrizations import weight_norm
+from torch.testing._internal.two_tensor import TwoTensor
 
 from shardkit.load.empty import init_empty_weights, init_on_device
 
@@ -269,6 +270,26 @@ def test_a_parameter_is_let_go_as_soon_as_it_is_registered() -> None:
         del parameter
         gc.collect()
         assert real() is None
+
+
+def test_a_parameter_that_is_replaced_is_let_go_too() -> None:
+    with init_on_device("meta"):
+        module = nn.Linear(2, 2)
+        twin = weakref.ref(module.weight)
+        module.weight = nn.Parameter(torch.ones(2))
+        gc.collect()
+        assert twin() is None
+
+
+def test_tensors_of_other_kinds_are_moved_by_their_own_operations() -> None:
+    two: Callable[..., torch.Tensor] = TwoTensor
+    with init_empty_weights():
+        module = nn.Module()
+        module.register_parameter("weight", nn.Parameter(two(torch.ones(2), torch.zeros(2))))
+    weight: object = module.weight
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, TwoTensor)
+    assert weight.a.device == weight.b.device == META
 
 
 def test_a_hundred_billion_parameters_take_no_memory() -> None:
