@@ -226,7 +226,8 @@ def _written(func: Operation) -> tuple[tuple[int, str], ...]:
 @cache
 def _is_composite(func: Operation) -> bool:
     """Whether *func* is made of other operations; such a one arrives whole in inference mode only."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    name: str = func.name()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
 def _replaced(value: Any, kind: type[_Kind], replacement: Callable[[_Kind], object]) -> Any:

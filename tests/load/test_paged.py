@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
@@ -264,6 +265,28 @@ def test_what_computes_reads_and_gives_what_the_tensor_gives(name: str, mode: Ca
         assert raw(found.resolve_conj()) == raw(expected.resolve_conj())
 
 
+COMPLEX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "conj": lambda t: t.conj(),
+    "mH": lambda t: t.mH,
+    "imag": lambda t: t.imag,
+    "as pairs": torch.view_as_real,
+    "negative view": torch._neg_view,
+    "conj made contiguous": lambda t: t.conj().contiguous(),
+    "cat with its conj": lambda t: torch.cat([t, t.conj()]),
+    "product": lambda t: t.mH @ t,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_weights_are_conjugated_and_taken_apart(name: str, mode: Callable[[], torch.no_grad]) -> None:
+    weight = torch.complex(random((3, 4)), random((3, 4)).flip(0))
+    with mode():
+        found, expected = COMPLEX[name](address(weight)), COMPLEX[name](weight)
+        found = found.read() if isinstance(found, Paged) else found
+        assert raw(found.resolve_conj().resolve_neg()) == raw(expected.resolve_conj().resolve_neg())
+
+
 def test_large_products_with_turned_weights_are_bit_equal() -> None:
     weight, x = random((300, 257)), random((64, 300))
     assert torch.equal(x @ address(weight), x @ weight)
@@ -482,6 +505,21 @@ def test_a_paged_cannot_be_written(name: str) -> None:
 def test_memory_that_is_not_there_is_not_pointed_at(ask: Callable[[torch.Tensor], object]) -> None:
     with pytest.raises(LoadError, match="has no memory"):
         ask(poisoned(random((2, 3))))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_a_library_that_saves_memory_does_not_save_what_is_none(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="has no memory"):
+        save_file({"w": address(random((2, 3)))}, tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_an_optimizer_cannot_step_it() -> None:
+    parameter = nn.Parameter(address(random((3,))))
+    (parameter * 2).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with pytest.raises(LoadError, match="cannot be written"):
+        torch.optim.SGD([parameter], lr=0.1).step()
+    assert torch.equal(parameter, random((3,)))
 
 
 def test_values_come_out_as_python_and_numpy_have_them() -> None:
