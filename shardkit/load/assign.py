@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 
 import torch
@@ -254,6 +255,7 @@ def _shape(tensor: torch.Tensor, entry: TensorEntry) -> tuple[int, ...] | None:
     return shape if counted == entry.shape or (not shape and entry.shape == (1,)) else None
 
 
+@cache
 def _can_have(stored: DType, target: torch.dtype) -> bool:
     known = stored_type(target)
     return known is not None and torch_type(stored) is not None and (stored == known or can_cast(stored, known))

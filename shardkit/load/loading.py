@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from shardkit.load.paged import Paged
 from shardkit.load.recording import device_of
 from shardkit.load.resident import install, read, read_extra, share
 from shardkit.load.weights import torch_type, weights_of
+from shardkit.source import collector_paused
 
 
 def load_checkpoint_in_model(
@@ -72,16 +73,21 @@ def load_checkpoint_in_model(
     idle = [name for name, given in (("offload_folder", offload_folder), ("offload_state_dict", offload_state_dict)) if given]
     places = _Places.of(model, device_map, offload_buffers)
     opened = Opened.at(checkpoint)
-    assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
-    on_disk = [home for home in assignment.homes if places.is_on_disk(home)]
-    resident = [home for home in assignment.homes if not places.is_on_disk(home)]
-    shared = share(home for home in resident if places.device_of(home).type == "cpu") if mmap else {}
-    values = shared | read((home for home in resident if home.name not in shared), places.device_of)
-    values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
-    extra = read_extra(assignment.extra)
-    opened.check_unchanged()
-    install(model, assignment.homes, values, extra)
-    notes = [*opened.notes, *assignment.notes, *_objects(opened, assignment), *_copied(resident, shared, mmap)]
+    with collector_paused():
+        assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
+        on_disk, resident = places.split(assignment.homes)
+        shared = share(home for home, device in resident if device.type == "cpu") if mmap else {}
+        values = shared | read((home, device) for home, device in resident if home.name not in shared)
+        values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
+        extra = read_extra(assignment.extra)
+        opened.check_unchanged()
+        install(model, assignment.homes, values, extra)
+    notes = [
+        *opened.notes,
+        *assignment.notes,
+        *_objects(opened, assignment),
+        *_copied((home for home, _ in resident), shared, mmap),
+    ]
     notes += map(_without_meaning, idle)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -102,8 +108,8 @@ def match(
         BadDType: *dtype* is no floating-point type.
         Mismatch: it is not of this model, or one of its weights is no dense tensor.
     """
-    wanted = {name for weight in weights_of(model) for name in weight.names}
-    undense = [other for name, other in opened.others.items() if name in wanted and other.is_weight]
+    others = {name: other for name, other in opened.others.items() if other.is_weight}
+    undense = [others[name] for weight in weights_of(model) for name in weight.names if name in others] if others else []
     if undense:
         sentences = ", ".join(f"{shown(other.name)} is a {other.kind}" for other in undense[:5])
         raise Mismatch(
@@ -200,12 +206,17 @@ class _Places:
         devices = {key: main if key == "disk" else torch_device(key) for key in keys.values()}
         return cls(keys, devices, {}, main, buffers_too)
 
-    def is_on_disk(self, home: Home) -> bool:
-        on_disk = self.keys is not None and mapped_device(home.name, self.keys) == "disk"
-        return on_disk and (self.buffers_too or not home.is_buffer)
-
-    def device_of(self, home: Home) -> torch.device:
-        return self.current[home.name] if self.keys is None else self.devices[mapped_device(home.name, self.keys)]
+    def split(self, homes: Iterable[Home]) -> tuple[list[Home], list[tuple[Home, torch.device]]]:
+        """Those of *homes* that go to disk, and the others with their devices."""
+        on_disk: list[Home] = []
+        resident: list[tuple[Home, torch.device]] = []
+        for home in homes:
+            device = None if self.keys is None else mapped_device(home.name, self.keys)
+            if device == "disk" and (self.buffers_too or not home.is_buffer):
+                on_disk.append(home)
+            else:
+                resident.append((home, self.current[home.name] if device is None else self.devices[device]))
+        return on_disk, resident
 
 
 def _objects(opened: Opened, assignment: Assignment) -> Iterator[str]:
@@ -214,7 +225,7 @@ def _objects(opened: Opened, assignment: Assignment) -> Iterator[str]:
         yield f"{listed(names)}: an object of a pickle in {opened.where}, and no pickle is run here"
 
 
-def _copied(resident: list[Home], shared: Mapping[str, torch.Tensor], mmap: bool) -> Iterator[str]:
+def _copied(resident: Iterable[Home], shared: Mapping[str, torch.Tensor], mmap: bool) -> Iterator[str]:
     names = [home.name for home in resident if home.name not in shared and home.nbytes]
     if mmap and names:
         yield f"read into memory, since they do not lie in a file as they are in memory: {listed(names)}"

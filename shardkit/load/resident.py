@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,24 +22,23 @@ from shardkit.load.weights import torch_type
 
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
 
-DeviceOf = Callable[[Home], torch.device]
+Placed = tuple[Home, torch.device]
 
 
-def read(homes: Iterable[Home], device_of: DeviceOf, *, on_bytes: OnBytes = lambda _: None) -> dict[str, torch.Tensor]:
-    """The values of *homes*, each in memory of its own on its device, by their first names.
+def read(placed: Iterable[Placed], *, on_bytes: OnBytes = lambda _: None) -> dict[str, torch.Tensor]:
+    """The values of weights, each in memory of its own on its device, by their first names.
 
     Args:
-        homes: what to read.
-        device_of: where each goes.
+        placed: what to read, and where it goes.
         on_bytes: called with the number of bytes after each read.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
         LoadError: there is no room for it.
     """
-    there = [(home, device_of(home)) for home in homes]
-    values = _in_main_memory([home for home, device in there if device.type == "cpu"], on_bytes)
-    for group in _staged([each for each in there if each[1].type != "cpu"]):
+    placed = list(placed)
+    values = _in_main_memory([home for home, device in placed if device.type == "cpu"], on_bytes)
+    for group in _staged(each for each in placed if each[1].type != "cpu"):
         staged = _in_main_memory([home for home, _ in group], on_bytes)
         values |= {home.name: staged[home.name].to(device) for home, device in group}
     return values
@@ -91,11 +90,11 @@ def _in_main_memory(homes: Sequence[Home], on_bytes: OnBytes) -> dict[str, torch
     return {home.name: tensor for home, tensor in zip(homes, tensors, strict=True)}
 
 
-def _staged(there: Iterable[tuple[Home, torch.device]]) -> Iterator[list[tuple[Home, torch.device]]]:
-    """*there* in groups that take no more main memory than there is for them, or are one weight."""
-    group: list[tuple[Home, torch.device]] = []
+def _staged(placed: Iterable[Placed]) -> Iterator[list[Placed]]:
+    """*placed* in groups that take no more main memory than there is for them, or are one weight."""
+    group: list[Placed] = []
     room = _STAGED
-    for home, device in there:
+    for home, device in placed:
         if group and home.nbytes > room:
             yield group
             group, room = [], _STAGED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -60,11 +61,13 @@ def extra_states(model: nn.Module) -> Iterator[str]:
             yield f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE
 
 
+@cache
 def stored_type(dtype: torch.dtype) -> DType | None:
     """What *dtype* is in a checkpoint; None if no checkpoint has it."""
     return BY_TORCH.get(str(dtype).removeprefix("torch."))
 
 
+@cache
 def torch_type(dtype: DType) -> torch.dtype | None:
     """What *dtype* is in torch; None if the torch that is installed has no such type."""
     found = getattr(torch, dtype.torch, None) if dtype.torch else None
