@@ -83,11 +83,13 @@ def class_names(no_split: Iterable[str] | str | None) -> frozenset[str]:
 
 
 def parts(name: str, module: nn.Module) -> list[tuple[str, Node]]:
-    """What stands directly in *module*, which is called *name*: parameters, modules, buffers; under all their names."""
+    """What stands directly in *module*, which is called *name*, under all its names: parameters, buffers, modules."""
     prefix = f"{name}." if name else ""
-    own: list[tuple[str, Node]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
-    own += [(step, child) for step, child in module._modules.items() if child is not None]
-    own += list(module.named_buffers(recurse=False, remove_duplicate=False))
+    parameters: list[tuple[str, Node]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
+    buffers: list[tuple[str, Node]] = list(module.named_buffers(recurse=False, remove_duplicate=False))
+    modules = [(step, child) for step, child in module._modules.items() if child is not None]
+    # Accelerate takes the buffers of the whole model last, and those of the modules in it that are split not at all.
+    own = [*parameters, *buffers, *modules] if name else [*parameters, *modules, *buffers]
     return [(f"{prefix}{step}", node) for step, node in own]
 
 
