@@ -13,8 +13,8 @@ _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
     "inspect": "Show what a checkpoint holds, without reading a weight.",
     "verify": "Check that an output is whole, and equal to its source.",
-    "place": "Show on which device each part of a model would lie.",
     "diff": "List what changes from one checkpoint to another.",
+    "place": "Show on which device each part of a model would lie.",
     "formats": "List the formats that can be read and written.",
 }
 

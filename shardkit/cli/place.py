@@ -83,9 +83,9 @@ def command(
 ) -> None:
     """Show on which device each part of the model in SRC would lie, what is left, and what does not fit.
 
-    Only headers are read, and no model class is needed: what is run as one is told from the names. Accelerators are filled
-    first, then the CPU; the rest lies on disk. What lies on CPU or disk is brought to the first accelerator to be run, so
-    that room for the largest block is kept there. Activations are not counted.
+    Only headers are read, and no model class is needed: what is run as one is told from the names. Accelerators are filled one
+    after the other, as with device_map="sequential", then the CPU; the rest lies on disk. What lies on CPU or disk is brought
+    to the first accelerator to be run, so that room for the largest block is kept there. Activations are not counted.
     """
     from shardkit.cli.placing import document, drawn, placed
     from shardkit.source import collector_paused
