@@ -13,7 +13,7 @@ from torch import nn
 
 import shardkit
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
-from shardkit.load import Paged, save, tensors
+from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, save, tensors
 from truth import values
 
 
@@ -129,3 +129,18 @@ def test_what_has_no_value_or_no_place_is_told(tmp_path: Path) -> None:
     module.register_buffer("sparse", torch.eye(3, dtype=torch.complex128))
     with pytest.raises(Unwritable):
         save(module, tmp_path / "out")
+
+
+def test_a_model_that_streams_from_disk_is_written_without_being_read(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    with init_empty_weights():
+        empty = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
+    streamed = load_checkpoint_and_dispatch(empty, tmp_path / "source.pt", device_map={"0": "cpu", "1": "disk"})
+    try:
+        report = save(streamed, tmp_path / "out")
+        assert report.tensors == 4
+        assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(source)
+        assert torch.equal(streamed(torch.ones(2, 6)), source(torch.ones(2, 6)))
+    finally:
+        close(streamed)
