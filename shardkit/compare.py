@@ -5,22 +5,22 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import source
+from shardkit import manifest, source
 from shardkit.checkpoint import TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
 from shardkit.errors import shown_path
+from shardkit.integrity import archive_faults, archives, listed_faults, said
 from shardkit.limits import Limits
-from shardkit.payload import Payload
+from shardkit.manifest import MANIFEST_NAME
+from shardkit.parallel import each
+from shardkit.payload import Extent, Payload, read_all
 from shardkit.roots import select_root
 
 Change = Literal["added", "removed", "dtype", "shape", "bytes"]
@@ -107,7 +107,7 @@ def verify(
     """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.
 
     Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
-    that no byte is missing; and each tensor is read once.
+    that no byte is missing, the digests of a manifest, the CRCs of zip archives; each tensor is read once.
 
     Args:
         out: what `convert` wrote, or any other checkpoint.
@@ -121,9 +121,9 @@ def verify(
         FormatError: one of them cannot be read.
         PlanError: *edits* cannot be applied to *against*.
     """
-    written = source.open(out, limits=limits)
     if against is None:
-        return _readable(written.tensors, on_bytes or _unheard, on_total or _unheard)
+        return _sound(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
+    written = source.open(out, limits=limits)
     edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
     return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=edited.notes)
 
@@ -150,23 +150,8 @@ def _unheard(count: int) -> None:
     """Stand for a callback that nobody gave."""
 
 
-class _Stopped(BaseException):
-    """The comparison was interrupted, or another tensor cannot be read."""
-
-
 def _differences(pairs: Iterable[tuple[TensorEntry, TensorEntry]], on_bytes: OnBytes) -> list[Difference | None]:
-    stop = threading.Event()
-
-    def report(count: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        on_bytes(count)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "shardkit-compare") as pool:
-        try:
-            return list(pool.map(lambda pair: _difference(pair[0], pair[1], report), pairs))
-        finally:
-            stop.set()
+    return each(lambda pair, report: _difference(pair[0], pair[1], report), pairs, on_bytes)
 
 
 def _in_order(lefts: Mapping[str, TensorEntry], changed: Mapping[str, Difference | None]) -> Iterator[Difference]:
@@ -218,12 +203,41 @@ def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterat
         a, b = a[count:], b[count:]
 
 
-def _readable(entries: Sequence[TensorEntry], on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    on_total(sum(entry.nbytes for entry in entries))
-    count = nbytes = 0
-    for entry in entries:
-        for chunk in entry.payload.chunks():
-            nbytes += len(chunk)
-            on_bytes(len(chunk))
-        count += 1
-    return Comparison(count, nbytes, ())
+def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """What the files of *out* say about themselves, held against their bytes."""
+    if (out / MANIFEST_NAME).is_file():
+        return _as_listed(out, limits, on_bytes, on_total)
+    checkpoint = source.open(out, limits=limits)
+    zips = archives(checkpoint.files, limits)
+    inside = {archive.path for archive in zips}
+    outside = [entry for entry in checkpoint.tensors if not _reads_only(entry.payload, inside)]
+    on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
+    faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
+    each(_drained, outside, on_bytes)
+    notes = [said(archive) for archive in zips]
+    if outside:
+        notes.append(f"{len(outside):,} tensors carry no checksum: their bytes can be read, and are unchecked")
+    differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
+    return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, tuple(notes))
+
+
+def _as_listed(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    path = out / MANIFEST_NAME
+    listed = manifest.parse(path, bytes(read_all(Extent(path, 0, path.stat().st_size))), limits)
+    on_total(sum(file.nbytes for file in listed.files))
+    found = each(lambda file, report: listed_faults(out, file, listed.algorithm, report), listed.files, on_bytes)
+    differences = tuple(Difference(fault.name, fault.change, fault.detail) for faults in found for fault in faults)
+    if not differences:
+        source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
+    runs = [run for file in listed.files for run in file.runs]
+    note = f"held against the {listed.algorithm} of {len(listed.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
+    return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
+
+
+def _reads_only(payload: Payload, files: set[Path]) -> bool:
+    return bool(payload.sources) and all(extent.path in files for extent in payload.sources)
+
+
+def _drained(entry: TensorEntry, on_bytes: OnBytes) -> None:
+    for chunk in entry.payload.chunks():
+        on_bytes(len(chunk))

@@ -6,27 +6,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
 from shardkit import registry, source
 from shardkit.checkpoint import Checkpoint, OtherKind, SourceFile
+from shardkit.checksums import check_algorithm
 from shardkit.companions import ModelConfig, companions
-from shardkit.copying import Engine, OnBytes
+from shardkit.copying import OnBytes
 from shardkit.destination import check_output, check_room, default_output, followed, partial_folder
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
-from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown, shown_path
+from shardkit.errors import LimitExceeded, Malformed, NoRoom, PlanError, shown, shown_path
 from shardkit.index import LARGEST_READ_BY_HUB
+from shardkit.integrity import refuse_changed, refuse_damaged
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
 from shardkit.payload import Extent
 from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
 from shardkit.roots import LeftOut
 from shardkit.sizes import format_size, parse_size
-from shardkit.writer import forecast, write
+from shardkit.writer import bytes_to_store, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Conversion:
         plan: the files, part by part.
         single: name of the one file, where *out* is a file.
         notes: sentences that the user should see.
+        limits: what the source may ask for.
     """
 
     source: Path
@@ -52,6 +55,7 @@ class Conversion:
     plan: Plan
     single: str | None
     notes: tuple[str, ...]
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ def convert(
     sync: bool = True,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
+    checksum: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
     """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
@@ -132,6 +137,8 @@ def convert(
         sync: make every file last (fsync) before the output appears.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights (config, tokenizer) of a source folder.
+        checksum: ``"sha256"`` or ``"xxh3"`` to write a digest of every file and tensor to ``shardkit.manifest.json``, and to
+            check the CRCs of a zip source first; None for neither.
         limits: what the source may ask for.
 
     Returns:
@@ -144,7 +151,9 @@ def convert(
     """
     begun = time.monotonic()
     edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
-    conversion = prepare(src, out, edits, max_shard=max_shard, format=format, with_companions=with_companions, limits=limits)
+    conversion = prepare(
+        src, out, edits, max_shard=max_shard, format=format, with_companions=with_companions, checksum=checksum, limits=limits
+    )
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
 
@@ -157,6 +166,7 @@ def prepare(
     max_shard: str | int | None = "5GB",
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
+    checksum: str | None = None,
     limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
@@ -168,6 +178,8 @@ def prepare(
     src = Path(src)
     out = followed(Path(out)) if out is not None else default_output(src)
     limit = None if max_shard is None else parse_size(max_shard)
+    if checksum is not None:
+        check_algorithm(checksum)
     checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
     config = ModelConfig.beside(src if src.is_dir() else src.parent)
     if not config.ties_embeddings:
@@ -176,6 +188,8 @@ def prepare(
     layout = None if out.is_dir() else registry.writer_for(out.suffix)
     files = checkpoint.files
     if layout is not None:
+        if checksum is not None:
+            raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
         plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
     else:
         folder = _folder(src)
@@ -184,8 +198,9 @@ def prepare(
         plan = plan_folder(
             edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
         )
+        plan = replace(plan, checksum=checksum)
     notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
-    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes)
+    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
 
 
 def carry_out(
@@ -205,14 +220,20 @@ def carry_out(
     begun = time.monotonic()
     plan, files = conversion.plan, conversion.files
     out = conversion.out.absolute()
-    mend(out, partial_folder(out))
+    identity = Identity(plan.digest, files, "" if sync else boot_id())
+    if mend(out, partial_folder(out), identity, single=conversion.single):
+        return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
     check_output(out, files, conversion.source, plan, overwrite=overwrite)
-    with begin(partial_folder(out), Identity(plan.digest, files, "" if sync else boot_id())) as journal:
+    if plan.checksum:
+        checkpoint, scratch = conversion.checkpoint, _scratch(conversion.out)
+        said = refuse_damaged(checkpoint.files, checkpoint.tensors, conversion.limits, scratch)
+        conversion = replace(conversion, notes=(*conversion.notes, *said))
+    with begin(partial_folder(out), identity) as journal:
         resumed = len(journal.done)
         try:
             check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), conversion.source)
             counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
-            _refuse_changed(files)
+            refuse_changed(files)
         except (Malformed, LimitExceeded):
             journal.discard()
             raise
@@ -220,14 +241,9 @@ def carry_out(
             if not resumed:  # else what an earlier run finished stays, for when there is room
                 journal.discard()
             raise
+        check_output(out, files, conversion.source, plan, overwrite=overwrite)  # which may have come, or grown, meanwhile
         journal.commit(out, single=conversion.single)
     return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)
-
-
-def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> int:
-    """Bytes that writing *plan* takes from the disk of *folder*: copies, not clones, and not the files that are *done*."""
-    todo = replace(plan, files=tuple(file for file in plan.files if file.name not in done))
-    return sum(count for engine, count in forecast(todo, folder).items() if engine is not Engine.CLONED)
 
 
 def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
@@ -249,12 +265,6 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
         resumed=resumed,
         seconds=seconds,
     )
-
-
-def _refuse_changed(files: Sequence[SourceFile]) -> None:
-    for file in files:
-        if SourceFile.of(file.path) != file:
-            raise Malformed(file.path, "changed while it was read", hint="run the command again when nothing writes to it")
 
 
 def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:

@@ -16,7 +16,6 @@ import os
 import struct
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from pathlib import Path
 from shardkit.payload import CHUNK, PAGE, Extent, Literal, Part, Payload, Trailer, ended_early, unreadable
 
 OnBytes = Callable[[int], None]
+See = Callable[[memoryview], None]
 
 _STEP = 64 << 20  # so that progress moves and an interrupt is heard while a large part is copied
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), linux/fs.h
@@ -126,11 +126,9 @@ class Copier:
         else:
             self._stream(payload.chunks(), at, engine_of(payload))
 
-    def write_summed(self, payload: Payload, at: int) -> int:
-        """As `write`, but through this process, and gives the CRC-32 of the bytes."""
-        crc = _Crc()
-        self._stream(crc.over(payload.chunks()), at, Engine.READ if isinstance(payload, Extent) else engine_of(payload))
-        return crc.value
+    def write_seen(self, payload: Payload, at: int, *see: See) -> None:
+        """As `write`, but through this process, where each of *see* is called with the bytes as they pass."""
+        self._stream(_seen(payload.chunks(), see), at, Engine.READ if isinstance(payload, Extent) else engine_of(payload))
 
     def _stream(self, chunks: Iterable[memoryview], at: int, engine: Engine) -> None:
         for chunk in chunks:
@@ -162,13 +160,21 @@ class Copier:
 
     def _step(self, source: _Opened, start: int, at: int, nbytes: int) -> tuple[Engine, int]:
         """One move by the first engine that can make it; an engine that turns out unable is forgotten for this source."""
-        while len(source.moves) > 1:
+        while source.moves:
             engine, move = source.moves[0]
             if count := _tried(move, source.file, start, self._output, at, nbytes):
                 return engine, count
             del source.moves[0]
-        engine, move = source.moves[0]
-        return engine, move(source.file, start, self._output, at, min(nbytes, CHUNK))
+        return Engine.READ, self._read_write(source, start, at, min(nbytes, CHUNK))
+
+    def _read_write(self, source: _Opened, start: int, at: int, nbytes: int) -> int:
+        os.lseek(source.file, start, os.SEEK_SET)
+        try:
+            data = os.read(source.file, nbytes)
+        except OSError as error:
+            raise unreadable(source.path, error) from None
+        write_at(self._output, data, at)
+        return len(data)
 
     def _source(self, path: Path) -> _Opened:
         """The source, opened; one at a time, since parts of one file stand together and descriptors are few."""
@@ -199,14 +205,11 @@ def write_at(output: int, data: memoryview | bytes, at: int) -> None:
         at += count
 
 
-@dataclass(slots=True)
-class _Crc:
-    value: int = 0
-
-    def over(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-        for chunk in chunks:
-            self.value = zlib.crc32(chunk, self.value)
-            yield chunk
+def _seen(chunks: Iterable[memoryview], see: Iterable[See]) -> Iterator[memoryview]:
+    for chunk in chunks:
+        for each in see:
+            each(chunk)
+        yield chunk
 
 
 _Move = Callable[[int, int, int, int, int], int]
@@ -224,15 +227,17 @@ def _moves() -> Iterator[tuple[Engine, _Move]]:
         yield Engine.COPIED, _copy_file_range
     if sys.platform == "linux":  # elsewhere sendfile writes to sockets only
         yield Engine.SENT, _sendfile
-    yield Engine.READ, _read_write
 
 
 def _tried(move: _Move, source: int, start: int, output: int, at: int, count: int) -> int:
-    """Bytes moved; 0 where this means does not work for these files."""
+    """Bytes moved; 0 where this means does not work for these files.
+
+    An error of input or output is none of the means, but whose it is, the source's or the output's, only a plain read tells.
+    """
     try:
         return move(source, start, output, at, count)
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+        if error.errno in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EIO):
             return 0
         raise
 
@@ -251,10 +256,3 @@ def _copy_file_range(source: int, start: int, output: int, at: int, count: int) 
 def _sendfile(source: int, start: int, output: int, at: int, count: int) -> int:
     os.lseek(output, at, os.SEEK_SET)
     return os.sendfile(output, source, start, count)
-
-
-def _read_write(source: int, start: int, output: int, at: int, count: int) -> int:
-    os.lseek(source, start, os.SEEK_SET)
-    data = os.read(source, count)
-    write_at(output, data, at)
-    return len(data)

@@ -14,6 +14,7 @@ from pathlib import Path
 from shardkit import registry
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
+from shardkit.manifest import MANIFEST_NAME
 from shardkit.plan import INDEX_NAME, Plan, is_shard_name
 from shardkit.sizes import format_size
 
@@ -39,18 +40,10 @@ def partial_folder(out: Path) -> Path:
 
 def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
     """Raise OutputError unless *out* is free, or *overwrite* and it is shardkit's to replace."""
-    if not out.parent.is_dir() and out.parent.exists():
-        raise OutputError(f"{shown_path(out.parent)} is no folder")
-    if out.is_dir() and os.path.ismount(out):
-        raise OutputError(
-            f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}"
-        )
-    if not out.exists() or (out.is_dir() and not os.listdir(out)):
-        return
-    if not overwrite:
-        raise OutputError(f"{shown_path(out)} exists", hint="choose another output with -o, or replace it with --overwrite")
-    _refuse_source(out, sources, origin)
-    _refuse_foreign(out, plan)
+    try:
+        _check_output(out, sources, origin, plan, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}") from None
 
 
 def check_room(folder: Path, needed: int, source: Path) -> None:
@@ -64,6 +57,21 @@ def check_room(folder: Path, needed: int, source: Path) -> None:
             f"and the output of {shown_path(source)} needs {format_size(needed)}",
             hint="free some space, or choose another disk with -o",
         )
+
+
+def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
+    if not out.parent.is_dir() and out.parent.exists():
+        raise OutputError(f"{shown_path(out.parent)} is no folder")
+    if out.is_dir() and os.path.ismount(out):
+        raise OutputError(
+            f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}"
+        )
+    if not out.exists() or (out.is_dir() and not os.listdir(out)):
+        return
+    if not overwrite:
+        raise OutputError(f"{shown_path(out)} exists", hint="choose another output with -o, or replace it with --overwrite")
+    _refuse_source(out, sources, origin)
+    _refuse_foreign(out, plan)
 
 
 def _model_folder(source: Path) -> Path:
@@ -94,7 +102,7 @@ def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> No
 
 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
-    ours = {file.name for file in plan.files} | {INDEX_NAME}
+    ours = {file.name for file in plan.files} | {INDEX_NAME, MANIFEST_NAME}
     if out.is_dir():
         found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
     else:

@@ -42,6 +42,14 @@ class Header:
     metadata: dict[str, str]
 
 
+def places(content: bytes) -> list[tuple[str, int, int]]:
+    """Name, start and stop of each tensor in a file that begins with *content*, a header that we dumped, in their order."""
+    start = LENGTH_NBYTES + int.from_bytes(content[:LENGTH_NBYTES], "little")
+    fields: dict[str, dict[str, tuple[int, int]]] = json.loads(content[LENGTH_NBYTES:start])
+    offsets = ((name, field["data_offsets"]) for name, field in fields.items() if name != METADATA)
+    return sorted(((name, start + low, start + high) for name, (low, high) in offsets), key=lambda place: place[1:])
+
+
 def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> int:
     """The length of the JSON, from the *first* 8 bytes of a file of *file_nbytes*.
 

@@ -75,13 +75,14 @@ def _check_files(path: Path, weight_map: dict[str, object]) -> None:
         if not isinstance(name, str):
             raise Malformed(path, f"the file of tensor {shown(tensor)} must be a name, found {shown(name)}", where=_WHERE)
         if name not in fine:
-            fault = _fault(name)
+            fault = fault_of_name(name)
             if fault:
                 raise Malformed(path, f"the file of tensor {shown(tensor)}, {shown(name)}, {fault}", where=_WHERE)
             fine.add(name)
 
 
-def _fault(name: str) -> str | None:
+def fault_of_name(name: str) -> str | None:
+    """What is wrong with *name* as that of a file in the folder of a listing; None if nothing is."""
     if not name:
         return "has an empty name"
     if name.startswith("/") or _DRIVE.match(name):

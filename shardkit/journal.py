@@ -1,11 +1,12 @@
 """OUT.partial/: where an output is written until it is whole, and what of it is done.
 
-1. The journal is a file of JSON lines in OUT.partial/. Its first line says for which plan, from which files and by whom;
-   each further line names a file that is complete, with its length, and is written after that file was synced.
+1. The journal is a file of JSON lines in OUT.partial/. Its first line says for which plan and from which files; each further
+   line names who writes, a file that is complete (written after that file was synced), one that has to be written again, or the
+   output that is being committed. A line that was cut off counts for nothing.
 2. One run at a time: the journal is locked for as long as it is open.
 3. A journal for the same plan and unchanged sources is resumed. Any other is begun anew.
-4. The commit moves the folder, or the one file in it, to OUT by one rename, removes what was replaced, and the journal last:
-   a journal in OUT tells that the commit was killed on the way, and `mend` finishes it.
+4. The journal goes into OUT with the folder, and is removed last: one in OUT that names OUT as committed tells that the run was
+   killed while it cleared up, and `mend` ends it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import contextlib
 import errno
 import json
 import os
-import shutil
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from shardkit.checkpoint import SourceFile
-from shardkit.errors import OutputError, shown_path
+from shardkit.errors import OutputError, shown, shown_path
+from shardkit.manifest import Digests
+from shardkit.placing import NAME, clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
+from shardkit.records import Written
 
-NAME = ".shardkit-journal"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +57,38 @@ class Journal:
     Attributes:
         folder: OUT.partial/.
         done: names of the files that are complete.
+        digests: of those of them that are summed.
         resumed: whether an earlier run began it.
     """
 
-    def __init__(self, folder: Path, file: IO[str], done: set[str], *, resumed: bool, sync: bool) -> None:
+    def __init__(
+        self, folder: Path, file: BinaryIO, done: set[str], digests: dict[str, Digests], *, resumed: bool, sync: bool
+    ) -> None:
         self.folder = folder
         self.done = done
+        self.digests = digests
         self.resumed = resumed
         self._file = file
         self._sync = sync
 
-    def finished(self, name: str) -> None:
-        """Record that the file called *name* is complete."""
-        self._append(_done_line(self.folder, name))
+    def finished(self, name: str, digests: Digests | None = None) -> None:
+        """Record that the file called *name* is complete.
+
+        Raises:
+            OSError: the journal cannot be written.
+        """
+        line: dict[str, object] = {"done": name, "nbytes": (self.folder / name).stat().st_size}
+        self._append(line if digests is None else {**line, "digests": [digests.whole, digests.tensors]})
         self.done.add(name)
+        if digests is not None:
+            self.digests[name] = digests
 
     def discard(self) -> None:
         """Remove everything that was written."""
-        self._file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if os.name == "nt":
+            self._file.close()  # there no file is removed while it is open; elsewhere it keeps the lock meanwhile
+        with contextlib.suppress(OSError):  # why it is discarded is what has to be said
+            remove(self.folder)
 
     def commit(self, out: Path, *, single: str | None) -> None:
         """Move what was written to *out*: the file called *single*, or the whole folder.
@@ -81,22 +97,34 @@ class Journal:
             OutputError: the system refuses.
         """
         try:
+            self._append({"commit": out.name})
+            if self._sync:
+                sync_tree(self.folder)
             if os.name == "nt":
                 self._file.close()  # there no folder moves while a file in it is open
-            if self._sync:
-                sync_folder(self.folder)
-            _place_file(self.folder, single, out) if single else _place_folder(self.folder, out)
+            place_file(self.folder, single, out) if single else place_folder(self.folder, out)
             if self._sync:
                 sync_folder(out.parent)
-            mend(out, self.folder)
+            clear(self.folder, out)
         except OSError as error:
             raise OutputError(
-                f"{shown_path(out)}: cannot be put in place: {error.strerror}", hint=f"the complete output is in {self.folder}"
+                f"{shown_path(out)}: cannot be put in place: {error.strerror or error}",
+                hint="every file of it is complete: run the same command again",
             ) from None
 
-    def _append(self, line: str) -> None:
-        self._file.write(line + "\n")
-        self._file.flush()
+    def _append(self, *lines: Mapping[str, object]) -> None:
+        self._append_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def _append_text(self, text: str) -> None:
+        stop = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line would spoil the next one
+                os.ftruncate(self._file.fileno(), stop)
+            raise
         if self._sync:
             os.fsync(self._file.fileno())
 
@@ -109,26 +137,34 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
         OutputError: another run holds it, it is not shardkit's, or it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, sync=not identity.boot)
         _refuse_foreign(folder)
-        with open(folder / NAME, "a+", encoding="utf-8", errors="replace") as file:
-            _lock(file, folder)
-            finished = _finished(file, identity)
-            done = {name for name, nbytes in (finished or {}).items() if _is_whole(folder / name, nbytes)}
-            _keep_only(folder, done)
-            journal = Journal(folder, file, done, resumed=finished is not None, sync=not identity.boot)
-            file.truncate(0)  # a line that was cut off would spoil the next one
-            journal._append("\n".join((identity.line(), *(_done_line(folder, name) for name in sorted(done)))))
-            yield journal
+        with open(folder / NAME, "ab+", buffering=0) as file:
+            _lock(file, folder / NAME)
+            yield _begun(folder, file, identity)
     except OSError as error:
         raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=advice(error)) from None
 
 
-def mend(out: Path, folder: Path) -> None:
-    """Finish a commit to *out* that brought the new output there from *folder*, and was killed before it had cleaned up."""
-    if (out / NAME).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # since the exchange it holds what was replaced
-        (out / NAME).unlink(missing_ok=True)
+def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> bool:
+    """Finish, or undo, a commit to *out* from *folder* that was killed; says whether *out* is now what *identity* asks for.
+
+    Raises:
+        OutputError: another run is at it, or the system refuses.
+    """
+    path = out / NAME if (out / NAME).is_file() else folder / NAME
+    try:
+        with open(path, "ab+", buffering=0) if path.is_file() else contextlib.nullcontext() as file:
+            if file is None:
+                _remove_empty(folder, out)
+                return False
+            _lock(file, path)
+            written = Written.read(file)
+            if path.parent == folder:
+                put_back(folder, out)
+            return written.commit == out.name and _settled(out, folder, written, identity, single)
+    except OSError as error:
+        raise OutputError(f"{shown_path(out)}: {error.strerror or error}", hint=advice(error)) from None
 
 
 def advice(error: OSError) -> str | None:
@@ -146,15 +182,11 @@ def boot_id() -> str:
         return f"process {os.getpid()}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in *folder* last; a system that cannot open folders needs none of this."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _make(folder: Path, *, sync: bool) -> None:
+    new = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in new if sync else ():
+        sync_folder(parent.parent)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -166,25 +198,39 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _done_line(folder: Path, name: str) -> str:
-    return json.dumps({"done": name, "nbytes": (folder / name).stat().st_size})
+def _begun(folder: Path, file: BinaryIO, identity: Identity) -> Journal:
+    written = Written.read(file)
+    resumed = written.identity == identity.line() and not written.broken
+    listed = written.done if resumed else {}
+    done = {name for name, finished in listed.items() if finished.is_whole(folder / name)}
+    _keep_only(folder, done)
+    digests = {name: found for name in done if (found := listed[name].digests) is not None}
+    journal = Journal(folder, file, done, digests, resumed=resumed, sync=not identity.boot)
+    # What is complete stays recorded throughout: a run that is killed here costs nothing.
+    os.ftruncate(file.fileno(), written.nbytes if resumed else 0)
+    if not resumed:
+        journal._append_text(f"{identity.line()}\n")
+    journal._append(*({"redo": name} for name in sorted(listed.keys() - done)), {"by": _this_run()})
+    return journal
 
 
-def _finished(file: IO[str], identity: Identity) -> dict[str, int] | None:
-    """The files that an earlier run for *identity* completed; None where the journal is new, broken or for another plan."""
-    file.seek(0)
-    first, *rest = file.read().split("\n")
-    if first != identity.line():
-        return None
-    try:
-        lines = [json.loads(line) for line in rest[:-1]]  # what follows the last line end was cut off while written
-        return {str(line["done"]): int(line["nbytes"]) for line in lines}
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+def _remove_empty(folder: Path, out: Path) -> None:
+    """Remove the last that a commit leaves, where it was killed before its very last step."""
+    if out.exists():
+        with contextlib.suppress(OSError):  # not empty, or not there
+            os.rmdir(folder)
 
 
-def _is_whole(path: Path, nbytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == nbytes
+def _settled(out: Path, folder: Path, written: Written, identity: Identity, single: str | None) -> bool:
+    """Clear up after a commit that reached *out*; says whether it was that of *identity*, and *out* is still as it left it."""
+    if single is None:
+        moved = (out / NAME).is_file()
+        whole = moved and all(finished.is_whole(out / name) for name, finished in written.done.items())
+    else:
+        moved = whole = single in written.done and not (folder / single).exists() and written.done[single].is_whole(out)
+    if moved:
+        clear(folder, out)
+    return whole and written.identity == identity.line()
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
@@ -198,11 +244,13 @@ def _keep_only(folder: Path, names: set[str]) -> None:
                 Path(parent, name).rmdir()
 
 
-def _lock(file: IO[str], folder: Path) -> None:
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Lock the journal *file*, which is at *path*, or say who has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(0)  # it is the byte at the position that is locked
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -211,42 +259,27 @@ def _lock(file: IO[str], folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
             return  # a file system without locks; nothing better is to be had
-        raise OutputError(
-            f"{shown_path(folder)} is in use by another run of shardkit",
-            hint="wait for it to end, or choose another output with -o",
-        ) from None
+        raise _in_use(file, path) from None
+    if not _is_at(file, path):  # its run ended between our opening it and locking it
+        raise _in_use(file, path)
 
 
-def _place_file(folder: Path, name: str, out: Path) -> None:
-    os.replace(folder / name, out)
-    shutil.rmtree(folder)
-
-
-def _place_folder(folder: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
-        _rename_over_empty(folder, out)
-    elif not _exchange(folder, out):
-        old = out.with_name(f"{out.name}.old")
-        os.rename(out, old)
-        os.rename(folder, out)
-        os.rename(old, folder)  # as after an exchange
-
-
-def _rename_over_empty(folder: Path, out: Path) -> None:
-    if os.name == "nt" and out.exists():
-        out.rmdir()
-    os.rename(folder, out)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names at once, by renameat2(2) with RENAME_EXCHANGE; False where the system cannot."""
-    if sys.platform != "linux":
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False
-    import ctypes
 
-    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    return (
-        renameat2 is not None
-        and renameat2(at_cwd, os.fsencode(first.absolute()), at_cwd, os.fsencode(second.absolute()), exchange) == 0
+
+def _in_use(file: BinaryIO, path: Path) -> OutputError:
+    holder = ""
+    with contextlib.suppress(OSError):  # where a lock forbids reading
+        holder = Written.read(file).by
+    return OutputError(
+        f"{shown_path(path.parent)} is in use by another run of shardkit" + (f": {shown(holder)}" if holder else ""),
+        hint="wait for it to end, or choose another output with -o",
     )
+
+
+def _this_run() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

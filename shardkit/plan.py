@@ -52,6 +52,7 @@ class Plan:
         total_size: bytes of the tensors as they will be stored.
         oversized: names of the tensors that alone are larger than the bound.
         format: name of the format of the shards.
+        checksum: algorithm of the digests that a manifest will hold; None for no manifest.
     """
 
     files: tuple[OutputFile, ...]
@@ -60,6 +61,7 @@ class Plan:
     total_size: int
     oversized: tuple[str, ...] = ()
     format: str = "safetensors"
+    checksum: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +77,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of what will be written from where: equal digests, equal output."""
-        sha = hashlib.sha256()
+        sha = hashlib.sha256(f"{self.checksum}\0".encode())
         for file in self.files:
             sha.update(f"{file.name}\0{file.nbytes}\0".encode("utf-8", "surrogateescape"))
             for part in file.parts:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shardkit.copying import Copier, Engine, OnBytes, can_clone, clonable, engine_of, reserve
+from shardkit import header, manifest
+from shardkit.checksums import Sums
+from shardkit.copying import Copier, Engine, OnBytes, See, can_clone, clonable, engine_of, reserve
 from shardkit.errors import OutputError, shown_path
 from shardkit.journal import Journal, advice
+from shardkit.manifest import MANIFEST_NAME, Digests, Listed, Manifest, Run
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.plan import OutputFile, Plan
 
@@ -37,16 +42,19 @@ def write(
     """
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
-    shards = set(plan.weight_map.values())
-    run = _Run(journal, cache(lambda path: can_clone(path, journal.folder)), sync, on_bytes)
+    clones = cache(lambda path: can_clone(path, journal.folder))
+    run = _Run(plan, journal, clones, sync, on_bytes)
     with ThreadPoolExecutor(jobs or min(_TOGETHER, os.cpu_count() or 1), "shardkit-write") as pool:
-        futures = [pool.submit(run.write, file, checked=file.name in shards and plan.format == "safetensors") for file in todo]
+        futures = [pool.submit(run.write, file) for file in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             run.stop.set()
             pool.shutdown(cancel_futures=True)
-    return _added(futures)
+    counts = _added(futures)
+    if plan.checksum and MANIFEST_NAME not in journal.done:
+        _Run(plan, journal, clones, sync, lambda count: None).write_manifest()
+    return counts
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
@@ -54,56 +62,84 @@ def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
 
     Bytes that no clone saves are counted as copied in the kernel; which engine does it in the end, the run tells.
     """
-    clones = cache(lambda path: can_clone(path, folder))
+    clones = cache(lambda path: not plan.checksum and can_clone(path, folder))
     counts: Counter[Engine] = Counter()
     for file in plan.files:
         at = 0
         for part in file.parts:
             cloned = clonable(part, at) if isinstance(part, Extent) and clones(part.path) else 0
             counts[Engine.CLONED] += cloned
-            counts[engine_of(part)] += part.nbytes - cloned
+            engine = Engine.READ if plan.checksum and isinstance(part, Extent) else engine_of(part)
+            counts[engine] += part.nbytes - cloned
             at += part.nbytes
     return +counts
 
 
+def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> int:
+    """Bytes that writing *plan* takes from the disk of *folder*: copies, not clones, and not the files that are *done*."""
+    todo = replace(plan, files=tuple(file for file in plan.files if file.name not in done))
+    return sum(count for engine, count in forecast(todo, folder).items() if engine is not Engine.CLONED)
+
+
 class _Run:
-    def __init__(self, journal: Journal, clones: Callable[[Path], bool], sync: bool, on_bytes: OnBytes) -> None:
+    def __init__(self, plan: Plan, journal: Journal, clones: Callable[[Path], bool], sync: bool, on_bytes: OnBytes) -> None:
         self.stop = threading.Event()
+        self._plan = plan
+        self._shards = set(plan.weight_map.values()) if plan.format == "safetensors" else set()
         self._journal = journal
         self._clones = clones
         self._sync = sync
         self._report = on_bytes
         self._lock = threading.Lock()
 
-    def write(self, file: OutputFile, *, checked: bool) -> Counter[Engine]:
+    def write(self, file: OutputFile) -> Counter[Engine]:
         path = self._journal.folder / file.name
+        sums = Sums(self._plan.checksum, [(run.start, run.stop) for run in self._runs(file)]) if self._plan.checksum else None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            counts = self._fill(file, path)
+            counts = self._fill(file, path, sums)
         except OSError as error:
             message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
             raise OutputError(message, hint=advice(error)) from None
-        if checked:
+        if file.name in self._shards:
             check(path, file)
         with self._lock:
-            self._journal.finished(file.name)
+            self._journal.finished(file.name, self._digests(file, sums) if sums else None)
         return counts
 
-    def _fill(self, file: OutputFile, path: Path) -> Counter[Engine]:
+    def write_manifest(self) -> None:
+        """Write the digests of all files, once they are known; the manifest is the one file that is planned without its bytes."""
+        digests = self._journal.digests
+        listed = (Listed(file.name, file.nbytes, self._runs(file), digests[file.name]) for file in self._plan.files)
+        content = manifest.dump(Manifest(str(self._plan.checksum), tuple(listed)))
+        self.write(OutputFile(MANIFEST_NAME, (Literal(content),)))
+
+    def _runs(self, file: OutputFile) -> tuple[Run, ...]:
+        if file.name not in self._shards or not isinstance(file.parts[0], Literal):
+            return ()
+        return tuple(Run(*place) for place in header.places(file.parts[0].content))
+
+    def _digests(self, file: OutputFile, sums: Sums) -> Digests:
+        whole, runs = sums.ended()
+        return Digests(whole, dict(zip((run.name for run in self._runs(file)), runs, strict=True)))
+
+    def _fill(self, file: OutputFile, path: Path, sums: Sums | None) -> Counter[Engine]:
         with (
             open(path, "wb", buffering=0) as output,
             Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier,
         ):
             if not self._shares_pages(file):
                 reserve(output.fileno(), file.nbytes)
-            summed = any(isinstance(part, Trailer) for part in file.parts)
-            (_write_summed if summed else _write_parts)(file, copier)
+            if sums or any(isinstance(part, Trailer) for part in file.parts):
+                _write_seen(file, copier, (sums.see,) if sums else ())
+            else:
+                _write_parts(file, copier)
             if self._sync:
                 os.fsync(output.fileno())
             return copier.counts
 
     def _shares_pages(self, file: OutputFile) -> bool:
-        return any(self._clones(part.path) for part in file.parts if isinstance(part, Extent))
+        return not self._plan.checksum and any(self._clones(part.path) for part in file.parts if isinstance(part, Extent))
 
     def _on_bytes(self, count: int) -> None:
         if self.stop.is_set():
@@ -160,11 +196,22 @@ def _write_parts(file: OutputFile, copier: Copier) -> None:
         at += part.nbytes
 
 
-def _write_summed(file: OutputFile, copier: Copier) -> None:
-    """Write a file that ends in what is computed from the CRCs of its parts; they pass through this process."""
+def _write_seen(file: OutputFile, copier: Copier, see: tuple[See, ...]) -> None:
+    """Write a file whose bytes pass through this process: to be summed, or since it ends in what their CRCs give."""
     at = 0
     crcs: list[int] = []
+    trailed = any(isinstance(part, Trailer) for part in file.parts)
     for part in file.parts:
         payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
-        crcs.append(copier.write_summed(payload, at))
+        crc = _Crc()
+        copier.write_seen(payload, at, *((crc.see, *see) if trailed else see))
+        crcs.append(crc.value)
         at += part.nbytes
+
+
+@dataclass(slots=True)
+class _Crc:
+    value: int = 0
+
+    def see(self, chunk: memoryview) -> None:
+        self.value = zlib.crc32(chunk, self.value)

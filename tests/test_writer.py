@@ -16,8 +16,9 @@ import pytest
 
 from shardkit.copying import Engine
 from shardkit.errors import FormatError, Malformed, OutputError
-from shardkit.journal import NAME, Identity, begin
+from shardkit.journal import Identity, begin
 from shardkit.payload import CHUNK, Concat, Extent, Literal, Part, Swapped, Trailer
+from shardkit.placing import NAME
 from shardkit.plan import OutputFile, Plan
 from shardkit.writer import check, forecast, write
 

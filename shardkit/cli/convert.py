@@ -52,6 +52,11 @@ A run that was stopped goes on where it was when the same command is given again
 @options.edit_options
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Files written at a time: one per processor by default.")
 @click.option("--no-fsync", is_flag=True, help="Do not wait for the disk; a power cut may then cost the output.")
+@click.option(
+    "--checksum",
+    type=click.Choice(["xxh3", "sha256"]),
+    help="Write digests of every file and tensor to shardkit.manifest.json, and check the source's own first.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of shardkit.")
 @click.option("--no-companions", is_flag=True, help="Leave out the small files beside the weights: config, tokenizer, licence.")
@@ -73,6 +78,7 @@ def command(
     ties: Ties,
     jobs: int | None,
     no_fsync: bool,
+    checksum: str | None,
     dry_run: bool,
     overwrite: bool,
     no_companions: bool,
@@ -96,7 +102,14 @@ def command(
     _refuse_shards_of_one_file(context, output, max_shard)
     edits = Edits(root, include, exclude, rename, dtype, ties)
     conversion = prepare(
-        source, output, edits, max_shard=max_shard, format=format, with_companions=not no_companions, limits=limits
+        source,
+        output,
+        edits,
+        max_shard=max_shard,
+        format=format,
+        with_companions=not no_companions,
+        checksum=checksum,
+        limits=limits,
     )
     if dry_run:
         rehearse(conversion, overwrite=overwrite, as_json=as_json)

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from shardkit.plan import Plan
 
 _SIZE_COLUMN = frozenset({1})
-_WORDS = {Engine.CLONED: "to clone", Engine.COPIED: "to copy", Engine.TRANSFORMED: "to transform", Engine.WRITTEN: "headers"}
+_WORDS = {
+    Engine.CLONED: "to clone",
+    Engine.COPIED: "to copy",
+    Engine.READ: "to read and write",
+    Engine.TRANSFORMED: "to transform",
+    Engine.WRITTEN: "headers",
+}
 
 
 def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:

@@ -47,7 +47,8 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that OUT is whole: every header, the index against its shards, every byte there to be read.
+    """Check that OUT is whole: every header, the index against its shards, every byte there to be read, and every checksum
+    that there is: the digests of shardkit.manifest.json, or the CRCs of a zip archive.
 
     With --against, check that it holds what converting SRC gives: the same names, types, shapes and bits, a tied weight
     under each of its names. Give the edits that were given to convert. Two checkpoints of any formats can be compared so.
@@ -82,8 +83,10 @@ def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
     from shardkit.sizes import format_size
 
     amount = f"{several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
-    if against is None:
+    if against is None and comparison.same:
         return f"{named(output)} is whole: {amount}, every byte read"
+    if against is None:
+        return f"{named(output)} is damaged in {several(len(comparison.differences), 'place')}"
     if comparison.same:
         return f"{named(output)} is the same as {named(against)}: {amount}, bit for bit"
     return f"{named(output)} differs from {named(against)} in {several(len(comparison.differences), 'tensor')}"

@@ -1,0 +1,177 @@
+"""What can be told of bytes without a second copy of them: digests in a manifest, and the CRCs that a zip archive keeps.
+
+A fault names the tensor and the bytes of the file that differ. What carries no checksum is counted, so that it can be said.
+"""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shardkit.checkpoint import SourceFile, TensorEntry
+from shardkit.checksums import Sums
+from shardkit.copying import OnBytes
+from shardkit.errors import Malformed, shown, shown_path
+from shardkit.format import Source
+from shardkit.limits import Limits
+from shardkit.manifest import Listed
+from shardkit.parallel import each
+from shardkit.payload import Extent, Payload
+from shardkit.zips import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is not as it was written.
+
+    Attributes:
+        name: of a tensor; of a file or a zip member where no tensor is at fault.
+        change: "removed" is not there; "bytes" differ.
+        detail: for a person: where.
+    """
+
+    name: str
+    change: Literal["removed", "bytes"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """A zip file among the sources.
+
+    Attributes:
+        path: the file.
+        members: those that hold something, each with its bytes.
+    """
+
+    path: Path
+    members: tuple[tuple[Member, Payload], ...]
+
+    @property
+    def unchecked(self) -> int:
+        """How many members carry no CRC."""
+        return sum(not member.crc for member, _ in self.members)
+
+
+def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes) -> list[Fault]:
+    """How the file of *folder* that a manifest lists differs from what it says; reads it once.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    path = folder / file.name
+    if not path.is_file():
+        return [Fault(file.name, "removed", "the manifest lists it, and it is not there")]
+    nbytes = path.stat().st_size
+    if nbytes != file.nbytes:
+        return [Fault(file.name, "bytes", f"has {nbytes:,} bytes, and {file.nbytes:,} were written")]
+    sums = Sums(algorithm, [(run.start, run.stop) for run in file.runs])
+    for chunk in Extent(path, 0, nbytes).chunks():
+        sums.see(chunk)
+        on_bytes(len(chunk))
+    whole, runs = sums.ended()
+    if whole == file.digests.whole:
+        return []
+    found = dict(zip((run.name for run in file.runs), runs, strict=True))
+    return list(_differing(file, algorithm, found)) or [_outside_tensors(file, algorithm)]
+
+
+def archives(files: Iterable[SourceFile], limits: Limits, scratch: Path | None = None) -> list[Archive]:
+    """Those of *files* that are zip archives.
+
+    Raises:
+        FormatError: one of them cannot be read.
+    """
+    sources = (Source.file(file.path, limits, scratch) for file in files if file.path.is_file())
+    return [_archive(source) for source in sources if source.members]
+
+
+def refuse_changed(files: Iterable[SourceFile]) -> None:
+    """Raise Malformed where one of *files* is no longer what it was."""
+    for file in files:
+        if SourceFile.of(file.path) != file:
+            raise Malformed(file.path, "changed while it was read", hint="run the command again when nothing writes to it")
+
+
+def refuse_damaged(
+    files: Iterable[SourceFile], entries: Iterable[TensorEntry], limits: Limits, scratch: Path | None
+) -> list[str]:
+    """Sentences on how *files*, which hold *entries*, were held against their own checksums.
+
+    Raises:
+        Malformed: something differs.
+    """
+    zips = archives(files, limits, scratch)
+    for archive in zips:
+        for fault in archive_faults(archive, entries, lambda count: None):
+            raise Malformed(archive.path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again")
+    return [said(archive) for archive in zips] or ["the source carries no checksums that could be checked"]
+
+
+def archive_faults(archive: Archive, entries: Iterable[TensorEntry], on_bytes: OnBytes) -> list[Fault]:
+    """How the members of *archive* differ from their CRCs, tensors named after *entries*; reads every member once.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    holds = _held(archive, entries)
+    found = each(lambda place, report: _member_fault(archive, *place, holds, report), archive.members, on_bytes)
+    return [fault for fault in found if fault is not None]
+
+
+def said(archive: Archive) -> str:
+    """A sentence about what of *archive* can be checked."""
+    name, count = shown_path(archive.path), len(archive.members)
+    if not archive.unchecked:
+        return f"{name}: {count:,} members were held against their CRCs"
+    if archive.unchecked == count:
+        return f"{name}: its writer kept no CRCs, so its bytes are unchecked"
+    return f"{name}: {archive.unchecked:,} of {count:,} members carry no CRC and are unchecked"
+
+
+def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterator[Fault]:
+    for run in file.runs:
+        if found[run.name] != file.digests.tensors[run.name]:
+            place = f"bytes [{run.start:,}, {run.stop:,}) of {shown(file.name)}"
+            yield Fault(run.name, "bytes", f"{place} have another {algorithm} than was written")
+
+
+def _outside_tensors(file: Listed, algorithm: str) -> Fault:
+    place = f"bytes [0, {min((run.start for run in file.runs), default=file.nbytes):,})"
+    return Fault(file.name, "bytes", f"{place} of it, which are no tensor's, have another {algorithm} than was written")
+
+
+def _archive(source: Source) -> Archive:
+    return Archive(source.path, tuple((member, source.member(member)) for member in source.members if member.nbytes))
+
+
+def _held(archive: Archive, entries: Iterable[TensorEntry]) -> dict[str, str]:
+    """For each member of *archive* that holds tensors: the name of the first."""
+    members = sorted((member.header_start, member.name) for member, _ in archive.members)
+    starts = [start for start, _ in members]
+    found: dict[str, str] = {}
+    for entry in entries:
+        for extent in entry.payload.sources:
+            if extent.path == archive.path and (above := bisect_right(starts, extent.start)):
+                found.setdefault(members[above - 1][1], entry.name)
+    return found
+
+
+def _member_fault(
+    archive: Archive, member: Member, content: Payload, holds: Mapping[str, str], on_bytes: OnBytes
+) -> Fault | None:
+    """How the *content* of a zip *member* differs from its CRC, if it carries one; *holds* names the tensor in it."""
+    crc = 0
+    for chunk in content.chunks():
+        crc = zlib.crc32(chunk, crc)
+        on_bytes(len(chunk))
+    if not member.crc or crc == member.crc:
+        return None
+    start = content.start if isinstance(content, Extent) else member.header_start
+    place = f"bytes [{start:,}, {start + member.compressed:,}) of {shown_path(archive.path)} (zip member {shown(member.name)})"
+    detail = f"{place} have the CRC {crc:08x}, and {member.crc:08x} was written"
+    return Fault(holds.get(member.name, member.name), "bytes", detail)

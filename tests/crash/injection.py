@@ -1,0 +1,127 @@
+"""The system calls of the writer below one folder: recorded, and one of them made to fail, or to be the last of the process."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fcntl
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import shardkit.placing
+import shardkit.writer
+
+# What each call acts on: the number of the argument that is a path or a descriptor.
+WATCHED: tuple[tuple[object, str, int], ...] = (
+    *((os, name, 0) for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "unlink", "remove")),
+    *((os, name, 0) for name in ("rename", "replace", "scandir", "listdir", "read", "lseek", "sendfile")),
+    (os, "copy_file_range", 1),
+    (builtins, "open", 0),
+    (io, "open", 0),  # pathlib's
+    (fcntl, "flock", 0),
+    (fcntl, "ioctl", 0),
+    (shardkit.writer, "reserve", 0),  # fallocate
+    (shardkit.placing, "_exchange", 0),  # renameat2
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A system call, and what it acts on, as a path below the folder that is watched."""
+
+    name: str
+    path: str
+
+
+Strike = Callable[[Call, Callable[[], object], tuple[object, ...]], None]
+
+
+@dataclass
+class Layer:
+    """The calls that were made, and at which of them *strike* comes instead.
+
+    Attributes:
+        folder: what lies below it is watched.
+        at: number of the call to strike; None for none.
+        strike: raises or kills; None to record only.
+        syncs: whether fsync reaches the disk. What a killed process wrote stays in the page cache anyway.
+    """
+
+    folder: Path
+    at: int | None = None
+    strike: Strike | None = None
+    syncs: bool = False
+    calls: list[Call] = field(default_factory=list)
+    struck: Call | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[Layer]:
+        with ExitStack() as stack:
+            for room, name, number in WATCHED:
+                stack.enter_context(patch.object(room, name, self._watching(getattr(room, name), name.strip("_"), number)))
+            yield self
+
+    def _watching(self, real: Callable[..., object], name: str, number: int) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            path = self._below(args[number] if len(args) > number else None, options.get("dir_fd"))
+            if path is None:
+                return real(*args, **options)
+            made = Call(name, path)
+            self.calls.append(made)
+            if self.strike is not None and len(self.calls) - 1 == self.at:
+                self.struck = made
+                self.strike(made, lambda: real(*args, **options), args)
+            if name == "fsync" and not self.syncs:
+                return None
+            return real(*args, **options)
+
+        return call
+
+    def _below(self, target: object, folder: object) -> str | None:
+        place = _place(target)
+        if place is not None and isinstance(folder, int):
+            place = os.path.join(_place(folder) or "", place)
+        if place is None or not f"{os.path.abspath(place)}/".startswith(f"{self.folder}/"):
+            return None
+        return os.path.relpath(place, self.folder)
+
+
+def failing(number: int) -> Strike:
+    """The system says errno *number* instead of doing it."""
+
+    def strike(call: Call, real: Callable[[], object], args: tuple[object, ...]) -> None:
+        raise OSError(number, os.strerror(number), call.path)
+
+    return strike
+
+
+def killing(call: Call, real: Callable[[], object], args: tuple[object, ...]) -> None:
+    """The process is gone; of what it was writing, half is written."""
+    match call.name, args:
+        case "write", (int(file), (bytes() | memoryview()) as data):
+            os.writev(file, [memoryview(data)[: len(data) // 2]])
+        case "pwrite", (int(file), (bytes() | memoryview()) as data, int(at)):
+            os.pwritev(file, [memoryview(data)[: len(data) // 2]], at)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FULL = failing(errno.ENOSPC)
+BROKEN = failing(errno.EIO)
+
+
+def _place(target: object) -> str | None:
+    match target:
+        case int():
+            try:
+                return os.readlink(f"/proc/self/fd/{target}")
+            except OSError:
+                return None
+        case str() | Path():
+            return os.fspath(target)
+    return None

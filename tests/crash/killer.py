@@ -1,0 +1,52 @@
+"""Kills a child process at every system call of one scenario in turn, and prints as JSON what was wrong after any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from injection import Layer, killing
+from scenarios import SCENARIOS, Case, main_folder, stamps
+
+LAST = 30
+
+
+def killed_at(case: Case, number: int) -> bool:
+    """Whether the run of *case* was killed at that call; false where it made fewer."""
+    child = os.fork()
+    if not child:
+        error = case.strike(Layer(case.work, number, killing))
+        os._exit(2 if error else 0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+        raise AssertionError(f"call {number}: the run failed, and was to be killed")
+    return os.WIFSIGNALED(status)
+
+
+def numbers(case: Case, step: int) -> list[int]:
+    """Every *step*-th call of *case*, and each of the last, where the output is put in place."""
+    case.reset()
+    layer = Layer(case.work)
+    assert case.strike(layer) is None
+    count = len(layer.calls)
+    return [number for number in range(count) if number % step == 0 or number >= count - LAST]
+
+
+def main(base: Path, name: str, step: int) -> None:
+    """Kill at every *step*-th call of the scenario called *name*, and at each of the last."""
+    case = Case.at(main_folder(base, name), next(each for each in SCENARIOS if each.name == name))
+    before = stamps(case.source)
+    found: list[str] = []
+    points = numbers(case, step)
+    for number in points:
+        case.reset()
+        if not killed_at(case, number):
+            raise AssertionError(f"the run made no call {number}")
+        found += [f"killed at call {number}: {fault}" for fault in case.faults(before)]
+    print(json.dumps({"points": len(points), "faults": found}))  # noqa: T201 - to the test that started us
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,110 @@
+"""A fault at every system call of the writer in turn: the output is whole or not there, and the same command mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads paths of descriptors from /proc")
+
+if sys.platform == "linux":
+    from injection import BROKEN, FULL, Call, Layer, Strike
+    from scenarios import SCENARIOS, Case, Scenario, main_folder, stamps
+
+FEWEST = 30  # calls that the shortest of the scenarios makes
+STEP = 4  # of the calls of a run, every fourth is killed in this test, and each one of the commit
+CHANGES = ("write", "pwrite", "copy_file_range", "sendfile", "ftruncate")
+NAMES = [scenario.name for scenario in SCENARIOS]
+KILLER = Path(__file__).parent / "crash" / "killer.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: hundreds of runs would only wait for the disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def struck(case: Case, strike: Strike) -> tuple[int, list[str]]:
+    """How many calls were struck in turn, and what was wrong after any of them."""
+    before = stamps(case.source)
+    found: list[str] = []
+    for number in range(10_000):
+        case.reset()
+        layer = Layer(case.work, number, strike)
+        try:
+            error = case.strike(layer)
+        except OSError as bare:
+            found.append(f"call {number}, {layer.struck}: a bare {bare!r} came out")
+            error = None
+        if layer.struck is None:
+            return number, found
+        if error is not None and len(str(error)) < 20:
+            found.append(f"call {number}, {layer.struck}: no sentence: {error}")
+        found += [f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before)]
+    raise AssertionError("it never ends")
+
+
+def in_process(program: Path, *arguments: object) -> str:
+    """What *program* prints, run where a fork finds one thread only."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=NAMES)
+def test_an_error_at_any_call_leaves_the_output_whole_or_not_there(scenario: Scenario, folder: Path) -> None:
+    case = Case.at(main_folder(folder, scenario.name), scenario)
+    points, found = struck(case, BROKEN)
+    assert not found, "\n".join(found)
+    assert points >= FEWEST
+
+
+def test_a_full_disk_at_any_call_is_told_with_what_to_do(folder: Path) -> None:
+    case = Case.at(main_folder(folder, "full"), SCENARIOS[0])
+    points, found = struck(case, FULL)
+    assert not found, "\n".join(found)
+    assert points >= FEWEST
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kill_at_any_call_leaves_the_output_whole_or_not_there(name: str, folder: Path) -> None:
+    said = json.loads(in_process(KILLER, folder, name, STEP))
+    assert not said["faults"], "\n".join(said["faults"])
+    assert said["points"] >= FEWEST
+
+
+def test_the_order_of_syncs_lets_nothing_be_lost_in_a_power_cut(folder: Path) -> None:
+    case = Case.at(main_folder(folder, "order"), SCENARIOS[NAMES.index("exchange")])
+    case.reset()
+    layer = Layer(case.work)
+    assert case.strike(layer) is None
+    calls = layer.calls
+
+    def when(name: str, path: str) -> int:
+        """The last of such calls."""
+        return max(number for number, call in enumerate(calls) if call == Call(name, path))
+
+    partial, journal = "out.partial", "out.partial/.shardkit-journal"
+    written = [Path(name).relative_to("out").as_posix() for name in case.new if name.startswith("out/")]
+    assert len(written) > 4
+    for name in written:
+        synced = when("fsync", f"{partial}/{name}")
+        assert not [call for call in calls[synced + 1 :] if call.path == f"{partial}/{name}" and call.name in CHANGES]
+        recorded = next(number for number in range(synced, len(calls)) if calls[number] == Call("write", journal))
+        assert calls[recorded + 1] == Call("fsync", journal), "a file is recorded once it lasts"
+        assert recorded < when("fsync", partial)
+    swap = when("exchange", partial)
+    assert max(when("fsync", partial), when("fsync", f"{partial}/sub")) < swap < when("fsync", ".")
+    cleared = [number for number in range(swap, len(calls)) if calls[number].name in ("unlink", "rmdir")]
+    assert when("fsync", ".") < cleared[0], "nothing old is removed before the new is sure to stay"
+    assert calls[-1].name == "unlink"
+    assert calls[-1].path == "out/.shardkit-journal", "the journal goes last"
