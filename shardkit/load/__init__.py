@@ -6,17 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardkit.load.arrangement import close as close
+    from shardkit.load.arrangement import remove_hooks as remove_hooks
     from shardkit.load.balance import get_balanced_memory as get_balanced_memory
     from shardkit.load.budgets import get_max_memory as get_max_memory
     from shardkit.load.device_maps import check_device_map as check_device_map
-    from shardkit.load.dispatch import close as close
     from shardkit.load.dispatch import cpu_offload as cpu_offload
     from shardkit.load.dispatch import disk_offload as disk_offload
     from shardkit.load.dispatch import dispatch_model as dispatch_model
     from shardkit.load.dispatch import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
-    from shardkit.load.dispatch import remove_hooks as remove_hooks
     from shardkit.load.empty import init_empty_weights as init_empty_weights
     from shardkit.load.empty import init_on_device as init_on_device
+    from shardkit.load.handover import cpu_offload_with_hook as cpu_offload_with_hook
     from shardkit.load.loading import load_checkpoint_in_model as load_checkpoint_in_model
     from shardkit.load.mapping import tensors as tensors
     from shardkit.load.paged import Paged as Paged
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Paged": "paged",
     "check_device_map": "device_maps",
-    "close": "dispatch",
+    "close": "arrangement",
     "cpu_offload": "dispatch",
+    "cpu_offload_with_hook": "handover",
     "disk_offload": "dispatch",
     "dispatch_model": "dispatch",
     "get_balanced_memory": "balance",
@@ -37,7 +39,7 @@ _HOMES = {
     "init_on_device": "empty",
     "load_checkpoint_and_dispatch": "dispatch",
     "load_checkpoint_in_model": "loading",
-    "remove_hooks": "dispatch",
+    "remove_hooks": "arrangement",
     "save": "saving",
     "tensors": "mapping",
 }

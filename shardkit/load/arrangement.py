@@ -1,4 +1,4 @@
-"""Put the weights of a model where a device map wants them: in memory, or as addresses that forward hooks page in and out.
+"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks page in and out; and undo it.
 
 1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
 2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
@@ -27,9 +27,10 @@ from shardkit.load.memory import materialise
 from shardkit.load.moves import Mover, RoundTrip
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
+from shardkit.load.pages import Piece
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.sources import Sources
-from shardkit.load.stream import Piece, Stream
+from shardkit.load.stream import Stream
 from shardkit.load.weights import Weight, weights_of
 from shardkit.payload import Buffer
 
@@ -137,7 +138,34 @@ def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, obje
                     yield module, table, key, attached
 
 
-def detach(model: nn.Module) -> list[Pager]:
+def remove_hooks(model: nn.Module) -> None:
+    """Take away what was attached to *model*. What it had in memory before it was dispatched is there again.
+
+    Weights that were loaded to stream stay addresses, which are read whenever they are used: right, and slow.
+
+    Raises:
+        FormatError: a file cannot be read.
+    """
+    for pager in _detach(model):
+        pager.let_go()
+        for seat in pager.seats if pager.origin is not None else ():
+            stood = seat.tensor
+            if isinstance(stood, Streamed):
+                value = stood.read().to(pager.origin)
+                seat.take(nn.Parameter(value, requires_grad=False) if isinstance(stood, nn.Parameter) else value)
+
+
+def close(model: nn.Module) -> None:
+    """Give back the threads and the memory that streaming took, for *model* and all copies of it.
+
+    The model still runs, and reads each weight whenever it is used.
+    """
+    for pager in _detach(model):
+        pager.let_go()
+        pager.stream.close()
+
+
+def _detach(model: nn.Module) -> list[Pager]:
     """Take all hooks of `arrange` away from *model*, and give the pagers among what was attached."""
     pagers: dict[Pager, None] = {}
     for module, table, key, attached in list(attachments(model)):

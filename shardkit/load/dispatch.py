@@ -23,7 +23,7 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown
 from shardkit.load import resident
-from shardkit.load.arrangement import Wish, arrange, detach
+from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import Home
 from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
@@ -33,7 +33,6 @@ from shardkit.load.module_sizes import class_names
 from shardkit.load.offloading import fill_empty, spill
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
-from shardkit.load.pager import Streamed
 from shardkit.load.placement import infer_auto_device_map
 from shardkit.load.weights import weights_of
 
@@ -208,33 +207,6 @@ def disk_offload(
     wish = _wish({"": "disk"}, execution_device or _first_device(model), preload_module_classes, offload_buffers, None, True, 4)
     _dispatch(model, wish, None, offload_dir, None)
     return model
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Take away what was attached to *model*. What it had in memory before it was dispatched is there again.
-
-    Weights that were loaded to stream stay addresses, which are read whenever they are used: right, and slow.
-
-    Raises:
-        FormatError: a file cannot be read.
-    """
-    for pager in detach(model):
-        pager.let_go()
-        for seat in pager.seats if pager.origin is not None else ():
-            stood = seat.tensor
-            if isinstance(stood, Streamed):
-                value = stood.read().to(pager.origin)
-                seat.take(nn.Parameter(value, requires_grad=False) if isinstance(stood, nn.Parameter) else value)
-
-
-def close(model: nn.Module) -> None:
-    """Give back the threads and the memory that streaming took, for *model* and all copies of it.
-
-    The model still runs, and reads each weight whenever it is used.
-    """
-    for pager in detach(model):
-        pager.let_go()
-        pager.stream.close()
 
 
 def _dispatch(

@@ -16,39 +16,17 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from torch.autograd.graph import increment_version
 
 from shardkit.load.lanes import Lane, Ticket
-from shardkit.load.memory import read_into
-from shardkit.payload import Payload
+from shardkit.load.pages import Habit, Page, Piece, Slot
 
 _READERS = 2
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of a page.
-
-    Attributes:
-        payload: its bytes, in the order in which they are in memory.
-        dtype: its type.
-        shape: its shape.
-        strides: elements from one index to the next, on each axis.
-        is_buffer: whether it is a buffer, and not a parameter.
-    """
-
-    payload: Payload
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    is_buffer: bool = False
 
 
 class Stream:
@@ -66,7 +44,7 @@ class Stream:
             verify: called after each read; raises if a source is no longer what it was.
         """
         self.lane = lane
-        self._pages = [_Page(tuple(pieces)) for pieces in pages]
+        self._pages = [Page(tuple(pieces)) for pieces in pages]
         self._ring = max(2, ring)
         self._verify = verify
         self._begin()
@@ -144,8 +122,8 @@ class Stream:
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._readers = ThreadPoolExecutor(_READERS, "shardkit-stream")
-        self._pages = [_Page(page.pieces) for page in self._pages]
-        self._free: list[_Slot] = []
+        self._pages = [Page(page.pieces) for page in self._pages]
+        self._free: list[Slot] = []
         self._taken = 0
         self._clock = 0
         self._closed = False
@@ -159,7 +137,7 @@ class Stream:
         if page.reading is None:
             slot = self._slot(page.nbytes)
             if slot is None and holding:
-                slot = _Slot(page.nbytes, in_ring=False)
+                slot = Slot(page.nbytes, in_ring=False)
             if slot is None:
                 return False
             self._read(number, slot)
@@ -168,11 +146,11 @@ class Stream:
         return True
 
     def _read_ahead(self, number: int) -> None:
-        path = self._path()
-        chain = [number, *islice(path.onward(number), self._ring - 1)]
-        for given_up in path.expected.difference(chain):
+        habit = self._habit()
+        chain = [number, *islice(habit.onward(number), self._ring - 1)]
+        for given_up in habit.expected.difference(chain):
             self._pages[given_up].used = True
-        path.expected = set(chain)
+        habit.expected = set(chain)
         for following in chain[1:]:
             page = self._pages[following]
             if page.reading is None:
@@ -181,13 +159,13 @@ class Stream:
                     return
                 self._read(following, slot)
 
-    def _path(self) -> _Path:
-        if not hasattr(self.thread, "path"):
-            self.thread.path = _Path(len(self._pages))
-        path: _Path = self.thread.path
-        return path
+    def _habit(self) -> Habit:
+        if not hasattr(self.thread, "habit"):
+            self.thread.habit = Habit(len(self._pages))
+        habit: Habit = self.thread.habit
+        return habit
 
-    def _slot(self, nbytes: int, *, keep: Collection[int] = ()) -> _Slot | None:
+    def _slot(self, nbytes: int, *, keep: Collection[int] = ()) -> Slot | None:
         """A slot of at least *nbytes*, taken from a page that nobody holds if need be, but not from those to *keep*."""
         while True:
             fitting = [slot for slot in self._free if slot.nbytes >= nbytes]
@@ -197,7 +175,7 @@ class Stream:
                 return slot
             if self._taken + nbytes <= self.room:
                 self._taken += nbytes
-                return _Slot(nbytes)
+                return Slot(nbytes)
             if self._free:
                 self._taken -= self._free.pop().nbytes
                 continue
@@ -206,7 +184,7 @@ class Stream:
                 return None
             self._vacate(page)
 
-    def _victim(self, keep: Collection[int]) -> _Page | None:
+    def _victim(self, keep: Collection[int]) -> Page | None:
         """A page that may lose its slot: one that was used, the longest ago; else one that was read ahead."""
         idle = [page for number, page in enumerate(self._pages) if page.idle and number not in keep]
         if keep:  # what was read ahead is not given up for more of the same, unless nobody came for it for long
@@ -217,7 +195,7 @@ class Stream:
                 return page
         return None
 
-    def _vacate(self, page: _Page) -> None:
+    def _vacate(self, page: Page) -> None:
         if page.reading is not None:
             page.reading.cancel()
         if page.slot is not None and page.slot.in_ring:
@@ -227,7 +205,7 @@ class Stream:
                 self._free.append(page.slot)
         page.slot, page.reading, page.used = None, None, False
 
-    def _read(self, number: int, slot: _Slot) -> None:
+    def _read(self, number: int, slot: Slot) -> None:
         page = self._pages[number]
         self._clock += 1
         page.slot, page.used, page.asked = slot, False, self._clock
@@ -238,7 +216,7 @@ class Stream:
         with self._changed:
             self._changed.notify_all()
 
-    def _fill(self, number: int, slot: _Slot) -> Ticket:
+    def _fill(self, number: int, slot: Slot) -> Ticket:
         """Fill *slot* with the page; in a reader's thread, which holds nothing else."""
         page = self._pages[number]
         if slot.memory is None:
@@ -250,102 +228,6 @@ class Stream:
         if number not in slot.tensors:
             slot.tensors[number] = tuple(page.tensors(slot.memory))
         return ticket
-
-
-@dataclass(eq=False, slots=True)
-class _Slot:
-    """Memory on the device, for one page at a time.
-
-    Attributes:
-        nbytes: its length.
-        in_ring: whether it counts, or stands beside the ring.
-        memory: the memory, made when it is first filled.
-        after: work that uses what is in it, and must be done before it is filled again.
-        tensors: for each page that has been in it, the tensors of that page.
-    """
-
-    nbytes: int
-    in_ring: bool = True
-    memory: torch.Tensor | None = None
-    after: list[Ticket] = field(default_factory=list)
-    tensors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-
-
-@dataclass(eq=False, slots=True)
-class _Page:
-    """What one block streams.
-
-    Attributes:
-        pieces: its tensors.
-        slot: where it is, or will be once it is read.
-        reading: the read; None while the page is nowhere.
-        holders: the visits that need it.
-        used: whether anybody has held it since it was read, or will not after all.
-        asked: when it was asked for, on the clock that counts reads.
-        nbytes: the memory that it needs.
-    """
-
-    pieces: tuple[Piece, ...]
-    slot: _Slot | None = None
-    reading: Future[Ticket] | None = None
-    holders: set[Hashable] = field(default_factory=set)
-    used: bool = False
-    asked: int = 0
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(_padded(piece.payload.nbytes) for piece in self.pieces)
-
-    @property
-    def failed(self) -> bool:
-        reading = self.reading
-        return reading is not None and reading.done() and (reading.cancelled() or reading.exception() is not None)
-
-    @property
-    def idle(self) -> bool:
-        return self.reading is not None and not self.holders
-
-    def write(self, memory: memoryview) -> None:
-        """Read all of it into *memory*."""
-        at = 0
-        for piece in self.pieces:
-            nbytes = piece.payload.nbytes
-            read_into(piece.payload, memory[at : at + nbytes])
-            at += _padded(nbytes)
-
-    def tensors(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Its tensors as views of *memory*."""
-        at = 0
-        for piece in self.pieces:
-            nbytes = piece.payload.nbytes
-            elements = memory[at : at + nbytes].view(piece.dtype)
-            tensor = elements.as_strided(piece.shape, piece.strides)
-            yield tensor if piece.is_buffer else torch.nn.Parameter(tensor, requires_grad=False)
-            at += _padded(nbytes)
-
-
-class _Path:
-    """Which page one thread needed after which, and what it is expected to need."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._next: dict[int, int] = {}
-        self._last: int | None = None
-        self.expected: set[int] = set()
-
-    def onward(self, number: int) -> Iterator[int]:
-        """The pages that are expected after *number*, which is needed now, until they would repeat."""
-        if self._last is not None and self._last != number:
-            self._next[self._last] = number
-        self._last = number
-        seen = {number}
-        while (number := self._next.get(number, (number + 1) % self._count)) not in seen:
-            seen.add(number)
-            yield number
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 _STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()

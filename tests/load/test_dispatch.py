@@ -17,15 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardkit.errors import LoadError, Mismatch, OverBudget
-from shardkit.load.arrangement import attachments
-from shardkit.load.dispatch import (
-    close,
-    cpu_offload,
-    disk_offload,
-    dispatch_model,
-    load_checkpoint_and_dispatch,
-    remove_hooks,
-)
+from shardkit.load.arrangement import attachments, close, remove_hooks
+from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.pager import Pager, Streamed
 

@@ -14,7 +14,8 @@ import torch
 from shardkit.errors import FormatError, LoadError
 from shardkit.load.lanes import CpuLane, Lane, Ticket, Write
 from shardkit.load.memory import memory_of
-from shardkit.load.stream import Piece, Stream
+from shardkit.load.pages import Piece
+from shardkit.load.stream import Stream
 from shardkit.payload import Extent, Payload
 
 ELEMENTS = 1024
