@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from shardkit.checkpoint import TensorEntry
 
-Path = tuple[str, ...]  # a name, cut at its dots
+Steps = tuple[str, ...]  # a name, cut at its dots
+
+_DEEPEST = 64  # dots at which a name is cut, so that a name of a million dots is no path of a million steps
 
 # In the order in which such parts are run.
 _SIDES = (re.compile(r"encoder|vision|down_"), re.compile(r"decoder|up_"))
@@ -52,13 +54,13 @@ def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | Non
         no_split: what is found in the name of a module, up to one of its dots or its end, makes that module a block.
     """
     entries = tuple(entries)
-    paths = {entry.name: tuple(entry.name.split(".")) for entry in entries}
+    paths = {entry.name: tuple(entry.name.split(".", _DEEPEST)) for entry in entries}
     chosen = _chosen(paths.values(), no_split) if no_split else {}
     rest = [entry for entry in entries if paths[entry.name] not in chosen]
     numbered = _numbered({paths[entry.name]: entry.nbytes for entry in rest}, sum(entry.nbytes for entry in entries))
     homes = chosen | numbered
     homes |= _modules([path for path in paths.values() if path not in homes], set(homes.values()))
-    found: dict[Path, list[TensorEntry]] = defaultdict(list)
+    found: dict[Steps, list[TensorEntry]] = defaultdict(list)
     for entry in entries:
         found[homes[paths[entry.name]]].append(entry)
     in_order = _by_words(_by_tree(found)) if _says_nothing(entries) else _by_tree(found)
@@ -77,29 +79,24 @@ def runs_of_names(names: Iterable[str]) -> Iterator[list[str]]:
         yield run
 
 
-def _chosen(paths: Iterable[Path], no_split: re.Pattern[str]) -> dict[Path, Path]:
+def _chosen(paths: Iterable[Steps], no_split: re.Pattern[str]) -> dict[Steps, Steps]:
     """The tensors in modules that the user names, and these."""
     heads = {path: _heads(path) for path in paths}
     matches = {path: next((head for head in each if no_split.search(".".join(head))), None) for path, each in heads.items()}
     return {path: match for path, match in matches.items() if match is not None}
 
 
-def _heads(path: Path) -> Iterator[Path]:
+def _heads(path: Steps) -> Iterator[Steps]:
     return (path[:length] for length in range(1, len(path) + 1))
 
 
-def _numbered(sizes: dict[Path, int], total: int) -> dict[Path, Path]:
+def _numbered(sizes: dict[Steps, int], total: int) -> dict[Steps, Steps]:
     """The tensors with a number in their names, and the parts of these that end in it."""
-    homes: dict[Path, Path] = {}
-    waiting: list[tuple[Sequence[Path], int]] = [(tuple(sizes), 0)]
+    homes: dict[Steps, Steps] = {}
+    waiting: list[tuple[Sequence[Steps], int]] = [(tuple(sizes), 0)]
     while waiting:
         paths, start = waiting.pop()
-        inside: dict[Path, list[Path]] = defaultdict(list)
-        for path in paths:
-            at = next((at for at, step in enumerate(path[start:], start) if _is_number(step)), None)
-            if at is not None:
-                inside[path[: at + 1]].append(path)
-        for home, members in inside.items():
+        for home, members in _by_next_number(paths, start).items():
             if 2 * sum(sizes[path] for path in members) > total and _holds_numbers(members, len(home)):
                 waiting.append((members, len(home)))
             else:
@@ -107,21 +104,32 @@ def _numbered(sizes: dict[Path, int], total: int) -> dict[Path, Path]:
     return homes
 
 
-def _holds_numbers(paths: Iterable[Path], start: int) -> bool:
-    """Whether the names go on to several numbers."""
-    lists: dict[Path, set[str]] = defaultdict(set)
+def _by_next_number(paths: Iterable[Steps], start: int) -> dict[Steps, list[Steps]]:
+    """The names with a number from the step *start* on, by what goes up to the first such."""
+    found: dict[Steps, list[Steps]] = defaultdict(list)
     for path in paths:
-        at = next((at for at, step in enumerate(path[start:], start) if _is_number(step)), None)
-        if at is not None:
-            lists[path[:at]].add(path[at])
-    return any(len(numbers) > 1 for numbers in lists.values())
+        at = _next_number(path, start)
+        if at < len(path):
+            found[path[: at + 1]].append(path)
+    return found
+
+
+def _holds_numbers(paths: Iterable[Steps], start: int) -> bool:
+    """Whether the names go on to several numbers in one place."""
+    places = [home[:-1] for home in _by_next_number(paths, start)]
+    return len(set(places)) < len(places)
+
+
+def _next_number(path: Steps, start: int) -> int:
+    """Where the first number from the step *start* on is; the end if there is none."""
+    return next((at for at in range(start, len(path)) if _is_number(path[at])), len(path))
 
 
 def _is_number(step: str) -> bool:
     return step.isascii() and step.isdecimal() and len(step) < 10
 
 
-def _modules(paths: Sequence[Path], blocks: Iterable[Path]) -> dict[Path, Path]:
+def _modules(paths: Sequence[Steps], blocks: Iterable[Steps]) -> dict[Steps, Steps]:
     """For each tensor the module that is its block: the outermost that has tensors of its own and holds no other block."""
     around = {head for block in blocks for head in _heads(block[:-1])}
     owners = {path[:-1] for path in paths} - around
@@ -136,11 +144,11 @@ def _says_nothing(entries: Iterable[TensorEntry]) -> bool:
     return all(each == sorted(each) for each in names.values())
 
 
-def _by_tree(blocks: Iterable[Path]) -> list[Path]:
+def _by_tree(blocks: Iterable[Steps]) -> list[Steps]:
     """What lies in one module side by side, modules in the order in which they first appear, numbered ones by their numbers."""
-    seen: dict[tuple[Path, str | None], int] = {}
+    seen: dict[tuple[Steps, str | None], int] = {}
 
-    def place(head: Path) -> tuple[int, int]:
+    def place(head: Steps) -> tuple[int, int]:
         *around, step = head
         number = int(step) if _is_number(step) else None
         return seen.setdefault((tuple(around), step if number is None else None), len(seen)), number or 0
@@ -148,14 +156,13 @@ def _by_tree(blocks: Iterable[Path]) -> list[Path]:
     return sorted(blocks, key=lambda path: [place(head) for head in _heads(path)])
 
 
-def _by_words(blocks: Iterable[Path]) -> list[Path]:
+def _by_words(blocks: Iterable[Steps]) -> list[Steps]:
     return sorted(blocks, key=lambda path: _turn(".".join(_before_number(path))))
 
 
-def _before_number(path: Path) -> Path:
+def _before_number(path: Steps) -> Steps:
     """What is said of a block by the names before its number; one at the very front is that of a wrapper."""
-    at = next((at for at, step in enumerate(path) if at and _is_number(step)), len(path))
-    return path[:at]
+    return path[: _next_number(path, 1)]
 
 
 def _turn(name: str) -> tuple[int, int]:

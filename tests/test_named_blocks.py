@@ -141,6 +141,11 @@ def test_encoders_come_before_decoders_and_inputs_before_outputs() -> None:
     assert list(blocks(sorted(bart))) == [name.removesuffix(".w") for name in bart]
 
 
+def test_a_name_as_deep_as_a_mine_is_a_block() -> None:
+    deep = ".".join("a" * 1_000_000)
+    assert list(blocks([f"{deep}.weight", "b.weight"], "^c$"))[1:] == ["b"]
+
+
 def test_names_that_are_numbered_one_after_the_other_are_one_run() -> None:
     names = ["embed", "h.0", "h.1", "h.2", "h.4", "g.5", "g.6", "7", "8"]
     assert list(runs_of_names(names)) == [["embed"], ["h.0", "h.1", "h.2"], ["h.4"], ["g.5", "g.6"], ["7", "8"]]
