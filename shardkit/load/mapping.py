@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import TypeVar
 
 import torch
 
-from shardkit import source
 from shardkit.checkpoint import Other, TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, shown
 from shardkit.limits import Limits
+from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
 from shardkit.load.recording import device_of
 from shardkit.payload import Payload
-from shardkit.roots import select_root
 
 
 def tensors(
@@ -39,11 +37,9 @@ def tensors(
         PlanError: several parts of it could be the model, or there is nothing at *root*.
         LoadError: two weights have one name, or there is no such device.
     """
-    rooted = select_root(source.open(path, limits=limits), root)
-    return _Weights(_by_name(rooted.tensors), _by_name(o for o in rooted.others if o.is_weight), device_of(device))
-
-
-_Named = TypeVar("_Named", TensorEntry, Other)
+    opened = Opened.at(path, root=root, limits=limits)
+    undense = {name: other for name, other in opened.others.items() if other.is_weight}
+    return _Weights(opened.entries, undense, device_of(device))
 
 
 class _Weights(Mapping[str, Paged]):
@@ -70,19 +66,6 @@ class _Weights(Mapping[str, Paged]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._undense
-
-
-def _by_name(found: Iterable[_Named]) -> dict[str, _Named]:
-    by_name: dict[str, _Named] = {}
-    for each in found:
-        first = by_name.setdefault(each.name, each)
-        if first is not each:
-            paths = (" → ".join(map(shown, one.path)) for one in (first, each))
-            raise LoadError(
-                f"two weights would be called {shown(each.name)}: {', and '.join(paths)}",
-                hint="give the root of one of them, or rename one with shardkit.convert",
-            )
-    return by_name
 
 
 def _undense(other: Other) -> LoadError:

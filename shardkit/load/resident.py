@@ -119,22 +119,18 @@ def _put(modules: Mapping[str, nn.Module], names: Sequence[str], value: torch.Te
 
 def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """*old* with the memory of *value*, or else its successor."""
-    trains = old.requires_grad and (value.is_floating_point() or value.is_complex()) and not isinstance(value, Paged)
-    if _takes_memory_of(old, value):
+    paged = isinstance(value, Paged)
+    trains = old.requires_grad and not paged and (value.is_floating_point() or value.is_complex())
+    plain = is_lazy(old) or isinstance(old, Paged)  # stands for a parameter that had no memory, and is no class to keep
+    # Asked as Module._apply asks it before it does the same.
+    if not (old.is_meta or plain or paged) and torch._has_compatible_shallow_copy_type(old, value):
         old.requires_grad_(trains)
         old.data = value
         return old
-    plain = is_lazy(old) or isinstance(old, Paged)  # stands for a parameter that had no memory, and is no class to keep
     if not isinstance(old, nn.Parameter):
         return value
-    if plain or isinstance(value, Paged):
+    if plain or paged:
         return nn.Parameter(value, requires_grad=trains)
     made: torch.Tensor = torch.Tensor._make_subclass(type(old), value, trains)
     made.__dict__.update(old.__dict__)
     return made
-
-
-def _takes_memory_of(old: torch.Tensor, value: torch.Tensor) -> bool:
-    if is_lazy(old) or isinstance(old, Paged) or isinstance(value, Paged):
-        return False
-    return torch._has_compatible_shallow_copy_type(old, value)  # what Module._apply asks before it does the same
