@@ -1,0 +1,143 @@
+"""Load a checkpoint onto the CPU and touch every byte of it, as a process: ``python benchmarks/loaders.py JOB PATH``.
+
+What counts is printed last: the seconds from the call that loads to the last byte touched, imports and the empty model apart.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from checkpoints import llama_shapes
+from torch import nn
+
+Shapes = Iterable[tuple[str, tuple[int, ...]]]
+Job = Callable[[str], Callable[[], nn.Module]]
+
+_STEP = 64 << 20
+
+
+def shardkit(path: str) -> Callable[[], nn.Module]:
+    """Weights in memory of the model's own."""
+    from shardkit.load import load_checkpoint_in_model
+
+    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}))
+
+
+def shardkit_mmap(path: str) -> Callable[[], nn.Module]:
+    """Weights that share the page cache."""
+    from shardkit.load import load_checkpoint_in_model
+
+    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}, mmap=True))
+
+
+def accelerate(path: str) -> Callable[[], nn.Module]:
+    """The function of the same name."""
+    from accelerate import load_checkpoint_in_model  # type: ignore[import-untyped]  # has no types
+
+    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}))
+
+
+def transformers(path: str) -> Callable[[], nn.Module]:
+    """from_pretrained, which makes the empty model too."""
+    from transformers import LlamaForCausalLM
+
+    return lambda: LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
+def assigned(path: str) -> Callable[[], nn.Module]:
+    """The file as its own library reads it, assigned: safetensors.torch.load_file, or torch.load with mmap=True."""
+    from safetensors.torch import load_file
+
+    def load(model: nn.Module) -> None:
+        safe = path.endswith(".safetensors")
+        state = load_file(path) if safe else torch.load(path, mmap=True, weights_only=True)
+        model.load_state_dict(state, assign=True)
+
+    return _into_empty(path, load)
+
+
+def copy(path: str) -> Callable[[], nn.Module]:
+    """The limit: as many bytes, from memory that is warm into memory that is fresh and as good as there is."""
+    from shardkit.load.memory import WORKERS, aligned
+
+    threads = torch.get_num_threads()
+    shapes = [shape for _, shape in _shapes(path)]
+    nbytes = sum(2 * torch.Size(shape).numel() for shape in shapes)
+    warm = torch.ones(4 * _STEP, dtype=torch.uint8)
+
+    def run() -> nn.Module:
+        model = nn.Module()
+        torch.set_num_threads(1)  # of torch's own, beside those of the pool
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for number, tensor in enumerate(pool.map(step, range(nbytes // _STEP))):
+                model.register_buffer(str(number), tensor)
+        torch.set_num_threads(threads)
+        return model
+
+    def step(number: int) -> torch.Tensor:
+        at = number % 4 * _STEP
+        return aligned(_STEP).copy_(warm[at : at + _STEP])
+
+    return run
+
+
+JOBS: dict[str, Job] = {
+    "shardkit": shardkit,
+    "shardkit-mmap": shardkit_mmap,
+    "accelerate": accelerate,
+    "transformers": transformers,
+    "assigned": assigned,
+    "copy": copy,
+}
+
+
+def _into_empty(path: str, load: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
+    model = _empty(_shapes(path))
+
+    def run() -> nn.Module:
+        load(model)
+        return model
+
+    return run
+
+
+def _shapes(path: str) -> Shapes:
+    return ((f"layers.{number}.weight", (16,)) for number in range(50_000)) if "tiny" in path else llama_shapes()
+
+
+def _empty(shapes: Shapes) -> nn.Module:
+    """Modules as the names have them, with parameters on the meta device."""
+    model = nn.Module()
+    for name, shape in shapes:
+        *steps, last = name.split(".")
+        module = model
+        for step in steps:
+            if step not in module._modules:
+                module.add_module(step, nn.Module())
+            module = module.get_submodule(step)
+        dtype = torch.float32 if shape == (16,) else torch.bfloat16
+        module.register_parameter(last, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+    return model
+
+
+def _touch(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().view(-1).view(torch.int64).sum()
+
+
+def main() -> None:
+    """Run the job that is asked for."""
+    warnings.simplefilter("ignore")
+    run = JOBS[sys.argv[1]](sys.argv[2])
+    begun = time.perf_counter()
+    _touch(run())
+    print(time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    main()
