@@ -180,26 +180,27 @@ def prepare(
     limit = None if max_shard is None else parse_size(max_shard)
     if checksum is not None:
         check_algorithm(checksum)
-    checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
-    config = ModelConfig.beside(src if src.is_dir() else src.parent)
-    if not config.ties_embeddings:
-        edits = replace(edits, ties="copy")
-    edited = edit(checkpoint, edits)
-    layout = None if out.is_dir() else registry.writer_for(out.suffix)
-    files = checkpoint.files
-    if layout is not None:
-        if checksum is not None:
-            raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
-        plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
-    else:
-        folder = _folder(src)
-        beside = companions(folder, checkpoint) if with_companions and folder else ()
-        files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
-        plan = plan_folder(
-            edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
-        )
-        plan = replace(plan, checksum=checksum)
-    notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
+    with source.failures_told(src):
+        checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
+        config = ModelConfig.beside(src if src.is_dir() else src.parent)
+        if not config.ties_embeddings:
+            edits = replace(edits, ties="copy")
+        edited = edit(checkpoint, edits)
+        layout = None if out.is_dir() else registry.writer_for(out.suffix)
+        files = checkpoint.files
+        if layout is not None:
+            if checksum is not None:
+                raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
+            plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
+        else:
+            folder = _folder(src)
+            beside = companions(folder, checkpoint) if with_companions and folder else ()
+            files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
+            plan = plan_folder(
+                edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
+            )
+            plan = replace(plan, checksum=checksum)
+        notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
     return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
 
 

@@ -232,14 +232,14 @@ def _moves() -> Iterator[tuple[Engine, _Move]]:
 def _tried(move: _Move, source: int, start: int, output: int, at: int, count: int) -> int:
     """Bytes moved; 0 where this means does not work for these files.
 
-    An error of input or output is none of the means, but whose it is, the source's or the output's, only a plain read tells.
+    An error may be that of the means, of the source or of the output: which, a plain read and a plain write will tell.
     """
     try:
         return move(source, start, output, at, count)
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EIO):
-            return 0
-        raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return 0
 
 
 def _clone(source: int, start: int, output: int, at: int, count: int) -> int:

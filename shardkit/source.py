@@ -52,7 +52,7 @@ def open(
     """
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
     path = Path(path)
-    with collector_paused():
+    with collector_paused(), failures_told(path):
         return opener.folder(path) if _is_folder(path) else opener.file(path)
 
 
@@ -184,7 +184,7 @@ _KINDS = {
 def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if isinstance(error, ValueError):
         return FormatError(path, f"is no path: {error}")
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
     return unreadable(path, error)
@@ -233,6 +233,19 @@ def _inside(folder: Path, names: Sequence[str]) -> str | None:
     if "snapshots" in folders:
         return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
     return f"give one of its folders, as in {folder / folders[0]}" if folders else None
+
+
+@contextmanager
+def failures_told(path: Path) -> Iterator[None]:
+    """Say of *path* what the system says, in passing, of it or of what lies beside it.
+
+    Raises:
+        FormatError: something could not be looked at.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import shardkit.placing
 import shardkit.writer
 
 # What each call acts on: the number of the argument that is a path or a descriptor.
-WATCHED: tuple[tuple[object, str, int], ...] = (
+Watched = tuple[tuple[object, str, int], ...]
+WRITES: Watched = (
     *((os, name, 0) for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "unlink", "remove")),
     *((os, name, 0) for name in ("rename", "replace", "scandir", "listdir", "read", "lseek", "sendfile")),
     (os, "copy_file_range", 1),
@@ -28,6 +29,12 @@ WATCHED: tuple[tuple[object, str, int], ...] = (
     (fcntl, "ioctl", 0),
     (shardkit.writer, "reserve", 0),  # fallocate
     (shardkit.placing, "_exchange", 0),  # renameat2
+)
+READS: Watched = (
+    *((os, name, 0) for name in ("stat", "read", "copy_file_range")),
+    (os, "sendfile", 1),
+    (builtins, "open", 0),
+    (io, "open", 0),
 )
 
 
@@ -51,19 +58,23 @@ class Layer:
         at: number of the call to strike; None for none.
         strike: raises or kills; None to record only.
         syncs: whether fsync reaches the disk. What a killed process wrote stays in the page cache anyway.
+        watched: the calls that count.
+        lasting: whether every later call is struck too, as where a sector of the disk is broken.
     """
 
     folder: Path
     at: int | None = None
     strike: Strike | None = None
     syncs: bool = False
+    watched: Watched = WRITES
+    lasting: bool = False
     calls: list[Call] = field(default_factory=list)
     struck: Call | None = None
 
     @contextmanager
     def installed(self) -> Iterator[Layer]:
         with ExitStack() as stack:
-            for room, name, number in WATCHED:
+            for room, name, number in self.watched:
                 stack.enter_context(patch.object(room, name, self._watching(getattr(room, name), name.strip("_"), number)))
             yield self
 
@@ -74,8 +85,9 @@ class Layer:
                 return real(*args, **options)
             made = Call(name, path)
             self.calls.append(made)
-            if self.strike is not None and len(self.calls) - 1 == self.at:
-                self.struck = made
+            behind = len(self.calls) - 1 - self.at if self.at is not None else -1
+            if self.strike is not None and (behind == 0 or (self.lasting and behind > 0)):
+                self.struck = self.struck or made
                 self.strike(made, lambda: real(*args, **options), args)
             if name == "fsync" and not self.syncs:
                 return None
