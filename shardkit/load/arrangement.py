@@ -65,6 +65,10 @@ class Wish:
         device = device_of(name, self.device_map)
         return self.main if device in ("cpu", "disk") else torch_device(device)
 
+    def lies_on(self, name: str) -> torch.device:
+        """The device that has the part *name* in its memory, if it has memory."""
+        return _CPU if device_of(name, self.device_map) == "cpu" else self.runs_on(name)
+
     def streams(self, weight: Weight) -> Hashable:
         """From and to which device *weight* streams; None if it stays in memory."""
         name = weight.names[0]
@@ -77,12 +81,20 @@ class Wish:
         return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
 
 
-def arrange(model: nn.Module, wish: Wish, *, origin: torch.device | None = None, on_bytes: OnBytes = lambda _: None) -> None:
+def arrange(
+    model: nn.Module,
+    wish: Wish,
+    *,
+    addresses: Mapping[str, Recipe] | None = None,
+    origin: torch.device | None = None,
+    on_bytes: OnBytes = lambda _: None,
+) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
 
     Args:
-        model: its weights are in memory, or `Paged`.
+        model: its weights are in memory, or `Paged`, or have an address.
         wish: how it shall run.
+        addresses: of weights that stream, whatever the model holds in their place; by their first names.
         origin: the device where streamed weights are put when the hooks are removed; None if they stay addresses.
         on_bytes: called with the number of bytes after each read.
 
@@ -90,14 +102,17 @@ def arrange(model: nn.Module, wish: Wish, *, origin: torch.device | None = None,
         FormatError: a file cannot be read, or has become shorter.
         LoadError: a weight has no value, or there is no room for it.
     """
-    _refuse_empty(weights_of(model))
+    addresses = addresses or {}
+    for pager in _detach(model):  # it may have been arranged before
+        pager.let_go()
     parts = wish.cut(model)
+    inside = [weight for block in parts.blocks for weight in block.weights if weight.names[0] not in addresses]
+    _refuse_empty([*parts.resident, *inside])
     places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
-    inside = [weight for block in parts.blocks for weight in block.weights]
     places += [(weight, _CPU) for weight in inside if device_of(weight.names[0], wish.device_map) == "cpu"]
     settle(model, places, on_bytes=on_bytes)
     _settle_other_buffers(model, wish)
-    _stream(model, parts, wish, origin)
+    _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origin)
     if wish.hooks:
         _attach_movers(model, wish)
 
@@ -196,16 +211,15 @@ def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
                 module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
 
 
-def _stream(model: nn.Module, parts: Cut, wish: Wish, origin: torch.device | None) -> None:
+def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origin: torch.device | None) -> None:
     """Let the blocks stream: one ring for each device."""
-    streamed = [_Streamed.of(block, wish) for block in parts.blocks]
     sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
     for device in dict.fromkeys(each.device for each in streamed):
         group = [each for each in streamed if each.device == device]
         stream = Stream([each.pieces for each in group], lane_to(device), ring=wish.ring, verify=sources.verify)
         for number, each in enumerate(group):
-            for weight, recipe in zip(each.block.weights, each.recipes, strict=True):
-                put(model, weight, Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer))
+            for seat, weight, recipe in zip(each.block.seats, each.block.weights, each.recipes, strict=True):
+                seat.take(Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer))
             Pager(stream, number, each.block.seats, each.recipes, origin=origin).attach(each.block.module)
     if streamed:
         sources.attach(model)
@@ -220,9 +234,9 @@ class _Streamed:
     recipes: tuple[Recipe, ...]
 
     @classmethod
-    def of(cls, block: Block, wish: Wish) -> _Streamed:
-        tensors = (seat.tensor for seat in block.seats)
-        recipes = tuple(_recipe(tensor) for tensor in tensors if tensor is not None)
+    def of(cls, block: Block, wish: Wish, addresses: Mapping[str, Recipe]) -> _Streamed:
+        pairs = zip(block.weights, block.seats, strict=True)
+        recipes = tuple(addresses.get(weight.names[0]) or _recipe(seat.tensor) for weight, seat in pairs)
         return cls(block, wish.runs_on(block.weights[0].names[0]), recipes)
 
     @property
@@ -234,8 +248,9 @@ class _Streamed:
         ]
 
 
-def _recipe(tensor: torch.Tensor) -> Recipe:
+def _recipe(tensor: torch.Tensor | None) -> Recipe:
     """How to make *tensor*, which may be in memory."""
+    assert tensor is not None
     if isinstance(tensor, Paged):
         return tensor.recipe
     held = tensor.detach().to("cpu").contiguous()

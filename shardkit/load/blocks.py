@@ -87,14 +87,16 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
         target: where a weight streams to and from; None for a weight that stays in memory.
         whole: names of the classes that must stay whole.
     """
-    seats = {weight.names[0]: seats_of(model, weight) for weight in weights}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seats = {weight.names[0]: _seats(modules, weight) for weight in weights}
+    places = {weight.names[0]: target(weight) for weight in weights}
     untied = [weight for weight in weights if len(seats[weight.names[0]]) == 1]
-    found = list(_Walk(_targets(model, untied, target), model, whole).blocks(model))
+    found = list(_Walk(_targets(modules, untied, places), model, whole).blocks(model))
     lent = Counter(part for _, module in found for part in set(module.modules()))
     owned: dict[nn.Module, list[Weight]] = {}
     for weight in untied:
         owner = seats[weight.names[0]][0].owner
-        if target(weight) is not None and lent[owner] == 1:
+        if places[weight.names[0]] is not None and lent[owner] == 1:
             owned.setdefault(owner, []).append(weight)
     blocks = []
     for name, module in found:
@@ -107,23 +109,30 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
 
 def seats_of(model: nn.Module, weight: Weight) -> tuple[Seat, ...]:
     """The places in *model* that hold *weight*; a module that has several names is one place."""
+    owners = (name.rpartition(".")[0] for name in weight.names)
+    return _seats({path: model.get_submodule(path) for path in owners}, weight)
+
+
+def _seats(modules: Mapping[str, nn.Module], weight: Weight) -> tuple[Seat, ...]:
     split = (name.rpartition(".") for name in weight.names)
-    return tuple(dict.fromkeys(Seat(model.get_submodule(path), last) for path, _, last in split))
+    return tuple(dict.fromkeys(Seat(modules[path], last) for path, _, last in split))
 
 
-def _targets(model: nn.Module, weights: Iterable[Weight], target: Target) -> Mapping[nn.Module, set[Hashable]]:
+def _targets(
+    modules: Mapping[str, nn.Module], weights: Iterable[Weight], places: Mapping[str, Hashable]
+) -> Mapping[nn.Module, set[Hashable]]:
     """For each module, where the weights in it stream to."""
-    targets: dict[nn.Module, set[Hashable]] = {}
+    owners: dict[str, set[Hashable]] = {}
     for weight in weights:
-        place = target(weight)
-        if weight.is_buffer and place is None:
-            continue  # a buffer that stays divides nothing
-        for name in weight.names:
-            module = model
-            targets.setdefault(module, set()).add(place)
-            for step in name.split(".")[:-1]:
-                module = module.get_submodule(step)
-                targets.setdefault(module, set()).add(place)
+        place = places[weight.names[0]]
+        if not weight.is_buffer or place is not None:  # a buffer that stays divides nothing
+            for name in weight.names:
+                owners.setdefault(name.rpartition(".")[0], set()).add(place)
+    targets: dict[nn.Module, set[Hashable]] = {}
+    for path, found in owners.items():
+        steps = path.split(".") if path else []
+        for count in range(len(steps) + 1):
+            targets.setdefault(modules[".".join(steps[:count])], set()).update(found)
     return targets
 
 

@@ -27,13 +27,13 @@ from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import Home
 from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
-from shardkit.load.device_maps import DeviceMap, check_device_map, refuse_disk
+from shardkit.load.device_maps import DeviceMap, check_device_map, device_of, refuse_disk
 from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
 from shardkit.load.module_sizes import class_names
 from shardkit.load.offloading import fill_empty, spill
 from shardkit.load.opened import Opened
-from shardkit.load.paged import Paged
 from shardkit.load.placement import infer_auto_device_map
+from shardkit.load.recipe import Recipe
 from shardkit.load.weights import weights_of
 
 _MODES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -108,10 +108,13 @@ def load_checkpoint_and_dispatch(
     check_device_map(model, device_map)
     whole = no_split | class_names(preload_module_classes)
     wish = _wish(device_map, None, whole, offload_buffers, skip_keys, force_hooks, ring)
-    values, extra = _values(model, found.homes, wish), resident.read_extra(found.extra)
+    addresses = _addresses(model, found.homes, wish)
+    values = resident.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
+    extra = resident.read_extra(found.extra)
     opened.check_unchanged()
     resident.install(model, found.homes, values, extra)
-    arrange(model, wish)
+    arrange(model, wish, addresses=addresses)
+    opened.check_unchanged()  # from here on, each forward sees to that
     for note in (*opened.notes, *found.notes):
         warnings.warn(note, UserWarning, stacklevel=2)
     return _mapped(model, device_map)
@@ -272,12 +275,11 @@ def _wish(
     )
 
 
-def _values(model: nn.Module, homes: Iterable[Home], wish: Wish) -> dict[str, torch.Tensor]:
-    """What each of *homes* gets: an address if it streams from disk, and else its values."""
-    streamed = {weight.names[0] for block in wish.cut(model).blocks for weight in block.weights}
-    homes = list(homes)
-    values: dict[str, torch.Tensor] = {home.name: Paged.of(home.stored) for home in homes if home.name in streamed}
-    return values | resident.read((home, wish.runs_on(home.name)) for home in homes if home.name not in streamed)
+def _addresses(model: nn.Module, homes: Iterable[Home], wish: Wish) -> dict[str, Recipe]:
+    """Where those of *homes* are that stream from disk."""
+    weights = (weight for block in wish.cut(model).blocks for weight in block.weights)
+    streamed = {weight.names[0] for weight in weights if device_of(weight.names[0], wish.device_map) == "disk"}
+    return {home.name: Recipe.of(home.stored) for home in homes if home.name in streamed}
 
 
 def _first_device(model: nn.Module) -> torch.device:
