@@ -7,16 +7,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+import shardkit
+from shardkit.errors import OutputError
+from shardkit.journal import Identity, begin
+from shardkit.placing import remove
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads paths of descriptors from /proc")
 
 if sys.platform == "linux":
     from injection import BROKEN, FULL, Call, Layer, Strike
-    from scenarios import SCENARIOS, Case, Scenario, main_folder, stamps
+    from scenarios import SCENARIOS, Case, Scenario, main_folder, stamps, tree
 
 FEWEST = 30  # calls that the shortest of the scenarios makes
 STEP = 4  # of the calls of a run, every fourth is killed in this test, and each one of the commit
@@ -31,6 +37,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
         yield Path(folder)
+
+
+class Stopped(BaseException):
+    """The process stops here, as far as this test can have it."""
+
+
+def stopped(call: Call, real: Callable[[], object], args: tuple[object, ...]) -> None:
+    raise Stopped
 
 
 def struck(case: Case, strike: Strike) -> tuple[int, list[str]]:
@@ -49,7 +63,7 @@ def struck(case: Case, strike: Strike) -> tuple[int, list[str]]:
             return number, found
         if error is not None and len(str(error)) < 20:
             found.append(f"call {number}, {layer.struck}: no sentence: {error}")
-        found += [f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before)]
+        found += [f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before, killed=False)]
     raise AssertionError("it never ends")
 
 
@@ -80,6 +94,43 @@ def test_a_kill_at_any_call_leaves_the_output_whole_or_not_there(name: str, fold
     said = json.loads(in_process(KILLER, folder, name, STEP))
     assert not said["faults"], "\n".join(said["faults"])
     assert said["points"] >= FEWEST
+
+
+def test_a_swap_that_was_killed_between_its_renames_is_undone_by_the_next_run(folder: Path) -> None:
+    case = Case.at(main_folder(folder, "undone"), SCENARIOS[NAMES.index("renames")])
+    case.reset()
+    layer = Layer(case.work)
+    assert case.strike(layer) is None
+    second = max(number for number, call in enumerate(layer.calls) if call.name == "rename")
+    case.reset()
+    layer = Layer(case.work, second, stopped)
+    with pytest.raises(Stopped):
+        case.strike(layer)
+    assert not (case.work / "out").exists()
+    with pytest.raises(OutputError, match="exists"):
+        shardkit.convert(case.source, case.work / "out")
+    assert {name: data for name, data in tree(case.work).items() if name.startswith("out/")} == case.old
+
+
+def test_a_removal_that_was_cut_short_leaves_no_foreign_folder(folder: Path) -> None:
+    for at in range(1000):
+        partial = folder / f"{at}" / "out.partial"
+        with begin(partial, Identity("", (), "")) as journal:
+            (partial / "a").write_text("a")
+            (partial / "sub").mkdir()
+            (partial / "sub" / "b").write_text("b")
+            journal.finished("a")
+        layer = Layer(partial.parent, at, BROKEN)
+        with layer.installed(), suppress(OSError):
+            remove(partial)
+        if layer.struck is None:
+            break
+        with begin(partial, Identity("another", (), "")) as journal:
+            assert not journal.done
+    else:
+        raise AssertionError("it never ends")
+    assert at > 5
+    assert os.listdir(folder / f"{at}") == []
 
 
 def test_the_order_of_syncs_lets_nothing_be_lost_in_a_power_cut(folder: Path) -> None:

@@ -44,7 +44,7 @@ def main(base: Path, name: str, step: int) -> None:
         case.reset()
         if not killed_at(case, number):
             raise AssertionError(f"the run made no call {number}")
-        found += [f"killed at call {number}: {fault}" for fault in case.faults(before)]
+        found += [f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)]
     print(json.dumps({"points": len(points), "faults": found}))  # noqa: T201 - to the test that started us
 
 

@@ -112,7 +112,10 @@ class Case:
         shutil.copytree(work, template)
         old = _output(tree(work), scenario.out)
         scenario.run(source, work)
-        return cls(scenario, source, work, template, old, tree(work))
+        new = tree(work)
+        left = [name for name in new.keys() - FOREIGN.keys() if ".shardkit-" in name or ".partial" in name or ".old" in name]
+        assert not left, f"an undisturbed run leaves {left}"
+        return cls(scenario, source, work, template, old, new)
 
     def reset(self) -> None:
         """Bring back what stood there before."""
@@ -128,9 +131,14 @@ class Case:
                 return error
         return None
 
-    def faults(self, before: dict[str, tuple[int, int]]) -> Iterator[str]:
-        """What is wrong after a strike, and after the same command was given again."""
+    def faults(self, before: dict[str, tuple[int, int]], *, killed: bool) -> Iterator[str]:
+        """What is wrong after a strike, and after the same command was given again.
+
+        A run that lives on leaves the old output, or the new one. One that was *killed* may leave none.
+        """
         yield from self._faults_of_state(before)
+        if not killed and self.old and not _output(tree(self.work), self.scenario.out):
+            yield "the old output is gone, and the new one is not there"
         finished = _recorded(self.work / f"{self.scenario.out}.partial" / NAME)
         try:
             with Layer(self.work).installed():
