@@ -205,7 +205,7 @@ class Pager:
             self._inside.add(visit)
             for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
                 stood = seat.tensor
-                if isinstance(stood, Streamed) and stood.recipe == recipe and stood.device == tensor.device:
+                if isinstance(stood, Streamed) and (stood.recipe is recipe or stood.recipe == recipe):
                     self._taken.append((seat, tensor, stood))
                     seat.take(tensor)
 

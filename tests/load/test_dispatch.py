@@ -205,6 +205,51 @@ def test_accelerate_gives_such_a_buffer_its_initial_value(tmp_path: Path) -> Non
     assert torch.equal(ours(x), right(x))
 
 
+def test_a_map_that_is_all_disk_works_where_accelerate_asks_safetensors_for_a_device_called_disk(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    right = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    save_file(right.state_dict(), tmp_path / "model.safetensors")
+    x = torch.randn(2, 4)
+    devices, file = {"0": "disk", "1": "disk"}, str(tmp_path / "model.safetensors")
+    with pytest.raises(Exception, match="disk is invalid"):
+        accelerate.load_checkpoint_and_dispatch(copy.deepcopy(right), file, devices, offload_folder=str(tmp_path / "x"))
+    assert torch.equal(load_checkpoint_and_dispatch(copy.deepcopy(right), file, devices)(x), right(x))
+
+
+def test_a_parameter_may_be_called_as_quantisers_call_theirs(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    right = nn.Sequential(nn.ModuleDict({"SCBlock": nn.Linear(4, 4)}))
+    torch.save(right.state_dict(), tmp_path / "model.bin")
+    expected = right.state_dict()["0.SCBlock.weight"]
+    theirs, ours = (nn.Sequential(nn.ModuleDict({"SCBlock": nn.Linear(4, 4)})) for _ in range(2))
+    accelerate.load_checkpoint_and_dispatch(theirs, str(tmp_path / "model.bin"), {"": "cpu"})
+    assert not torch.equal(theirs.state_dict()["0.SCBlock.weight"], expected)
+    load_checkpoint_and_dispatch(ours, tmp_path / "model.bin", {"": "disk"})
+    assert torch.equal(ours.state_dict()["0.SCBlock.weight"] + 0, expected)
+
+
+class Failing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("on purpose")
+
+
+def test_accelerate_leaves_weights_in_memory_after_an_exception_and_we_do_not(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    devices, x = {"0": "cpu", "1": "disk"}, torch.ones(1, 4)
+    theirs, ours = (nn.Sequential(nn.Linear(4, 4), Failing(4, 4)) for _ in range(2))
+    accelerate.dispatch_model(theirs, devices, offload_dir=str(tmp_path / "theirs"))
+    dispatch_model(ours, devices, offload_dir=tmp_path / "ours")
+    away = [theirs[1].weight.is_meta, isinstance(ours[1].weight, Streamed)]
+    for model in (theirs, ours):
+        with pytest.raises(ValueError, match="on purpose"):
+            model(x)
+    assert away == [True, True]
+    assert not theirs[1].weight.is_meta
+    assert isinstance(ours[1].weight, Streamed)
+
+
 @pytest.mark.parametrize("ring", [2, 4])
 def test_four_threads_give_1200_right_answers(file: Path, expected: torch.Tensor, ring: int) -> None:
     model = loaded(file, ring=ring)
