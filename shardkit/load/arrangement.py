@@ -86,7 +86,6 @@ def arrange(
     wish: Wish,
     *,
     addresses: Mapping[str, Recipe] | None = None,
-    origin: torch.device | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
@@ -95,7 +94,6 @@ def arrange(
         model: its weights are in memory, or `Paged`, or have an address.
         wish: how it shall run.
         addresses: of weights that stream, whatever the model holds in their place; by their first names.
-        origin: the device where streamed weights are put when the hooks are removed; None if they stay addresses.
         on_bytes: called with the number of bytes after each read.
 
     Raises:
@@ -103,16 +101,20 @@ def arrange(
         LoadError: a weight has no value, or there is no room for it.
     """
     addresses = addresses or {}
-    for pager in _detach(model):  # it may have been arranged before
-        pager.let_go()
+    for *_, attached in list(attachments(model)):  # it may have been arranged before
+        if isinstance(attached, Pager):
+            attached.let_go()
     parts = wish.cut(model)
-    inside = [weight for block in parts.blocks for weight in block.weights if weight.names[0] not in addresses]
-    _refuse_empty([*parts.resident, *inside])
+    inside = [weight for block in parts.blocks for weight in block.weights]
+    addressless = [weight for weight in inside if weight.names[0] not in addresses]
+    _refuse_empty([*parts.resident, *addressless])
+    _detach(model)
+    origins = {weight.names[0]: _origin(weight.tensor) for weight in inside}
     places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
-    places += [(weight, _CPU) for weight in inside if device_of(weight.names[0], wish.device_map) == "cpu"]
+    places += [(weight, _CPU) for weight in addressless if device_of(weight.names[0], wish.device_map) == "cpu"]
     settle(model, places, on_bytes=on_bytes)
     _settle_other_buffers(model, wish)
-    _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origin)
+    _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
     if wish.hooks:
         _attach_movers(model, wish)
 
@@ -163,11 +165,11 @@ def remove_hooks(model: nn.Module) -> None:
     """
     for pager in _detach(model):
         pager.let_go()
-        for seat in pager.seats if pager.origin is not None else ():
+        for seat in pager.seats:
             stood = seat.tensor
-            if isinstance(stood, Streamed):
-                value = stood.read().to(pager.origin)
-                seat.take(nn.Parameter(value, requires_grad=False) if isinstance(stood, nn.Parameter) else value)
+            if isinstance(stood, Streamed) and stood.origin is not None:
+                value = stood.read().to(stood.origin)
+                seat.take(nn.Parameter(value, requires_grad=stood.learned) if isinstance(stood, nn.Parameter) else value)
 
 
 def close(model: nn.Module) -> None:
@@ -211,7 +213,17 @@ def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
                 module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
 
 
-def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origin: torch.device | None) -> None:
+_Origin = tuple[torch.device | None, bool]
+
+
+def _origin(tensor: torch.Tensor) -> _Origin:
+    """The device that has *tensor* in memory, or had it before it streamed, and whether it asks for a gradient."""
+    if isinstance(tensor, Streamed):
+        return tensor.origin, tensor.learned
+    return None if tensor.is_meta or isinstance(tensor, Paged) else tensor.device, tensor.requires_grad
+
+
+def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origins: Mapping[str, _Origin]) -> None:
     """Let the blocks stream: one ring for each device."""
     sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
     for device in dict.fromkeys(each.device for each in streamed):
@@ -219,8 +231,9 @@ def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origin: tor
         stream = Stream([each.pieces for each in group], lane_to(device), ring=wish.ring, verify=sources.verify)
         for number, each in enumerate(group):
             for seat, weight, recipe in zip(each.block.seats, each.block.weights, each.recipes, strict=True):
-                seat.take(Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer))
-            Pager(stream, number, each.block.seats, each.recipes, origin=origin).attach(each.block.module)
+                origin, learned = origins[weight.names[0]]
+                seat.take(Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer, origin=origin, learned=learned))
+            Pager(stream, number, each.block.seats, each.recipes).attach(each.block.module)
     if streamed:
         sources.attach(model)
 

@@ -219,12 +219,9 @@ def _dispatch(
     offload_dir: str | PathLike[str] | None,
     offload_index: Mapping[str, Mapping[str, Any]] | None,  # Any: as Accelerate has it
 ) -> None:
-    first = _first_device(model)
-    origin = torch.device("cpu") if first.type == "meta" else first
     folder = None if offload_dir is None else Path(offload_dir)
     fill_empty(model, state_dict or {}, folder, offload_index or {})
-    spill(model, wish, folder)
-    arrange(model, wish, origin=origin)
+    arrange(model, wish, addresses=spill(model, wish, folder))
 
 
 def _device_map(

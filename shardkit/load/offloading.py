@@ -19,6 +19,7 @@ from shardkit.load.assign import assign, listed
 from shardkit.load.device_maps import device_of
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
+from shardkit.load.recipe import Recipe
 from shardkit.load.weights import Weight, stored_type, weights_of
 from shardkit.payload import Buffer
 from shardkit.plan import plan_folder
@@ -58,8 +59,8 @@ def fill_empty(
         resident.install(model, homes, {home.name: Paged.of(home.stored) for home in homes if home.name in names})
 
 
-def spill(model: nn.Module, wish: Wish, folder: Path | None) -> None:
-    """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and let the model have addresses.
+def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe]:
+    """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and say where they are there.
 
     Raises:
         FormatError: the folder holds something that cannot be read.
@@ -69,7 +70,7 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> None:
     inside = [weight for block in wish.cut(model).blocks for weight in block.weights]
     weights = [weight for weight in inside if device_of(weight.names[0], wish.device_map) == "disk" and _is_in_memory(weight)]
     if not weights:
-        return
+        return {}
     names = [weight.names[0] for weight in weights]
     if folder is None:
         raise LoadError(f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to")
@@ -79,8 +80,7 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> None:
     else:
         _write(folder, entries)
     stored = Opened.at(folder).entries
-    for weight, name in zip(weights, names, strict=True):
-        put(model, weight, Paged.of(stored[name]))
+    return {name: Recipe.of(stored[name]) for name in names}
 
 
 def _without_values(model: nn.Module) -> list[Weight]:

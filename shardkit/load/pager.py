@@ -33,13 +33,30 @@ _R = TypeVar("_R")
 
 
 class Streamed(Paged):
-    """A weight outside its block's forward. It cannot leave the device that its block runs on."""
+    """A weight outside its block's forward. It cannot leave the device that its block runs on.
+
+    Attributes:
+        origin: the device that had it in memory before it streamed; None if none had.
+        learned: whether it asked for a gradient then.
+    """
+
+    origin: torch.device | None
+    learned: bool
 
     @classmethod
-    def standing_for(cls, recipe: Recipe, device: torch.device, *, is_buffer: bool) -> Streamed:
+    def standing_for(
+        cls,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        is_buffer: bool,
+        origin: torch.device | None = None,
+        learned: bool = False,
+    ) -> Streamed:
         """What stands in the place of the parameter, or the buffer, that *recipe* makes."""
         made = cls.__new__(cls, recipe, device)
         assert isinstance(made, Streamed)
+        made.origin, made.learned = origin, learned
         if not is_buffer:
             made._is_param = True  # what makes torch take a tensor of any class for a Parameter
         return made
@@ -113,15 +130,7 @@ class Visit:
 class Pager:
     """The hooks of one block."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        number: int,
-        seats: Sequence[Seat],
-        recipes: Sequence[Recipe],
-        *,
-        origin: torch.device | None = None,
-    ) -> None:
+    def __init__(self, stream: Stream, number: int, seats: Sequence[Seat], recipes: Sequence[Recipe]) -> None:
         """Page nothing yet.
 
         Args:
@@ -129,9 +138,7 @@ class Pager:
             number: of the block's page there.
             seats: where its weights belong.
             recipes: for each, what stands there as `Streamed`.
-            origin: the device where the weights go when the hooks are removed; None if they stay addresses.
         """
-        self.origin = origin
         self._stream = stream
         self._number = number
         self._seats = tuple(seats)
@@ -198,7 +205,7 @@ class Pager:
             self._stream.release(self._number, visit)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pager:
-        return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes, origin=self.origin)
+        return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
 
     def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor]) -> None:
         with self._stream.lock:

@@ -606,6 +606,17 @@ def test_what_was_in_memory_is_there_again_when_hooks_are_removed(
     assert not streamed(model)
     assert not list(attachments(model))
     assert torch.equal(model(IDS), expected)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_model_may_be_dispatched_anew(file: Path, expected: torch.Tensor) -> None:
+    model = loaded(file)
+    for name in ("disk", "half", "half"):
+        assert torch.equal(dispatch_model(model, MAPS[name])(IDS), expected)
+        with pytest.raises(LoadError, match="no device"):
+            dispatch_model(model, {"layers": "cpu"})
+        assert torch.equal(model(IDS), expected)
+    assert len({each.stream for _, _, _, each in attachments(model) if isinstance(each, Pager)}) == 1
 
 
 def test_a_loaded_model_without_hooks_reads_what_it_uses(file: Path, expected: torch.Tensor) -> None:
