@@ -200,7 +200,8 @@ class _Places:
                 f"a device map is a dict here, and {shown(given)} is none",
                 hint="load_checkpoint_and_dispatch makes one, as does infer_auto_device_map",
             )
-        check_device_map(model, device_map)
+        if set(device_map) != {""}:  # which is right for any model
+            check_device_map(model, device_map)
         keys = {name: device_key(device) for name, device in device_map.items()}
         main = main_device(keys)
         devices = {key: main if key == "disk" else torch_device(key) for key in keys.values()}
