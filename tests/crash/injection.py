@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,6 +60,7 @@ class Layer:
         strike: raises or kills; None to record only.
         syncs: whether fsync reaches the disk. What a killed process wrote stays in the page cache anyway.
         watched: the calls that count.
+        numbers: of the calls, in the order in which they are made.
         lasting: whether every later call is struck too, as where a sector of the disk is broken.
     """
 
@@ -69,6 +71,7 @@ class Layer:
     watched: Watched = WRITES
     lasting: bool = False
     calls: list[Call] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=count)
     struck: Call | None = None
 
     @contextmanager
@@ -85,7 +88,8 @@ class Layer:
                 return real(*args, **options)
             made = Call(name, path)
             self.calls.append(made)
-            behind = len(self.calls) - 1 - self.at if self.at is not None else -1
+            number_of_call = next(self.numbers)  # several threads may call at once
+            behind = number_of_call - self.at if self.at is not None else -1
             if self.strike is not None and (behind == 0 or (self.lasting and behind > 0)):
                 self.struck = self.struck or made
                 self.strike(made, lambda: real(*args, **options), args)

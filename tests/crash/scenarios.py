@@ -190,6 +190,10 @@ def _folder(source: Path, work: Path) -> Report:
     return _convert(source, work / "out")
 
 
+def _together(source: Path, work: Path) -> Report:
+    return carry_out(prepare(source, work / "out", Edits(), max_shard=MAX_SHARD), jobs=3)
+
+
 def _deep(source: Path, work: Path) -> Report:
     return _convert(source, work / "out" / "of" / "sight")
 
@@ -252,6 +256,7 @@ def _table(crcs: Sequence[int]) -> bytes:
 
 SCENARIOS = (
     Scenario("folder", _folder),
+    Scenario("jobs", _together),
     Scenario("parents", _deep, out="out/of/sight"),
     Scenario("single", _single, out="out.safetensors"),
     Scenario("single-overwrite", _single_again, _old_file, out="out.safetensors"),
