@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shardkit.load.mapping import tensors as tensors
     from shardkit.load.paged import Paged as Paged
     from shardkit.load.placement import infer_auto_device_map as infer_auto_device_map
+    from shardkit.load.pretrained import from_pretrained as from_pretrained
     from shardkit.load.saving import save as save
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "cpu_offload_with_hook": "handover",
     "disk_offload": "dispatch",
     "dispatch_model": "dispatch",
+    "from_pretrained": "pretrained",
     "get_balanced_memory": "balance",
     "get_max_memory": "budgets",
     "infer_auto_device_map": "placement",

@@ -1,0 +1,387 @@
+"""A model from its folder, in one line: what Transformers itself loads, bit for bit, over CPU and disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget
+from shardkit.load import close, from_pretrained
+from shardkit.load.pager import Streamed
+
+pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+IDS = torch.arange(14).reshape(2, 7)
+TOKENS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def llama(**options: Any) -> Any:  # Any, here and below: Transformers leaves its models untyped
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **SIZES, **options))
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64))
+
+
+def t5() -> Any:
+    config: Any = transformers.T5Config
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(config(**sizes))
+
+
+def bert() -> Any:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **SIZES))
+
+
+def vit() -> Any:
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "gpt2": gpt2,
+    "t5": t5,
+    "bert": bert,
+    "mixtral": mixtral,
+    "vit": vit,
+}
+
+
+def half(model: nn.Module) -> dict[str, str]:
+    """Every second layer on disk."""
+    layers = [name for name, module in model.named_modules() if type(module).__name__.endswith(("Layer", "Block"))]
+    outermost = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
+    return {"": "cpu"} | dict.fromkeys(outermost[::2], "disk")
+
+
+DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
+    "none": lambda model: None,
+    "cpu": lambda model: "cpu",
+    "half": half,
+    "disk": lambda model: {"": "disk"},
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    given: dict[str, torch.Tensor] = {"input_ids": IDS}
+    if model.main_input_name == "pixel_values":
+        given = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=model.dtype).reshape(2, 3, 32, 32)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = IDS[:, :3]
+    with torch.no_grad():
+        found: torch.Tensor = model(**given).logits
+    return found
+
+
+def saved(folder: Path, model: Any = None) -> Any:
+    """A model that is saved in *folder*."""
+    torch.manual_seed(0)
+    model = llama() if model is None else model
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(params=MODELS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    torch.manual_seed(0)
+    return type(saved(tmp_path, MODELS[request.param]()))
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float16], ids=str)
+@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(
+    kind: Any, device_map: str, dtype: str | torch.dtype, tmp_path: Path
+) -> None:
+    theirs = kind.from_pretrained(tmp_path, dtype=dtype)
+    ours: Any = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), dtype, ring=2)
+    assert type(ours) is kind
+    assert not ours.training
+    assert any(isinstance(weight, Streamed) for weight in ours.parameters()) == (device_map in ("half", "disk"))
+    assert {name: each.dtype for name, each in ours.state_dict().items()} == {n: e.dtype for n, e in theirs.state_dict().items()}
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
+    for _ in range(2):
+        assert torch.equal(logits(ours), logits(theirs))
+    if ours.can_generate():
+        assert torch.equal(ours.generate(IDS, **TOKENS), theirs.generate(IDS, **TOKENS))
+    close(ours)
+
+
+def test_a_model_that_stays_in_memory_is_as_transformers_leaves_it(tmp_path: Path) -> None:
+    saved(tmp_path)
+    ours, theirs = from_pretrained(tmp_path), transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {type(each) for each in ours.parameters()} == {nn.Parameter}
+    assert all(each.requires_grad for each in ours.parameters())
+    assert ours.name_or_path == theirs.name_or_path
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert not hasattr(ours, "hf_device_map")
+    assert from_pretrained(tmp_path, torch.device("cpu")).hf_device_map == {"": "cpu"}
+
+
+def test_no_weight_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, mixtral())
+
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("a weight is read")
+
+    for place in ("paged.read_into", "recording.read_into", "memory.read_into"):
+        monkeypatch.setattr(f"shardkit.load.{place}", fail)
+    model: Any = from_pretrained(tmp_path, "disk", "bfloat16")
+    assert {type(each) for each in model.parameters()} == {Streamed}
+    with pytest.raises(AssertionError, match="a weight is read"):
+        model.lm_head.weight.read()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own file", "config.json"])
+def test_the_generation_config_is_the_one_that_transformers_finds(own: bool, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    where = "generation_config.json" if own else "config.json"
+    (tmp_path / where).touch()
+    (tmp_path / where).write_text(json.dumps(json.loads((tmp_path / where).read_text() or "{}") | {"top_k": 7, "max_length": 33}))
+    ours, theirs = from_pretrained(tmp_path), transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.generation_config.top_k == 7
+
+
+def test_attention_is_what_is_asked_for(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits(model), logits(theirs))
+
+
+def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model: Any = from_pretrained(tmp_path, "auto", max_memory={"cpu": 60_000})
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    assert torch.equal(logits(model), logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path)))
+    with pytest.raises(OverBudget, match="would land on disk"):
+        from_pretrained(tmp_path, "auto", max_memory={"cpu": 60_000}, offload="never")
+
+
+def test_what_is_missing_and_unexpected_is_told_as_transformers_tells_it(tmp_path: Path) -> None:
+    state = saved(tmp_path).state_dict()
+    del state["lm_head.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state | {"extra.weight": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    library: Any = transformers.LlamaForCausalLM
+    _, theirs = library.from_pretrained(tmp_path, output_loading_info=True)
+    model, ours = from_pretrained(tmp_path, output_loading_info=True)
+    assert ours == theirs
+    assert (ours["missing_keys"], ours["unexpected_keys"]) == ({"lm_head.weight"}, {"extra.weight"})
+    assert not any(weight.is_meta for weight in model.parameters())
+    with pytest.warns(UserWarning, match=r"in memory, and not streamed.*'lm_head.weight'"):
+        streamed = from_pretrained(tmp_path, "disk")
+    assert logits(streamed).shape == logits(model).shape
+
+
+def test_shards_of_pickles_are_read_as_well(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = list(model.state_dict().items())
+    shards = {"a.bin": dict(state[:9]), "b.bin": dict(state[9:])}
+    for name, shard in shards.items():
+        torch.save(shard, tmp_path / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, shard in shards.items() for key in shard}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for device_map in (None, "disk"):
+        assert torch.equal(logits(from_pretrained(tmp_path, device_map)), logits(model))
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"], ids=["one file", "shards"])
+def test_a_variant_in_a_subfolder_is_found_by_its_name(size: str, tmp_path: Path) -> None:
+    saved(tmp_path / "part")
+    model = llama().eval()
+    model.save_pretrained(tmp_path / "part", variant="fp16", max_shard_size=size)
+    assert torch.equal(logits(from_pretrained(tmp_path, subfolder="part", variant="fp16")), logits(model))
+    assert not torch.equal(logits(from_pretrained(tmp_path, subfolder="part")), logits(model))
+    with pytest.raises(LoadError, match=r"no weights under .*'model.int8.safetensors'"):
+        from_pretrained(tmp_path, subfolder="part", variant="int8")
+
+
+def test_a_stale_index_beside_one_file_is_passed_over_as_by_transformers(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hub, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def unreachable(*args: object) -> None:
+        raise AssertionError("the network is used")
+
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    return tmp_path / "hub"
+
+
+def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(cache: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "plain")
+    repository, commit = cache / "models--someone--tiny", "f" * 40
+    for file in (tmp_path / "plain").iterdir():
+        link = repository / "snapshots" / commit / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (repository / "blobs").mkdir(exist_ok=True)
+        shutil.move(file, repository / "blobs" / file.stem)
+        link.symlink_to(Path("../../blobs") / file.stem)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert torch.equal(logits(from_pretrained("someone/tiny", "disk")), logits(model))
+    with pytest.raises(LoadError, match="someone/other is no folder, and no model in the cache"):
+        from_pretrained("someone/other")
+
+
+MODELING = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class TwiceConfig(LlamaConfig):
+    model_type = "twice"
+
+class Twice(LlamaForCausalLM):
+    config_class = TwiceConfig
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * 2
+        return found
+"""
+
+
+def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = tmp_path / "twice"
+    model = saved(folder)
+    (folder / "modeling_twice.py").write_text(MODELING)
+    places = {"AutoConfig": "modeling_twice.TwiceConfig", "AutoModelForCausalLM": "modeling_twice.Twice"}
+    edit(folder / "config.json", model_type="twice", architectures=["Twice"], auto_map=places)
+    with pytest.raises(LoadError, match="'Twice', which Transformers") as refused:
+        from_pretrained(folder)
+    assert refused.value.hint is not None
+    assert "trust_remote_code=True" in refused.value.hint
+    assert not (tmp_path / "modules").exists()
+    assert torch.equal(logits(from_pretrained(folder, "disk", trust_remote_code=True)), logits(model) * 2)
+
+
+def test_a_type_that_quantises_on_load_is_refused_by_name(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    with pytest.raises(LoadError, match="quantization_config: weights are not quantised"):
+        from_pretrained(tmp_path, **options)
+
+
+def test_a_checkpoint_in_fp8_is_what_transformers_makes_of_it_and_a_warning_says_what_does_not_stream(tmp_path: Path) -> None:
+    state = saved(tmp_path, llama()).state_dict()
+    scales = {f"{name}_scale_inv": torch.full((1, 1), 0.5) for name in state if "proj" in name}
+    narrow = {name: tensor.to(torch.float8_e4m3fn) if "proj" in name else tensor for name, tensor in state.items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(narrow | scales, tmp_path / "pytorch_model.bin")
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(theirs))
+    with pytest.warns(UserWarning, match=r"in memory, and not streamed.*q_proj\.weight"):
+        assert torch.equal(logits(from_pretrained(tmp_path, "disk")), logits(theirs))
+
+
+def test_a_checkpoint_of_a_library_that_is_not_there_is_told_by_transformers(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(LoadError, match=r"Transformers .* makes no model of it: .*hqq"):
+        from_pretrained(tmp_path)
+
+
+def test_another_shape_is_a_mismatch_that_says_which(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path / "config.json", vocab_size=65)
+    with pytest.raises(Mismatch, match=r"'lm_head.weight' would be \[65, 32\], and is \[64, 32\], and so with 1 more") as found:
+        from_pretrained(tmp_path)
+    assert found.value.wrong_shape["model.embed_tokens.weight"] == ((64, 32), (65, 32))
+
+
+def pipeline(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipeline": (pipeline, "holds a pipeline of Diffusers"),
+    "unet": (lambda folder: edit(folder / "config.json", _class_name="UNet2DModel"), "is a 'UNet2DModel' of Diffusers"),
+    "adapter": (adapter, "holds an adapter"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+    "no class": (lambda folder: edit(folder / "config.json", architectures=None), "names no class under 'architectures'"),
+    "no model": (lambda folder: edit(folder / "config.json", architectures=["AutoConfig"]), "'AutoConfig', which Transformers"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "makes no model of it"),
+    "wrong config": (lambda folder: edit(folder / "config.json", hidden_size="wide"), "makes no model of it"),
+    "elsewhere": (lambda folder: edit(folder / "config.json", transformers_weights="../x.bin"), "has its weights elsewhere"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "truncated": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"), r"model\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_holds_no_such_model_is_refused_with_a_sentence(fault: str, tmp_path: Path) -> None:
+    spoil, sentence = FAULTS[fault]
+    saved(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((LoadError, FormatError), match=sentence):
+        from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_meant_is_refused_before_the_folder_is_looked_at(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(LoadError, match="automatic"):
+        from_pretrained(nowhere, "automatic")
+    with pytest.raises(BadDType, match="half-ish"):
+        from_pretrained(nowhere, dtype="half-ish")
+    with pytest.raises(LoadError, match="nowhere is no folder"):
+        from_pretrained(nowhere)
+    (tmp_path / "file").touch()
+    with pytest.raises(LoadError, match="file is a file; a folder"):
+        from_pretrained(tmp_path / "file")
+
+
+def test_without_transformers_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # it puts another module in its place
+        with pytest.raises(LoadError, match=r"needs Transformers 5, and 4\.57\.1 is installed"):
+            from_pretrained(tmp_path)
+    monkeypatch.setattr("shardkit.load.model_folder.find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="needs Transformers, which is not installed") as missing:
+        from_pretrained(tmp_path)
+    assert missing.value.hint == 'pip install "transformers>=5,<6"'
