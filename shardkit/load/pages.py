@@ -87,6 +87,16 @@ class Page:
     def idle(self) -> bool:
         return self.reading is not None and not self.holders
 
+    @property
+    def disk(self) -> int:
+        """Bytes of files that are read for it."""
+        return sum(source.nbytes for piece in self.pieces for source in piece.payload.sources)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of it that are in main memory already."""
+        return sum(piece.payload.nbytes for piece in self.pieces if not piece.payload.sources)
+
     def write(self, memory: memoryview) -> None:
         """Read all of it into *memory*."""
         at = 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from itertools import islice
 import torch
 from torch.autograd.graph import increment_version
 
+from shardkit.load.counts import Counts, Tally
 from shardkit.load.lanes import Lane, Ticket
 from shardkit.load.pages import Habit, Page, Piece, Slot
 
@@ -47,6 +49,7 @@ class Stream:
         self._pages = [Page(tuple(pieces)) for pieces in pages]
         self._ring = max(2, ring)
         self._verify = verify
+        self._tally = Tally()
         self._begin()
         _STREAMS.add(self)
 
@@ -62,6 +65,11 @@ class Stream:
         """Bytes that the ring may take."""
         return sum(sorted((page.nbytes for page in self._pages), reverse=True)[: self._ring])
 
+    @property
+    def counts(self) -> Counts:
+        """What it has done since it was made, by all models and threads that share it."""
+        return self._tally.counts
+
     def claim(self, number: int, visit: Hashable, *, holding: bool = False) -> tuple[torch.Tensor, ...] | None:
         """The tensors of the page *number*, which stay what they are until *visit* releases it; None if all is closed.
 
@@ -73,6 +81,7 @@ class Stream:
         Raises:
             ShardkitError: it cannot be read.
         """
+        begun = time.perf_counter()
         try:
             with self._changed:
                 while not self._closed and not self._hold(number, visit, holding=holding):
@@ -84,7 +93,9 @@ class Stream:
                 reading, slot = page.reading, page.slot
             assert reading is not None
             assert slot is not None
+            hit = reading.done()
             reading.result().precede()
+            self._tally.claimed(waited=time.perf_counter() - begun, hit=hit)
             return slot.tensors[number]
         except BaseException:
             self.release(number, visit)
@@ -222,7 +233,9 @@ class Stream:
         if slot.memory is None:
             slot.memory = self.lane.memory(slot.nbytes)
         increment_version(slot.memory)
-        ticket = self.lane.fill(slot.memory[: page.nbytes], page.write, tuple(slot.after))
+        with self._tally.reading():
+            ticket = self.lane.fill(slot.memory[: page.nbytes], page.write, tuple(slot.after))
+        self._tally.read(disk=page.disk, memory=page.memory)
         slot.after.clear()
         self._verify()
         if number not in slot.tensors:
