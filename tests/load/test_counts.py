@@ -47,9 +47,14 @@ def test_reads_side_by_side_take_their_time_once(clock: Clock) -> None:
 
 def test_a_read_that_fails_takes_its_time_and_is_none(clock: Clock) -> None:
     tally = Tally()
-    with pytest.raises(OSError, match="broken"), tally.reading():
-        clock.now += 1
-        raise OSError("broken")
+
+    def fail() -> None:
+        with tally.reading():
+            clock.now += 1
+            raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        fail()
     assert tally.counts == Counts(reading=1)
 
 
