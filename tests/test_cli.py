@@ -14,7 +14,6 @@ import pytest
 from shardkit import registry
 from shardkit.cli import main
 from shardkit.cli.options import split_rename
-from shardkit.cli.progress import progress
 from shardkit.errors import PluginError
 from shardkit.format import Format
 
@@ -28,7 +27,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and pipes as POSIX h
 STOPPED = """
 import os, signal, sys
 from shardkit.cli import main
-from shardkit.cli.progress import Progress
+from shardkit.progress import Progress
 signal.signal(signal.SIGINT, signal.default_int_handler)
 number = int(sys.argv.pop(1))
 Progress.add = lambda self, nbytes: os.kill(os.getpid(), number)
@@ -218,27 +217,6 @@ def test_what_is_not_installed_has_a_sentence_or_is_not_missed(code: str, tmp_pa
         assert done.stderr.endswith("hint: pip install click\n")
     else:
         assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("installed", [True, False], ids=["with tqdm", "without tqdm"])
-def test_progress_on_a_terminal_needs_no_bar(
-    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    if not installed:
-        monkeypatch.setitem(sys.modules, "tqdm", None)
-    with progress("writing", quiet=False) as bar:
-        bar.expect(10)
-        bar.add(4)
-        bar.add(6)
-    assert installed or not capsys.readouterr().err
-
-
-def test_progress_is_quiet_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("writing", quiet=False) as bar:
-        bar.expect(10)
-        bar.add(10)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ codec expansion zips format strict_json header index checksums manifest runs gat
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
 plugin roots edits named_blocks fitting plan \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
-registry shards source companions destination copying parallel integrity placing records journal writer host_memory
+registry shards source companions destination copying parallel integrity placing records journal writer host_memory progress
 conversion offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()
@@ -37,7 +37,7 @@ ONLY_IN = {
     "safetensors": ("writer",),
     "xxhash": ("checksums",),
     "click": ("cli",),
-    "tqdm": ("cli",),
+    "tqdm": ("progress",),
     "importlib.metadata": ("registry", "cli"),  # cli: the version
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}

@@ -14,7 +14,7 @@ import click
 from shardkit.cli import options
 from shardkit.cli.interruption import Terminated
 from shardkit.cli.printing import named, put_json, say
-from shardkit.cli.progress import progress
+from shardkit.progress import progress
 
 if TYPE_CHECKING:
     from shardkit.conversion import Conversion, Report

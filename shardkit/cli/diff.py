@@ -9,7 +9,7 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.printing import several
-from shardkit.cli.progress import progress
+from shardkit.progress import progress
 
 if TYPE_CHECKING:
     from shardkit.compare import Comparison

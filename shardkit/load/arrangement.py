@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +23,18 @@ from shardkit.load.budgets import Device
 from shardkit.load.device_maps import device_of
 from shardkit.load.lanes import lane_to
 from shardkit.load.loading import torch_device
-from shardkit.load.memory import materialise
 from shardkit.load.moves import Mover, RoundTrip
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.pages import Piece
 from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.resident import place
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
 from shardkit.load.weights import Weight, weights_of
 from shardkit.payload import Buffer
 
 _CPU = torch.device("cpu")
-OnBytes = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,6 @@ def arrange(
     wish: Wish,
     *,
     addresses: Mapping[str, Recipe] | None = None,
-    on_bytes: OnBytes = lambda _: None,
 ) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
 
@@ -94,7 +92,6 @@ def arrange(
         model: its weights are in memory, or `Paged`, or have an address.
         wish: how it shall run.
         addresses: of weights that stream, whatever the model holds in their place; by their first names.
-        on_bytes: called with the number of bytes after each read.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -112,14 +109,14 @@ def arrange(
     origins = {weight.names[0]: _origin(weight.tensor) for weight in inside}
     places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
     places += [(weight, _CPU) for weight in addressless if device_of(weight.names[0], wish.device_map) == "cpu"]
-    settle(model, places, on_bytes=on_bytes)
+    settle(model, places)
     _settle_other_buffers(model, wish)
     _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
     if wish.hooks:
         _attach_movers(model, wish)
 
 
-def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]], *, on_bytes: OnBytes = lambda _: None) -> None:
+def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]]) -> None:
     """Bring weights of *model* into the memory of devices, those that are addresses by reading them.
 
     Raises:
@@ -129,9 +126,12 @@ def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]], *, o
     places = list(places)
     paged = [(weight, device, weight.tensor) for weight, device in places if isinstance(weight.tensor, Paged)]
     laid_out = [tensor.recipe.in_memory for _, _, tensor in paged]
-    flat = [(payload, tensor.dtype, (tensor.numel(),)) for (payload, _), (_, _, tensor) in zip(laid_out, paged, strict=True)]
-    for (weight, device, tensor), (_, strides), read in zip(paged, laid_out, materialise(flat, on_bytes=on_bytes), strict=True):
-        put(model, weight, read.as_strided(tensor.shape, strides).to(device))
+    flat = [
+        ((payload, tensor.dtype, (tensor.numel(),)), device)
+        for (payload, _), (_, device, tensor) in zip(laid_out, paged, strict=True)
+    ]
+    for (weight, _, tensor), (_, strides), placed in zip(paged, laid_out, place(flat), strict=True):
+        put(model, weight, placed.as_strided(tensor.shape, strides))
     for weight, device in places:
         if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
             weight.tensor.data = weight.tensor.data.to(device)

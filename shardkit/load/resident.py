@@ -16,32 +16,42 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.load.assign import Home
-from shardkit.load.memory import OnBytes, mapped, materialise
+from shardkit.load.memory import Item, mapped, materialise
 from shardkit.load.paged import Paged
 from shardkit.load.weights import torch_type
+from shardkit.progress import progress
 
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
 
 Placed = tuple[Home, torch.device]
 
 
-def read(placed: Iterable[Placed], *, on_bytes: OnBytes = lambda _: None) -> dict[str, torch.Tensor]:
+def read(placed: Iterable[Placed]) -> dict[str, torch.Tensor]:
     """The values of weights, each in memory of its own on its device, by their first names.
-
-    Args:
-        placed: what to read, and where it goes.
-        on_bytes: called with the number of bytes after each read.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
         LoadError: there is no room for it.
     """
     placed = list(placed)
-    values = _in_main_memory([home for home, device in placed if device.type == "cpu"], on_bytes)
-    for group in _staged(each for each in placed if each[1].type != "cpu"):
-        staged = _in_main_memory([home for home, _ in group], on_bytes)
-        values |= {home.name: staged[home.name].to(device) for home, device in group}
-    return values
+    tensors = place([((home.payload, home.dtype, home.shape), device) for home, device in placed])
+    return {home.name: tensor for (home, _), tensor in zip(placed, tensors, strict=True)}
+
+
+def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
+    """Tensors in memory of their devices, as `materialise` makes them; a bar on the terminal shows how far they are.
+
+    Raises:
+        FormatError: a file cannot be read, or has become shorter.
+        LoadError: there is no room for it.
+    """
+    placed: list[torch.Tensor | None] = [None] * len(items)
+    with progress("placing weights", sum(payload.nbytes for (payload, _, _), _ in items)) as bar:
+        for group in _staged(items):
+            staged = materialise((items[number][0] for number in group), on_bytes=bar.add)
+            for number in reversed(group):
+                placed[number] = staged.pop().to(items[number][1])
+    return [tensor for tensor in placed if tensor is not None]
 
 
 def share(homes: Iterable[Home]) -> dict[str, torch.Tensor]:
@@ -85,21 +95,19 @@ def install(
             _put(modules, home.names, values[home.name])
 
 
-def _in_main_memory(homes: Sequence[Home], on_bytes: OnBytes) -> dict[str, torch.Tensor]:
-    tensors = materialise(((home.payload, home.dtype, home.shape) for home in homes), on_bytes=on_bytes)
-    return {home.name: tensor for home, tensor in zip(homes, tensors, strict=True)}
-
-
-def _staged(placed: Iterable[Placed]) -> Iterator[list[Placed]]:
-    """*placed* in groups that take no more main memory than there is for them, or are one weight."""
-    group: list[Placed] = []
+def _staged(items: Sequence[tuple[Item, torch.device]]) -> Iterator[list[int]]:
+    """The numbers of *items* in groups: what stays in main memory, then what goes on, as much as there is room for at a time."""
+    if resident := [number for number, (_, device) in enumerate(items) if device.type == "cpu"]:
+        yield resident
+    group: list[int] = []
     room = _STAGED
-    for home, device in placed:
-        if group and home.nbytes > room:
+    for number in sorted(set(range(len(items))) - set(resident)):
+        nbytes = items[number][0][0].nbytes
+        if group and nbytes > room:
             yield group
             group, room = [], _STAGED
-        group.append((home, device))
-        room -= home.nbytes
+        group.append(number)
+        room -= nbytes
     if group:
         yield group
 

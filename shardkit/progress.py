@@ -33,8 +33,14 @@ class Progress:
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool) -> Iterator[Progress]:
-    """A bar that is gone when the work is done; none if *quiet*, where stderr is no terminal, or without tqdm."""
+def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> Iterator[Progress]:
+    """A bar that is gone when the work is done; none if *quiet*, where stderr is no terminal, or without tqdm.
+
+    Args:
+        label: what is being done.
+        nbytes: how many bytes there are in all, where that is known.
+        quiet: show nothing.
+    """
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield Progress(None)
         return
@@ -43,5 +49,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress]:
     except ModuleNotFoundError:
         yield Progress(None)
         return
-    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, delay=0.3, dynamic_ncols=True, file=sys.stderr) as bar:
+    with tqdm(
+        desc=label, total=nbytes, unit="B", unit_scale=True, leave=False, delay=0.3, dynamic_ncols=True, file=sys.stderr
+    ) as bar:
         yield Progress(bar)
