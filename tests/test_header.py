@@ -128,7 +128,7 @@ def test_a_fault_is_named_with_its_tensor(document: object, data_nbytes: int, se
 TAKEN_BY_THE_REFERENCE = {"a space before it", "a tensor that stands twice"}
 
 
-@pytest.mark.parametrize("fault", FAULTS.keys() - TAKEN_BY_THE_REFERENCE)
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in TAKEN_BY_THE_REFERENCE])
 def test_the_reference_reader_refuses_it_too(fault: str) -> None:
     document, data_nbytes, _ = FAULTS[fault]
     with pytest.raises(SafetensorError):

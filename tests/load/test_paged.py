@@ -473,7 +473,11 @@ def test_what_is_copied_from_it_goes_straight_into_the_target(monkeypatch: pytes
         assert torch.equal(target, weight.to(target.dtype))
 
 
-@pytest.mark.parametrize("target", [torch.empty(4, 6).t(), torch.empty(2, 6, 4), torch.empty(6, 4, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [torch.empty(4, 6).t(), torch.empty(2, 6, 4), torch.empty(6, 4, dtype=torch.int32)],
+    ids=["turned", "broadcast", "another type"],
+)
 def test_what_is_copied_elsewhere_arrives_too(target: torch.Tensor) -> None:
     weight = random((6, 4))
     target.copy_(address(weight))
