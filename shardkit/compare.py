@@ -11,16 +11,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import manifest, source
+from shardkit import source
 from shardkit.checkpoint import TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
 from shardkit.errors import shown_path
-from shardkit.integrity import archive_faults, archives, listed_faults, said
+from shardkit.integrity import archive_faults, archives, listed_faults, manifest_of, said
 from shardkit.limits import Limits
-from shardkit.manifest import MANIFEST_NAME
+from shardkit.manifest import MANIFEST_NAME, Manifest
 from shardkit.parallel import each
-from shardkit.payload import Extent, Payload, read_all
+from shardkit.payload import Payload
 from shardkit.roots import select_root
 
 Change = Literal["added", "removed", "dtype", "shape", "bytes"]
@@ -205,8 +205,9 @@ def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterat
 
 def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
     """What the files of *out* say about themselves, held against their bytes."""
-    if (out / MANIFEST_NAME).is_file():
-        return _as_listed(out, limits, on_bytes, on_total)
+    manifest = manifest_of(out, limits)
+    if manifest is not None:
+        return _as_listed(out, manifest, limits, on_bytes, on_total)
     checkpoint = source.open(out, limits=limits)
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
@@ -221,9 +222,7 @@ def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> C
     return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, tuple(notes))
 
 
-def _as_listed(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    path = out / MANIFEST_NAME
-    listed = manifest.parse(path, bytes(read_all(Extent(path, 0, path.stat().st_size))), limits)
+def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
     on_total(sum(file.nbytes for file in listed.files))
     found = each(lambda file, report: listed_faults(out, file, listed.algorithm, report), listed.files, on_bytes)
     differences = tuple(Difference(fault.name, fault.change, fault.detail) for faults in found for fault in faults)

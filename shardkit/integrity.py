@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +15,12 @@ from typing import Literal
 from shardkit.checkpoint import SourceFile, TensorEntry
 from shardkit.checksums import Sums
 from shardkit.copying import OnBytes
-from shardkit.errors import Malformed, shown, shown_path
+from shardkit.errors import LimitExceeded, Malformed, shown, shown_path
 from shardkit.format import Source
 from shardkit.limits import Limits
-from shardkit.manifest import Listed
+from shardkit.manifest import MANIFEST_NAME, Listed, Manifest, parse
 from shardkit.parallel import each
-from shardkit.payload import Extent, Payload
+from shardkit.payload import Extent, Payload, read_all
 from shardkit.zips import Member
 
 
@@ -55,6 +55,21 @@ class Archive:
     def unchecked(self) -> int:
         """How many members carry no CRC."""
         return sum(not member.crc for member, _ in self.members)
+
+
+def manifest_of(folder: Path, limits: Limits) -> Manifest | None:
+    """The manifest in *folder*; None where there is none.
+
+    Raises:
+        FormatError: it cannot be read, is none, or is longer than the limit for headers.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    nbytes = path.stat().st_size
+    if nbytes > limits.header_bytes:
+        raise LimitExceeded(path, f"the manifest takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes)
+    return parse(path, bytes(read_all(Extent(path, 0, nbytes))), limits)
 
 
 def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes) -> list[Fault]:
@@ -112,6 +127,30 @@ def refuse_damaged(
     return [said(archive) for archive in zips] or ["the source carries no checksums that could be checked"]
 
 
+def refuse_unlike_written(paths: Iterable[Path], entries: Iterable[TensorEntry], limits: Limits) -> list[Path]:
+    """Hold files against the manifests that lie beside them, or else against the CRCs in them.
+
+    Args:
+        paths: the files.
+        entries: the tensors in them, to name what is damaged.
+        limits: what the files may ask for.
+
+    Returns:
+        Those that have neither.
+
+    Raises:
+        Malformed: one differs.
+        FormatError: one of them, or a manifest, cannot be read.
+    """
+    wanted, held = list(paths), tuple(entries)
+    manifests = {folder: manifest_of(folder, limits) for folder in {path.parent for path in wanted}}
+    found = each(lambda path, report: _faults(path, manifests[path.parent], held, limits, report), wanted, lambda count: None)
+    for path, faults in zip(wanted, found, strict=True):
+        for fault in faults or ():
+            raise Malformed(path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again")
+    return [path for path, faults in zip(wanted, found, strict=True) if faults is None]
+
+
 def archive_faults(archive: Archive, entries: Iterable[TensorEntry], on_bytes: OnBytes) -> list[Fault]:
     """How the members of *archive* differ from their CRCs, tensors named after *entries*; reads every member once.
 
@@ -131,6 +170,20 @@ def said(archive: Archive) -> str:
     if archive.unchecked == count:
         return f"{name}: its writer kept no CRCs, so its bytes are unchecked"
     return f"{name}: {archive.unchecked:,} of {count:,} members carry no CRC and are unchecked"
+
+
+def _faults(
+    path: Path, manifest: Manifest | None, entries: Sequence[TensorEntry], limits: Limits, on_bytes: OnBytes
+) -> list[Fault] | None:
+    """How the file *path* differs from what was written; None where nothing tells."""
+    listed = next((file for file in manifest.files if file.name == path.name), None) if manifest else None
+    if manifest and listed:
+        return listed_faults(path.parent, listed, manifest.algorithm, on_bytes)
+    source = Source.file(path, limits)
+    if not source.members:
+        return None
+    archive = _archive(source)
+    return archive_faults(archive, entries, on_bytes) or (None if archive.unchecked else [])
 
 
 def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterator[Fault]:

@@ -61,6 +61,7 @@ def load_checkpoint_and_dispatch(
     *,
     offload: Literal["allow", "never"] = "allow",
     ring: int = 4,
+    verify: bool = False,
 ) -> _Model:
     """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
 
@@ -84,6 +85,7 @@ def load_checkpoint_and_dispatch(
         broadcast_from_rank0: likewise; True is an error.
         offload: "never" to fail rather than let weights stream from disk.
         ring: how many blocks of streamed weights are in memory at a time; at least two.
+        verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
 
     Raises:
         FormatError: the checkpoint cannot be read.
@@ -98,6 +100,7 @@ def load_checkpoint_and_dispatch(
             strict=strict,
             full_state_dict=full_state_dict,
             broadcast_from_rank0=broadcast_from_rank0,
+            verify=verify,
         )
         return model
     _warn_of_idle(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
@@ -109,6 +112,8 @@ def load_checkpoint_and_dispatch(
     whole = no_split | class_names(preload_module_classes)
     wish = _wish(device_map, None, whole, offload_buffers, skip_keys, force_hooks, ring)
     addresses = _addresses(model, found.homes, wish)
+    if verify:
+        opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
     values = resident.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
     extra = resident.read_extra(found.extra)
     opened.check_unchanged()

@@ -39,6 +39,7 @@ def load_checkpoint_in_model(
     broadcast_from_rank0: bool = False,
     *,
     mmap: bool = False,
+    verify: bool = False,
 ) -> Assignment:
     """Give *model* the weights of *checkpoint*; if that fails, the model is as it was.
 
@@ -62,6 +63,8 @@ def load_checkpoint_in_model(
         broadcast_from_rank0: likewise; True is an error.
         mmap: share the page cache with the files instead, where tensors lie in them as they are in memory. Such weights cost
             no memory until they are used, and change when the file is written to.
+        verify: read the files that the weights lie in once before, whole, and hold them against the checksums that were
+            written with them: those of `shardkit.manifest.json`, or the CRCs of a zip file. It is an error if there are none.
 
     Raises:
         FormatError: the checkpoint cannot be read.
@@ -75,6 +78,8 @@ def load_checkpoint_in_model(
     opened = Opened.at(checkpoint)
     with collector_paused():
         assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
+        if verify:
+            opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
         on_disk, resident = places.split(assignment.homes)
         shared = share(home for home, device in resident if device.type == "cpu") if mmap else {}
         values = shared | read((home, device) for home, device in resident if home.name not in shared)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from shardkit import source
 from shardkit.checkpoint import Other, SourceFile, TensorEntry
 from shardkit.errors import LoadError, shown, shown_path
+from shardkit.integrity import refuse_unlike_written
 from shardkit.limits import Limits
 from shardkit.roots import select_root
 
@@ -27,6 +28,7 @@ class Opened:
         others: whatever else has a name: sparse tensors, objects of a pickle.
         files: the files as they were.
         notes: sentences that the user should see.
+        limits: what the files may ask for.
     """
 
     where: str
@@ -34,6 +36,7 @@ class Opened:
     others: Mapping[str, Other]
     files: tuple[SourceFile, ...]
     notes: tuple[str, ...] = ()
+    limits: Limits = Limits()
 
     @classmethod
     def at(cls, path: str | os.PathLike[str], *, root: str | None = None, limits: Limits = Limits()) -> Opened:
@@ -54,7 +57,23 @@ class Opened:
         weights = (other for other in rooted.others if other.is_weight)
         objects = {other.name: other for other in rooted.others if not other.is_weight}
         others = objects | _by_name(weights)
-        return cls(shown_path(Path(path)), _by_name(rooted.tensors), others, checkpoint.files, checkpoint.notes)
+        return cls(shown_path(Path(path)), _by_name(rooted.tensors), others, checkpoint.files, checkpoint.notes, limits)
+
+    def verify(self, entries: Iterable[TensorEntry]) -> None:
+        """Read the files that *entries* lie in, whole, and hold them against the checksums that were written with them.
+
+        Raises:
+            FormatError: a file differs, or cannot be read.
+            LoadError: nothing tells what was written.
+        """
+        wanted = list(entries)
+        used = {extent.path for entry in wanted for extent in entry.payload.sources}
+        unchecked = refuse_unlike_written((file.path for file in self.files if file.path in used), wanted, self.limits)
+        if unchecked:
+            raise LoadError(
+                f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, and no manifest beside it has any",
+                hint="write it with `shardkit convert --checksum sha256`, or load it without verify",
+            )
 
     def check_unchanged(self) -> None:
         """Raise LoadError if a file is no longer what it was when it was opened."""
