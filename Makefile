@@ -1,4 +1,4 @@
-# Everything a developer does: make test, make lint, make demo, make clean. Each sets up what it needs on a fresh machine.
+# Everything a developer does: make test, make lint, make fuzz, make demo, make clean. Each sets up what it needs on a fresh machine.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,9 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: test lint demo clean
+SECONDS ?= 60
+
+.PHONY: test lint fuzz demo clean
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
@@ -18,11 +20,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+fuzz: $(INSTALLED)
+	PYTHONPATH=fixtures $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(PARSERS)
+
 demo: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" bash fixtures/demo.sh
 
 clean:
-	rm -rf .venv .venv-* build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt $(PLUGINS)

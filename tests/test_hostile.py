@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import shardkit
+from shardkit.cli import main
 from shardkit.errors import NoRoom, ShardkitError
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +85,64 @@ def test_the_command_line_refuses_it_in_bounded_time_and_memory(path: Path, tmp_
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2  # the sentence, and what to try
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes and devices")
+@pytest.mark.parametrize(("shard", "kind"), [("pipe", "a pipe"), ("zero", "a device"), ("random", "a device")])
+def test_a_shard_that_is_no_file_is_not_waited_for(shard: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    for device in ("zero", "random"):
+        (folder / device).symlink_to(f"/dev/{device}")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": shard}}))
+    done = command_line("convert", folder, "-o", "out", room=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{shard}: is {kind}, and only files and folders can be read" in done.stderr
+    assert os.listdir(tmp_path) == ["model"]
+
+
+NAMES = [
+    "../../outside",
+    "/outside",
+    "a/b/../..",
+    "model-00001-of-00002",
+    "\x1b[2J\x1b]0;title\x07",
+    "\u202egnp.exe",
+    "a\nb",
+    "CON",
+    " ",
+    ".",
+]
+
+
+def test_names_of_tensors_name_no_files_and_are_printed_without_their_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.chdir(room)
+    for elements, file in ((2, "in.safetensors"), (3, "other.safetensors")):
+        save_file({name: torch.full((elements,), float(at)) for at, name in enumerate(NAMES)}, file)
+    for command in [
+        ("inspect", "in.safetensors", "--all"),
+        ("convert", "in.safetensors", "-o", "out", "--max-shard", "200", "--dry-run"),
+        ("convert", "in.safetensors", "-o", "out", "--max-shard", "200"),
+        ("verify", "out", "--against", "in.safetensors"),
+        ("verify", "out", "--against", "other.safetensors"),
+        ("diff", "in.safetensors", "other.safetensors"),
+        ("place", "in.safetensors", "--max-memory", "cpu=30"),
+        ("convert", "in.safetensors", "--include", "\x1b*", "--rename", "1=\x1b", "-o", "renamed"),
+    ]:
+        assert main(list(command)) in (0, 1)
+        printed = capsys.readouterr()
+        assert (printed.out + printed.err).strip()
+        assert (printed.out + printed.err).replace("\n", "").isprintable(), command
+    assert os.listdir(tmp_path) == ["room"]
+    shards = [name for name in os.listdir("out") if name != "model.safetensors.index.json"]
+    assert len(shards) > 4
+    assert all(re.fullmatch(r"model-000\d\d-of-000\d\d\.safetensors", name) for name in shards)
+    assert set(shardkit.open("out")) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import struct
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
@@ -193,6 +194,15 @@ def test_a_structure_with_more_paths_than_atoms_takes_no_time(content: bytes) ->
     start = time.monotonic()
     read(content)
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(("begin", "value", "end"), [(b"}(", b"N", b"u."), (b"\x8f(", b"", b"\x90.")], ids=["dict", "set"])
+def test_keys_that_were_chosen_to_have_one_hash_take_no_time(begin: bytes, value: bytes, end: bytes) -> None:
+    keys = [number * sys.hash_info.modulus for number in range(1, 100_001)]
+    assert len({hash(key) for key in keys}) == 1
+    start = time.monotonic()
+    read(begin + b"".join(b"\x8a\x0b" + key.to_bytes(11, "little") + value for key in keys) + end)
+    assert time.monotonic() - start < 5  # a dict of those would take minutes
 
 
 @pytest.mark.parametrize(

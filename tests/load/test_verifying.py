@@ -105,7 +105,7 @@ def test_what_carries_no_checksums_cannot_be_verified_and_that_is_an_error(load:
         torch.save(net().state_dict(), tmp_path / "unsummed.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    with pytest.raises(LoadError, match="unsummed.pt cannot be verified"):
+    with pytest.raises(LoadError, match=r"unsummed\.pt cannot be verified"):
         load(model, tmp_path / "unsummed.pt", verify=True)
 
 
