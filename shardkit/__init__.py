@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardkit.conversion import convert as convert
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.limits import Limits as Limits
+    from shardkit.offload import offload_prep as offload_prep
     from shardkit.plan import Plan as Plan
     from shardkit.source import open as open
 
@@ -28,6 +29,7 @@ _HOMES = {
     "TensorEntry": "checkpoint",
     "convert": "conversion",
     "diff": "compare",
+    "offload_prep": "offload",
     "open": "source",
     "verify": "compare",
 }

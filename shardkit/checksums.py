@@ -43,8 +43,8 @@ def new_hash(name: str) -> Hash:
         import xxhash
     except ModuleNotFoundError:
         raise PlanError(
-            "the checksum xxh3 needs xxhash, which is not installed",
-            hint="pip install 'shardkit[checksum]', or use sha256, which needs nothing",
+            "the digest xxh3 needs xxhash, which is not installed",
+            hint="pip install xxhash, or use --checksum sha256, which needs nothing",
         ) from None
     return xxhash.xxh3_128()
 
@@ -52,23 +52,25 @@ def new_hash(name: str) -> Hash:
 class Sums:
     """Sums a file whose bytes pass in order: all of it, and each of some runs in it."""
 
-    def __init__(self, algorithm: str, runs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, algorithm: str, runs: Sequence[tuple[int, int]], *, whole: bool = True) -> None:
         """Begin at the first byte.
 
         Args:
             algorithm: one of `ALGORITHMS`.
             runs: pairs (start, stop) in the order of the file; they do not overlap.
+            whole: whether the file as a whole is summed too.
         """
         self._algorithm = algorithm
         self._runs = [*runs, (sys.maxsize, sys.maxsize)]
         self._digests: list[str] = []
-        self._whole = new_hash(algorithm)
+        self._whole = new_hash(algorithm) if whole else None
         self._run = new_hash(algorithm)
         self._at = 0
 
     def see(self, chunk: memoryview) -> None:
         """Add the bytes that follow."""
-        self._whole.update(chunk)
+        if self._whole is not None:
+            self._whole.update(chunk)
         stop = self._at + len(chunk)
         while self._runs[len(self._digests)][0] < stop or self._runs[len(self._digests)][1] <= self._at:
             start, end = self._runs[len(self._digests)]
@@ -79,10 +81,10 @@ class Sums:
         self._at = stop
 
     def ended(self) -> tuple[str, list[str]]:
-        """The digests, in hex: of the whole, and of each run."""
+        """The digests, in hex: of the whole, "" if it is not summed, and of each run."""
         while len(self._digests) < len(self._runs) - 1:
             self._end_run()
-        return self._whole.hexdigest(), self._digests
+        return self._whole.hexdigest() if self._whole is not None else "", self._digests
 
     def _end_run(self) -> None:
         self._digests.append(self._run.hexdigest())

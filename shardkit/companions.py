@@ -1,7 +1,7 @@
 """Which files beside the weights come along: config, tokenizer, generation settings, licence, code.
 
 Regular files (symlinks followed) of at most 50 MB at the top of a source folder and in its subfolders without weights, not
-hidden, recognised by no format, no index, no manifest, and not called like a shard.
+hidden, recognised by no format, no index, no manifest, no record of blocks, and not called like a shard.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shardkit.errors import FormatError, UnknownFormat
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.manifest import MANIFEST_NAME
+from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent
 from shardkit.plan import OutputFile, is_shard_name
 
@@ -82,9 +83,9 @@ def _below(folder: Path, weights: set[Path], depth: int) -> Iterable[Path]:
 
 
 def _comes_along(path: Path) -> bool:
-    # A pointer of git-lfs, or what a download left, can bear the name of a shard and be no weights. A manifest tells of the
-    # folder that it lies in, and of no other.
-    ours = is_shard_name(path.name) or path.name == MANIFEST_NAME
+    # A pointer of git-lfs, or what a download left, can bear the name of a shard and be no weights. A manifest, or a
+    # record of blocks, tells of the folder that it lies in, and of no other.
+    ours = is_shard_name(path.name) or path.name in (MANIFEST_NAME, OFFLOAD_NAME)
     return _is_small_file(path) and not _is_index(path) and not ours and not _is_weights(path)
 
 

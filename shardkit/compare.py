@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from shardkit import source
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint import Checkpoint, TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
 from shardkit.errors import shown_path
-from shardkit.integrity import archive_faults, archives, listed_faults, manifest_of, said
+from shardkit.freshness import record_in
+from shardkit.integrity import archive_faults, archives, block_fault, listed_faults, manifest_of, said
 from shardkit.limits import Limits
 from shardkit.manifest import MANIFEST_NAME, Manifest
+from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Payload
 from shardkit.roots import select_root
@@ -107,7 +109,7 @@ def verify(
     """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.
 
     Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
-    that no byte is missing, the digests of a manifest, the CRCs of zip archives; each tensor is read once.
+    that no byte is missing, the digests of a manifest or of blocks, the CRCs of zip archives; each tensor is read once.
 
     Args:
         out: what `convert` wrote, or any other checkpoint.
@@ -209,6 +211,9 @@ def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> C
     if manifest is not None:
         return _as_listed(out, manifest, limits, on_bytes, on_total)
     checkpoint = source.open(out, limits=limits)
+    record = record_in(out, limits)
+    if record is not None:
+        return _as_recorded(checkpoint, record, on_bytes, on_total)
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
     outside = [entry for entry in checkpoint.tensors if not _reads_only(entry.payload, inside)]
@@ -231,6 +236,19 @@ def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, o
     runs = [run for file in listed.files for run in file.runs]
     note = f"held against the {listed.algorithm} of {len(listed.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
     return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
+
+
+def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """The blocks of a folder, which is known to be that of *record*, held against their digests."""
+    on_total(sum(run.stop - run.start for run in record.runs))
+    found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
+    differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in found if fault is not None)
+    listed = {name for run in record.runs for name in run.tensors}
+    checked = {entry.payload for entry in checkpoint.tensors if entry.name in listed}
+    outside = sum(entry.payload not in checked for entry in checkpoint.tensors)
+    notes = [f"held against the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
+    notes += [f"{outside:,} tensors stand in no block, and are unchecked"] if outside else []
+    return Comparison(len(listed), sum(size for _, size in record.dtypes), differences, tuple(notes))
 
 
 def _reads_only(payload: Payload, files: set[Path]) -> bool:

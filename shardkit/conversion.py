@@ -1,61 +1,29 @@
 """The main job: open → edit → plan → write, as one function.
 
-`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the other.
+`prepare`, of the module before this one, decides and touches nothing; `carry_out` has no choices left; `convert` is one after
+the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
-from shardkit import registry, source
-from shardkit.checkpoint import Checkpoint, OtherKind, SourceFile
-from shardkit.checksums import check_algorithm
-from shardkit.companions import ModelConfig, companions
+from shardkit.checkpoint import OtherKind
 from shardkit.copying import OnBytes
-from shardkit.destination import check_output, check_room, default_output, followed, partial_folder
+from shardkit.destination import check_output, check_room, partial_folder
 from shardkit.dtypes import parse_dtype
-from shardkit.edits import Edited, Edits, Ties, edit, fold_ties
-from shardkit.errors import LimitExceeded, Malformed, NoRoom, PlanError, shown, shown_path
-from shardkit.index import LARGEST_READ_BY_HUB
+from shardkit.edits import Edits, Ties
+from shardkit.errors import LimitExceeded, Malformed, NoRoom
 from shardkit.integrity import refuse_changed, refuse_damaged
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
-from shardkit.payload import Extent
-from shardkit.plan import INDEX_NAME, Plan, plan_file, plan_folder
+from shardkit.preparation import Conversion, prepare, scratch_beside
 from shardkit.roots import LeftOut
-from shardkit.sizes import format_size, parse_size
 from shardkit.writer import bytes_to_store, write
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """All that is decided before the first byte is written.
-
-    Attributes:
-        source: what is read.
-        out: the folder, or the one file, that will appear.
-        checkpoint: what the source holds.
-        files: every file that is read, companions too, as it was then.
-        edited: what of it is written, under which names.
-        plan: the files, part by part.
-        single: name of the one file, where *out* is a file.
-        notes: sentences that the user should see.
-        limits: what the source may ask for.
-    """
-
-    source: Path
-    out: Path
-    checkpoint: Checkpoint
-    files: tuple[SourceFile, ...]
-    edited: Edited
-    plan: Plan
-    single: str | None
-    notes: tuple[str, ...]
-    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +46,7 @@ class Report:
         notes: sentences that the user should see.
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
+        blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
     """
 
     source: Path
@@ -95,6 +64,7 @@ class Report:
     notes: tuple[str, ...]
     resumed: int
     seconds: float
+    blocks: int = 0
 
 
 def convert(
@@ -158,52 +128,6 @@ def convert(
     return replace(report, seconds=time.monotonic() - begun)
 
 
-def prepare(
-    src: str | PathLike[str],
-    out: str | PathLike[str] | None,
-    edits: Edits,
-    *,
-    max_shard: str | int | None = "5GB",
-    format: str | None = None,  # noqa: A002 - the word of the command line
-    with_companions: bool = True,
-    checksum: str | None = None,
-    limits: Limits = Limits(),
-) -> Conversion:
-    """Decide everything that `convert` would do with these arguments, and write nothing.
-
-    Raises:
-        FormatError: *src* cannot be read.
-        PlanError: what was asked cannot be made of it.
-    """
-    src = Path(src)
-    out = followed(Path(out)) if out is not None else default_output(src)
-    limit = None if max_shard is None else parse_size(max_shard)
-    if checksum is not None:
-        check_algorithm(checksum)
-    with source.failures_told(src):
-        checkpoint = source.open(src, format=format, limits=limits, scratch=_scratch(out))
-        config = ModelConfig.beside(src if src.is_dir() else src.parent)
-        if not config.ties_embeddings:
-            edits = replace(edits, ties="copy")
-        edited = edit(checkpoint, edits)
-        layout = None if out.is_dir() else registry.writer_for(out.suffix)
-        files = checkpoint.files
-        if layout is not None:
-            if checksum is not None:
-                raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
-            plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
-        else:
-            folder = _folder(src)
-            beside = companions(folder, checkpoint) if with_companions and folder else ()
-            files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
-            plan = plan_folder(
-                edited, registry.format_named("safetensors"), max_shard=limit, metadata=checkpoint.metadata, companions=beside
-            )
-            plan = replace(plan, checksum=checksum)
-        notes = (*checkpoint.notes, *edited.notes, *_notes(src, config, edited, edits, plan, limit))
-    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
-
-
 def carry_out(
     conversion: Conversion,
     *,
@@ -226,7 +150,7 @@ def carry_out(
         return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
     check_output(out, files, conversion.source, plan, overwrite=overwrite)
     if plan.checksum:
-        checkpoint, scratch = conversion.checkpoint, _scratch(conversion.out)
+        checkpoint, scratch = conversion.checkpoint, scratch_beside(conversion.out)
         said = refuse_damaged(checkpoint.files, checkpoint.tensors, conversion.limits, scratch)
         conversion = replace(conversion, notes=(*conversion.notes, *said))
     with begin(partial_folder(out), identity) as journal:
@@ -265,31 +189,5 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
         notes=conversion.notes,
         resumed=resumed,
         seconds=seconds,
+        blocks=len(conversion.plan.record.blocks) if conversion.plan.record else 0,
     )
-
-
-def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
-    if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
-        yield f"config.json says that nothing is tied, so {len(twice)} weights with equal bytes are written under each name"
-    if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
-        yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
-    if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
-        yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
-    if plan.oversized and limit is not None:
-        more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
-        names = ", ".join(map(shown, plan.oversized[:3]))
-        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
-    if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
-        yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
-
-
-def _folder(src: Path) -> Path | None:
-    """The folder whose companions belong to *src*; a single file has none."""
-    if src.is_dir():
-        return src
-    return src.parent if src.name.endswith(".json") else None
-
-
-def _scratch(out: Path) -> Path | None:
-    """Where compressed sources are expanded: beside the output, if that folder is there already."""
-    return out.parent if out.parent.is_dir() else None

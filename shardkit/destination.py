@@ -15,17 +15,18 @@ from shardkit import registry
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
 from shardkit.manifest import MANIFEST_NAME
+from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.plan import INDEX_NAME, Plan, is_shard_name
 from shardkit.sizes import format_size
 
 
-def default_output(source: Path) -> Path:
-    """`<stem>-shards` beside *source*, or in the working folder where that is read-only or a cache."""
+def default_output(source: Path, ending: str = "shards") -> Path:
+    """`<stem>-<ending>` beside *source*, or in the working folder where that is read-only or a cache."""
     source = source.resolve() if source.name in ("", "..") else source  # "." and ".." have no name and no parent
     model = _model_folder(source)
     beside = source.parent if model == source else Path.cwd()
     writable = os.access(beside, os.W_OK)
-    return (beside if writable else Path.cwd()) / f"{_stem(model)}-shards"
+    return (beside if writable else Path.cwd()) / f"{_stem(model)}-{ending}"
 
 
 def followed(out: Path) -> Path:
@@ -102,7 +103,7 @@ def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> No
 
 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
-    ours = {file.name for file in plan.files} | {INDEX_NAME, MANIFEST_NAME}
+    ours = {file.name for file in plan.files} | {INDEX_NAME, MANIFEST_NAME, OFFLOAD_NAME}
     if out.is_dir():
         found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
     else:

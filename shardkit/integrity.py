@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shardkit.checkpoint import SourceFile, TensorEntry
-from shardkit.checksums import Sums
+from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
+from shardkit.checksums import Sums, new_hash
 from shardkit.copying import OnBytes
 from shardkit.errors import LimitExceeded, Malformed, shown, shown_path
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.manifest import MANIFEST_NAME, Listed, Manifest, parse
+from shardkit.offload_record import BlockRun
 from shardkit.parallel import each
 from shardkit.payload import Extent, Payload, read_all
 from shardkit.zips import Member
@@ -93,6 +94,25 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
         return []
     found = dict(zip((run.name for run in file.runs), runs, strict=True))
     return list(_differing(file, algorithm, found)) or [_outside_tensors(file, algorithm)]
+
+
+def block_fault(checkpoint: Checkpoint, run: BlockRun, algorithm: str, on_bytes: OnBytes) -> Fault | None:
+    """How the bytes of a block in *checkpoint* differ from what was written; None if they do not. Reads them once.
+
+    Raises:
+        FormatError: they cannot be read.
+    """
+    missing = next((name for name in run.tensors if name not in checkpoint), None)
+    if missing is not None:
+        return Fault(run.block, "removed", f"its tensor {shown(missing)} is not there")
+    digest = new_hash(algorithm)
+    for name in run.tensors:
+        for chunk in checkpoint[name].payload.chunks():
+            digest.update(chunk)
+            on_bytes(len(chunk))
+    if digest.hexdigest() == run.digest:
+        return None
+    return Fault(run.block, "bytes", f"block at [{run.start:,}, {run.stop:,}) of {shown(run.shard)}: the {algorithm} differs")
 
 
 def archives(files: Iterable[SourceFile], limits: Limits, scratch: Path | None = None) -> list[Archive]:

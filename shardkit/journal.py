@@ -78,7 +78,7 @@ class Journal:
             OSError: the journal cannot be written.
         """
         line: dict[str, object] = {"done": name, "nbytes": (self.folder / name).stat().st_size}
-        self._append(line if digests is None else {**line, "digests": [digests.whole, digests.tensors]})
+        self._append(line if digests is None else {**line, "digests": [digests.whole, digests.tensors, *digests.blocks]})
         self.done.add(name)
         if digests is not None:
             self.digests[name] = digests

@@ -28,12 +28,14 @@ class Digests:
     """What was computed of one file, in hex.
 
     Attributes:
-        whole: of all its bytes.
+        whole: of all its bytes; "" where only blocks are summed.
         tensors: of each tensor in it.
+        blocks: of each run of a block in it, in their order.
     """
 
     whole: str
     tensors: Mapping[str, str] = field(hash=False)
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
-from shardkit import header, index
+from shardkit import header, index, offload_record
+from shardkit.block_layout import arranged, misaligned
 from shardkit.checkpoint import TensorEntry
 from shardkit.edits import Edited
 from shardkit.errors import Unwritable
 from shardkit.format import Format
-from shardkit.payload import Extent, Literal, Part
+from shardkit.named_blocks import Block
+from shardkit.offload_record import BlockRun, OffloadRecord, Origin, Shard
+from shardkit.payload import PAGE, Extent, Literal, Part
+from shardkit.runs import coalesced
+
+_Run = TypeVar("_Run")
 
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -53,6 +62,7 @@ class Plan:
         oversized: names of the tensors that alone are larger than the bound.
         format: name of the format of the shards.
         checksum: algorithm of the digests that a manifest will hold; None for no manifest.
+        record: the blocks that lie in the shards, without their digests; None where they are cut by size alone.
     """
 
     files: tuple[OutputFile, ...]
@@ -62,6 +72,7 @@ class Plan:
     oversized: tuple[str, ...] = ()
     format: str = "safetensors"
     checksum: str | None = None
+    record: OffloadRecord | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,18 +82,27 @@ class Plan:
     @property
     def shards(self) -> tuple[OutputFile, ...]:
         """The files that hold tensors."""
-        names = set(self.weight_map.values())
-        return tuple(file for file in self.files if file.name in names)
+        return tuple(file for file in self.files if file.name in self._shard_names)
+
+    def is_summed(self, file: OutputFile) -> bool:
+        """Whether digests are taken of *file*, so that its bytes pass through this process."""
+        return self.checksum is not None or (self.record is not None and file.name in self._shard_names)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of what will be written from where: equal digests, equal output."""
         sha = hashlib.sha256(f"{self.checksum}\0".encode())
+        if self.record is not None:
+            sha.update(offload_record.dump(self.record))
         for file in self.files:
             sha.update(f"{file.name}\0{file.nbytes}\0".encode("utf-8", "surrogateescape"))
             for part in file.parts:
                 sha.update(_identity(part))
         return sha.hexdigest()
+
+    @cached_property
+    def _shard_names(self) -> frozenset[str]:
+        return frozenset(self.weight_map.values())
 
 
 def plan_folder(
@@ -96,13 +116,44 @@ def plan_folder(
     folds = _Folds.of(edited.aliases, metadata)
     fixed = header.fixed_room(metadata)
     runs = [edited.entries] if max_shard is None else list(by_size(edited.entries, max_shard - fixed, folds.size))
-    names = list(_shard_names(len(runs)))
-    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in zip(names, runs, strict=True)]
-    weight_map = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
-    total_size = sum(entry.nbytes for entry in edited.entries)
-    listing = [OutputFile(INDEX_NAME, (Literal(index.dump(weight_map, total_size)),))] if len(runs) > 1 else []
-    oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
-    return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, layout.name)
+    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in _named(runs)]
+    return _folder(edited, shards, runs, max_shard, companions, layout.name)
+
+
+def plan_blocks(
+    edited: Edited,
+    blocks: Iterable[Block],
+    origin: Origin,
+    *,
+    algorithm: str,
+    max_shard: int | None,
+    metadata: Mapping[str, str],
+    companions: Sequence[OutputFile] = (),
+) -> Plan:
+    """As `plan_folder`, with *blocks*, which are all that is written, each in one run of bytes, in this order; in safetensors.
+
+    Args:
+        edited: what is written.
+        blocks: its entries; those of one block are put into the best order here.
+        origin: what they come from.
+        algorithm: of the digests of the blocks.
+        max_shard: bound on each file; None for one shard.
+        metadata: for every shard.
+        companions: files to bring along.
+
+    Raises:
+        Unwritable: safetensors has no way to hold a tensor.
+    """
+    metadata = metadata if "format" in metadata else {"format": "pt", **metadata}
+    folds = _Folds.of(edited.aliases, metadata)
+    limit = sys.maxsize if max_shard is None else max_shard - header.fixed_room(metadata)
+    cuts = list(by_block(map(arranged, blocks), limit, folds.size))
+    runs = [tuple(entry for block in cut for entry in block.entries) for cut in cuts]
+    heads = [header.dump(run, folds.metadata(run), modulus=PAGE) for run in runs]
+    data = (coalesced(entry.payload for entry in run) for run in runs)
+    shards = [OutputFile(name, (Literal(head), *parts)) for (name, parts), head in zip(_named(data), heads, strict=True)]
+    plan = _folder(edited, shards, runs, max_shard, companions, "safetensors")
+    return replace(plan, record=_record(origin, algorithm, shards, cuts, heads))
 
 
 def plan_file(edited: Edited, layout: Format, *, name: str, metadata: Mapping[str, str]) -> Plan:
@@ -130,6 +181,26 @@ def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEn
         room -= need
     if run:
         yield tuple(run)
+
+
+def by_block(blocks: Iterable[Block], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[Block, ...]]:
+    """Cut *blocks* into shards whose *size* is at most *limit* bytes; only a block that alone is larger is cut itself.
+
+    A block that would be out of step with its types behind the one before it begins a shard as well.
+    """
+    shard: list[Block] = []
+    room, filled = limit, 0
+    for block in blocks:
+        for entries in by_size(block.entries, limit, size) if sum(map(size, block.entries)) > limit else (block.entries,):
+            need = sum(map(size, entries))
+            if shard and (need > room or misaligned(entries, at=filled)):
+                yield tuple(shard)
+                shard, room, filled = [], limit, 0
+            shard.append(replace(block, entries=entries))
+            room -= need
+            filled += sum(entry.nbytes for entry in entries)
+    if shard:
+        yield tuple(shard)
 
 
 def is_shard_name(name: str) -> bool:
@@ -161,11 +232,43 @@ class _Folds:
         return {**self.base, **records}
 
 
-def _shard_names(count: int) -> Iterator[str]:
-    if count == 1:
-        yield "model.safetensors"
-    else:
-        yield from (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+def _folder(
+    edited: Edited,
+    shards: Sequence[OutputFile],
+    runs: Sequence[Sequence[TensorEntry]],
+    max_shard: int | None,
+    companions: Sequence[OutputFile],
+    form: str,
+) -> Plan:
+    """The *shards*, which hold *runs*, and what belongs beside them."""
+    weight_map = {entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run}
+    total_size = sum(entry.nbytes for entry in edited.entries)
+    listing = [OutputFile(INDEX_NAME, (Literal(index.dump(weight_map, total_size)),))] if len(runs) > 1 else []
+    oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
+    return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form)
+
+
+def _record(
+    origin: Origin, algorithm: str, shards: Sequence[OutputFile], cuts: Sequence[Sequence[Block]], heads: Sequence[bytes]
+) -> OffloadRecord:
+    known = [Shard(file.name, file.nbytes, hashlib.sha256(head).hexdigest()) for file, head in zip(shards, heads, strict=True)]
+    runs: list[BlockRun] = []
+    dtypes: Counter[str] = Counter()
+    for shard, cut, head in zip(shards, cuts, heads, strict=True):
+        at = len(head)
+        for block in cut:
+            runs.append(BlockRun(block.name, shard.name, at, at + block.nbytes, tuple(entry.name for entry in block.entries)))
+            at += block.nbytes
+            for entry in block.entries:
+                dtypes[entry.dtype.code] += entry.nbytes
+    return OffloadRecord(algorithm, origin, tuple(sorted(dtypes.items())), tuple(known), tuple(runs))
+
+
+def _named(runs: Iterable[_Run]) -> Iterator[tuple[str, _Run]]:
+    """*runs*, each with the name of the shard that it becomes."""
+    runs = list(runs)
+    names = (f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1))
+    return zip(names if len(runs) > 1 else ("model.safetensors",), runs, strict=True)
 
 
 def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:

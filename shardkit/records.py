@@ -60,8 +60,8 @@ class Written:
         except (ValueError, RecursionError):
             entry = None
         match entry:
-            case {"done": str(name), "nbytes": int(nbytes), "digests": [str(whole), dict(tensors)]}:
-                self.done[name] = Finished(nbytes, Digests(whole, tensors))
+            case {"done": str(name), "nbytes": int(nbytes), "digests": [str(whole), dict(tensors), *blocks]}:
+                self.done[name] = Finished(nbytes, Digests(whole, tensors, tuple(map(str, blocks))))
             case {"done": str(name), "nbytes": int(nbytes)}:
                 self.done[name] = Finished(nbytes, None)
             case {"redo": str(name)}:

@@ -22,6 +22,7 @@ from shardkit.checkpoint import Checkpoint, SourceFile
 from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, shown, shown_path
 from shardkit.expansion import expansion
 from shardkit.format import Format, Source
+from shardkit.freshness import record_in, refuse_stale
 from shardkit.limits import Limits
 from shardkit.payload import read_all, unreadable
 
@@ -79,7 +80,10 @@ class _Opener:
         weights = [name for name in names if _is_regular(path / name) and self._may_hold_weights(path / name)]
         if len(weights) > 1:
             return self._one_of(path, weights)
-        return self.file(path / weights[0]) if weights else self._by_folder_format(source, names)
+        if weights:
+            self._refuse_stale(path, weights)
+            return self.file(path / weights[0])
+        return self._by_folder_format(source, names)
 
     def _one_of(self, folder: Path, names: Sequence[str]) -> Checkpoint:
         """The file that Hugging Face would take, or else the only one of *names* that holds a tensor."""
@@ -128,8 +132,15 @@ class _Opener:
         listed = index.parse(source.path, bytes(read_all(source.content)), self.limits)
         _check_present(source.path, listed.shards)
         scanned = {name: self._scanned(self._source(source.path.parent / name)) for name in listed.shards}
+        self._refuse_stale(source.path.parent, listed.shards)
         joined = shards.joined(source.path, listed, scanned, self.limits)
         return replace(joined, files=(file, *joined.files))
+
+    def _refuse_stale(self, folder: Path, names: Sequence[str]) -> None:
+        """Raise Malformed where an offload.json in *folder* tells of other files than those called *names*."""
+        record = record_in(folder, self.limits)
+        if record is not None:
+            refuse_stale(folder, record, {name: self._source(folder / name) for name in names})
 
     def _scanned(self, source: Source) -> Checkpoint:
         files = () if source.is_folder else (SourceFile.of(source.path),)

@@ -6,18 +6,19 @@ import os
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shardkit import header, manifest
+from shardkit import header, manifest, offload_record
 from shardkit.checksums import Sums
 from shardkit.copying import Copier, Engine, OnBytes, See, can_clone, clonable, engine_of, reserve
 from shardkit.errors import OutputError, shown_path
 from shardkit.journal import Journal, advice
 from shardkit.manifest import MANIFEST_NAME, Digests, Listed, Manifest, Run
+from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.plan import OutputFile, Plan
 
@@ -52,8 +53,7 @@ def write(
             run.stop.set()
             pool.shutdown(cancel_futures=True)
     counts = _added(futures)
-    if plan.checksum and MANIFEST_NAME not in journal.done:
-        _Run(plan, journal, clones, sync, lambda count: None).write_manifest()
+    _Run(plan, journal, clones, sync, lambda count: None).write_digests()
     return counts
 
 
@@ -62,14 +62,14 @@ def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
 
     Bytes that no clone saves are counted as copied in the kernel; which engine does it in the end, the run tells.
     """
-    clones = cache(lambda path: not plan.checksum and can_clone(path, folder))
+    clones = cache(lambda path: can_clone(path, folder))
     counts: Counter[Engine] = Counter()
     for file in plan.files:
-        at = 0
+        at, summed = 0, plan.is_summed(file)
         for part in file.parts:
-            cloned = clonable(part, at) if isinstance(part, Extent) and clones(part.path) else 0
+            cloned = clonable(part, at) if isinstance(part, Extent) and not summed and clones(part.path) else 0
             counts[Engine.CLONED] += cloned
-            engine = Engine.READ if plan.checksum and isinstance(part, Extent) else engine_of(part)
+            engine = Engine.READ if summed and isinstance(part, Extent) else engine_of(part)
             counts[engine] += part.nbytes - cloned
             at += part.nbytes
     return +counts
@@ -94,7 +94,7 @@ class _Run:
 
     def write(self, file: OutputFile) -> Counter[Engine]:
         path = self._journal.folder / file.name
-        sums = Sums(self._plan.checksum, [(run.start, run.stop) for run in self._runs(file)]) if self._plan.checksum else None
+        sums = self._sums(file)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             counts = self._fill(file, path, sums)
@@ -104,34 +104,50 @@ class _Run:
         if file.name in self._shards:
             check(path, file)
         with self._lock:
-            self._journal.finished(file.name, self._digests(file, sums) if sums else None)
+            self._journal.finished(file.name, sums.digests() if self._plan.is_summed(file) else None)
         return counts
 
-    def write_manifest(self) -> None:
-        """Write the digests of all files, once they are known; the manifest is the one file that is planned without its bytes."""
-        digests = self._journal.digests
-        listed = (Listed(file.name, file.nbytes, self._runs(file), digests[file.name]) for file in self._plan.files)
-        content = manifest.dump(Manifest(str(self._plan.checksum), tuple(listed)))
-        self.write(OutputFile(MANIFEST_NAME, (Literal(content),)))
+    def write_digests(self) -> None:
+        """Write the files that are planned without their bytes, as they hold digests of the others."""
+        for file in self._with_digests():
+            if file.name not in self._journal.done:
+                self.write(file)
+
+    def _with_digests(self) -> Iterator[OutputFile]:
+        files, digests = self._plan.files, self._journal.digests
+        record = self._plan.record
+        if record is not None:
+            content = offload_record.dump(record, {shard.name: digests[shard.name].blocks for shard in record.shards})
+            files = (*files, OutputFile(OFFLOAD_NAME, (Literal(content),)))
+            yield files[-1]
+        if self._plan.checksum is not None:
+            listed = tuple(Listed(file.name, file.nbytes, self._runs(file), digests[file.name]) for file in files)
+            yield OutputFile(MANIFEST_NAME, (Literal(manifest.dump(Manifest(self._plan.checksum, listed))),))
+
+    def _sums(self, file: OutputFile) -> _Sums:
+        checksum, record = self._plan.checksum, self._plan.record
+        runs = self._runs(file) if checksum else ()
+        blocks = record.runs_in(file.name) if record is not None else ()
+        return _Sums(
+            tuple(run.name for run in runs),
+            Sums(checksum, [(run.start, run.stop) for run in runs]) if checksum else None,
+            Sums(record.algorithm, [(run.start, run.stop) for run in blocks], whole=False) if record and blocks else None,
+        )
 
     def _runs(self, file: OutputFile) -> tuple[Run, ...]:
         if file.name not in self._shards or not isinstance(file.parts[0], Literal):
             return ()
         return tuple(Run(*place) for place in header.places(file.parts[0].content))
 
-    def _digests(self, file: OutputFile, sums: Sums) -> Digests:
-        whole, runs = sums.ended()
-        return Digests(whole, dict(zip((run.name for run in self._runs(file)), runs, strict=True)))
-
-    def _fill(self, file: OutputFile, path: Path, sums: Sums | None) -> Counter[Engine]:
+    def _fill(self, file: OutputFile, path: Path, sums: _Sums) -> Counter[Engine]:
         with (
             open(path, "wb", buffering=0) as output,
             Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier,
         ):
             if not self._shares_pages(file):
                 reserve(output.fileno(), file.nbytes)
-            if sums or any(isinstance(part, Trailer) for part in file.parts):
-                _write_seen(file, copier, (sums.see,) if sums else ())
+            if sums.see or any(isinstance(part, Trailer) for part in file.parts):
+                _write_seen(file, copier, sums.see)
             else:
                 _write_parts(file, copier)
             if self._sync:
@@ -139,13 +155,34 @@ class _Run:
             return copier.counts
 
     def _shares_pages(self, file: OutputFile) -> bool:
-        return not self._plan.checksum and any(self._clones(part.path) for part in file.parts if isinstance(part, Extent))
+        extents = (part for part in file.parts if isinstance(part, Extent))
+        return not self._plan.is_summed(file) and any(self._clones(part.path) for part in extents)
 
     def _on_bytes(self, count: int) -> None:
         if self.stop.is_set():
             raise _Stopped
         with self._lock:
             self._report(count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What is summed of a file: all of it and its *tensors*, for a manifest; and its blocks, for a record of these."""
+
+    tensors: tuple[str, ...]
+    for_manifest: Sums | None
+    for_record: Sums | None
+
+    @property
+    def see(self) -> tuple[See, ...]:
+        """To be called with the bytes as they pass."""
+        return tuple(sums.see for sums in (self.for_manifest, self.for_record) if sums)
+
+    def digests(self) -> Digests:
+        """Everything that was summed, once all bytes have passed."""
+        whole, tensors = self.for_manifest.ended() if self.for_manifest else ("", [])
+        blocks = self.for_record.ended()[1] if self.for_record else []
+        return Digests(whole, dict(zip(self.tensors, tensors, strict=False)), tuple(blocks))
 
 
 class _Stopped(BaseException):

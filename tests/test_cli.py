@@ -42,11 +42,11 @@ def python(*arguments: str | Path, **options: object) -> subprocess.CompletedPro
 
 def test_help_is_for_people_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    for command in ("convert", "inspect", "verify", "diff", "formats"):
+    for command in ("convert", "offload-prep", "inspect", "verify", "diff", "formats"):
         assert f"\n  {command} " in capsys.readouterr().out or main([command, "--help"]) == 0
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "verify", "diff", "formats"])
+@pytest.mark.parametrize("command", ["convert", "offload-prep", "inspect", "verify", "diff", "formats"])
 def test_the_help_of_each_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"\n    shardkit {command}" in capsys.readouterr().out

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardkit
-from shardkit.conversion import carry_out, prepare
+from shardkit.conversion import carry_out
 from shardkit.copying import Engine
 from shardkit.edits import Edits
 from shardkit.errors import BadDType, BadSize, NameClash, NothingSelected, PlanError, UnknownFormat, Unwritable
 from shardkit.limits import Limits
+from shardkit.preparation import prepare
 from shardkit.writer import bytes_to_store
 from truth import values
 

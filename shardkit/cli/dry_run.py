@@ -1,27 +1,28 @@
-"""`shardkit convert --dry-run`: the plan printed, and whether it can be carried out."""
+"""`--dry-run`: the plan printed, and whether it can be carried out."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import OtherKind
 from shardkit.cli.printing import aligned, named, printable, put, put_json, several
-from shardkit.cli.summary import remarks, ways
+from shardkit.cli.summary import amounts, remarks, ways
 from shardkit.copying import Engine
 from shardkit.destination import check_output, check_room
 from shardkit.errors import OutputError, shown_path
+from shardkit.named_blocks import runs_of_names
 from shardkit.sizes import format_size
 from shardkit.writer import forecast
 
 if TYPE_CHECKING:
-    from shardkit.conversion import Conversion
     from shardkit.plan import Plan
+    from shardkit.preparation import Conversion
 
 _SIZE_COLUMN = frozenset({1})
 _WORDS = {
@@ -59,13 +60,15 @@ def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
 
 def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Counter[str]) -> Iterator[str]:
     plan, checkpoint = conversion.plan, conversion.checkpoint
-    made = f"{several(len(plan.shards), 'shard')}, {several(len(plan.weight_map), 'tensor')}, {format_size(plan.total_size)}"
+    blocks = plan.record.blocks if plan.record else ()
+    made = amounts(len(plan.shards), len(blocks), len(plan.weight_map), plan.total_size)
     yield f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}"
     counts = Counter(plan.weight_map.values())
     files = ((file.name, format_size(file.nbytes), _content(counts[file.name]), ways(moves[file.name])) for file in plan.files)
     yield from aligned(((printable(name), *rest) for name, *rest in files), right=_SIZE_COLUMN)
     rows = [
         ("in all", ways(total)),
+        *([("blocks", " → ".join(_runs(blocks)))] if blocks else []),
         *remarks(
             aliases=plan.aliases,
             cast=conversion.edited.cast,
@@ -76,6 +79,12 @@ def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Cou
         ),
     ]
     yield from aligned(rows, indent=0)
+
+
+def _runs(blocks: Sequence[str]) -> Iterator[str]:
+    """The names of *blocks* in their order, those that are numbered one after the other as one."""
+    for run in runs_of_names(blocks):
+        yield printable(run[0] if len(run) == 1 else f"{run[0]} … {run[-1].rpartition('.')[2]}")
 
 
 def _moves(plan: Plan, folder: Path) -> Counter[str]:
@@ -95,6 +104,7 @@ def _document(conversion: Conversion, moves: Mapping[str, Counter[str]], needed:
         "format": conversion.checkpoint.format,
         "files": [{"name": file.name, "nbytes": file.nbytes, "engines": moves[file.name]} for file in plan.files],
         "weight_map": plan.weight_map,
+        "blocks": [asdict(run) for run in plan.record.runs] if plan.record else [],
         "aliases": plan.aliases,
         "nbytes": plan.total_size,
         "cast": conversion.edited.cast,

@@ -11,6 +11,7 @@ from shardkit import __version__
 
 _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
+    "offload-prep": "Lay a checkpoint out so that a model streams from it.",
     "inspect": "Show what a checkpoint holds, without reading a weight.",
     "verify": "Check that an output is whole, and equal to its source.",
     "diff": "List what changes from one checkpoint to another.",
@@ -28,7 +29,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = import_module(f"shardkit.cli.{cmd_name}").command
+        command = import_module(f"shardkit.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -72,6 +72,21 @@ def parse_type(context: click.Context, parameter: click.Parameter, word: str | N
     return None if word is None else _or_usage(parse_dtype, word)
 
 
+def parse_pattern(context: click.Context, parameter: click.Parameter, word: str | None) -> re.Pattern[str] | None:
+    """The regular expression *word*."""
+    try:
+        return None if word is None else re.compile(word)
+    except re.error as error:
+        raise click.BadParameter(f"{word!r} is no regular expression: {error}") from None
+
+
+def writing_options(command: Command) -> Command:
+    """How an output is written: --jobs, --no-fsync, --checksum, --dry-run, --overwrite, --no-companions, and what is printed."""
+    for option in reversed(_WRITING):
+        command = option(command)
+    return command
+
+
 def json_option(what: str) -> Callable[[Command], Command]:
     """--json, which prints *what*."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as one JSON document.")
@@ -84,6 +99,15 @@ limit_option = click.option(
     multiple=True,
     callback=parse_limits,
     help=f"Raise a guard against malicious files; the error that needs it says so. Names: {', '.join(_NAMES)}.",
+)
+
+shard_size_option = click.option(
+    "--max-shard",
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    callback=parse_shard_size,
+    help="Bound on each file, header included, as in 2GB or 500MiB; none for a single shard.",
 )
 
 format_option = click.option("--format", metavar="NAME", help="Read SRC as this format, not as the one it is recognised as.")
@@ -113,6 +137,27 @@ _EDITS = (
         show_default=True,
         help="Write a tied weight once and record its other names, or write it under each name.",
     ),
+)
+
+_WRITING = (
+    click.option(
+        "--jobs", type=click.IntRange(min=1), metavar="N", help="Files written at a time: one per processor by default."
+    ),
+    click.option("--no-fsync", is_flag=True, help="Do not wait for the disk; a power cut may then cost the output."),
+    click.option(
+        "--checksum",
+        type=click.Choice(["xxh3", "sha256"]),
+        help="Write digests of every file and tensor to shardkit.manifest.json, and check the source's own first.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier output of shardkit."),
+    click.option(
+        "--no-companions", is_flag=True, help="Leave out the small files beside the weights: config, tokenizer, licence."
+    ),
+    format_option,
+    limit_option,
+    json_option("what was done"),
+    quiet_option,
 )
 
 

@@ -35,14 +35,6 @@ def parse_budgets(context: click.Context, parameter: click.Parameter, words: tup
     return dict(sorted(budgets.items(), key=lambda item: (item[0] == "cpu", item[0] == "mps", len(item[0]), item[0])))
 
 
-def parse_pattern(context: click.Context, parameter: click.Parameter, word: str | None) -> re.Pattern[str] | None:
-    """The regular expression *word*."""
-    try:
-        return None if word is None else re.compile(word)
-    except re.error as error:
-        raise click.BadParameter(f"{word!r} is no regular expression: {error}") from None
-
-
 @click.command(
     "place",
     epilog="""\b
@@ -64,7 +56,7 @@ For example:
 @click.option(
     "--no-split",
     metavar="REGEX",
-    callback=parse_pattern,
+    callback=options.parse_pattern,
     help="Keep each module whole in whose name this is found. By default numbered layers are.",
 )
 @options.root_option

@@ -18,7 +18,7 @@ _WORTH_A_RATE = 10_000_000  # with fewer bytes, the rate is that of starting up
 
 def summary(report: Report) -> Iterator[str]:
     """The lines that end a run."""
-    made = f"{several(report.shards, 'shard')}, {several(report.tensors, 'tensor')}, {format_size(report.nbytes)}"
+    made = amounts(report.shards, report.blocks, report.tensors, report.nbytes)
     yield f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}"
     resumed = [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")] if report.resumed else []
     rows = [
@@ -34,6 +34,12 @@ def summary(report: Report) -> Iterator[str]:
         ),
     ]
     yield from aligned(rows)
+
+
+def amounts(shards: int, blocks: int, tensors: int, nbytes: int) -> str:
+    """How much an output is."""
+    counts = ((shards, "shard"), (blocks, "block"), (tensors, "tensor"))
+    return ", ".join([*(several(count, noun) for count, noun in counts if count), format_size(nbytes)])
 
 
 def ways(engines: Mapping[str, int]) -> str:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from shardkit.load.arrangement import close as close
     from shardkit.load.arrangement import remove_hooks as remove_hooks
     from shardkit.load.balance import get_balanced_memory as get_balanced_memory
+    from shardkit.load.block_hints import no_split_pattern as no_split_pattern
+    from shardkit.load.block_hints import recorded_order as recorded_order
     from shardkit.load.budgets import get_max_memory as get_max_memory
     from shardkit.load.device_maps import check_device_map as check_device_map
     from shardkit.load.dispatch import cpu_offload as cpu_offload
@@ -41,6 +43,8 @@ _HOMES = {
     "init_on_device": "empty",
     "load_checkpoint_and_dispatch": "dispatch",
     "load_checkpoint_in_model": "loading",
+    "no_split_pattern": "block_hints",
+    "recorded_order": "block_hints",
     "remove_hooks": "arrangement",
     "save": "saving",
     "tensors": "mapping",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardkit import conversion, registry
+from shardkit import registry
 from shardkit.checkpoint import Checkpoint, TensorEntry
+from shardkit.conversion import carry_out
 from shardkit.edits import Edited
 from shardkit.errors import LoadError, Mismatch, shown, shown_path
 from shardkit.load import resident
@@ -23,6 +24,7 @@ from shardkit.load.recipe import Recipe
 from shardkit.load.weights import Weight, stored_type, weights_of
 from shardkit.payload import Buffer
 from shardkit.plan import plan_folder
+from shardkit.preparation import Conversion
 
 _MAX_SHARD = 5_000_000_000
 _HINT = "choose another folder, or remove that one if it was made for another model"
@@ -146,4 +148,4 @@ def _write(folder: Path, entries: Iterable[TensorEntry]) -> None:
     edited = Edited(checkpoint.tensors, {}, ())
     plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=_MAX_SHARD, metadata={"format": "pt"})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    conversion.carry_out(conversion.Conversion(folder, folder, checkpoint, (), edited, plan, None, ()), sync=False)
+    carry_out(Conversion(folder, folder, checkpoint, (), edited, plan, None, ()), sync=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shardkit import conversion, registry
+from shardkit import registry
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
-from shardkit.conversion import Conversion, Report
+from shardkit.conversion import Report, carry_out
 from shardkit.destination import followed
 from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
@@ -20,6 +20,7 @@ from shardkit.load.paged import Paged
 from shardkit.load.recipe import dtype_of
 from shardkit.payload import Buffer, Payload
 from shardkit.plan import plan_folder
+from shardkit.preparation import Conversion
 from shardkit.sizes import parse_size
 from shardkit.strided import strided
 
@@ -56,7 +57,7 @@ def save(
     plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata={"format": "pt"})
     out = followed(Path(folder))
     origin = Path(type(model).__name__)  # which messages call the source
-    return conversion.carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
+    return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
 
 
 def _entries(state: Mapping[str, object]) -> list[TensorEntry]:

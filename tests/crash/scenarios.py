@@ -14,13 +14,15 @@ import shardkit
 from injection import Layer
 from shardkit import header
 from shardkit.checkpoint import TensorEntry
-from shardkit.conversion import Report, carry_out, prepare
+from shardkit.conversion import Report, carry_out
 from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edits
 from shardkit.errors import OutputError, ShardkitError
+from shardkit.offload import prepare_offload
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.placing import NAME
 from shardkit.plan import OutputFile
+from shardkit.preparation import prepare
 
 MAX_SHARD = "7kB"
 FOREIGN = {"mine.txt": b"mine", "out.old/mine.txt": b"mine too", "out.partial.old/.shardkit-journal": b"mine as well"}
@@ -210,6 +212,10 @@ def _summed(source: Path, work: Path) -> Report:
     return _convert(source, work / "out", checksum="sha256")
 
 
+def _by_blocks(source: Path, work: Path) -> Report:
+    return carry_out(prepare_offload(source, work / "out", Edits(), max_shard=MAX_SHARD), jobs=1)
+
+
 def _overwrite(source: Path, work: Path) -> Report:
     return _convert(source, work / "out", overwrite=True)
 
@@ -265,6 +271,7 @@ SCENARIOS = (
     Scenario("resume", _folder, _interrupted),
     Scenario("trailer", _trailed),
     Scenario("checksum", _summed),
+    Scenario("blocks", _by_blocks),
 )
 
 

@@ -1,0 +1,127 @@
+"""`shardkit offload-prep`."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardkit.cli import options
+
+if TYPE_CHECKING:
+    from shardkit.dtypes import DType
+    from shardkit.edits import Ties
+    from shardkit.limits import Limits
+
+
+@click.command(
+    "offload-prep",
+    epilog="""\b
+For example:
+  shardkit offload-prep big.bin --dtype bf16
+  shardkit offload-prep mixtral/ --max-shard 2GB -o /nvme/mixtral
+  shardkit offload-prep unet.bin --blocks 'transformer_blocks\\.\\d+$'
+
+A run that was stopped goes on where it was when the same command is given again.""",
+)
+@options.path_argument("source", "SRC")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Folder to make. By default SRC's name with -offload, beside it.",
+)
+@options.shard_size_option
+@click.option(
+    "--blocks",
+    metavar="REGEX",
+    callback=options.parse_pattern,
+    help="Each module in whose name this is found is a block. By default numbered layers are, and the modules beside them.",
+)
+@click.option(
+    "--model-class",
+    is_flag=True,
+    help="Blocks are what the class that config.json names says must not be split; needs transformers.",
+)
+@click.option(
+    "--order",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Blocks, or modules or tensors in them, in the order in which they run: a JSON list, or one on each line.",
+)
+@options.edit_options
+@options.writing_options
+@click.pass_context
+def command(
+    context: click.Context,
+    source: Path,
+    output: Path | None,
+    max_shard: int | None,
+    blocks: re.Pattern[str] | None,
+    model_class: bool,
+    order: Path | None,
+    root: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rename: tuple[tuple[str, str], ...],
+    dtype: DType | None,
+    ties: Ties,
+    jobs: int | None,
+    no_fsync: bool,
+    checksum: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    no_companions: bool,
+    format: str | None,  # noqa: A002 - the word of the command line
+    limits: Limits,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the checkpoint SRC as a folder from which a model larger than memory streams with one read per block.
+
+    OUT is an ordinary folder of safetensors shards, which every library of Hugging Face loads. In it each block (a numbered
+    layer with its experts, the embeddings, the head) stands in one run of bytes, and blocks stand in the order in which they
+    run; offload.json says what lies where, with a digest of each block that `shardkit verify` checks. Cast with --dtype
+    here, once, to what the model is run in.
+
+    SRC may be anything that convert reads; no class of a model is needed, and nothing in a pickle is run.
+    """
+    from shardkit.cli.writing import write
+    from shardkit.edits import Edits
+    from shardkit.offload import prepare_offload, read_order
+
+    begun = time.monotonic()
+    if blocks is not None and model_class:
+        raise click.UsageError("--blocks and --model-class both say what is a block: give one of them", context)
+    conversion = prepare_offload(
+        source,
+        output,
+        Edits(root, include, exclude, rename, dtype, ties),
+        blocks=_pattern_of_class(source) if model_class else blocks,
+        order=None if order is None else read_order(order),
+        max_shard=max_shard,
+        format=format,
+        with_companions=not no_companions,
+        checksum=checksum,
+        limits=limits,
+    )
+    write(
+        conversion,
+        begun,
+        jobs=jobs,
+        sync=not no_fsync,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def _pattern_of_class(source: Path) -> re.Pattern[str]:
+    from shardkit.load import no_split_pattern
+
+    return no_split_pattern(source if source.is_dir() else source.parent)

@@ -1,0 +1,257 @@
+"""offload-prep: the same path as convert, grouped by block, so that what runs as one is read as one.
+
+Blocks are told from names (`named_blocks`) or by a pattern that the user gives. Nothing needs the class of the model; who has
+it, and Transformers, can have the pattern made from it by `shardkit.load.no_split_pattern`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+from shardkit import registry
+from shardkit.block_layout import reordered
+from shardkit.checkpoint import Checkpoint
+from shardkit.checksums import check_algorithm
+from shardkit.conversion import Report, carry_out
+from shardkit.copying import OnBytes
+from shardkit.destination import default_output
+from shardkit.dtypes import parse_dtype
+from shardkit.edits import Edited, Edits, Ties
+from shardkit.errors import PlanError, shown, shown_path
+from shardkit.limits import Limits
+from shardkit.named_blocks import Block, named_blocks
+from shardkit.offload_record import Origin
+from shardkit.payload import unreadable
+from shardkit.plan import OutputFile, Plan, plan_blocks
+from shardkit.preparation import Conversion, prepare
+from shardkit.sizes import format_size
+
+_DIGESTS = "xxh3"  # of blocks, where no checksum is asked for: the one that keeps up with a copy
+
+
+def offload_prep(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    blocks: str | re.Pattern[str] | None = None,
+    order: Sequence[str] | None = None,
+    max_shard: str | int | None = "5GB",
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    root: str | None = None,
+    ties: Ties = "keep-first",
+    jobs: int | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes | None = None,
+    sync: bool = True,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    checksum: str | None = None,
+    limits: Limits = Limits(),
+) -> Report:
+    """Write any checkpoint as a folder of safetensors shards from which a model streams with one read per block.
+
+    The folder is an ordinary one of Hugging Face. In it the tensors of a block stand in one run of bytes, blocks stand in the
+    order in which they run, and ``offload.json`` says what lies where, with a digest of each block.
+
+    Args:
+        src: whatever `convert` reads.
+        out: folder to make; None for ``<stem>-offload`` beside *src*, or in the working folder where that is read-only.
+        blocks: a regular expression; each module in whose name it is found is a block. What it leaves, and all if it is None,
+            is told from the names: numbered layers, and the modules beside them.
+        order: names of blocks, or of modules or tensors in them, in the order in which they run, as
+            `shardkit.load.recorded_order` has them from a run; None for the order of the source.
+        max_shard: as of `convert`. Only a block that alone is larger is cut.
+        dtype: likewise, as are all that follow.
+        include: globs of names to take.
+        exclude: globs of names to leave out.
+        rename: pairs (regular expression, replacement).
+        root: dotted path of the subtree to take.
+        ties: how tied weights are written.
+        jobs: files written at a time.
+        overwrite: replace an earlier output of shardkit.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        sync: make every file last before the output appears.
+        format: name of the format to read *src* as.
+        with_companions: copy the small files beside the weights.
+        checksum: algorithm of the digests, of which there is a manifest too; None for xxh3 and no manifest.
+        limits: what the source may ask for.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+        OutputError: *out* cannot be written or replaced.
+    """
+    begun = time.monotonic()
+    edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
+    conversion = prepare_offload(
+        src,
+        out,
+        edits,
+        blocks=blocks,
+        order=order,
+        max_shard=max_shard,
+        format=format,
+        with_companions=with_companions,
+        checksum=checksum,
+        limits=limits,
+    )
+    report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
+    return replace(report, seconds=time.monotonic() - begun)
+
+
+def prepare_offload(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None,
+    edits: Edits,
+    *,
+    blocks: str | re.Pattern[str] | None = None,
+    order: Sequence[str] | None = None,
+    max_shard: str | int | None = "5GB",
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    checksum: str | None = None,
+    limits: Limits = Limits(),
+) -> Conversion:
+    """Decide everything that `offload_prep` would do with these arguments, and write nothing.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+    """
+    src = Path(src)
+    out = default_output(src, "offload") if out is None else Path(out)
+    if not out.is_dir() and registry.writer_for(out.suffix):
+        raise PlanError(
+            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
+        )
+    algorithm = checksum or _DIGESTS
+    check_algorithm(algorithm)
+    return prepare(
+        src,
+        out,
+        edits,
+        planner=_ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm),
+        max_shard=max_shard,
+        format=format,
+        with_companions=with_companions,
+        checksum=checksum,
+        limits=limits,
+    )
+
+
+def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
+    """The names in the file *path*: a JSON list of them, or one on each line.
+
+    Raises:
+        FormatError: it cannot be read.
+        PlanError: it is neither.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise unreadable(Path(path), error) from None
+    except UnicodeDecodeError:
+        raise PlanError(f"{shown_path(Path(path))} is no text: a JSON list of names is needed, or one on each line") from None
+    if not text.lstrip().startswith("["):
+        return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
+    try:
+        names: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{shown_path(Path(path))} begins like a JSON list, and is none: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PlanError(f"{shown_path(Path(path))} must be a list of names, and holds something else")
+    return tuple(names)
+
+
+@dataclass(frozen=True, slots=True)
+class _ByBlock:
+    """The `Planner` of this path.
+
+    Attributes:
+        name: of the source.
+        no_split: what is found in the name of a module that is a block.
+        order: names in the order in which they run.
+        algorithm: of the digests.
+    """
+
+    name: str
+    no_split: re.Pattern[str] | None
+    order: tuple[str, ...] | None
+    algorithm: str
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        edited: Edited,
+        *,
+        max_shard: int | None,
+        companions: Sequence[OutputFile],
+        checksum: str | None,
+    ) -> tuple[Plan, Sequence[str]]:
+        blocks = named_blocks(edited.entries, self.no_split)
+        said: list[str] = []
+        if self.no_split is not None and not any(self.no_split.search(block.name) for block in blocks):
+            said.append("no module is called as the pattern for blocks has it, and so names tell what is a block")
+        if self.order is not None:
+            blocks, silent = _in_order(blocks, self.order)
+            said += [silent] if silent else []
+        plan = plan_blocks(
+            edited,
+            blocks,
+            self._origin(checkpoint),
+            algorithm=self.algorithm,
+            max_shard=max_shard,
+            metadata=checkpoint.metadata,
+            companions=companions,
+        )
+        return replace(plan, checksum=checksum), (*said, *_cut(plan, max_shard))
+
+    def _origin(self, checkpoint: Checkpoint) -> Origin:
+        files = sorted((file.path.name, file.size) for file in checkpoint.files)
+        return Origin(self.name, checkpoint.format, tuple(files))
+
+
+def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
+    try:
+        return re.compile(blocks) if blocks is not None else None
+    except re.error as error:
+        raise PlanError(f"{shown(str(blocks))} is no regular expression: {error}") from None
+
+
+def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Block, ...], str]:
+    """*blocks* in the order of *names*, and a sentence on those that these leave out; "" if there are none."""
+    called, silent = reordered(blocks, names)
+    if not called:
+        raise PlanError(
+            f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this name or lies around it",
+            hint=f"the blocks are called as in {shown(blocks[0].name)}; --dry-run lists them",
+        )
+    if not silent:
+        return called, ""
+    return (*called, *silent), f"not in the order, and so put last: {_listed([block.name for block in silent])}"
+
+
+def _cut(plan: Plan, max_shard: int | None) -> Iterator[str]:
+    assert plan.record is not None
+    counts = Counter(run.block for run in plan.record.runs)
+    cut = [name for name, count in counts.items() if count > 1]
+    if cut and max_shard is not None:
+        yield f"larger than {format_size(max_shard)} with a header, and so cut over several shards: {_listed(cut)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more

@@ -1,0 +1,168 @@
+"""What there is to decide before a byte is written: open → edit → plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+from shardkit import registry, source
+from shardkit.checkpoint import Checkpoint, SourceFile
+from shardkit.checksums import check_algorithm
+from shardkit.companions import ModelConfig, companions
+from shardkit.destination import default_output, followed
+from shardkit.edits import Edited, Edits, edit, fold_ties
+from shardkit.errors import PlanError, shown, shown_path
+from shardkit.index import LARGEST_READ_BY_HUB
+from shardkit.limits import Limits
+from shardkit.payload import Extent
+from shardkit.plan import INDEX_NAME, OutputFile, Plan, plan_file, plan_folder
+from shardkit.sizes import format_size, parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """All that is decided before the first byte is written.
+
+    Attributes:
+        source: what is read.
+        out: the folder, or the one file, that will appear.
+        checkpoint: what the source holds.
+        files: every file that is read, companions too, as it was then.
+        edited: what of it is written, under which names.
+        plan: the files, part by part.
+        single: name of the one file, where *out* is a file.
+        notes: sentences that the user should see.
+        limits: what the source may ask for.
+    """
+
+    source: Path
+    out: Path
+    checkpoint: Checkpoint
+    files: tuple[SourceFile, ...]
+    edited: Edited
+    plan: Plan
+    single: str | None
+    notes: tuple[str, ...]
+    limits: Limits = Limits()
+
+
+class Planner(Protocol):
+    """What makes a plan for a folder of shards."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        edited: Edited,
+        *,
+        max_shard: int | None,
+        companions: Sequence[OutputFile],
+        checksum: str | None,
+    ) -> tuple[Plan, Sequence[str]]:
+        """The plan, and sentences that the user should see.
+
+        Args:
+            checkpoint: the source.
+            edited: what of it is written.
+            max_shard: bound on each file; None for one shard.
+            companions: files to bring along.
+            checksum: algorithm of the digests of a manifest; None for no manifest.
+
+        Raises:
+            PlanError: what was asked cannot be made of it.
+        """
+        ...
+
+
+def plan_by_size(
+    checkpoint: Checkpoint, edited: Edited, *, max_shard: int | None, companions: Sequence[OutputFile], checksum: str | None
+) -> tuple[Plan, Sequence[str]]:
+    """Shards in the order of the source, cut by size alone."""
+    layout = registry.format_named("safetensors")
+    plan = plan_folder(edited, layout, max_shard=max_shard, metadata=checkpoint.metadata, companions=companions)
+    return replace(plan, checksum=checksum), ()
+
+
+def prepare(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None,
+    edits: Edits,
+    *,
+    planner: Planner = plan_by_size,
+    max_shard: str | int | None = "5GB",
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    checksum: str | None = None,
+    limits: Limits = Limits(),
+) -> Conversion:
+    """Decide everything that `convert` would do with these arguments, and write nothing.
+
+    Args:
+        src: what to read.
+        out: what to write; None for a folder beside *src*.
+        edits: what to change.
+        planner: cuts what is written to a folder into shards.
+        max_shard: bound on each file.
+        format: name of the format to read *src* as.
+        with_companions: whether the small files of a source folder come along.
+        checksum: algorithm of the digests of a manifest.
+        limits: what the source may ask for.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+    """
+    src = Path(src)
+    out = followed(Path(out)) if out is not None else default_output(src)
+    limit = None if max_shard is None else parse_size(max_shard)
+    if checksum is not None:
+        check_algorithm(checksum)
+    with source.failures_told(src):
+        checkpoint = source.open(src, format=format, limits=limits, scratch=scratch_beside(out))
+        config = ModelConfig.beside(src if src.is_dir() else src.parent)
+        if not config.ties_embeddings:
+            edits = replace(edits, ties="copy")
+        edited = edit(checkpoint, edits)
+        layout = None if out.is_dir() else registry.writer_for(out.suffix)
+        files = checkpoint.files
+        said: Sequence[str] = ()
+        if layout is not None:
+            if checksum is not None:
+                raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
+            plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
+        else:
+            folder = _folder(src)
+            beside = companions(folder, checkpoint) if with_companions and folder else ()
+            files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
+            plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
+        notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
+    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
+
+
+def scratch_beside(out: Path) -> Path | None:
+    """Where compressed sources are expanded: beside the output *out*, if that folder is there already."""
+    return out.parent if out.parent.is_dir() else None
+
+
+def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
+    if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
+        yield f"config.json says that nothing is tied, so {len(twice)} weights with equal bytes are written under each name"
+    if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
+        yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
+    if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
+        yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
+    if plan.oversized and limit is not None:
+        more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
+        names = ", ".join(map(shown, plan.oversized[:3]))
+        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
+    if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
+        yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
+
+
+def _folder(src: Path) -> Path | None:
+    """The folder whose companions belong to *src*; a single file has none."""
+    if src.is_dir():
+        return src
+    return src.parent if src.name.endswith(".json") else None
