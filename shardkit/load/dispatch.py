@@ -16,27 +16,24 @@ import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, shown
 from shardkit.load import resident
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import Home
-from shardkit.load.balance import get_balanced_memory
-from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
-from shardkit.load.device_maps import DeviceMap, check_device_map, device_of, refuse_disk
+from shardkit.load.budgets import MaxMemory, device_key
+from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
 from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
+from shardkit.load.modes import Terms
 from shardkit.load.module_sizes import class_names
 from shardkit.load.offloading import fill_empty, spill
 from shardkit.load.opened import Opened
-from shardkit.load.placement import infer_auto_device_map
 from shardkit.load.recipe import Recipe
 from shardkit.load.weights import weights_of
 
-_MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 _Model = TypeVar("_Model", bound=nn.Module)
 AnyDevice = str | int | torch.device
 Names = Iterable[str] | str | None
@@ -69,8 +66,9 @@ def load_checkpoint_and_dispatch(
         model: the model, empty or not. It is changed, and returned.
         checkpoint: whatever `shardkit.open` opens: a file of any format, an index, a folder.
         device_map: a device for each part of the model, by name; or how to make one: "auto" and "balanced" spread it over the
-            accelerators, "balanced_low_0" leaves the first as empty as can be, "sequential" fills one after the other. None
-            loads all weights where the model has them, empty ones onto the CPU, and attaches nothing.
+            accelerators, and choose what streams so that most of it is hidden; "balanced_low_0" leaves the first as empty as can
+            be, "sequential" fills one after the other. None loads all weights where the model has them, empty ones onto the CPU,
+            and attaches nothing.
         max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where *device_map* is a word.
         no_split_module_classes: names of classes whose modules stay on one device, and stream as one.
         offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning says so.
@@ -84,7 +82,8 @@ def load_checkpoint_and_dispatch(
         full_state_dict: a checkpoint is read by one process, whole; False is an error.
         broadcast_from_rank0: likewise; True is an error.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time; at least two.
+        ring: how many blocks of streamed weights are in memory at a time; at least two. A map that is made here counts them, and
+            may have room for fewer.
         verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
 
     Raises:
@@ -107,10 +106,11 @@ def load_checkpoint_and_dispatch(
     target, no_split = floating(dtype), class_names(no_split_module_classes)
     opened = Opened.at(checkpoint)
     found = match(model, opened, dtype=target, strict=strict)
-    device_map = _device_map(model, device_map, max_memory, no_split, target, offload_buffers, offload)
+    preload = class_names(preload_module_classes)
+    terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers)
+    device_map, ring = terms.residents(model, device_map)
     check_device_map(model, device_map)
-    whole = no_split | class_names(preload_module_classes)
-    wish = _wish(device_map, None, whole, offload_buffers, skip_keys, force_hooks, ring)
+    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring)
     addresses = _addresses(model, found.homes, wish)
     if verify:
         opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
@@ -227,32 +227,6 @@ def _dispatch(
     folder = None if offload_dir is None else Path(offload_dir)
     fill_empty(model, state_dict or {}, folder, offload_index or {})
     arrange(model, wish, addresses=spill(model, wish, folder))
-
-
-def _device_map(
-    model: nn.Module,
-    device_map: str | DeviceMap,
-    max_memory: MaxMemory | None,
-    no_split: frozenset[str],
-    dtype: torch.dtype | None,
-    offload_buffers: bool,
-    offload: str,
-) -> dict[str, Device]:
-    """*device_map* with devices as they are called in maps, made first if it is a word."""
-    budgets: Mapping[Device, int] = {}
-    if isinstance(device_map, str):
-        if device_map not in _MODES:
-            raise LoadError(f"{shown(device_map)} is no device map", hint=f"choose one of {', '.join(_MODES)}, or give a dict")
-        budgets = get_max_memory(max_memory)
-        if device_map != "sequential":
-            low_zero = device_map == "balanced_low_0"
-            budgets = get_balanced_memory(model, max_memory, no_split, dtype, low_zero=low_zero)
-        chosen = infer_auto_device_map(model, cast("MaxMemory", budgets), no_split, dtype, offload_buffers=offload_buffers)
-    else:
-        chosen = {name: device_key(device) for name, device in device_map.items()}
-    if offload == "never":
-        refuse_disk(model, chosen, budgets, dtype=dtype)
-    return chosen
 
 
 def _wish(

@@ -22,21 +22,19 @@ from torch import nn
 from shardkit.errors import LoadError, Mismatch, shown, shown_path
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import listed
-from shardkit.load.balance import get_balanced_memory
-from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
-from shardkit.load.device_maps import DeviceMap, check_device_map, refuse_disk
+from shardkit.load.budgets import Device, MaxMemory, device_key
+from shardkit.load.device_maps import DeviceMap, check_device_map
 from shardkit.load.loading import floating, main_device
 from shardkit.load.mapping import tensors
 from shardkit.load.model_folder import ModelFolder, told
+from shardkit.load.modes import MODES, Terms
 from shardkit.load.module_sizes import class_names
 from shardkit.load.paged import Paged
-from shardkit.load.placement import infer_auto_device_map
 from shardkit.load.weights import weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 _PLAIN = (torch.Tensor, nn.Parameter, Paged)
 AnyMap = str | int | torch.device | DeviceMap | None
 Info = dict[str, Any]  # Any: what Transformers tells, which differs from key to key
@@ -108,7 +106,8 @@ def from_pretrained(
         output_loading_info: also give what Transformers says of missing and unexpected weights.
         quantization_config: weights are not quantised while they are loaded; anything but None is an error.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time; at least two.
+        ring: how many blocks of streamed weights are in memory at a time; at least two. A map that is made here counts them, and
+            may have room for fewer.
 
     Raises:
         FormatError: the weights cannot be read.
@@ -124,7 +123,9 @@ def from_pretrained(
     model, info = _addressed(folder, floats, attn_implementation)
     model.config.name_or_path = model.name_or_path = str(path)
     no_split = class_names(model._no_split_modules)
-    devices = _made(model, device_map, max_memory, no_split, offload) if given is None else given
+    devices = given
+    if devices is None:
+        devices, ring = Terms(ring, offload, max_memory, no_split).residents(model, str(device_map))
     check_device_map(model, devices)
     _place(model, devices, no_split, ring)
     if device_map is not None:
@@ -134,7 +135,7 @@ def from_pretrained(
 
 def _given(device_map: AnyMap) -> dict[str, Device] | None:
     """*device_map* with devices as they are called in maps; None if it is still to be made."""
-    if isinstance(device_map, str) and device_map in _MODES:
+    if isinstance(device_map, str) and device_map in MODES:
         return None
     whole = device_map if isinstance(device_map, Mapping) else {"": "cpu" if device_map is None else device_map}
     devices = {name: device_key(device) for name, device in whole.items()}
@@ -186,24 +187,6 @@ def _check_plain(folder: Path, model: nn.Module) -> None:
             f"{shown_path(folder)}: {shown(odd.names[0])} becomes a {type(odd.tensor).__name__}, and is no plain tensor then",
             hint="load it with Transformers itself, or store it in a format whose weights are plain tensors",
         )
-
-
-def _made(
-    model: nn.Module,
-    device_map: AnyMap,
-    max_memory: MaxMemory | None,
-    no_split: frozenset[str],
-    offload: Literal["allow", "never"],
-) -> dict[str, Device]:
-    """The map that the word *device_map* asks for."""
-    low_zero = device_map == "balanced_low_0"
-    budgets: Mapping[Device, int] = get_max_memory(max_memory)
-    if device_map != "sequential":
-        budgets = get_balanced_memory(model, max_memory, no_split, low_zero=low_zero)
-    devices = infer_auto_device_map(model, cast("MaxMemory", budgets), no_split)
-    if offload == "never":
-        refuse_disk(model, devices, budgets)
-    return devices
 
 
 def _place(model: PreTrainedModel, devices: Mapping[str, Device], no_split: frozenset[str], ring: int) -> None:

@@ -181,11 +181,11 @@ def test_attention_is_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> None:
     saved(tmp_path)
-    model: Any = from_pretrained(tmp_path, "auto", max_memory={"cpu": 60_000})
+    model: Any = from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000})
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     assert torch.equal(logits(model), logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path)))
     with pytest.raises(OverBudget, match="would land on disk"):
-        from_pretrained(tmp_path, "auto", max_memory={"cpu": 60_000}, offload="never")
+        from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000}, offload="never")
 
 
 def test_what_is_missing_and_unexpected_is_told_as_transformers_tells_it(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""How long a forward takes: the work of its blocks, and rates → seconds, and what they are spent on (pure).
+
+1. A forward is a row of steps. The weights of a step go through stages: they are read, copied in main memory, copied to the
+   device, multiplied; those in memory are only multiplied. A stage does one thing at a time, in the order of the steps.
+2. What streams has room in the ring from when it is read until it was multiplied. While there is none, nothing is read.
+3. Forwards follow one another, and the reading for the next begins during the last. What is predicted is one of a long row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardkit.load.rates import Rates
+
+STAGES = ("disk", "host copy", "link", "compute")
+_FORWARDS = 6  # after which each takes as long as the one before
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one block, or what is in memory, asks of a forward, in bytes.
+
+    Attributes:
+        disk: read from files.
+        copied: copied, cast or decompressed in main memory on the way.
+        link: copied to the device.
+        compute: weights that are multiplied.
+        room: taken in the ring; nothing for what stays in memory.
+    """
+
+    disk: int = 0
+    copied: int = 0
+    link: int = 0
+    compute: int = 0
+    room: int = 0
+
+    def seconds(self, rates: Rates) -> tuple[float, ...]:
+        """In each stage."""
+        work = (self.disk, rates.disk), (self.copied, rates.copy), (self.link, rates.link), (self.compute, rates.compute)
+        return tuple(nbytes / rate if rate else 0.0 for nbytes, rate in work)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a forward takes.
+
+    Attributes:
+        seconds: one of many forwards.
+        first: the first, for which nothing was read before it began.
+        busy: seconds in each of `STAGES`.
+    """
+
+    seconds: float
+    first: float
+    busy: tuple[float, ...]
+
+    @property
+    def limit(self) -> str:
+        """The stage that takes longest, and so what to make faster first."""
+        return max(zip(self.busy, STAGES, strict=True))[1]
+
+    @property
+    def reading(self) -> float:
+        """Seconds that getting the weights takes."""
+        return max(self.busy[:-1])
+
+    @property
+    def hidden(self) -> float:
+        """Which share of the reading goes on while the model computes; all of nothing."""
+        waited = self.seconds - self.busy[-1]
+        return min(1.0, max(0.0, 1 - waited / self.reading)) if self.reading else 1.0
+
+
+def predict(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
+    """What a forward of *steps* takes, one behind the other.
+
+    Args:
+        steps: in the order in which they are computed.
+        rates: of this machine.
+        ring: bytes that have room in the ring.
+    """
+    line = _Line(ring)
+    work = [(step, step.seconds(rates)) for step in steps]
+    ends = [0.0]
+    for _ in range(_FORWARDS):
+        for step, seconds in work:
+            line.run(step, seconds)
+        ends.append(line.free[-1])
+    busy = tuple(sum(seconds[stage] for _, seconds in work) for stage in range(len(STAGES)))
+    return Prediction(max(ends[-1] - ends[-2], *busy), ends[1], busy)
+
+
+@dataclass(slots=True)
+class _Line:
+    """The stages, one behind the other.
+
+    Attributes:
+        ring: bytes of room.
+        free: when each stage has done all that it was given.
+        held: what has room, in order: bytes, and when they are let go.
+        used: bytes of it.
+    """
+
+    ring: int
+    free: list[float] = field(default_factory=lambda: [0.0] * len(STAGES))
+    held: deque[tuple[int, float]] = field(default_factory=deque)
+    used: int = 0
+
+    def run(self, step: Step, seconds: Sequence[float]) -> None:
+        ready = self._room(step.room)
+        for stage, taken in enumerate(seconds[:-1]):
+            if taken:
+                ready = self.free[stage] = max(ready, self.free[stage]) + taken
+        self.free[-1] = max(ready, self.free[-1]) + seconds[-1]
+        if step.room:
+            self.used += step.room
+            self.held.append((step.room, self.free[-1]))
+
+    def _room(self, nbytes: int) -> float:
+        """When there is room for *nbytes*; a step that is larger than the ring has all of it."""
+        when = 0.0
+        while nbytes and self.held and self.used + nbytes > self.ring:
+            room, when = self.held.popleft()
+            self.used -= room
+        return when
