@@ -33,7 +33,7 @@ class Bench:
 
     def shardkit(self, command: str, source: Path, *options: str) -> Contender:
         out = self.folder / "out-shardkit"
-        output = ("-o", str(out), "-q") if command == "convert" else ()
+        output = ("-o", str(out), "-q") if command in ("convert", "offload-prep") else ()
         return Contender((sys.executable, "-m", "shardkit", command, str(source), *output, *options), out)
 
     def peer(self, job: str, source: Path) -> Contender:
@@ -66,6 +66,29 @@ def synced(bench: Bench) -> None:
         "shardkit, synced": bench.shardkit("convert", source, "--max-shard", "2GB"),
     }
     report("big.bin → 2 GB shards, synced", contenders, bench, limit="cp; sync", warm=source)
+
+
+def blocks(bench: Bench) -> None:
+    """The same by blocks, with a digest of each, beside the plain shards."""
+    source = bench.source("big.safetensors")
+    contenders = {
+        "cp": bench.cp(source),
+        "shardkit convert": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync"),
+        "shardkit offload-prep": bench.shardkit("offload-prep", source, "--max-shard", "2GB", "--no-fsync"),
+    }
+    report("big.safetensors → 2 GB shards, by blocks", contenders, bench, limit="cp", warm=source)
+
+
+def compressed(bench: Bench) -> None:
+    """Zstd at its default level, on both processors on both sides."""
+    source = bench.source("big.safetensors")
+    out = bench.folder / "out-zstd"
+    contenders = {
+        "cp": bench.cp(source),
+        "zstd -T0": Contender(("zstd", "-T0", "-q", "-f", str(source), "-o", str(out)), out),
+        "shardkit --compress zstd": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync", "--compress", "zstd"),
+    }
+    report("big.safetensors → 2 GB shards, compressed", contenders, bench, limit="zstd -T0", warm=source)
 
 
 def cast(bench: Bench) -> None:
@@ -122,6 +145,8 @@ BENCHES: dict[str, Callable[[Bench], object]] = {
     "zip": lambda bench: same_bytes(bench, "big.bin"),
     "legacy": lambda bench: same_bytes(bench, "legacy.bin"),
     "safetensors": lambda bench: same_bytes(bench, "big.safetensors"),
+    "blocks": blocks,
+    "compressed": compressed,
     "synced": synced,
     "cast": cast,
     "tiny": tiny,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardkit.payload import Payload
@@ -28,6 +28,11 @@ def no_frames(payload: Payload) -> tuple[Frame, ...]:
     return ()
 
 
+def no_table(frames: Sequence[Frame]) -> bytes:
+    """For a codec that keeps none: its frames are found by reading through them."""
+    return b""
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """One way to compress a file.
@@ -40,6 +45,9 @@ class Codec:
             ValueError with a sentence if the stream is broken or ends early. Must not expand more than a few MB ahead.
         frames: the frames of a whole compressed file, in order; empty where it keeps no table of them. Raises
             ValueError with a sentence if the table is broken.
+        compress: up to 8 MiB → a frame that expands to them on its own; the same bytes always, and from any thread. None for
+            a codec that is only read.
+        table: what a file of these frames, one after the other from its first byte on, ends in, so that *frames* finds them.
         api: version of this contract.
     """
 
@@ -48,4 +56,6 @@ class Codec:
     sniff: Callable[[bytes], bool]
     decompress: Callable[[Iterable[memoryview]], Iterator[bytes]]
     frames: Callable[[Payload], tuple[Frame, ...]] = no_frames
+    compress: Callable[[memoryview], bytes] | None = None
+    table: Callable[[Sequence[Frame]], bytes] = no_table
     api: int = 1

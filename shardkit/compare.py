@@ -231,11 +231,13 @@ def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, o
     on_total(sum(file.nbytes for file in listed.files))
     found = each(lambda file, report: listed_faults(out, file, listed.algorithm, report), listed.files, on_bytes)
     differences = tuple(Difference(fault.name, fault.change, fault.detail) for faults in found for fault in faults)
-    if not differences:
-        source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
     runs = [run for file in listed.files for run in file.runs]
     note = f"held against the {listed.algorithm} of {len(listed.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
-    return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
+    if differences:
+        return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
+    checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
+    stored = {entry.payload: entry.nbytes for entry in checkpoint.tensors}
+    return Comparison(len(stored), sum(stored.values()), (), (note,))
 
 
 def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 
 from shardkit.checkpoint import OtherKind
+from shardkit.compressing import Saving, saving
 from shardkit.copying import OnBytes
 from shardkit.destination import check_output, check_room, partial_folder
 from shardkit.dtypes import parse_dtype
@@ -46,6 +47,9 @@ class Report:
         notes: sentences that the user should see.
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
+        stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their content where they are compressed.
+        pays_below: bytes per second of a disk from which what is compressed is read and then expanded, in one thread of this
+            machine, as fast as what is not is read; None where nothing is compressed.
         blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
     """
 
@@ -64,6 +68,8 @@ class Report:
     notes: tuple[str, ...]
     resumed: int
     seconds: float
+    stored: int = 0
+    pays_below: int | None = None
     blocks: int = 0
 
 
@@ -85,6 +91,7 @@ def convert(
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
+    compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
     """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
@@ -109,6 +116,8 @@ def convert(
         with_companions: copy the small files beside the weights (config, tokenizer) of a source folder.
         checksum: ``"sha256"`` or ``"xxh3"`` to write a digest of every file and tensor to ``shardkit.manifest.json``, and to
             check the CRCs of a zip source first; None for neither.
+        compress: ``"zstd"`` for shards in the standard seekable format of zstd, which are read in place; ``zstd -d`` gives
+            back the plain ones. None for plain shards.
         limits: what the source may ask for.
 
     Returns:
@@ -122,7 +131,15 @@ def convert(
     begun = time.monotonic()
     edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
     conversion = prepare(
-        src, out, edits, max_shard=max_shard, format=format, with_companions=with_companions, checksum=checksum, limits=limits
+        src,
+        out,
+        edits,
+        max_shard=max_shard,
+        format=format,
+        with_companions=with_companions,
+        checksum=checksum,
+        compress=compress,
+        limits=limits,
     )
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
@@ -173,6 +190,7 @@ def carry_out(
 
 def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
     others = conversion.checkpoint.others
+    saved = _saving(conversion)
     return Report(
         source=conversion.source,
         out=conversion.out,
@@ -189,5 +207,14 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
         notes=conversion.notes,
         resumed=resumed,
         seconds=seconds,
+        stored=saved.stored if saved else sum(shard.nbytes for shard in conversion.plan.shards),
+        pays_below=saved.pays_below if saved else None,
         blocks=len(conversion.plan.record.blocks) if conversion.plan.record else 0,
     )
+
+
+def _saving(conversion: Conversion) -> Saving | None:
+    """What compression of the output, which is in place, came to; None if there is none."""
+    out = conversion.out.absolute()
+    codec = next((shard.codec for shard in conversion.plan.shards), None)
+    return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None

@@ -41,6 +41,7 @@ class Engine(StrEnum):
     READ = "read and written"
     TRANSFORMED = "transformed"
     WRITTEN = "headers"
+    COMPRESSED = "compressed"
 
 
 def engine_of(part: Part) -> Engine:

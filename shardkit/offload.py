@@ -56,6 +56,7 @@ def offload_prep(
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
+    compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
     """Write any checkpoint as a folder of safetensors shards from which a model streams with one read per block.
@@ -84,6 +85,7 @@ def offload_prep(
         format: name of the format to read *src* as.
         with_companions: copy the small files beside the weights.
         checksum: algorithm of the digests, of which there is a manifest too; None for xxh3 and no manifest.
+        compress: as of `convert`; frames begin where blocks do.
         limits: what the source may ask for.
 
     Returns:
@@ -106,6 +108,7 @@ def offload_prep(
         format=format,
         with_companions=with_companions,
         checksum=checksum,
+        compress=compress,
         limits=limits,
     )
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
@@ -123,6 +126,7 @@ def prepare_offload(
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
+    compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `offload_prep` would do with these arguments, and write nothing.
@@ -148,6 +152,7 @@ def prepare_offload(
         format=format,
         with_companions=with_companions,
         checksum=checksum,
+        compress=compress,
         limits=limits,
     )
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from shardkit import header, index, offload_record
 from shardkit.block_layout import arranged, misaligned
 from shardkit.checkpoint import TensorEntry
+from shardkit.codec import Codec
 from shardkit.edits import Edited
 from shardkit.errors import Unwritable
 from shardkit.format import Format
@@ -30,7 +31,7 @@ from shardkit.runs import coalesced
 _Run = TypeVar("_Run")
 
 INDEX_NAME = "model.safetensors.index.json"
-_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,24 @@ class OutputFile:
     Attributes:
         name: relative to the output folder; forward slashes.
         parts: its bytes, in order.
+        codec: how they are compressed; None where they are stored plainly.
+        frames: how many of them each frame holds, where they are compressed.
     """
 
     name: str
     parts: tuple[Part, ...]
+    codec: Codec | None = None
+    frames: tuple[int, ...] = ()
 
     @cached_property
     def nbytes(self) -> int:
+        """Bytes of all parts; where they are compressed, the file will be shorter."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def expanded(self) -> str:
+        """The name that it has when it is expanded."""
+        return self.name.removesuffix(self.codec.suffix) if self.codec else self.name
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Plan:
         if self.record is not None:
             sha.update(offload_record.dump(self.record))
         for file in self.files:
-            sha.update(f"{file.name}\0{file.nbytes}\0".encode("utf-8", "surrogateescape"))
+            sha.update(f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape"))
             for part in file.parts:
                 sha.update(_identity(part))
         return sha.hexdigest()

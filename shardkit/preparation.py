@@ -11,10 +11,12 @@ from typing import Protocol
 from shardkit import registry, source
 from shardkit.checkpoint import Checkpoint, SourceFile
 from shardkit.checksums import check_algorithm
+from shardkit.codec import Codec
 from shardkit.companions import ModelConfig, companions
 from shardkit.destination import default_output, followed
 from shardkit.edits import Edited, Edits, edit, fold_ties
 from shardkit.errors import PlanError, shown, shown_path
+from shardkit.framing import compressed
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -95,6 +97,7 @@ def prepare(
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
+    compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
@@ -108,6 +111,7 @@ def prepare(
         format: name of the format to read *src* as.
         with_companions: whether the small files of a source folder come along.
         checksum: algorithm of the digests of a manifest.
+        compress: name of the codec that compresses the shards.
         limits: what the source may ask for.
 
     Raises:
@@ -119,26 +123,43 @@ def prepare(
     limit = None if max_shard is None else parse_size(max_shard)
     if checksum is not None:
         check_algorithm(checksum)
+    codec = None if compress is None else registry.compressor_named(compress)
     with source.failures_told(src):
         checkpoint = source.open(src, format=format, limits=limits, scratch=scratch_beside(out))
         config = ModelConfig.beside(src if src.is_dir() else src.parent)
         if not config.ties_embeddings:
             edits = replace(edits, ties="copy")
         edited = edit(checkpoint, edits)
-        layout = None if out.is_dir() else registry.writer_for(out.suffix)
+        layout = None if out.is_dir() else registry.writer_for(Path(plain_name(out, codec)).suffix)
         files = checkpoint.files
         said: Sequence[str] = ()
         if layout is not None:
             if checksum is not None:
                 raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
-            plan = plan_file(edited, layout, name=out.name, metadata=checkpoint.metadata)
+            plan = plan_file(edited, layout, name=plain_name(out, codec), metadata=checkpoint.metadata)
         else:
             folder = _folder(src)
             beside = companions(folder, checkpoint) if with_companions and folder else ()
             files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
             plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
+        plan = compressed(plan, codec) if codec else plan
         notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
     return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
+
+
+def plain_name(out: Path, codec: Codec | None) -> str:
+    """The name of the output *out* once it is expanded.
+
+    Raises:
+        PlanError: it is one file, and not called as what *codec* makes of one.
+    """
+    if codec is None or out.is_dir() or out.name.endswith(codec.suffix):
+        return out.name.removesuffix(codec.suffix) if codec else out.name
+    if registry.writer_for(out.suffix):
+        raise PlanError(
+            f"{shown_path(out)} would be compressed", hint=f"call it so: -o {out.name}{codec.suffix}; or name a folder"
+        )
+    return out.name
 
 
 def scratch_beside(out: Path) -> Path | None:

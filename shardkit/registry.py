@@ -103,6 +103,22 @@ def format_named(name: str) -> Format:
     return found.record
 
 
+def compressor_named(name: str) -> Codec:
+    """The codec called *name*, which can compress.
+
+    Raises:
+        PlanError: there is none.
+        PluginError: its plugin cannot be used.
+    """
+    found = next((each for each in codecs() if each.name == name), None)
+    if found is not None and found.record is None:
+        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+    if found is None or found.record is None or found.record.compress is None:
+        known = ", ".join(each.name for each in codecs() if each.record and each.record.compress)
+        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known}")
+    return found.record
+
+
 def writer_for(suffix: str) -> Format | None:
     """The format that writes files ending in *suffix*; None where none does."""
     writers = (each.record for each in formats() if each.record and each.record.lay_out)
@@ -112,7 +128,12 @@ def writer_for(suffix: str) -> Format | None:
 def suffixes() -> frozenset[str]:
     """The endings that files of any format and codec usually have."""
     of_formats = {suffix for each in formats() if each.record for suffix in each.record.suffixes}
-    return frozenset(of_formats | {each.record.suffix for each in codecs() if each.record})
+    return frozenset(of_formats.union(codec_suffixes()))
+
+
+def codec_suffixes() -> tuple[str, ...]:
+    """What codecs add to the name of a file."""
+    return tuple(each.record.suffix for each in codecs() if each.record)
 
 
 def codec_of(source: Source) -> Codec | None:

@@ -12,7 +12,7 @@ import gc
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ class _Opener:
         if len(weights) > 1:
             return self._one_of(path, weights)
         if weights:
-            self._refuse_stale(path, weights)
+            self._refuse_stale(path, {_expanded(name): path / name for name in weights})
             return self.file(path / weights[0])
         return self._by_folder_format(source, names)
 
@@ -130,17 +130,18 @@ class _Opener:
             raise LimitExceeded(source.path, f"the index takes {source.size:,} bytes", limit="header_bytes", actual=source.size)
         file = SourceFile.of(source.path)
         listed = index.parse(source.path, bytes(read_all(source.content)), self.limits)
-        _check_present(source.path, listed.shards)
-        scanned = {name: self._scanned(self._source(source.path.parent / name)) for name in listed.shards}
-        self._refuse_stale(source.path.parent, listed.shards)
+        paths = {name: _stored(source.path.parent / name) for name in listed.shards}
+        _check_present(source.path, paths)
+        scanned = {name: self._scanned(self._source(path)) for name, path in paths.items()}
+        self._refuse_stale(source.path.parent, paths)
         joined = shards.joined(source.path, listed, scanned, self.limits)
         return replace(joined, files=(file, *joined.files))
 
-    def _refuse_stale(self, folder: Path, names: Sequence[str]) -> None:
-        """Raise Malformed where an offload.json in *folder* tells of other files than those called *names*."""
+    def _refuse_stale(self, folder: Path, paths: Mapping[str, Path]) -> None:
+        """Raise Malformed where an offload.json in *folder* tells of other files than *paths*, which it calls as their keys."""
         record = record_in(folder, self.limits)
         if record is not None:
-            refuse_stale(folder, record, {name: self._source(folder / name) for name in names})
+            refuse_stale(folder, record, {name: self._source(path) for name, path in paths.items()})
 
     def _scanned(self, source: Source) -> Checkpoint:
         files = () if source.is_folder else (SourceFile.of(source.path),)
@@ -217,12 +218,23 @@ def _chosen_index(folder: Path, names: Sequence[str]) -> str:
     return preferred[0]
 
 
-def _check_present(path: Path, names: Sequence[str]) -> None:
-    missing = [name for name in names if not (path.parent / name).exists()]
+def _stored(path: Path) -> Path:
+    """*path*; or where it lies compressed, if it is not there itself."""
+    beside = (path.with_name(path.name + suffix) for suffix in registry.codec_suffixes())
+    return path if path.exists() else next((each for each in beside if each.exists()), path)
+
+
+def _expanded(name: str) -> str:
+    """What the file called *name* is called once it is expanded."""
+    return next((name.removesuffix(suffix) for suffix in registry.codec_suffixes() if name.endswith(suffix)), name)
+
+
+def _check_present(path: Path, paths: Mapping[str, Path]) -> None:
+    missing = [name for name, file in paths.items() if not file.exists()]
     if missing:
         raise Malformed(
             path,
-            f"{len(missing)} of the {len(names)} files that it lists are not there: {_listed(missing)}",
+            f"{len(missing)} of the {len(paths)} files that it lists are not there: {_listed(missing)}",
             hint="finish the download: the checkpoint is not whole",
         )
 

@@ -7,13 +7,14 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from shardkit import header, manifest, offload_record
 from shardkit.checksums import Sums
+from shardkit.compressing import write_compressed
 from shardkit.copying import Copier, Engine, OnBytes, See, can_clone, clonable, engine_of, reserve
 from shardkit.errors import OutputError, shown_path
 from shardkit.journal import Journal, advice
@@ -44,8 +45,9 @@ def write(
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     clones = cache(lambda path: can_clone(path, journal.folder))
-    run = _Run(plan, journal, clones, sync, on_bytes)
-    with ThreadPoolExecutor(jobs or min(_TOGETHER, os.cpu_count() or 1), "shardkit-write") as pool:
+    together = jobs or min(_TOGETHER, os.cpu_count() or 1)
+    with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
+        run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
         futures = [pool.submit(run.write, file) for file in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -53,7 +55,7 @@ def write(
             run.stop.set()
             pool.shutdown(cancel_futures=True)
     counts = _added(futures)
-    _Run(plan, journal, clones, sync, lambda count: None).write_digests()
+    _Run(plan, journal, clones, sync, lambda count: None, frames, ahead=1).write_digests()
     return counts
 
 
@@ -65,6 +67,9 @@ def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
     clones = cache(lambda path: can_clone(path, folder))
     counts: Counter[Engine] = Counter()
     for file in plan.files:
+        if file.codec is not None:
+            counts[Engine.COMPRESSED] += file.nbytes
+            continue
         at, summed = 0, plan.is_summed(file)
         for part in file.parts:
             cloned = clonable(part, at) if isinstance(part, Extent) and not summed and clones(part.path) else 0
@@ -82,7 +87,17 @@ def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> in
 
 
 class _Run:
-    def __init__(self, plan: Plan, journal: Journal, clones: Callable[[Path], bool], sync: bool, on_bytes: OnBytes) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Journal,
+        clones: Callable[[Path], bool],
+        sync: bool,
+        on_bytes: OnBytes,
+        frames: Executor,
+        *,
+        ahead: int,
+    ) -> None:
         self.stop = threading.Event()
         self._plan = plan
         self._shards = set(plan.weight_map.values()) if plan.format == "safetensors" else set()
@@ -90,6 +105,8 @@ class _Run:
         self._clones = clones
         self._sync = sync
         self._report = on_bytes
+        self._frames = frames
+        self._ahead = ahead
         self._lock = threading.Lock()
 
     def write(self, file: OutputFile) -> Counter[Engine]:
@@ -117,29 +134,35 @@ class _Run:
         files, digests = self._plan.files, self._journal.digests
         record = self._plan.record
         if record is not None:
-            content = offload_record.dump(record, {shard.name: digests[shard.name].blocks for shard in record.shards})
+            content = offload_record.dump(record, {file.expanded: digests[file.name].blocks for file in self._plan.shards})
             files = (*files, OutputFile(OFFLOAD_NAME, (Literal(content),)))
             yield files[-1]
         if self._plan.checksum is not None:
-            listed = tuple(Listed(file.name, file.nbytes, self._runs(file), digests[file.name]) for file in files)
+            listed = tuple(Listed(file.name, self._stored(file), self._runs(file), digests[file.name]) for file in files)
             yield OutputFile(MANIFEST_NAME, (Literal(manifest.dump(Manifest(self._plan.checksum, listed))),))
 
     def _sums(self, file: OutputFile) -> _Sums:
         checksum, record = self._plan.checksum, self._plan.record
         runs = self._runs(file) if checksum else ()
-        blocks = record.runs_in(file.name) if record is not None else ()
+        blocks = record.runs_in(file.expanded) if record is not None else ()
         return _Sums(
             tuple(run.name for run in runs),
             Sums(checksum, [(run.start, run.stop) for run in runs]) if checksum else None,
             Sums(record.algorithm, [(run.start, run.stop) for run in blocks], whole=False) if record and blocks else None,
         )
 
+    def _stored(self, file: OutputFile) -> int:
+        return file.nbytes if file.codec is None else (self._journal.folder / file.name).stat().st_size
+
     def _runs(self, file: OutputFile) -> tuple[Run, ...]:
-        if file.name not in self._shards or not isinstance(file.parts[0], Literal):
+        """The tensors in *file*; none where it is compressed, and they do not lie in it as they are."""
+        if file.name not in self._shards or file.codec is not None or not isinstance(file.parts[0], Literal):
             return ()
         return tuple(Run(*place) for place in header.places(file.parts[0].content))
 
     def _fill(self, file: OutputFile, path: Path, sums: _Sums) -> Counter[Engine]:
+        if file.codec is not None:
+            return self._compress(file, path, sums)
         with (
             open(path, "wb", buffering=0) as output,
             Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier,
@@ -153,6 +176,21 @@ class _Run:
             if self._sync:
                 os.fsync(output.fileno())
             return copier.counts
+
+    def _compress(self, file: OutputFile, path: Path, sums: _Sums) -> Counter[Engine]:
+        with open(path, "wb", buffering=0) as output:
+            write_compressed(
+                file,
+                output.fileno(),
+                self._frames,
+                ahead=self._ahead,
+                see=[sums.for_record.see] if sums.for_record else [],
+                see_stored=[sums.for_manifest.see] if sums.for_manifest else [],
+                on_bytes=self._on_bytes,
+            )
+            if self._sync:
+                os.fsync(output.fileno())
+        return Counter({Engine.COMPRESSED: file.nbytes})
 
     def _shares_pages(self, file: OutputFile) -> bool:
         extents = (part for part in file.parts if isinstance(part, Extent))
@@ -192,9 +230,16 @@ class _Stopped(BaseException):
 def check(path: Path, file: OutputFile) -> None:
     """Open *path* with the reference reader of safetensors; where it is not installed, hold its size against the plan.
 
+    One that is compressed is held against the plan by its table of frames.
+
     Raises:
         OutputError: it does not take the file.
     """
+    if file.codec is not None:
+        listed = tuple(frame.expanded for frame in file.codec.frames(Extent(path, 0, path.stat().st_size)))
+        if listed != file.frames:
+            raise _faulty(path, "its table lists other frames than were planned")
+        return
     try:
         from safetensors import SafetensorError, safe_open
 

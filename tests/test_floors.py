@@ -20,10 +20,10 @@ errors sizes dtypes
 limits payload checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
-plugin roots edits named_blocks fitting block_layout plan \
+plugin roots edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
-registry shards freshness source companions destination copying parallel integrity placing records journal writer host_memory \
-    progress
+registry shards freshness source companions destination copying parallel integrity placing records journal compressing \
+    writer host_memory progress
 preparation conversion offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()

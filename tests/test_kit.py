@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -512,6 +513,14 @@ def frames(payload: Payload) -> tuple[Frame, ...]:
     return tuple(found)
 
 
+def pack(content: memoryview) -> bytes:
+    return FRAME + len(content).to_bytes(4, "little") + content
+
+
+def pack_in_a_mood(content: memoryview) -> bytes:
+    return pack(content) + pack(memoryview(b"")) * (threading.current_thread() is threading.main_thread())
+
+
 TOY_CODEC = Codec("toy", ".tz", sniff=lambda head: head.startswith(FRAME), decompress=expand, frames=frames)
 
 
@@ -525,6 +534,7 @@ def compressed(tmp_path: Path) -> CodecSample:
 def test_the_right_codec_passes(compressed: CodecSample) -> None:
     check_codec(TOY_CODEC, [compressed])
     check_codec(replace(TOY_CODEC, frames=lambda payload: ()), [compressed])
+    check_codec(replace(TOY_CODEC, compress=pack), [compressed])
 
 
 def at_once(pieces: Iterable[memoryview]) -> Iterator[bytes]:
@@ -571,6 +581,17 @@ CODECS_WRONG: dict[str, tuple[Codec, str]] = {
     "has half a table": (
         replace(TOY_CODEC, frames=lambda p: frames(p)[:1]),
         "check_frames.*the frames expand to 5 bytes, and the whole to 205",
+    ),
+    "compresses into nothing it knows": (replace(TOY_CODEC, compress=bytes), "check_compress.*sniff does not claim"),
+    "compresses half": (replace(TOY_CODEC, compress=lambda c: pack(c[:100])), "check_compress.*a frame of 205 bytes expands to"),
+    "compresses as it likes": (replace(TOY_CODEC, compress=pack_in_a_mood), "check_compress.*gives other bytes at another time"),
+    "writes a table that shows": (
+        replace(TOY_CODEC, compress=pack, table=lambda frames: pack(memoryview(b"table"))),
+        "check_compress.*frames and their table expand to other bytes",
+    ),
+    "does not find its table": (
+        replace(TOY_CODEC, compress=pack, table=lambda frames: pack(memoryview(b""))),
+        "check_compress.*frames finds others than table was given",
     ),
     "has a table in disorder": (
         replace(TOY_CODEC, frames=lambda p: frames(p)[:1] * 2),

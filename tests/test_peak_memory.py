@@ -45,9 +45,11 @@ def peak(statement: str, *arguments: Path) -> int:
     [
         "shardkit.open(sys.argv[1])",
         "shardkit.convert(sys.argv[1], sys.argv[2], sync=False)",
+        "shardkit.convert(sys.argv[1], sys.argv[2], sync=False, compress='zstd')",
+        "shardkit.offload_prep(sys.argv[1], sys.argv[2], sync=False)",
         "shardkit.verify(sys.argv[1])",
     ],
-    ids=["open", "convert", "verify"],
+    ids=["open", "convert", "compress", "offload-prep", "verify"],
 )
 def test_a_tensor_larger_than_the_bound_passes_through_it(large: Path, tmp_path: Path, statement: str) -> None:
     assert peak(statement, large, tmp_path / "out") < BOUND

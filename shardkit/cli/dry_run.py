@@ -31,6 +31,7 @@ _WORDS = {
     Engine.READ: "to read and write",
     Engine.TRANSFORMED: "to transform",
     Engine.WRITTEN: "headers",
+    Engine.COMPRESSED: "to compress",
 }
 
 

@@ -42,7 +42,7 @@ def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -
     rows = [
         (each.name, _abilities(each.record), " ".join(each.record.suffixes), each.distribution) for each in formats if each.record
     ]
-    rows += [(each.name, "expand", each.record.suffix, each.distribution) for each in codecs if each.record]
+    rows += [(each.name, _codec_abilities(each.record), each.record.suffix, each.distribution) for each in codecs if each.record]
     yield from aligned([("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)], indent=0)
     for error in (*(each.error for each in formats), *(each.error for each in codecs)):
         if error:
@@ -51,6 +51,10 @@ def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -
 
 def _abilities(record: Format) -> str:
     return "read, write" if record.lay_out else "read"
+
+
+def _codec_abilities(record: Codec) -> str:
+    return "expand, compress" if record.compress else "expand"
 
 
 def _format_document(loaded: Loaded[Format]) -> dict[str, object]:
@@ -68,7 +72,7 @@ def _codec_document(loaded: Loaded[Codec]) -> dict[str, object]:
     record = loaded.record
     return {
         "name": loaded.name,
-        "can": ["expand"] if record else [],
+        "can": _codec_abilities(record).split(", ") if record else [],
         "suffixes": [record.suffix] if record else [],
         "distribution": loaded.distribution,
         "error": str(loaded.error) if loaded.error else None,

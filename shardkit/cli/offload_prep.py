@@ -73,6 +73,7 @@ def command(
     jobs: int | None,
     no_fsync: bool,
     checksum: str | None,
+    compress: str | None,
     dry_run: bool,
     overwrite: bool,
     no_companions: bool,
@@ -107,6 +108,7 @@ def command(
         format=format,
         with_companions=not no_companions,
         checksum=checksum,
+        compress=compress,
         limits=limits,
     )
     write(

@@ -81,7 +81,7 @@ def parse_pattern(context: click.Context, parameter: click.Parameter, word: str 
 
 
 def writing_options(command: Command) -> Command:
-    """How an output is written: --jobs, --no-fsync, --checksum, --dry-run, --overwrite, --no-companions, and what is printed."""
+    """How an output is written, from --jobs to --no-companions, how the source is read, and what is printed."""
     for option in reversed(_WRITING):
         command = option(command)
     return command
@@ -148,6 +148,11 @@ _WRITING = (
         "--checksum",
         type=click.Choice(["xxh3", "sha256"]),
         help="Write digests of every file and tensor to shardkit.manifest.json, and check the source's own first.",
+    ),
+    click.option(
+        "--compress",
+        metavar="CODEC",
+        help="Compress the shards: zstd, in its seekable format, so that they are read in place, and zstd -d expands them.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of shardkit."),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.copying import Engine
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def summary(report: Report) -> Iterator[str]:
     rows = [
         *resumed,
         ("bytes", ways(report.engines)),
+        *_saved(report),
         *remarks(
             aliases=report.aliases,
             cast=report.cast,
@@ -34,6 +36,15 @@ def summary(report: Report) -> Iterator[str]:
         ),
     ]
     yield from aligned(rows)
+
+
+def _saved(report: Report) -> Iterator[tuple[str, str]]:
+    if report.pays_below is None:
+        return
+    whole = report.engines.get(Engine.COMPRESSED, 0)
+    share = f"{100 * (whole - report.stored) / whole:.0f} % less than {format_size(whole)}" if whole else "nothing was left to do"
+    yield "stored", f"{format_size(report.stored)}, {share}"
+    yield "", f"read faster than plain shards from a disk of less than {format_size(report.pays_below)}/s, a thread"
 
 
 def amounts(shards: int, blocks: int, tensors: int, nbytes: int) -> str:

@@ -1,15 +1,18 @@
-"""zstd: read as a stream of frames, or frame by frame where the file ends in a table of them.
+"""zstd: read as a stream of frames, or frame by frame where the file ends in a table of them; written with such a table.
 
 1. The layout of frames and blocks is read here (RFC 8878, sections 3.1.1 and 3.1.2), and the decompressor is given a few blocks
    at a time. A block expands to 128 KiB at most, so memory is bounded whatever the file says, and a file that ends early or
    goes on with something else is told from one that is whole.
 2. The table is that of the standard seekable format (zstd/contrib/seekable_format): it lies in a skippable frame at the end, and
    any zstd reader can do without it.
+3. What is written carries a checksum in each frame, which whoever expands it checks. The level is zstd's own default: on the
+   numbers of a model, higher ones find no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from struct import Struct, iter_unpack
 from typing import TYPE_CHECKING
@@ -17,16 +20,19 @@ from typing import TYPE_CHECKING
 from shardkit.plugin import Codec, Frame, Payload, PluginError, read_all
 
 if TYPE_CHECKING:
-    from zstandard import ZstdDecompressor
+    from zstandard import ZstdCompressor, ZstdDecompressor
 
 _MAGIC = bytes.fromhex("28b52ffd")
 _SKIPPABLE = bytes.fromhex("2a4d18")  # after a byte from 0x50 to 0x5f
 _LARGEST_WINDOW = 128 << 20  # what `zstd -d` takes unless it is told otherwise
 _BLOCKS_AT_ONCE = 16
 _RLE = 1
+_LEVEL = 3
+_TABLE_FRAME = b"\x5e" + _SKIPPABLE
 
 _TABLE_MAGIC = bytes.fromhex("b1ea928f")
 _FOOTER = Struct("<IB4s")
+_LINE = Struct("<II")
 _HAS_CHECKSUMS = 0x80
 _RESERVED_BITS = 0x7C
 _MOST_FRAMES = 2_000_000  # a longer table is not worth its memory: the file is expanded as one stream
@@ -81,7 +87,23 @@ def frames(payload: Payload) -> tuple[Frame, ...]:
     return listed
 
 
-CODEC = Codec(name="zstd", suffix=".zst", sniff=sniff, decompress=decompress, frames=frames)
+def compress(content: memoryview) -> bytes:
+    """*content* as one frame.
+
+    Raises:
+        PluginError: the package zstandard is not there.
+    """
+    return _compressor().compress(content)  # one for each call: its state is no matter of several threads
+
+
+def table(frames: Sequence[Frame]) -> bytes:
+    """The skippable frame that lists *frames*."""
+    lines = b"".join(_LINE.pack(frame.nbytes, frame.expanded) for frame in frames)
+    footer = _FOOTER.pack(len(frames), 0, _TABLE_MAGIC)
+    return _TABLE_FRAME + (len(lines) + len(footer)).to_bytes(4, "little") + lines + footer
+
+
+CODEC = Codec(name="zstd", suffix=".zst", sniff=sniff, decompress=decompress, frames=frames, compress=compress, table=table)
 
 
 class _Stream:
@@ -171,9 +193,21 @@ def _is_skippable(magic: bytes) -> bool:
 
 
 def _decompressor() -> ZstdDecompressor:
-    try:
+    with _package_told():
         from zstandard import ZstdDecompressor
+    return ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+
+
+def _compressor() -> ZstdCompressor:
+    with _package_told():
+        from zstandard import ZstdCompressor
+    return ZstdCompressor(_LEVEL, write_checksum=True, write_content_size=True)
+
+
+@contextmanager
+def _package_told() -> Iterator[None]:
+    try:
+        yield
     except ImportError:
         hint = "pip install zstandard"
         raise PluginError("shardkit", "shardkit.codecs:zstd", "needs the package zstandard", hint=hint) from None
-    return ZstdDecompressor(max_window_size=_LARGEST_WINDOW)

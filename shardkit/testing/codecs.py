@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from shardkit.codec import Codec
+from shardkit.codec import Codec, Frame
 from shardkit.payload import CHUNK, Extent, Literal
 from shardkit.testing import foreign
 from shardkit.testing.damage import changed, damages, places
@@ -14,6 +16,7 @@ from shardkit.testing.payloads import Watched, expect
 from shardkit.testing.sources import saying
 
 _HEAD = 4096
+_FRAME = 2 << 20  # what is compressed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,41 @@ def check_frames(codec: Codec, sample: CodecSample) -> None:
     expect(at in (0, len(sample.expanded)), f"the frames expand to {at} bytes, and the whole to {len(sample.expanded)}")
 
 
+def check_compress(codec: Codec, sample: CodecSample) -> None:
+    """What is compressed expands again, frame by frame and as a whole, and is the same bytes each time and in any thread."""
+    if codec.compress is None:
+        return
+    contents = [sample.expanded[:_FRAME], b"", bytes(_FRAME), bytes(range(256)) * 40]
+    made = [codec.compress(memoryview(content)) for content in contents]
+    expect(all(map(codec.sniff, (frame[:_HEAD] for frame in made))), "sniff does not claim what compress gives")
+    for frame, content in zip(made, contents, strict=True):
+        expect(_expanded(codec, frame) == content, f"a frame of {len(content):,} bytes expands to others")
+    with ThreadPoolExecutor(4) as pool:
+        again = list(pool.map(codec.compress, map(memoryview, contents * 4)))
+    expect(again == made * 4, "compress gives other bytes at another time, or in another thread")
+    _check_table(codec, contents, made, sample.path)
+
+
+def _check_table(codec: Codec, contents: Sequence[bytes], made: Sequence[bytes], path: Path) -> None:
+    starts = accumulate(map(len, made), initial=0)
+    listed = tuple(Frame(at, len(frame), len(content)) for at, frame, content in zip(starts, made, contents, strict=False))
+    whole = b"".join(made) + codec.table(listed)
+    expect(_expanded(codec, whole) == b"".join(contents), "frames and their table expand to other bytes than the frames")
+    found = codec.frames(Watched(path, Literal(whole)))
+    expect(found == listed or not (found or codec.table(listed)), "frames finds others than table was given")
+    expect(_expanded(codec, codec.table(())) == b"", "a table of no frames expands to something")
+
+
 CodecCheck = Callable[[Codec, CodecSample], None]
 
-CODING: tuple[CodecCheck, ...] = (check_recognition, check_pieces, check_early_end, check_broken_stream, check_frames)
+CODING: tuple[CodecCheck, ...] = (
+    check_recognition,
+    check_pieces,
+    check_early_end,
+    check_broken_stream,
+    check_frames,
+    check_compress,
+)
 
 
 def _pieces(content: bytes, size: int) -> Iterator[memoryview]:

@@ -216,6 +216,10 @@ def _by_blocks(source: Path, work: Path) -> Report:
     return carry_out(prepare_offload(source, work / "out", Edits(), max_shard=MAX_SHARD), jobs=1)
 
 
+def _compressed(source: Path, work: Path) -> Report:
+    return carry_out(prepare(source, work / "out", Edits(), max_shard=MAX_SHARD, compress="zstd"), jobs=1)
+
+
 def _overwrite(source: Path, work: Path) -> Report:
     return _convert(source, work / "out", overwrite=True)
 
@@ -272,6 +276,7 @@ SCENARIOS = (
     Scenario("trailer", _trailed),
     Scenario("checksum", _summed),
     Scenario("blocks", _by_blocks),
+    Scenario("compress", _compressed),
 )
 
 
