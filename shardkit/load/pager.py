@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -222,11 +223,12 @@ class _Visits:
 
     def __init__(self) -> None:
         self.stack: list[Visit] = []
-        weakref.finalize(self, _end_all, self.stack).atexit = False
+        weakref.finalize(self, _end_all, self.stack, os.getpid()).atexit = False
 
 
-def _end_all(stack: list[Visit]) -> None:
-    while stack:
+def _end_all(stack: list[Visit], process: int) -> None:
+    # In the child of a fork the parent's other threads end at once, before anything else is run, and with locks that they held.
+    while stack and os.getpid() == process:
         stack.pop().end()
 
 
