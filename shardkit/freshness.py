@@ -38,10 +38,11 @@ def refuse_stale(folder: Path, record: OffloadRecord, shards: Mapping[str, Sourc
         where = "not there" if min(differing) in known else "not in it"
         raise _stale(folder, record, f"{shown(min(differing))} is {where}")
     for name, source in shards.items():
-        _check_shard(folder, record, known[name], source)
+        refuse_stale_shard(folder, record, known[name], source)
 
 
-def _check_shard(folder: Path, record: OffloadRecord, shard: Shard, source: Source) -> None:
+def refuse_stale_shard(folder: Path, record: OffloadRecord, shard: Shard, source: Source) -> None:
+    """Raise Malformed unless *source* is as long as *shard* of *record*, and has its header."""
     if source.size != shard.nbytes:
         raise _stale(folder, record, f"{shown(shard.name)} has {source.size:,} bytes, and {shard.nbytes:,} were written")
     first = source.read(0, min(header.LENGTH_NBYTES, source.size))

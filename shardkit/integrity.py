@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,10 @@ from shardkit.checksums import Sums, new_hash
 from shardkit.copying import OnBytes
 from shardkit.errors import LimitExceeded, Malformed, shown, shown_path
 from shardkit.format import Source
+from shardkit.freshness import record_in, refuse_stale_shard
 from shardkit.limits import Limits
 from shardkit.manifest import MANIFEST_NAME, Listed, Manifest, parse
-from shardkit.offload_record import BlockRun
+from shardkit.offload_record import BlockRun, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Extent, Payload, read_all
 from shardkit.zips import Member
@@ -96,7 +97,9 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
     return list(_differing(file, algorithm, found)) or [_outside_tensors(file, algorithm)]
 
 
-def block_fault(checkpoint: Checkpoint, run: BlockRun, algorithm: str, on_bytes: OnBytes) -> Fault | None:
+def block_fault(
+    checkpoint: Checkpoint | Mapping[str, TensorEntry], run: BlockRun, algorithm: str, on_bytes: OnBytes
+) -> Fault | None:
     """How the bytes of a block in *checkpoint* differ from what was written; None if they do not. Reads them once.
 
     Raises:
@@ -147,12 +150,12 @@ def refuse_damaged(
     return [said(archive) for archive in zips] or ["the source carries no checksums that could be checked"]
 
 
-def refuse_unlike_written(paths: Iterable[Path], entries: Iterable[TensorEntry], limits: Limits) -> list[Path]:
-    """Hold files against the manifests that lie beside them, or else against the CRCs in them.
+def refuse_unlike_written(paths: Iterable[Path], entries: Mapping[str, TensorEntry], limits: Limits) -> list[Path]:
+    """Hold files against the manifests or records of blocks that lie beside them, or else against the CRCs in them.
 
     Args:
         paths: the files.
-        entries: the tensors in them, to name what is damaged.
+        entries: the tensors in them by their names, to name what is damaged.
         limits: what the files may ask for.
 
     Returns:
@@ -162,9 +165,10 @@ def refuse_unlike_written(paths: Iterable[Path], entries: Iterable[TensorEntry],
         Malformed: one differs.
         FormatError: one of them, or a manifest, cannot be read.
     """
-    wanted, held = list(paths), tuple(entries)
-    manifests = {folder: manifest_of(folder, limits) for folder in {path.parent for path in wanted}}
-    found = each(lambda path, report: _faults(path, manifests[path.parent], held, limits, report), wanted, lambda count: None)
+    wanted = list(paths)
+    folders = {path.parent for path in wanted}
+    beside = {folder: _Beside(manifest_of(folder, limits), record_in(folder, limits)) for folder in folders}
+    found = each(lambda path, report: _faults(path, beside[path.parent], entries, limits, report), wanted, lambda count: None)
     for path, faults in zip(wanted, found, strict=True):
         for fault in faults or ():
             raise Malformed(path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again")
@@ -192,18 +196,44 @@ def said(archive: Archive) -> str:
     return f"{name}: {archive.unchecked:,} of {count:,} members carry no CRC and are unchecked"
 
 
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What lies in a folder and tells of its files."""
+
+    manifest: Manifest | None
+    record: OffloadRecord | None
+
+
 def _faults(
-    path: Path, manifest: Manifest | None, entries: Sequence[TensorEntry], limits: Limits, on_bytes: OnBytes
+    path: Path, beside: _Beside, entries: Mapping[str, TensorEntry], limits: Limits, on_bytes: OnBytes
 ) -> list[Fault] | None:
     """How the file *path* differs from what was written; None where nothing tells."""
-    listed = next((file for file in manifest.files if file.name == path.name), None) if manifest else None
-    if manifest and listed:
-        return listed_faults(path.parent, listed, manifest.algorithm, on_bytes)
+    listed = next((file for file in beside.manifest.files if file.name == path.name), None) if beside.manifest else None
+    if beside.manifest and listed:
+        return listed_faults(path.parent, listed, beside.manifest.algorithm, on_bytes)
     source = Source.file(path, limits)
+    if beside.record:
+        return _block_faults(source, beside.record, entries, on_bytes)
     if not source.members:
         return None
     archive = _archive(source)
-    return archive_faults(archive, entries, on_bytes) or (None if archive.unchecked else [])
+    return archive_faults(archive, entries.values(), on_bytes) or (None if archive.unchecked else [])
+
+
+def _block_faults(
+    source: Source, record: OffloadRecord, entries: Mapping[str, TensorEntry], on_bytes: OnBytes
+) -> list[Fault] | None:
+    """The same for a file whose blocks are recorded."""
+    names = (source.path.name, source.path.stem)  # which is without the suffix of a codec
+    runs = [run for run in record.runs if run.shard in names]
+    checked = {entries[name].payload for run in runs for name in run.tensors if name in entries}
+    held = (entry for entry in entries.values() if any(extent.path == source.path for extent in entry.payload.sources))
+    if any(entry.payload not in checked for entry in held):
+        return None
+    for shard in record.shards:
+        if shard.name == source.path.name:
+            refuse_stale_shard(source.path.parent, record, shard, source)
+    return [fault for run in runs if (fault := block_fault(entries, run, record.algorithm, on_bytes))]
 
 
 def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterator[Fault]:

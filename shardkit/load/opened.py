@@ -66,12 +66,11 @@ class Opened:
             FormatError: a file differs, or cannot be read.
             LoadError: nothing tells what was written.
         """
-        wanted = list(entries)
-        used = {extent.path for entry in wanted for extent in entry.payload.sources}
-        unchecked = refuse_unlike_written((file.path for file in self.files if file.path in used), wanted, self.limits)
+        used = {extent.path for entry in entries for extent in entry.payload.sources}
+        unchecked = refuse_unlike_written((file.path for file in self.files if file.path in used), self.entries, self.limits)
         if unchecked:
             raise LoadError(
-                f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, and no manifest beside it has any",
+                f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, and no file beside it has any",
                 hint="write it with `shardkit convert --checksum sha256`, or load it without verify",
             )
 

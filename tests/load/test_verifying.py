@@ -93,6 +93,32 @@ def test_a_flipped_bit_in_a_zip_file_is_told_by_its_crc(load: Load, source: Path
 
 
 @by_any_door
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_a_flipped_bit_in_a_prepared_folder_is_told_by_its_block(load: Load, whole: bool, source: Path, tmp_path: Path) -> None:
+    shardkit.offload_prep(source, tmp_path / "prepared")
+    shard = tmp_path / "prepared" / "model.safetensors"
+    checkpoint = shard.parent if whole else shard
+    load(empty(), checkpoint, verify=True)
+    content = shard.read_bytes()
+    flip(shard, -9)
+    with pytest.raises(Malformed, match=r"model\.safetensors: 1: block at \["):
+        load(empty(), checkpoint, verify=True)
+    shard.write_bytes(content.replace(b"[40,30]", b"[30,40]"))
+    with pytest.raises(Malformed, match=r"the header of 'model\.safetensors' is another"):
+        load(nn.Sequential(nn.Linear(40, 30, bias=False)), checkpoint, verify=True)
+
+
+@by_any_door
+def test_what_is_compressed_is_verified_too(load: Load, source: Path, tmp_path: Path) -> None:
+    shardkit.convert(source, tmp_path / "small", compress="zstd", checksum="sha256")
+    (shard,) = (tmp_path / "small").glob("*.zst")
+    load(empty(), tmp_path / "small", verify=True)
+    flip(shard, shard.stat().st_size // 2)
+    with pytest.raises(Malformed, match=r"model\.safetensors\.zst"):
+        load(empty(), tmp_path / "small", verify=True)
+
+
+@by_any_door
 def test_what_carries_no_checksums_cannot_be_verified_and_that_is_an_error(load: Load, folder: Path, tmp_path: Path) -> None:
     (folder / MANIFEST_NAME).unlink()
     model = empty()
