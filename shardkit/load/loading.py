@@ -64,8 +64,8 @@ def load_checkpoint_in_model(
         mmap: share the page cache with the files instead, where tensors lie in them as they are in memory. Such weights cost
             no memory until they are used, and change when the file is written to.
         verify: read the files that the weights lie in once before, whole, and hold them against the checksums that were
-            written with them: those of shardkit.manifest.json or offload.json, or the CRCs of a zip file. It is an error if there
-            are none.
+            written with them: those of shardkit.manifest.json or of offload.json, or the CRCs of a zip file. It is an error
+            if there are none.
 
     Raises:
         FormatError: the checkpoint cannot be read.
