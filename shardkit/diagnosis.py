@@ -124,6 +124,7 @@ _LOOKALIKES = (
     _Lookalike(_begins(b"BZh"), *_packed("bzip2", "bunzip2")),
     _Lookalike(_begins(b"\xfd7zXZ\0"), *_packed("xz", "unxz")),
     _Lookalike(_begins(b"\x04\x22\x4d\x18"), *_packed("lz4", "unlz4")),
+    _Lookalike(_begins(b"\x28\xb5\x2f\xfd"), *_packed("zstd more than once", "zstd -d")),  # once would have been seen through
     _Lookalike(_begins(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive", _UNPACK),
     _Lookalike(_begins(b"Rar!"), "is a RAR archive", _UNPACK),
     _Lookalike(_is_old_torch_tar, "is a tar archive of torch before 0.1.10", _RESAVE),
@@ -144,7 +145,7 @@ _LOOKALIKES = (
 
 def _unknown(head: bytes) -> tuple[str, str]:
     if len(head) < 16:
-        return f"has {len(head)} bytes, too few for any format", _AGAIN
+        return f"has {len(head)} byte{'s' if len(head) > 1 else ''}, too few for any format", _AGAIN
     if _is_text(head):
         return f"is a text and holds no weights; it begins with {shown(head[:40].decode('utf-8', 'replace'))}", _WEIGHTS
     return f"is of no known format; it begins with {head[:8].hex(' ')}", "`shardkit formats` lists what can be read"

@@ -11,7 +11,7 @@ from typing import Literal
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, shown, shown_path
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
 from shardkit.roots import LeftOut, select_root
 
 Ties = Literal["keep-first", "copy"]
@@ -135,11 +135,10 @@ def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
 def _refuse_undense(others: Sequence[Other]) -> None:
     if not others:
         return
-    listed = ", ".join(f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others[:5])
-    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    found = listed([f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others])
     raise Unwritable(
-        f"safetensors holds dense tensors only, and these are none: {listed}{more}",
-        hint=f"leave them out: --exclude {others[0].name!r}",
+        f"safetensors holds dense tensors only, and these are none: {found}",
+        hint=f"leave them out: {excluding([other.name for other in others])}",
     )
 
 
@@ -171,10 +170,10 @@ def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
         path = seen.setdefault(entry.name, entry.path)
         if path is not entry.path:
             first, second = (" → ".join(shown(name) for name in each) for each in (path, entry.path))
-            raise NameClash(
-                f"two tensors would be called {shown(entry.name)}: {first}, and {second}",
-                hint="tell them apart with --rename, or take one with --root or --exclude",
-            )
+            raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint=_APART)
+
+
+_APART = "take what is below one of them with --root, or leave both out with --exclude; a name that --rename made needs another"
 
 
 def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:

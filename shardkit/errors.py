@@ -25,10 +25,13 @@ try. Values that come out of a file reach a message only through `shown`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SHOWN_CHARACTERS = 80
+_DAMAGED = "it was damaged on its way, or written wrong: fetch it again, or have it saved again where it was made"
 
 
 class ShardkitError(Exception):
@@ -75,7 +78,7 @@ class Malformed(FormatError):
     """
 
     def __init__(self, path: Path, message: str, *, where: str = "", hint: str | None = None) -> None:
-        super().__init__(path, f"{_printable(where)}: {message}" if where else message, hint=hint)
+        super().__init__(path, f"{_printable(where)}: {message}" if where else message, hint=hint or _DAMAGED)
         self.where = where
 
 
@@ -203,6 +206,18 @@ def shown(value: object) -> str:
         case tuple() | list() | dict() | set() | frozenset():
             return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def listed(items: Sequence[str], *, most: int = 5) -> str:
+    """The first *most* of *items*, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def excluding(names: Sequence[str], *, most: int = 5) -> str:
+    """The options that leave out the tensors called *names*, to be typed into a shell."""
+    globs = [glob.escape(name[:_SHOWN_CHARACTERS]) + "*" * (len(name) > _SHOWN_CHARACTERS) for name in names[:most]]
+    return _printable(" ".join(f"--exclude {shlex.quote(each)}" for each in globs) + " …" * (len(names) > most))
 
 
 def shown_path(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, shown
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, excluding, listed, shown
 from shardkit.limits import Limits
 from shardkit.payload import PAGE, Payload
 from shardkit.strict_json import parse_json
@@ -104,6 +104,7 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
         NameClash: two have one name.
     """
     _check_names(entries)
+    _check_types(entries)
     fields = [_metadata_line(metadata)] if metadata else []
     fields += _lines(entries)
     text = _encoded("{" + ",".join(fields) + "}", entries)
@@ -245,6 +246,14 @@ def _check_names(entries: Sequence[TensorEntry]) -> None:
         raise NameClash(f"two tensors would be called {shown(twice)}")
 
 
+def _check_types(entries: Sequence[TensorEntry]) -> None:
+    others = [entry for entry in entries if not entry.dtype.writable]
+    if others:
+        found = listed([f"{shown(entry.name)} ({entry.dtype.code})" for entry in others])
+        hint = f"leave them out: {excluding([entry.name for entry in others])}"
+        raise Unwritable(f"safetensors has no such types as these tensors have: {found}", hint=hint)
+
+
 def _metadata_line(metadata: Mapping[str, str]) -> str:
     return f'"{METADATA}":{{{",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in metadata.items())}}}'
 
@@ -252,11 +261,6 @@ def _metadata_line(metadata: Mapping[str, str]) -> str:
 def _lines(entries: Sequence[TensorEntry]) -> Iterator[str]:
     stops = accumulate(entry.nbytes for entry in entries)
     for entry, stop in zip(entries, stops, strict=True):
-        if not entry.dtype.writable:
-            raise Unwritable(
-                f"tensor {shown(entry.name)} is {entry.dtype.code}, and safetensors has no such type",
-                hint=f"leave it out: --exclude {shown(entry.name)}",
-            )
         shape = ",".join(map(str, entry.shape))
         start = stop - entry.nbytes
         yield f'{_quoted(entry.name)}:{{"dtype":"{entry.dtype.code}","shape":[{shape}],"data_offsets":[{start},{stop}]}}'

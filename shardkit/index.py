@@ -19,6 +19,7 @@ _WHERE = "index"
 LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
+_NAMES = "the files of an index lie in its folder or below, and it has their names from there: fetch it again, or mend it by hand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def _check_files(path: Path, weight_map: dict[str, object]) -> None:
         if name not in fine:
             fault = fault_of_name(name)
             if fault:
-                raise Malformed(path, f"the file of tensor {shown(tensor)}, {shown(name)}, {fault}", where=_WHERE)
+                message = f"the file of tensor {shown(tensor)}, {shown(name)}, {fault}"
+                raise Malformed(path, message, where=_WHERE, hint=_NAMES)
             fine.add(name)
 
 

@@ -224,9 +224,8 @@ class _Walk:
         try:
             return TensorEntry(path, view.dtype, view.logical_shape, view.payload(self.record, big_endian=self.big_endian))
         except ValueError as error:
-            raise Malformed(
-                self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint="the file is damaged, or made to mislead"
-            ) from None
+            hint = "the file is damaged, or made to mislead: fetch it again, from where you trust it"
+            raise Malformed(self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint=hint) from None
 
     def _spend(self, nbytes: int) -> None:
         """Count one thing found, whose name takes *nbytes* to hold."""

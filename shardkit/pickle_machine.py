@@ -151,7 +151,7 @@ class Machine:
     def find(self, module: object, name: object) -> object:
         """What stands for a global."""
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError(f"the pickle names a global {shown(name)} of {shown(module)}")
+            raise ValueError(f"the pickle names a class by {shown(module)} and {shown(name)}, where two texts are needed")
         known = self.globals.get((module, name))
         if known is None:
             known = self.vocabulary.find(module, name)

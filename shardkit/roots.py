@@ -15,7 +15,7 @@ from math import prod
 
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import U8
-from shardkit.errors import AmbiguousRoot, NothingSelected, shown
+from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown
 from shardkit.sizes import format_size
 
 
@@ -245,9 +245,8 @@ def _left_out(tree: Node, chosen: Node, aside: dict[str, str]) -> Iterator[LeftO
 
 
 def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
-    listed = ", ".join(f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates[:10])
-    more = f" and {len(candidates) - 10} more" if len(candidates) > 10 else ""
+    found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
     return AmbiguousRoot(
-        f"several parts of the file could be the model: {listed}{more}",
+        f"several parts of the file could be the model: {found}",
         hint=f"choose one with --root {candidates[0].name}, or take all with --root .",
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, TensorEntry
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed, listed, shown
 from shardkit.index import Index
 from shardkit.limits import Limits
 
@@ -96,9 +96,7 @@ class _Census:
 
 
 def _counted(names: list[str]) -> str:
-    listed = ", ".join(shown(name) for name in names[:_LISTED])
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-    return f"{listed}{more} {'stands' if len(names) == 1 else 'stand'}"
+    return f"{listed([shown(name) for name in names], most=_LISTED)} {'stands' if len(names) == 1 else 'stand'}"
 
 
 def _merged(shards: Iterable[Checkpoint]) -> tuple[dict[str, str], list[str]]:

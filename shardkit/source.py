@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shardkit import index, registry, shards
 from shardkit.checkpoint import Checkpoint, SourceFile
-from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, shown, shown_path
+from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, listed, shown, shown_path
 from shardkit.expansion import expansion
 from shardkit.format import Format, Source
 from shardkit.freshness import record_in, refuse_stale
@@ -247,15 +247,14 @@ def _with_note(checkpoint: Checkpoint, chosen: str, found: Sequence[str]) -> Che
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(shown(name) for name in names[:_LISTED]) + more
+    return listed([shown(name) for name in names], most=_LISTED)
 
 
-def _inside(folder: Path, names: Sequence[str]) -> str | None:
+def _inside(folder: Path, names: Sequence[str]) -> str:
     folders = [name for name in names if (folder / name).is_dir()]
     if "snapshots" in folders:
         return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    return f"give one of its folders, as in {folder / folders[0]}" if folders else None
+    return f"give one of its folders, as in {folder / folders[0]}" if folders else "give the file or folder with the weights"
 
 
 @contextmanager

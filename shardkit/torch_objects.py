@@ -46,7 +46,7 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
 
 def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     if not _INTEGER.issuperset(map(type, values)):
-        raise ValueError(f"a shape or stride of a tensor is {shown(values)} that are not all integers")
+        raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
     return cast("tuple[int, ...]", tuple(values))
 
 
@@ -181,7 +181,7 @@ def _collection(name: str) -> Callable[[tuple[object, ...]], Opaque]:
 
 def _wrong(name: str, args: tuple[object, ...]) -> ValueError:
     given = ", ".join(shown(arg) for arg in args[:8])
-    return ValueError(f"torch's {name} is called with ({given})")
+    return ValueError(f"torch's {name} is called with ({given}), of which it makes no tensor")
 
 
 def _named(value: object) -> str:

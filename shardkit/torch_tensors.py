@@ -106,10 +106,12 @@ class View:
 
     def _check(self) -> None:
         if len(self.shape) > _MOST_AXES or len(self.shape) != len(self.strides):
-            raise ValueError(f"it has {len(self.shape)} axes and {len(self.strides)} strides; torch allows {_MOST_AXES} of both")
+            counts = f"{len(self.shape)} lengths and {len(self.strides)} strides"
+            raise ValueError(f"it has {counts}, and torch has as many of both, {_MOST_AXES} at most")
         numbers = (self.offset, *self.shape, *self.strides)
         if min(numbers) < 0 or max(numbers) >= _MOST:
-            raise ValueError(f"an axis, a stride or the offset is {shown(min(numbers) if min(numbers) < 0 else max(numbers))}")
+            wrong = min(numbers) if min(numbers) < 0 else max(numbers)
+            raise ValueError(f"an axis, a stride or the offset is {shown(wrong)}, and torch counts from 0 to 2⁶³ - 1")
         if prod(self.shape) * self.dtype.itemsize >= _MOST:
             raise ValueError(f"its shape {list(self.shape)} is larger than any memory")
 
@@ -137,8 +139,10 @@ def storage_of(pid: object) -> Storage:
     _, kind, key, _, count, *view = pid
     if type(kind) is Global:
         raise ValueError(f"a storage is of the class {shown(kind.name)}, which torch does not have")
-    if type(kind) is not StorageClass or type(key) is not str or type(count) is not int or not 0 <= count < _MOST:
-        raise ValueError(f"a storage of class {shown(kind)} has the key {shown(key)} and {shown(count)} elements")
+    if type(kind) is not StorageClass or type(key) is not str:
+        raise ValueError(f"a storage is named by {shown(kind)} and {shown(key)}, where a class of torch and a text are needed")
+    if type(count) is not int or not 0 <= count < _MOST:
+        raise ValueError(f"storage {shown(key)} is said to have {shown(count)} elements, and torch counts from 0 to 2⁶³ - 1")
     return (
         Storage(kind, key, count, 0, count)
         if not view or view[0] is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from shardkit import registry
 from shardkit.diagnosis import diagnosed
@@ -64,6 +65,7 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "gzip": (gzip.compress(b"x" * 99), "is compressed with gzip", "gunzip"),
     "bzip2": (b"BZh91AY&SY" + bytes(30), "is compressed with bzip2", "bunzip2"),
     "xz": (b"\xfd7zXZ\0" + bytes(30), "is compressed with xz", "unxz"),
+    "zstd within zstd": (zstandard.compress(b"x" * 99), "is compressed with zstd more than once", "zstd -d"),
     "a 7-Zip archive": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7-Zip archive", "unpack it"),
     "JSON": (json.dumps({"architectures": ["Llama"]}).encode(), "is a JSON text and holds no weights", "give the file"),
     "GGUF": (b"GGUF" + bytes(60), "is a GGUF file", "original"),
@@ -77,6 +79,7 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "an empty zip archive": (zipped([]), "is a zip archive of 0 files", "unpack it"),
     "an archive of torch.export": (zipped(["m/archive_format", "m/data/weights/weight_0"]), "torch.export (.pt2)", "torch.save"),
     "a torch.package archive": (zipped(["m/.data/extern_modules", "m/a.py"]), "is a torch.package archive", "state_dict"),
+    "one that packs a data.pkl": (zipped(["m/.data/extern_modules", "m/m/data.pkl"]), "is a torch.package archive", "state_dict"),
     "npz": (array("npz"), "is an archive of NumPy arrays (.npz)", "pip install shardkit-npz"),
     "npy": (array("npy"), "is a NumPy array (.npy)", "pip install shardkit-npz"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "is an HDF5 file", "safetensors"),

@@ -1,4 +1,5 @@
 import re
+import shlex
 
 import pytest
 
@@ -94,8 +95,10 @@ def test_quantised_floats_keep_their_type_and_it_is_said() -> None:
 
 def test_two_tensors_of_one_name_are_a_clash_that_names_both() -> None:
     checkpoint = Checkpoint((tensor("a.b"), TensorEntry(("a", "b"), F32, (1,), Literal(bytes(4)))))
-    with pytest.raises(NameClash, match=re.escape("two tensors would be called 'a.b': 'a.b', and 'a' → 'b'")):
+    with pytest.raises(NameClash, match=re.escape("two tensors would be called 'a.b': 'a.b', and 'a' → 'b'")) as caught:
         edit(checkpoint, Edits(root="."))
+    assert "--root" in str(caught.value.hint)
+    assert names(Edits(root="a"), checkpoint) == ["b"]
 
 
 def test_a_rename_that_joins_two_names_is_a_clash() -> None:
@@ -112,8 +115,18 @@ def test_an_undense_weight_is_refused_by_name_and_may_be_excluded() -> None:
     checkpoint = Checkpoint((tensor("a"),), (Other(("s",), OtherKind.SPARSE, 8, "torch.sparse_coo"),))
     with pytest.raises(Unwritable, match=re.escape("'s' (sparse tensor: torch.sparse_coo)")) as caught:
         edit(checkpoint, Edits())
-    assert caught.value.hint == "leave them out: --exclude 's'"
+    assert caught.value.hint == "leave them out: --exclude s"
     assert names(Edits(exclude=("s",)), checkpoint) == ["a"]
+
+
+def test_the_hint_leaves_out_all_that_is_undense_and_nothing_else() -> None:
+    odd = ("s", "s[0]", "it's", "s 2")
+    others = tuple(Other((name,), OtherKind.SPARSE, 8, "torch.sparse_coo") for name in odd)
+    checkpoint = Checkpoint((tensor("s0"), tensor("it_s")), others)
+    with pytest.raises(Unwritable) as caught:
+        edit(checkpoint, Edits())
+    globs = [word for word in shlex.split(str(caught.value.hint)) if word not in ("leave", "them", "out:", "--exclude")]
+    assert names(Edits(exclude=tuple(globs)), checkpoint) == ["s0", "it_s"]
 
 
 @pytest.mark.parametrize(

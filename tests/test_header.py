@@ -217,7 +217,11 @@ def test_the_text_is_that_of_the_reference_writer() -> None:
 
 
 UNWRITABLE = {
-    "a dtype without a code": ([entry("a", code="C128")], {}, "tensor 'a' is C128, and safetensors has no such type"),
+    "a dtype without a code": (
+        [entry("a", code="C128"), entry("b"), entry("c", code="C32")],
+        {},
+        "safetensors has no such types as these tensors have: 'a' (C128), 'c' (C32)",
+    ),
     "the name of the metadata": ([entry("__metadata__")], {}, "no tensor of a safetensors file can be called __metadata__"),
     "half a surrogate pair": ([entry("a"), entry("b\ud800")], {}, "'b\\ud800' holds half a surrogate pair"),
     "the same in the metadata": ([entry("a")], {"x": "\udfff"}, "the metadata"),

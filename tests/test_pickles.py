@@ -243,7 +243,7 @@ FAULTS = {
     "odd items": (b"}(K\1u.", "without a value"),
     "set of a number": (b"K\1(K\1\x90.", "appends to 1"),
     "no number": (b"Ixyz\n.", "bytes 'xyz' is no number"),
-    "global of numbers": (b"K\1K\2\x93.", "names a global 2 of 1"),
+    "global of numbers": (b"K\1K\2\x93.", "names a class by 1 and 2"),
     "out of band": (b"\x97.", "outside of itself"),
 }
 

@@ -129,7 +129,7 @@ BAD = {
         "pathlib.Path",
     ),
     "pid of nothing": (legacy({"a": Pid("x")}, ["0"], b""), "a tuple of 1 means no storage"),
-    "shape of texts": (legacy({"a": Rebuilt(pid("0", 2), 0, ("2",), (1,))}, ["0"], storage(1, 2)), "not all integers"),
+    "shape of texts": (legacy({"a": Rebuilt(pid("0", 2), 0, ("2",), (1,))}, ["0"], storage(1, 2)), "not all whole numbers"),
     "arguments missing": (legacy({"a": Rebuilt(pid("0", 2), 0)}, ["0"], storage(1, 2)), "_rebuild_tensor is called with"),
 }
 

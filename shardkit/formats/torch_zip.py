@@ -19,7 +19,7 @@ def sniff(source: Source) -> bool:
     if source.head[:2] != b"PK":
         return False
     names = {member.name for member in source.members}
-    return has_member(names, "data.pkl") and not has_member(names, "constants.pkl")
+    return has_member(names, "data.pkl") and not any(has_member(names, other) for other in _OTHERS)
 
 
 def scan(source: Source) -> Checkpoint:
@@ -96,7 +96,14 @@ class Records:
         roots = [name.removesuffix("data.pkl") for name in self._members if name == "data.pkl" or name.endswith("/data.pkl")]
         if not roots:
             raise Malformed(self._source.path, "is a zip archive without data.pkl, which torch.save did not write")
-        return min(roots, key=len)
+        root = min(roots, key=len)
+        if other := next((each for each in roots if not each.startswith(root)), None):
+            message = f"holds {shown(f'{root}data.pkl')} and {shown(f'{other}data.pkl')}, and torch.save writes one of them"
+            raise Malformed(self._source.path, message, hint="unpack it, and convert the checkpoints that are inside")
+        return root
+
+
+_OTHERS = ("constants.pkl", ".data/extern_modules")  # what TorchScript and torch.package have beside a data.pkl
 
 
 def has_member(names: set[str], name: str) -> bool:
