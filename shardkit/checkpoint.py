@@ -142,7 +142,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, tied ones counted once."""
-        return sum({(t.payload, t.dtype, t.shape): t.nbytes for t in self.tensors}.values())
+        return sum({(t.payload, t.dtype.code, t.shape): t.nbytes for t in self.tensors}.values())
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._by_name[name]

@@ -137,9 +137,14 @@ def _parts(path: tuple[str, ...]) -> list[str]:
 def _see_looks(places: Sequence[Place]) -> None:
     """Give places the same look whose leaves and children have the same names, types, shapes and remarks."""
     looks: dict[object, int] = {}
+    seen: dict[int, int] = {}  # by identity: it is the same few leaves over and over
     for place in reversed(places):
-        seen = (tuple(leaf.look for leaf in place.leaves), tuple((child.label, child.look) for child in place.children.values()))
-        place.look = looks.setdefault(seen, len(looks))
+        for leaf in place.leaves:
+            if id(leaf) not in seen:
+                seen[id(leaf)] = looks.setdefault(leaf.look, len(looks))
+        leaves = [seen[id(leaf)] for leaf in place.leaves]
+        look = (*leaves, *[(child.label, child.look) for child in place.children.values()])
+        place.look = looks.setdefault(look, len(looks))
 
 
 def _opened(whole: Item, most: int | None, *, fold: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
@@ -49,23 +50,29 @@ def _leaves(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], Leaf]]:
     tensors = checkpoint.tensors
     tied = ties(tensors)
     over = overlaps(tensors, tied)
+    plain = cache(_plain)  # most are alike, and there may be a hundred thousand
     for number, entry in enumerate(tensors):
         if number in tied:
             kept = tensors[tied[number]]
             yield entry.path, Leaf(entry.dtype.code, str(list(entry.shape)), 0, f"= {kept.name}", tie=_seen_from(entry, kept))
         else:
             remark = _remark(entry, tensors[over[number]] if number in over else None)
-            yield entry.path, Leaf(entry.dtype.code, str(list(entry.shape)), entry.nbytes, remark)
+            yield entry.path, plain(entry.dtype.code, entry.shape, entry.nbytes, remark)
     for other in checkpoint.others:
         if other.kind is not OtherKind.CALL:
             yield other.path, Leaf(other.kind, "", other.nbytes, other.reason, is_tensor=False)
 
 
+def _plain(code: str, shape: tuple[int, ...], nbytes: int, remark: str) -> Leaf:
+    return Leaf(code, str(list(shape)), nbytes, remark)
+
+
 def _remark(entry: TensorEntry, below: TensorEntry | None) -> str:
     """What there is to say of *entry*, which lies over *below*."""
-    view = "strided view" if isinstance(entry.payload, Strided) else ""
-    place = f"in the storage of {below.name}" if below else ""
-    return ", ".join(filter(None, (view, place)))
+    if below is None:
+        return "strided view" if type(entry.payload) is Strided else ""
+    place = f"in the storage of {below.name}"
+    return f"strided view, {place}" if type(entry.payload) is Strided else place
 
 
 def _seen_from(entry: TensorEntry, kept: TensorEntry) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 
 from shardkit.checkpoint import TensorEntry
-from shardkit.dtypes import DType
 from shardkit.expansion import Expanded, Framed
 from shardkit.payload import Concat, Extent, Payload, Swapped
 from shardkit.strided import Strided
@@ -13,11 +12,11 @@ from shardkit.strided import Strided
 
 def ties(tensors: Sequence[TensorEntry]) -> dict[int, int]:
     """For each tensor that has the very bytes, type and shape of an earlier one: its number to the number of that one."""
-    first: dict[tuple[object, DType, tuple[int, ...]], int] = {}
+    first: dict[tuple[object, str, tuple[int, ...]], int] = {}
     tied: dict[int, int] = {}
     for number, entry in enumerate(tensors):
         if entry.nbytes:
-            kept = first.setdefault((entry.payload, entry.dtype, entry.shape), number)
+            kept = first.setdefault((entry.payload, entry.dtype.code, entry.shape), number)
             if kept != number:
                 tied[number] = kept
     return tied
