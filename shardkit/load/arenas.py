@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from shardkit.payload import Extent, ended_early, unreadable
 from shardkit.sizes import format_size
 
 HUGE = 2 << 20  # a huge page of x86 and of most ARM; a larger one is never asked for
+_WIPEONFORK = 18  # MADV_WIPEONFORK of Linux, which Python does not name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,12 @@ class Arena:
                 return cls(_private(file.fileno(), last.start + last.nbytes - first, first), -first)
         except OSError as error:
             raise unreadable(path, error) from None
+
+    def wipe_in_children(self) -> None:
+        """Let the child of a fork find zeros here, where the system can."""
+        if sys.platform == "linux":
+            with suppress(OSError):  # a kernel before 4.14
+                self.mapping.madvise(_WIPEONFORK)
 
     def tensor(self, at: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """A tensor whose bytes begin at *at*, as a storage of its own."""

@@ -22,6 +22,7 @@ from shardkit.load.blocks import Block, Cut, cut, seats_of
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import device_of
 from shardkit.load.lanes import lane_to
+from shardkit.load.layouts import Layout
 from shardkit.load.loading import torch_device
 from shardkit.load.moves import Mover, RoundTrip
 from shardkit.load.paged import Paged
@@ -29,6 +30,7 @@ from shardkit.load.pager import Pager, Streamed
 from shardkit.load.pages import Piece
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.resident import place
+from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
 from shardkit.load.weights import Weight, weights_of
@@ -47,7 +49,7 @@ class Wish:
         whole: names of classes whose modules stream as one.
         offload_buffers: whether buffers stream like parameters.
         skip: keys of arguments that are not moved between devices.
-        ring: blocks of streamed weights that are in memory at a time.
+        ring: blocks of streamed weights that are in memory at a time, or how much they may take.
         hooks: whether arguments are moved where nothing streams and all is on one device.
     """
 
@@ -56,7 +58,7 @@ class Wish:
     whole: Collection[str] = ()
     offload_buffers: bool = False
     skip: Collection[str] = ()
-    ring: int = 4
+    ring: int | str = 4
     hooks: bool = False
 
     def runs_on(self, name: str) -> torch.device:
@@ -102,6 +104,7 @@ def arrange(
         if isinstance(attached, Pager):
             attached.let_go()
     parts = wish.cut(model)
+    check_ring(parts, wish, addresses)
     inside = [weight for block in parts.blocks for weight in block.weights]
     addressless = [weight for weight in inside if weight.names[0] not in addresses]
     _refuse_empty([*parts.resident, *addressless])
@@ -114,6 +117,18 @@ def arrange(
     _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
     if wish.hooks:
         _attach_movers(model, wish)
+
+
+def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
+    """See that each block of *parts* fits into the ring.
+
+    Raises:
+        OverBudget: one does not.
+    """
+    if isinstance(wish.ring, str):
+        known = (block for block in parts.blocks if all(_has_value(weight, addresses) for weight in block.weights))
+        pieces = (_Streamed.of(block, wish, addresses).pieces for block in known)
+        room_for((Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring)
 
 
 def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]]) -> None:
@@ -193,6 +208,10 @@ def _detach(model: nn.Module) -> list[Pager]:
         for each in (table, *flags):
             each.pop(key, None)  # type: ignore[attr-defined]  # a dict, which the annotation does not let be changed
     return list(pagers)
+
+
+def _has_value(weight: Weight, addresses: Mapping[str, Recipe]) -> bool:
+    return weight.names[0] in addresses or not (weight.tensor.is_meta or is_lazy(weight.tensor))
 
 
 def _refuse_empty(weights: Iterable[Weight]) -> None:

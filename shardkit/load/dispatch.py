@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from shardkit.load import resident
-from shardkit.load.arrangement import Wish, arrange
+from shardkit.load.arrangement import Wish, arrange, check_ring
 from shardkit.load.assign import Home
+from shardkit.load.blocks import Cut
 from shardkit.load.budgets import MaxMemory, device_key
 from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
 from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
@@ -57,7 +58,7 @@ def load_checkpoint_and_dispatch(
     broadcast_from_rank0: bool = False,
     *,
     offload: Literal["allow", "never"] = "allow",
-    ring: int = 4,
+    ring: int | str = 4,
     verify: bool = False,
 ) -> _Model:
     """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
@@ -82,8 +83,8 @@ def load_checkpoint_and_dispatch(
         full_state_dict: a checkpoint is read by one process, whole; False is an error.
         broadcast_from_rank0: likewise; True is an error.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time; at least two. A map that is made here counts them, and
-            may have room for fewer.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
+            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer.
         verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
 
     Raises:
@@ -111,7 +112,9 @@ def load_checkpoint_and_dispatch(
     device_map, ring = terms.residents(model, device_map)
     check_device_map(model, device_map)
     wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring)
-    addresses = _addresses(model, found.homes, wish)
+    parts = wish.cut(model)
+    addresses = _addresses(parts, found.homes, wish)
+    check_ring(parts, wish, addresses)
     if verify:
         opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
     values = resident.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
@@ -137,7 +140,7 @@ def dispatch_model(
     preload_module_classes: Names = None,
     force_hooks: bool = False,
     *,
-    ring: int = 4,
+    ring: int | str = 4,
 ) -> _Model:
     """Let *model* run over accelerators, CPU and disk.
 
@@ -154,7 +157,8 @@ def dispatch_model(
         skip_keys: keys of arguments that stay where they are.
         preload_module_classes: names of classes whose modules stream as one.
         force_hooks: move inputs and outputs even if all of the model is on one device.
-        ring: how many blocks of streamed weights are in memory at a time; at least two.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
+            "500MB".
 
     Raises:
         FormatError: a file cannot be read.
@@ -236,7 +240,7 @@ def _wish(
     offload_buffers: bool,
     skip_keys: Names,
     force_hooks: bool,
-    ring: int,
+    ring: int | str,
 ) -> Wish:
     devices = {name: device_key(device) for name, device in device_map.items()}
     several = len(set(devices.values())) > 1 or "disk" in devices.values()
@@ -251,9 +255,9 @@ def _wish(
     )
 
 
-def _addresses(model: nn.Module, homes: Iterable[Home], wish: Wish) -> dict[str, Recipe]:
+def _addresses(parts: Cut, homes: Iterable[Home], wish: Wish) -> dict[str, Recipe]:
     """Where those of *homes* are that stream from disk."""
-    weights = (weight for block in wish.cut(model).blocks for weight in block.weights)
+    weights = (weight for block in parts.blocks for weight in block.weights)
     streamed = {weight.names[0] for weight in weights if device_of(weight.names[0], wish.device_map) == "disk"}
     return {home.name: Recipe.of(home.stored) for home in homes if home.name in streamed}
 

@@ -1,28 +1,32 @@
 """The device seam: how weights come to where a block runs, and who must wait for whom.
 
-1. A lane makes the memory of a device and fills it. On the CPU the reader writes into that memory itself. An accelerator gets
-   a copy out of pinned memory, on a stream of its own, which the reader does not wait for.
+1. A lane makes the memory of a device, and main memory that is copied to it. On the CPU the two are the same, and nothing is
+   copied. An accelerator gets copies out of pinned memory, on a stream of its own, which nobody waits for but who needs them.
 2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so on the ticket: either the
    work that this thread issues next comes after it (`precede`), or the thread itself waits (`finish`).
-3. Whoever fills memory passes the tickets of all that used it; whoever uses it lets the ticket of its filling precede.
+3. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to memory passes the tickets of all
+   that used that; whoever uses it lets the ticket of the sending precede.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from shardkit.load.memory import aligned, memory_of
-
-Write = Callable[[memoryview], None]
+from shardkit.load.memory import private
 
 
 class Ticket(Protocol):
     """Work of a device that was issued, and may not be done yet."""
+
+    @property
+    def line(self) -> Hashable:
+        """Where it was issued: of the tickets of one line, a later one is never done before an earlier one."""
+        ...
 
     def precede(self) -> None:
         """Let everything that this thread issues from now on come after it."""
@@ -42,19 +46,27 @@ class Lane(Protocol):
         ...
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        """Fresh memory there, as bytes; 64-byte aligned.
+        """Fresh memory there, as bytes; it begins at a page.
 
         Raises:
             LoadError: there is no room for it.
         """
         ...
 
-    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
-        """Fill *memory* with what *write* writes into main memory of the same length.
+    def host(self, memory: torch.Tensor) -> torch.Tensor:
+        """Main memory of the length of *memory*, for `send`; it begins at a page. It is *memory* itself where that will do.
+
+        Raises:
+            LoadError: there is no room for it.
+        """
+        ...
+
+    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
+        """Copy *host* to *memory*, unless they are the same.
 
         Args:
-            memory: what `memory` gave, or the beginning of it.
-            write: called in this thread, before this returns.
+            host: what `host` gave, or a part of it.
+            memory: what `memory` gave, or a part of it.
             after: what must be done before *memory* may change.
         """
         ...
@@ -73,6 +85,8 @@ def lane_to(device: torch.device) -> Lane:
 class Done:
     """Work that is done when it is issued."""
 
+    line: Hashable = None
+
     def precede(self) -> None:
         return
 
@@ -89,10 +103,12 @@ class CpuLane:
         return torch.device("cpu")
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        return aligned(nbytes)
+        return private(nbytes)
 
-    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
-        write(memory_of(memory))
+    def host(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory
+
+    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
         return Done()
 
     def issued(self, memory: torch.Tensor) -> Ticket:
@@ -106,49 +122,40 @@ class AcceleratorLane:
         """Hold no memory yet."""
         self.device = device
         self._stream = torch.Stream(device=device)
-        self._reader = threading.local()
+        self._sending = threading.Lock()
 
     def memory(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
-        pinned = self._pinned(len(memory))
-        write(memory_of(pinned))
-        for ticket in after:
-            assert isinstance(ticket, _Event)
-            self._stream.wait_event(ticket.event)
-        with self._stream:
-            memory.copy_(pinned, non_blocking=True)
-        memory.record_stream(self._stream)
-        copied = _Event.after(self._stream)
-        self._reader.copied = copied
-        return copied
+    def host(self, memory: torch.Tensor) -> torch.Tensor:
+        return torch.empty(len(memory), dtype=torch.uint8, pin_memory=True)
+
+    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
+        with self._sending:  # so that the event stands behind this copy, and the waits before it
+            for ticket in after:
+                assert isinstance(ticket, _Event)
+                self._stream.wait_event(ticket.event)
+            with self._stream:
+                memory.copy_(host, non_blocking=True)
+            return _Event.after(self._stream)
 
     def issued(self, memory: torch.Tensor) -> Ticket:
         stream = torch.accelerator.current_stream(self.device)
         memory.record_stream(stream)  # its allocator must not give the memory away while that work may run
         return _Event.after(stream)
 
-    def _pinned(self, nbytes: int) -> torch.Tensor:
-        """This thread's memory to copy from, once the last copy out of it is done."""
-        if copied := getattr(self._reader, "copied", None):
-            copied.finish()
-        if len(getattr(self._reader, "pinned", ())) < nbytes:
-            self._reader.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        pinned: torch.Tensor = self._reader.pinned[:nbytes]
-        return pinned
-
 
 @dataclass(frozen=True, slots=True)
 class _Event:
     event: torch.Event
+    line: Hashable
 
     @classmethod
     def after(cls, stream: torch.Stream) -> _Event:
         """All that *stream* was given so far."""
         event = torch.Event(device=stream.device)
         event.record(stream)
-        return cls(event)
+        return cls(event, (stream.device_type, stream.device_index, stream.stream_id))
 
     def precede(self) -> None:
         torch.accelerator.current_stream(self.event.device).wait_event(self.event)

@@ -47,6 +47,19 @@ def aligned(nbytes: int) -> torch.Tensor:
     return Arena.of(nbytes).tensor(0, torch.uint8, (nbytes,))
 
 
+def private(nbytes: int) -> torch.Tensor:
+    """The same, but it begins at a page, and the child of a fork finds zeros in it.
+
+    So a fork copies none of it, and what a disk writes there meanwhile goes to the parent.
+
+    Raises:
+        LoadError: there is no room for it.
+    """
+    arena = Arena.of(max(1, nbytes))
+    arena.wipe_in_children()
+    return arena.tensor(0, torch.uint8, (nbytes,))
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous *tensor* in main memory; valid as long as the tensor is."""
     nbytes = tensor.numel() * tensor.element_size()

@@ -1,18 +1,23 @@
-"""What streams: pages, the slots that they lie in, and the order in which a thread needs them. No lock and no thread is here."""
+"""What streams: pages, how they are read and what is in them, and the order in which a thread needs them. No thread is here."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import ctypes
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
+from shardkit.casting import Cast
+from shardkit.load.files import Files
 from shardkit.load.lanes import Ticket
-from shardkit.load.memory import read_into
-from shardkit.payload import Payload
-
-_ALIGNMENT = 64
+from shardkit.load.layouts import Layout, Read, grounds
+from shardkit.load.memory import memory_of, read_into
+from shardkit.load.readers import Job
+from shardkit.load.rings import Place
+from shardkit.payload import Buffer, Extent, Payload, Swapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,48 +40,37 @@ class Piece:
 
 
 @dataclass(eq=False, slots=True)
-class Slot:
-    """Memory on the device, for one page at a time.
-
-    Attributes:
-        nbytes: its length.
-        in_ring: whether it counts, or stands beside the ring.
-        memory: the memory, made when it is first filled.
-        after: work that uses what is in it, and must be done before it is filled again.
-        tensors: for each page that has been in it, the tensors of that page.
-    """
-
-    nbytes: int
-    in_ring: bool = True
-    memory: torch.Tensor | None = None
-    after: list[Ticket] = field(default_factory=list)
-    tensors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-
-
-@dataclass(eq=False, slots=True)
 class Page:
     """What one block streams.
 
     Attributes:
         pieces: its tensors.
-        slot: where it is, or will be once it is read.
+        layout: how they lie in memory, and how they come there.
+        place: where it is, or will be once it is read.
         reading: the read; None while the page is nowhere.
         holders: the visits that need it.
         used: whether anybody has held it since it was read, or will not after all.
         asked: when it was asked for, on the clock that counts reads.
-        nbytes: the memory that it needs.
     """
 
     pieces: tuple[Piece, ...]
-    slot: Slot | None = None
+    layout: Layout
+    place: Place | None = None
     reading: Future[Ticket] | None = None
     holders: set[Hashable] = field(default_factory=set)
     used: bool = False
     asked: int = 0
-    nbytes: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.nbytes = sum(_padded(piece.payload.nbytes) for piece in self.pieces)
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> Page:
+        """A page that is nowhere yet."""
+        pieces = tuple(pieces)
+        return cls(pieces, Layout.of([piece.payload for piece in pieces]))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it needs."""
+        return self.layout.nbytes
 
     @property
     def failed(self) -> bool:
@@ -84,8 +78,18 @@ class Page:
         return reading is not None and reading.done() and (reading.cancelled() or reading.exception() is not None)
 
     @property
+    def there(self) -> bool:
+        """Whether it is read."""
+        return self.reading is not None and self.reading.done() and not self.failed
+
+    @property
     def idle(self) -> bool:
         return self.reading is not None and not self.holders
+
+    @property
+    def settled(self) -> bool:
+        """Whether no reader is at work on it."""
+        return self.reading is None or self.reading.done() or not self.reading.running()
 
     @property
     def disk(self) -> int:
@@ -97,23 +101,57 @@ class Page:
         """Bytes of it that are in main memory already."""
         return sum(piece.payload.nbytes for piece in self.pieces if not piece.payload.sources)
 
-    def write(self, memory: memoryview) -> None:
-        """Read all of it into *memory*."""
-        at = 0
-        for piece in self.pieces:
-            nbytes = piece.payload.nbytes
-            read_into(piece.payload, memory[at : at + nbytes])
-            at += _padded(nbytes)
+    def jobs(self, files: Files, host: torch.Tensor) -> Iterator[Job]:
+        """What reads all of it into *host*, but for `settle`."""
+        memory = memory_of(host)
+        yield partial(_expect, files, self.layout.reads)
+        for read in self.layout.reads:
+            yield partial(_read, files, read, memory[read.at : read.at + read.nbytes])
+        for making in self.layout.makings:
+            yield partial(_make, files, making.payload, memory[making.at : making.at + making.payload.nbytes])
+
+    def settle(self, host: torch.Tensor) -> None:
+        """Move what was read to where it begins as it should."""
+        start = host.data_ptr()
+        for move in self.layout.moves:
+            ctypes.memmove(start + move.target, start + move.source, move.nbytes)
 
     def tensors(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Its tensors as views of *memory*."""
-        at = 0
-        for piece in self.pieces:
-            nbytes = piece.payload.nbytes
-            elements = memory[at : at + nbytes].view(piece.dtype)
-            tensor = elements.as_strided(piece.shape, piece.strides)
+        """Its tensors, in *memory*, each with a version of its own."""
+        storage, start = memory.untyped_storage(), int(memory.storage_offset())
+        for piece, at in zip(self.pieces, self.layout.places, strict=True):
+            empty = torch.empty(0, dtype=piece.dtype, device=memory.device)
+            tensor = empty.set_(storage, (start + at) // piece.dtype.itemsize, piece.shape, piece.strides)
             yield tensor if piece.is_buffer else torch.nn.Parameter(tensor, requires_grad=False)
-            at += _padded(nbytes)
+
+
+def _expect(files: Files, reads: Iterable[Read]) -> None:
+    for read in reads:
+        files.at(read.path).expect(read.start, read.needed)
+
+
+def _read(files: Files, read: Read, memory: memoryview) -> None:
+    files.at(read.path).read_sectors(memory, read.start, read.needed)
+
+
+def _make(files: Files, payload: Payload, memory: memoryview) -> None:
+    """Fill *memory* with *payload*, out of files that are open where it is made of one element by element."""
+    ground = grounds(payload)
+    if isinstance(payload, Extent):
+        files.at(payload.path).read(memory, payload.start)
+    elif isinstance(ground, Extent):
+        content = bytearray(ground.nbytes)
+        files.at(ground.path).read(memoryview(content), ground.start)
+        read_into(_founded(payload, Buffer(content)), memory)
+    else:
+        read_into(payload, memory)
+
+
+def _founded(payload: Payload, ground: Buffer) -> Payload:
+    """*payload*, made of *ground*."""
+    if isinstance(payload, Cast | Swapped):
+        return replace(payload, inner=_founded(payload.inner, ground))
+    return ground
 
 
 class Habit:
@@ -134,7 +172,3 @@ class Habit:
         while (number := self._next.get(number, (number + 1) % self._count)) not in seen:
             seen.add(number)
             yield number
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

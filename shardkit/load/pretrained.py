@@ -54,7 +54,7 @@ def from_pretrained(
     output_loading_info: Literal[False] = ...,
     quantization_config: None = ...,
     offload: Literal["allow", "never"] = ...,
-    ring: int = ...,
+    ring: int | str = ...,
 ) -> PreTrainedModel: ...
 
 
@@ -72,7 +72,7 @@ def from_pretrained(
     output_loading_info: Literal[True],
     quantization_config: None = ...,
     offload: Literal["allow", "never"] = ...,
-    ring: int = ...,
+    ring: int | str = ...,
 ) -> tuple[PreTrainedModel, Info]: ...
 
 
@@ -89,7 +89,7 @@ def from_pretrained(
     output_loading_info: bool = False,
     quantization_config: object = None,
     offload: Literal["allow", "never"] = "allow",
-    ring: int = 4,
+    ring: int | str = 4,
 ) -> PreTrainedModel | tuple[PreTrainedModel, Info]:
     """The model in a folder, of the class that its config.json names, in evaluation mode.
 
@@ -106,8 +106,8 @@ def from_pretrained(
         output_loading_info: also give what Transformers says of missing and unexpected weights.
         quantization_config: weights are not quantised while they are loaded; anything but None is an error.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time; at least two. A map that is made here counts them, and
-            may have room for fewer.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
+            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer.
 
     Raises:
         FormatError: the weights cannot be read.
@@ -189,7 +189,7 @@ def _check_plain(folder: Path, model: nn.Module) -> None:
         )
 
 
-def _place(model: PreTrainedModel, devices: Mapping[str, Device], no_split: frozenset[str], ring: int) -> None:
+def _place(model: PreTrainedModel, devices: Mapping[str, Device], no_split: frozenset[str], ring: int | str) -> None:
     wish = Wish(
         device_map=devices,
         main=main_device(devices),

@@ -1,14 +1,13 @@
-"""The ring: blocks are read ahead into a bounded number of slots, and held for as long as a forward needs them.
+"""The ring at work: blocks are read ahead into bounded memory, and held for as long as a forward needs them.
 
-1. A page is what one block streams. It lies in a slot of the ring or nowhere, and is held by visits: one for each forward of
-   its block that runs. A page that is held, or is just being read, keeps its slot; any other may lose it to one that is needed.
+1. A page is what one block streams. It has a place in the ring or is nowhere, and is held by visits: one for each forward of
+   its block that runs. A page that is held, or is just being read, keeps its place; any other may lose it to one that is needed.
 2. All reads of a page are one: threads that want the same page wait for the same read.
-3. Every wait happens holding nothing: for a slot, before anything is held; for a read, which needs nothing but its own slot.
-   A thread that holds a page already and needs one more gets a slot beside the ring if the ring is full.
+3. Every wait happens holding nothing: for a place, before anything is held; for a read, which needs nothing but its own place.
+   A thread that holds a page already and needs one more gets a place beside the ring if the ring is full.
 4. What a thread is likely to need next is what it needed next the last time, at first the block behind; it is read ahead as
    far as the ring goes. A prediction that fails costs a read, never a wrong byte.
-5. A tensor belongs to one page and one slot, and each filling of its slot counts as a change of it, so that autograd refuses a
-   backward that comes too late.
+5. In the child of a fork there are no readers, and the ring is empty but for what was held: that is read again.
 """
 
 from __future__ import annotations
@@ -17,37 +16,47 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import torch
-from torch.autograd.graph import increment_version
 
 from shardkit.load.counts import Counts, Tally
+from shardkit.load.files import Files
 from shardkit.load.lanes import Lane, Ticket
-from shardkit.load.pages import Habit, Page, Piece, Slot
+from shardkit.load.pages import Habit, Page, Piece
+from shardkit.load.readers import Filling, Job, Readers
+from shardkit.load.rings import Place, Ring, room_for
 
-_READERS = 2
+_READERS = 3
 
 
 class Stream:
     """Pages on their way to one device. Copies of a model share it."""
 
     def __init__(
-        self, pages: Sequence[Sequence[Piece]], lane: Lane, *, ring: int, verify: Callable[[], None] = lambda: None
+        self,
+        pages: Sequence[Sequence[Piece]],
+        lane: Lane,
+        *,
+        ring: int | str = 4,
+        verify: Callable[[], None] = lambda: None,
     ) -> None:
         """Read nothing yet.
 
         Args:
             pages: what streams, in the order in which it is expected to be needed.
             lane: the way to the device.
-            ring: how many pages, of the largest, the ring has room for; at least two.
+            ring: how many pages, of the largest, the ring has room for, at least two; or how much it may take, as in "500MB".
             verify: called after each read; raises if a source is no longer what it was.
+
+        Raises:
+            OverBudget: a page does not fit into the ring.
         """
         self.lane = lane
-        self._pages = [Page(tuple(pieces)) for pieces in pages]
-        self._ring = max(2, ring)
+        self._pages = [Page.of(pieces) for pieces in pages]
+        self.room = room_for((page.nbytes for page in self._pages), ring)
         self._verify = verify
         self._tally = Tally()
         self._begin()
@@ -57,13 +66,8 @@ class Stream:
     def nbytes(self) -> int:
         """Bytes of memory that it holds on its device now."""
         with self.lock:
-            slots = {id(slot): slot for slot in [*self._free, *(page.slot for page in self._pages)] if slot is not None}
-            return sum(slot.nbytes for slot in slots.values() if slot.memory is not None)
-
-    @property
-    def room(self) -> int:
-        """Bytes that the ring may take."""
-        return sum(sorted((page.nbytes for page in self._pages), reverse=True)[: self._ring])
+            places = [page.place for page in self._pages if page.place is not None]
+            return self._ring.held + sum(place.nbytes for place in places if not place.in_ring or not self._ring.held)
 
     @property
     def counts(self) -> Counts:
@@ -84,19 +88,18 @@ class Stream:
         begun = time.perf_counter()
         try:
             with self._changed:
+                hit = self._pages[number].there
                 while not self._closed and not self._hold(number, visit, holding=holding):
                     self._changed.wait()
                 if self._closed:
                     return None
                 self._read_ahead(number)
-                page = self._pages[number]
-                reading, slot = page.reading, page.slot
+                reading, place = self._pages[number].reading, self._pages[number].place
             assert reading is not None
-            assert slot is not None
-            hit = reading.done()
+            assert place is not None
             reading.result().precede()
             self._tally.claimed(waited=time.perf_counter() - begun, hit=hit)
-            return slot.tensors[number]
+            return place.tensors
         except BaseException:
             self.release(number, visit)
             raise
@@ -108,67 +111,78 @@ class Stream:
             if visit not in page.holders:
                 return
             page.holders.discard(visit)
-            if page.slot is not None and page.slot.memory is not None:
-                page.slot.after.append(self.lane.issued(page.slot.memory))
-            if not page.holders and (self._closed or page.failed or (page.slot and not page.slot.in_ring)):
+            if page.place is not None and page.place.memory is not None:
+                used = self.lane.issued(page.place.memory)
+                page.place.after[used.line] = used
+            if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
                 self._vacate(page)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give back memory and threads; what is held is given back when it is released."""
+        """Give back memory, files and threads; what is held is given back when it is released."""
         with self._changed:
             self._closed = True
             for page in self._pages:
                 if page.idle:
                     self._vacate(page)
-            self._free.clear()
+            self._ring.drop()
             self._changed.notify_all()
-        self._readers.shutdown(wait=False)
+        self._files.close()
+        self._readers.close()
 
     def __deepcopy__(self, memo: object) -> Stream:
         return self
 
     def _begin(self) -> None:
-        """With nothing read and nothing held; in the child of a fork too, where there are no threads but this."""
+        """With nothing read and nothing held."""
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
-        self._readers = ThreadPoolExecutor(_READERS, "shardkit-stream")
-        self._pages = [Page(page.pieces) for page in self._pages]
-        self._free: list[Slot] = []
-        self._taken = 0
+        self._readers = Readers(_READERS, self._tally.reading)
+        self._files = Files()
+        self._pages = [Page(page.pieces, page.layout) for page in self._pages]
+        self._ring = Ring(self.lane, self.room)
         self._clock = 0
         self._closed = False
         self.thread = threading.local()
 
     def _hold(self, number: int, visit: Hashable, *, holding: bool) -> bool:
-        """Hold the page, and see that it is read; False if it has no slot and there is none."""
+        """Hold the page, and see that it is read; False if it has no place and there is none."""
         page = self._pages[number]
         if page.failed and not page.holders:
             self._vacate(page)
         if page.reading is None:
-            slot = self._slot(page.nbytes)
-            if slot is None and holding:
-                slot = Slot(page.nbytes, in_ring=False)
-            if slot is None:
+            place = self._place(number)
+            if place is None and holding:
+                place = self._ring.beside(number, page.layout)
+            if place is None:
                 return False
-            self._read(number, slot)
+            self._read(place, first=True)
+        elif not page.reading.done():
+            self._readers.hurry(page.reading)
         page.holders.add(visit)
         page.used = True
         return True
 
     def _read_ahead(self, number: int) -> None:
         habit = self._habit()
-        chain = [number, *islice(habit.onward(number), self._ring - 1)]
+        chain = [number, *self._fitting(habit.onward(number), self.room - self._pages[number].nbytes)]
         for given_up in habit.expected.difference(chain):
             self._pages[given_up].used = True
         habit.expected = set(chain)
         for following in chain[1:]:
-            page = self._pages[following]
-            if page.reading is None:
-                slot = self._slot(page.nbytes, keep=chain)
-                if slot is None:
+            if self._pages[following].reading is None:
+                place = self._place(following, keep=chain)
+                if place is None:
                     return
-                self._read(following, slot)
+                self._read(place, first=False)
+
+    def _fitting(self, numbers: Iterator[int], room: int) -> Iterator[int]:
+        """Those of *numbers* that come before the *room* is full."""
+        for number in numbers:
+            room -= self._pages[number].nbytes
+            if room < 0:
+                return
+            yield number
 
     def _habit(self) -> Habit:
         if not hasattr(self.thread, "habit"):
@@ -176,80 +190,93 @@ class Stream:
         habit: Habit = self.thread.habit
         return habit
 
-    def _slot(self, nbytes: int, *, keep: Collection[int] = ()) -> Slot | None:
-        """A slot of at least *nbytes*, taken from a page that nobody holds if need be, but not from those to *keep*."""
-        while True:
-            fitting = [slot for slot in self._free if slot.nbytes >= nbytes]
-            if fitting:
-                slot = min(fitting, key=lambda slot: slot.nbytes)
-                self._free.remove(slot)
-                return slot
-            if self._taken + nbytes <= self.room:
-                self._taken += nbytes
-                return Slot(nbytes)
-            if self._free:
-                self._taken -= self._free.pop().nbytes
-                continue
-            page = self._victim(keep)
-            if page is None:
-                return None
-            self._vacate(page)
+    def _place(self, number: int, *, keep: Collection[int] = ()) -> Place | None:
+        """A place for the page, taken from pages that nobody holds if need be, but not from those to *keep*."""
+        found = self._found(number, partial(self._may_go, keep=keep))
+        if found is None and not keep:  # what was read ahead is given up for what is needed now, not for more of the same
+            found = self._found(number, lambda place: self._pages[place.number].idle)
+        return found
 
-    def _victim(self, keep: Collection[int]) -> Page | None:
-        """A page that may lose its slot: one that was used, the longest ago; else one that was read ahead."""
-        idle = [page for number, page in enumerate(self._pages) if page.idle and number not in keep]
-        if keep:  # what was read ahead is not given up for more of the same, unless nobody came for it for long
-            idle = [page for page in idle if page.used or self._clock - page.asked > 4 * self._ring]
-        for page in sorted(idle, key=lambda page: (not page.used, page.asked)):
-            assert page.reading is not None
-            if page.reading.done() or page.reading.cancel():
-                return page
+    def _found(self, number: int, may_go: Callable[[Place], bool]) -> Place | None:
+        busy: set[Place] = set()
+        layout = self._pages[number].layout
+        while found := self._ring.find(number, layout, lambda place: place not in busy and may_go(place)):
+            place, leaving = found
+            for each in leaving:
+                page = self._pages[each.number]
+                if page.settled and page.reading is not None and (page.reading.done() or page.reading.cancel()):
+                    self._vacate(page)
+                else:
+                    busy.add(each)
+            if busy.isdisjoint(leaving):
+                self._ring.take(place)
+                return place
         return None
+
+    def _may_go(self, place: Place, *, keep: Collection[int]) -> bool:
+        """Whether its page was used, or nobody came for it for long."""
+        page = self._pages[place.number]
+        long = 4 * max(2, len(keep))
+        return page.idle and place.number not in keep and (page.used or self._clock - page.asked > long)
 
     def _vacate(self, page: Page) -> None:
         if page.reading is not None:
             page.reading.cancel()
-        if page.slot is not None and page.slot.in_ring:
-            if self._closed:
-                self._taken -= page.slot.nbytes
-            else:
-                self._free.append(page.slot)
-        page.slot, page.reading, page.used = None, None, False
+        if page.place is not None:
+            self._ring.leave(page.place)
+        page.place, page.reading, page.used = None, None, False
 
-    def _read(self, number: int, slot: Slot) -> None:
-        page = self._pages[number]
+    def _read(self, place: Place, *, first: bool) -> None:
+        page = self._pages[place.number]
+        assert place.host is not None
+        assert place.memory is not None
         self._clock += 1
-        page.slot, page.used, page.asked = slot, False, self._clock
-        page.reading = self._readers.submit(self._fill, number, slot)
-        page.reading.add_done_callback(self._landed)
+        page.place, page.used, page.asked = place, False, self._clock
+        jobs = (partial(_after, place.before, job) for job in page.jobs(self._files, place.host))
+        # The memory is named here, because a close takes it from the place, and it must outlive the reads.
+        filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory))
+        page.reading = filling.done
+        self._readers.take(filling, first=first)
+        filling.done.add_done_callback(self._landed)
 
     def _landed(self, reading: Future[Ticket]) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _fill(self, number: int, slot: Slot) -> Ticket:
-        """Fill *slot* with the page; in a reader's thread, which holds nothing else."""
-        page = self._pages[number]
-        if slot.memory is None:
-            slot.memory = self.lane.memory(slot.nbytes)
-        increment_version(slot.memory)
-        with self._tally.reading():
-            ticket = self.lane.fill(slot.memory[: page.nbytes], page.write, tuple(slot.after))
+    def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
+        """Bring what was read to the device; in a reader's thread, which holds nothing."""
+        page.settle(host)
+        sent = self.lane.send(host, memory, tuple(place.after.values()))
+        place.before, place.after = [sent], {}
         self._tally.read(disk=page.disk, memory=page.memory)
-        slot.after.clear()
         self._verify()
-        if number not in slot.tensors:
-            slot.tensors[number] = tuple(page.tensors(slot.memory))
-        return ticket
+        place.tensors = tuple(page.tensors(memory))
+        return sent
+
+    def _forked(self) -> None:
+        """Begin again in the child of a fork; see rule 5."""
+        held = [page for page in self._pages if page.holders and page.reading is not None and page.reading.done()]
+        self._begin()
+        for page in held:
+            if page.place is not None and page.place.host is not None and not page.failed:
+                for job in page.jobs(self._files, page.place.host):
+                    job()
+                page.settle(page.place.host)
+
+
+def _after(tickets: Sequence[Ticket], job: Job) -> None:
+    for ticket in tickets:
+        ticket.finish()
+    job()
 
 
 _STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In the child there are no readers, and locks may be held by threads that are not there."""
+    """Locks may be held by threads that are not there any more."""
     for stream in list(_STREAMS):
-        stream._begin()
+        stream._forked()
 
 
 if hasattr(os, "register_at_fork"):

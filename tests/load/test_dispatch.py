@@ -250,6 +250,24 @@ def test_accelerate_leaves_weights_in_memory_after_an_exception_and_we_do_not(tm
     assert isinstance(ours[1].weight, Streamed)
 
 
+def test_a_ring_may_be_so_many_bytes(file: Path, expected: torch.Tensor) -> None:
+    largest = 4 * (4 * WIDTH + 4 * WIDTH * WIDTH + 3 * WIDTH) + 64
+    model = load_checkpoint_and_dispatch(Toy().eval(), file, {"": "disk"}, no_split_module_classes=["Block"], ring=str(largest))
+    with torch.no_grad():
+        assert torch.equal(model(IDS), expected)
+        assert torch.equal(model(IDS), expected)
+    close(model)
+
+
+def test_a_block_that_does_not_fit_is_told_before_the_model_is_touched(file: Path) -> None:
+    with init_empty_weights(include_buffers=True):
+        model = Toy()
+    with pytest.raises(OverBudget, match="the largest block takes"):
+        load_checkpoint_and_dispatch(model, file, {"": "disk"}, no_split_module_classes=["Block"], ring="1KB")
+    assert all(weight.is_meta for weight in model.parameters())
+    assert not list(attachments(model))
+
+
 @pytest.mark.parametrize("ring", [2, 4])
 def test_four_threads_give_1200_right_answers(file: Path, expected: torch.Tensor, ring: int) -> None:
     model = loaded(file, ring=ring)

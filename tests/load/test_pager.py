@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ from torch import nn
 from shardkit.errors import ShardkitError
 from shardkit.load import arrangement
 from shardkit.load.dispatch import load_checkpoint_and_dispatch
-from shardkit.load.lanes import AcceleratorLane, CpuLane, Done, Lane, Ticket, Write, lane_to
-from shardkit.load.memory import memory_of
+from shardkit.load.lanes import AcceleratorLane, CpuLane, Done, Lane, Ticket, lane_to
 from shardkit.load.pager import Streamed, eager
 
 WIDTH = 8
@@ -216,12 +214,13 @@ class LateLane:
         self.peak += nbytes
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
+    def host(self, memory: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(memory)
+
+    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
         for ticket in after:
             ticket.finish()
         memory.fill_(0xFF)
-        host = torch.empty_like(memory)
-        write(memory_of(host))
         return Late(memory, host)
 
     def issued(self, memory: torch.Tensor) -> Ticket:
@@ -229,6 +228,8 @@ class LateLane:
 
 
 class Late:
+    line = "late"
+
     def __init__(self, memory: torch.Tensor, host: torch.Tensor) -> None:
         self.memory = memory
         self.host = host
@@ -270,13 +271,11 @@ def test_the_cpu_needs_no_copy() -> None:
     assert isinstance(lane, CpuLane)
     memory = lane.memory(64)
     assert memory.data_ptr() % 64 == 0
-    lane.fill(memory, lambda to: to.__setitem__(slice(None), bytes(range(64))), []).precede()
+    assert lane.host(memory) is memory
+    memory.fill_(7)
+    lane.send(memory, memory, []).precede()
     lane.issued(memory).finish()
-    assert memory.tolist() == list(range(64))
-
-
-def write_all(value: int, memory: memoryview) -> None:
-    memory[:] = bytes([value]) * len(memory)
+    assert memory.tolist() == [7] * 64
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
@@ -286,8 +285,10 @@ def test_an_accelerator_gets_copies_on_a_stream_of_its_own() -> None:
     lane = lane_to(device)
     assert isinstance(lane, AcceleratorLane)
     memory = lane.memory(1 << 20)
+    host = lane.host(memory)
     for value in range(20):
-        ticket = lane.fill(memory, partial(write_all, value), [lane.issued(memory)])
+        host.fill_(value)
+        ticket = lane.send(host, memory, [lane.issued(memory)])
         ticket.precede()
         assert (memory == value).all()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardkit.errors import FormatError, LoadError
-from shardkit.load.lanes import CpuLane, Lane, Ticket, Write
-from shardkit.load.memory import memory_of
+from shardkit.errors import FormatError, LoadError, OverBudget
+from shardkit.load.lanes import CpuLane, Lane, Ticket
+from shardkit.load.memory import private
 from shardkit.load.pages import Piece
 from shardkit.load.stream import Stream
 from shardkit.payload import Extent, Payload
@@ -24,6 +24,8 @@ PAGE = 4 * ELEMENTS
 
 class LateTicket:
     """A copy that happens when somebody cannot go on without it."""
+
+    line = "late"
 
     def __init__(self, lane: LateLane, number: int) -> None:
         self.lane = lane
@@ -50,10 +52,10 @@ class LateLane:
         self.bytes += nbytes
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    def fill(self, memory: torch.Tensor, write: Write, after: Sequence[Ticket]) -> Ticket:
-        host = torch.empty_like(memory)
-        write(memory_of(host))
+    def host(self, memory: torch.Tensor) -> torch.Tensor:
+        return private(len(memory))
 
+    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
         def copy() -> None:
             for ticket in after:
                 ticket.finish()
@@ -274,10 +276,12 @@ def test_a_refilled_slot_refuses_a_late_backward(file: Path) -> None:
 def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
     stream = streaming(file, CpuLane())
     seen: dict[int, tuple[int, int]] = {}
+    kept: list[object] = []  # so that no identity comes twice
     for number in [*range(8), *range(8), 3, 1, 5, 7]:
         tensors = stream.claim(number, "visit")
         assert tensors is not None
         assert isinstance(tensors[0], torch.nn.Parameter)
+        kept.append(tensors)
         assert seen.setdefault(id(tensors[0]), (number, tensors[0].data_ptr())) == (number, tensors[0].data_ptr())
         stream.release(number, "visit")
 
@@ -322,7 +326,7 @@ def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -
     stream.claim(0, "visit")
     stream.close()
     assert stream.claim(1, "another") is None
-    assert 0 < stream.nbytes <= PAGE
+    assert stream.nbytes == PAGE
     stream.release(0, "visit")
     assert stream.nbytes == 0
 
@@ -341,19 +345,160 @@ def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path
     assert got
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
-    stream = streaming(file, CpuLane())
-    use(stream, 0)
+def in_a_child(check: Callable[[], bool]) -> bool:
+    """What *check* says in the child of a fork."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            for number in range(8):
-                use(stream, number)
-            code = 0
+            code = 0 if check() else 1
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+threaded = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@forks
+@threaded
+def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    use(stream, 0)
+
+    def check() -> bool:
+        for number in range(8):
+            use(stream, number)
+        return True
+
+    assert in_a_child(check)
     use(stream, 1)
+
+
+@forks
+@threaded
+def test_the_child_of_a_fork_has_what_is_held_while_it_forks(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    tensors = stream.claim(3, "visit")
+    assert tensors is not None
+    assert in_a_child(lambda: torch.equal(tensors[0], value(3)))
+    assert torch.equal(tensors[0], value(3))
+    stream.release(3, "visit")
+
+
+LARGE = (300 << 10) + 40
+
+
+@pytest.fixture(params=[0, 8, 4096])
+def large(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[Piece]]:
+    """Six pages of two tensors, large enough to be read directly, that begin somewhere in a file."""
+    path, head = tmp_path / "large", int(request.param)
+    values = [torch.full((LARGE,), number, dtype=torch.uint8).numpy().tobytes() for number in range(12)]
+    path.write_bytes(bytes(head) + b"".join(values))
+    pieces = [Piece(Extent(path, head + number * LARGE, LARGE), torch.uint8, (LARGE,), (1,)) for number in range(12)]
+    return [pieces[number : number + 2] for number in range(0, 12, 2)]
+
+
+@pytest.mark.parametrize("order", [[*range(6)] * 4, [5, 0, 3, 3, 1] * 4], ids=str)
+def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[Piece]], lane: Lane, order: list[int]) -> None:
+    stream = Stream(large, lane, ring=2)
+    for number in order:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        for tensor, expected in zip(tensors, (2 * number, 2 * number + 1), strict=True):
+            assert tensor.data_ptr() % 64 == 0 or isinstance(lane, LateLane)  # whose memory begins anywhere
+            assert torch.equal(tensor, torch.full((LARGE,), expected, dtype=torch.uint8))
+        stream.release(number, "visit")
+    assert stream.nbytes <= stream.room
+
+
+def test_a_ring_of_bytes_holds_as_many_pages_as_fit(file: Path) -> None:
+    assert Stream([page(file, 0)], CpuLane(), ring="1MB").room == PAGE  # all that there is
+    payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(8)]
+    stream = Stream([[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads], CpuLane(), ring=f"{3 * PAGE + 100}")
+    use(stream, 0)
+    assert eventually(lambda: [payload.reads for payload in payloads] == [1, 1, 1, 0, 0, 0, 0, 0])
+    assert stream.nbytes == stream.room == 3 * PAGE + 100
+
+
+def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, lane: Lane) -> None:
+    stream = Stream([page(file, number) for number in range(8)], lane, ring=f"{PAGE}")
+    for number in [*range(8), 3, 3, 0]:
+        use(stream, number)
+    assert stream.nbytes == PAGE
+
+
+def test_a_page_that_does_not_fit_is_told_with_the_numbers(file: Path) -> None:
+    with pytest.raises(OverBudget, match=r"largest block takes 4\.10 kB.* may take 4\.00 kB") as told:
+        Stream([page(file, number) for number in range(8)], CpuLane(), ring="4KB")
+    assert (told.value.needed, told.value.available) == (PAGE, 4000)
+
+
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, MemoryError], ids=lambda fault: fault.__name__)
+def test_a_reader_that_is_stopped_is_told_and_replaced(file: Path, fault: type[BaseException]) -> None:
+    stream, payloads = counted(file)
+    chunks = payloads[3].chunks
+
+    def stopping() -> Iterator[memoryview]:
+        raise fault
+
+    for _ in range(5):  # more often than there are readers
+        payloads[3].chunks = stopping  # type: ignore[method-assign]  # the fault that is struck
+        with pytest.raises(MemoryError if fault is MemoryError else LoadError):
+            stream.claim(3, object())
+    payloads[3].chunks = chunks  # type: ignore[method-assign]
+    for number in range(8):
+        use(stream, number)
+
+
+def test_a_reader_that_is_slow_holds_up_nobody_who_needs_another_page(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    use(stream, 0)
+    payloads[2].go.clear()
+    use(stream, 1)  # behind which the second is read ahead, and stays on its way
+    use(stream, 6)
+    use(stream, 7)
+    payloads[2].go.set()
+    use(stream, 2)
+
+
+def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
+    stream, payloads = counted(file, ring=8)
+    for payload in payloads:
+        payload.go.clear()
+    thread = threading.Thread(target=use, args=(stream, 0))  # and the others behind it
+    thread.start()
+    assert eventually(lambda: sum(payload.reads for payload in payloads) >= 2)
+    needed = threading.Thread(target=use, args=(stream, 7))
+    needed.start()
+    busy = [number for number, payload in enumerate(payloads) if payload.reads]
+    assert 7 not in busy
+    assert eventually(lambda: len(stream._pages[7].holders) == 1)
+    for number in busy:
+        payloads[number].go.set()
+    assert eventually(lambda: payloads[7].reads == 1)
+    assert sum(payload.reads for payload in payloads) <= 2 * len(busy)  # those that were busy took it next
+    for payload in payloads:
+        payload.go.set()
+    for each in (thread, needed):
+        each.join(20)
+
+
+def test_a_close_in_the_middle_of_a_read_waits_for_nobody_and_breaks_nothing(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[1].go.clear()
+    use(stream, 0)
+    assert eventually(lambda: payloads[1].reads == 1)
+    stream.close()
+    assert stream.nbytes == 0
+    payloads[1].go.set()
+    assert stream.claim(1, "visit") is None
+
+
+def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane, ring=8)
+    for _ in range(50):
+        for number in range(8):
+            use(stream, number)
+    assert all(place is not None and len(place.after) <= 1 for place in (page.place for page in stream._pages))
