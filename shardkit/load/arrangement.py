@@ -120,11 +120,7 @@ def arrange(
 
 
 def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
-    """See that each block of *parts* fits into the ring.
-
-    Raises:
-        OverBudget: one does not.
-    """
+    """Raise OverBudget unless each block of *parts* fits into the ring."""
     if isinstance(wish.ring, str):
         known = (block for block in parts.blocks if all(_has_value(weight, addresses) for weight in block.weights))
         pieces = (_Streamed.of(block, wish, addresses).pieces for block in known)
