@@ -142,6 +142,7 @@ class Stream:
         self._pages = [Page(page.pieces, page.layout) for page in self._pages]
         self._ring = Ring(self.lane, self.room)
         self._clock = 0
+        self._chain: list[int] = []
         self._closed = False
         self.thread = threading.local()
 
@@ -169,9 +170,14 @@ class Stream:
         for given_up in habit.expected.difference(chain):
             self._pages[given_up].used = True
         habit.expected = set(chain)
-        for following in chain[1:]:
+        self._chain = chain
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read as much as there are places for of what was expected last."""
+        for following in self._chain[1:]:
             if self._pages[following].reading is None:
-                place = self._place(following, keep=chain)
+                place = self._place(following, keep=self._chain)
                 if place is None:
                     return
                 self._read(place, first=False)
@@ -241,6 +247,8 @@ class Stream:
 
     def _landed(self, reading: Future[Ticket]) -> None:
         with self._changed:
+            if not self._closed and not reading.cancelled():
+                self._read_on()  # the place of what was read for naught was not to be had before
             self._changed.notify_all()
 
     def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
