@@ -34,7 +34,7 @@ def write(
     Args:
         plan: what to write.
         journal: the folder to write in.
-        jobs: files written at a time; None for one per processor, at most 8.
+        jobs: files written at a time; None for one more than there are processors, at most 8.
         sync: make each file last before it counts as done.
         on_bytes: called, from any thread, with the number of bytes after each step; first with those that *journal* has.
 
@@ -45,9 +45,12 @@ def write(
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     clones = cache(lambda path: can_clone(path, journal.folder))
-    together = jobs or min(_TOGETHER, os.cpu_count() or 1)
-    with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
-        run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
+    processors = os.cpu_count() or 1
+    at_work = jobs or min(_TOGETHER, processors)
+    # Shards are seldom as many as the processors, or a multiple: with one file more, the system evens out what is left of them.
+    together = jobs or min(_TOGETHER, processors + 1)
+    with ThreadPoolExecutor(at_work, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
+        run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=at_work + 1)
         futures = [pool.submit(run.write, file) for file in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)

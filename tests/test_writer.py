@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -157,6 +158,33 @@ def test_a_full_disk_is_a_sentence(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
         written(plan_of(OutputFile("a", (Failing(full),))), tmp_path / "out")
     assert "goes on from what is done" in str(caught.value.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """A payload whose bytes come once as many are asked for theirs as there are places."""
+
+    places: threading.Barrier
+    nbytes: int = 1
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return ()
+
+    def narrow(self, start: int, nbytes: int) -> Meeting:
+        raise NotImplementedError
+
+    def chunks(self) -> Iterator[memoryview]:
+        self.places.wait(timeout=60)
+        yield memoryview(b"x")
+
+
+@pytest.mark.parametrize(("jobs", "together"), [(None, min(8, (os.cpu_count() or 1) + 1)), (2, 2), (5, 5)])
+def test_so_many_files_are_written_at_a_time(jobs: int | None, together: int, tmp_path: Path) -> None:
+    places = threading.Barrier(together)
+    files = [OutputFile(f"{number}", (Meeting(places),)) for number in range(2 * together)]
+    written(plan_of(*files), tmp_path / "out", jobs=jobs)
+    assert {path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != NAME} == {b"x"}
 
 
 def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> None:

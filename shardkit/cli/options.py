@@ -141,7 +141,10 @@ _EDITS = (
 
 _WRITING = (
     click.option(
-        "--jobs", type=click.IntRange(min=1), metavar="N", help="Files written at a time: one per processor by default."
+        "--jobs",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Files written at a time; by default one more than there are processors.",
     ),
     click.option("--no-fsync", is_flag=True, help="Do not wait for the disk; a power cut may then cost the output."),
     click.option(
