@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardkit.load.dispatch import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from shardkit.load.empty import init_empty_weights as init_empty_weights
     from shardkit.load.empty import init_on_device as init_on_device
+    from shardkit.load.explaining import explain as explain
     from shardkit.load.handover import cpu_offload_with_hook as cpu_offload_with_hook
     from shardkit.load.loading import load_checkpoint_in_model as load_checkpoint_in_model
     from shardkit.load.mapping import tensors as tensors
@@ -35,6 +36,7 @@ _HOMES = {
     "cpu_offload_with_hook": "handover",
     "disk_offload": "dispatch",
     "dispatch_model": "dispatch",
+    "explain": "explaining",
     "from_pretrained": "pretrained",
     "get_balanced_memory": "balance",
     "get_max_memory": "budgets",

@@ -21,6 +21,7 @@ from shardkit.load.assign import listed
 from shardkit.load.blocks import Block, Cut, cut, seats_of
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import device_of
+from shardkit.load.forwards import Clock
 from shardkit.load.lanes import lane_to
 from shardkit.load.layouts import Layout
 from shardkit.load.loading import torch_device
@@ -51,6 +52,7 @@ class Wish:
         skip: keys of arguments that are not moved between devices.
         ring: blocks of streamed weights that are in memory at a time, or how much they may take.
         hooks: whether arguments are moved where nothing streams and all is on one device.
+        chosen: whether the map was made from a word.
     """
 
     device_map: Mapping[str, Device]
@@ -60,6 +62,7 @@ class Wish:
     skip: Collection[str] = ()
     ring: int | str = 4
     hooks: bool = False
+    chosen: bool = False
 
     def runs_on(self, name: str) -> torch.device:
         """The device on which the part *name* runs."""
@@ -162,7 +165,7 @@ def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, obje
         for table in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(table.items()):
                 attached = getattr(hook, "__self__", None)
-                if isinstance(attached, Pager | Mover | Sources):
+                if isinstance(attached, Pager | Mover | Sources | Clock):
                     yield module, table, key, attached
 
 
@@ -241,9 +244,11 @@ def _origin(tensor: torch.Tensor) -> _Origin:
 def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origins: Mapping[str, _Origin]) -> None:
     """Let the blocks stream: one ring for each device."""
     sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
+    streams = []
     for device in dict.fromkeys(each.device for each in streamed):
         group = [each for each in streamed if each.device == device]
         stream = Stream([each.pieces for each in group], lane_to(device), ring=wish.ring, verify=sources.verify)
+        streams.append(stream)
         for number, each in enumerate(group):
             for seat, weight, recipe in zip(each.block.seats, each.block.weights, each.recipes, strict=True):
                 origin, learned = origins[weight.names[0]]
@@ -251,6 +256,7 @@ def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origins: Ma
             Pager(stream, number, each.block.seats, each.recipes).attach(each.block.module)
     if streamed:
         sources.attach(model)
+        Clock(streams, chosen=wish.chosen).attach(model)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

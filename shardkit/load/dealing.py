@@ -11,8 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
+from shardkit.sizes import parse_size
+
 LEAST = 2  # blocks in a ring: one is computed while one is read
-_STALLS = {2: 1.08, 3: 1.03}  # a forward that waits for a ring of so few blocks, as a multiple of one with a ring of more
+# A forward that waits for a ring of so few blocks takes this many times as long as one with a ring of more.
+_STALLS: dict[int | str, float] = {2: 1.08, 3: 1.03}
 _LIMITS = 16  # how many of the largest sizes are tried as the largest that streams
 
 
@@ -22,27 +25,27 @@ class Dealt:
 
     Attributes:
         kept: those that stay where they are run.
-        ring: how many of the others the ring has room for.
+        ring: how many of the others the ring has room for, or how much it may take.
         on_cpu: those that stay in main memory, and stream from there.
     """
 
     kept: frozenset[int]
-    ring: int
+    ring: int | str
     on_cpu: frozenset[int] = frozenset()
 
 
-def deal(sizes: Sequence[int], room: int, ring: int, cpu: int = 0) -> Dealt | None:
-    """Deal out blocks of *sizes*, in the order in which they are run, so that little is read; None if there is no room for two.
+def deal(sizes: Sequence[int], room: int, ring: int | str, cpu: int = 0) -> Dealt | None:
+    """Deal out blocks of *sizes*, in the order in which they are run, so that little is read; None if the ring has no room.
 
     Args:
         sizes: bytes of each.
         room: bytes that those that stay and the ring may take together.
-        ring: how many blocks the ring has room for at most.
+        ring: how many blocks the ring has room for at most, of which two are needed; or how much it may take, as in "500MB".
         cpu: bytes of main memory, where that is another than the one in which they are run.
     """
     if sum(sizes) <= room:
         return Dealt(frozenset(range(len(sizes))), ring)
-    depths = range(max(LEAST, ring), LEAST - 1, -1)
+    depths = [ring] if isinstance(ring, str) else range(max(LEAST, ring), LEAST - 1, -1)
     ways = [(kept, depth) for depth in depths for kept in _ways(sizes, room, depth)]
     if not ways:
         return None
@@ -56,19 +59,20 @@ def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
     return evenly if _sum(sizes, evenly) >= _sum(sizes, first) else first
 
 
-def ring_bytes(sizes: Iterable[int], ring: int) -> int:
-    """What a ring with room for *ring* blocks takes, where blocks of *sizes* stream."""
-    return sum(nlargest(ring, sizes))
+def ring_bytes(sizes: Iterable[int], ring: int | str) -> int:
+    """What a ring takes where blocks of *sizes* stream: as many of the largest, or as much, as *ring* says."""
+    return sum(nlargest(ring, sizes)) if isinstance(ring, int) else min(sum(sizes), parse_size(ring))
 
 
-def _ways(sizes: Sequence[int], room: int, ring: int) -> Iterator[frozenset[int]]:
+def _ways(sizes: Sequence[int], room: int, ring: int | str) -> Iterator[frozenset[int]]:
     """For each of the largest sizes, what stays if nothing larger streams."""
+    most = parse_size(ring) if isinstance(ring, str) else max(sizes)
     for limit in nlargest(_LIMITS, set(sizes)):
         small = [number for number, nbytes in enumerate(sizes) if nbytes <= limit]
         large = frozenset(range(len(sizes))).difference(small)
         of_small = [sizes[number] for number in small]
         left = room - _sum(sizes, large) - ring_bytes(of_small, ring)
-        if left >= 0:
+        if left >= 0 and limit <= most:
             yield large.union(small[at] for at in spread(of_small, left))
 
 

@@ -109,9 +109,10 @@ def load_checkpoint_and_dispatch(
     found = match(model, opened, dtype=target, strict=strict)
     preload = class_names(preload_module_classes)
     terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers)
+    chosen = isinstance(device_map, str)
     device_map, ring = terms.residents(model, device_map)
     check_device_map(model, device_map)
-    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring)
+    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring, chosen=chosen)
     parts = wish.cut(model)
     addresses = _addresses(parts, found.homes, wish)
     check_ring(parts, wish, addresses)
@@ -241,6 +242,8 @@ def _wish(
     skip_keys: Names,
     force_hooks: bool,
     ring: int | str,
+    *,
+    chosen: bool = False,
 ) -> Wish:
     devices = {name: device_key(device) for name, device in device_map.items()}
     several = len(set(devices.values())) > 1 or "disk" in devices.values()
@@ -252,6 +255,7 @@ def _wish(
         skip=class_names(skip_keys),
         ring=ring,
         hooks=several or force_hooks,
+        chosen=chosen,
     )
 
 

@@ -18,9 +18,7 @@ from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.device_maps import DeviceMap, refuse_disk
 from shardkit.load.placement import infer_auto_device_map
-from shardkit.load.residents import choose_residents
-
-_Found = tuple[dict[str, Device], int | str]
+from shardkit.load.residents import Residents, choose_residents
 
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -30,7 +28,7 @@ class Terms:
     """What a map is made under.
 
     Attributes:
-        ring: how many blocks the ring has room for, at most where a map is made; or how much it may take.
+        ring: how many blocks the ring has room for, at most where a map is made; or how much it may take, as in "500MB".
         offload: "never" to refuse the disk.
         max_memory: what each device may hold.
         no_split: names of classes whose modules stay on one device, and stream as one.
@@ -47,8 +45,8 @@ class Terms:
     dtype: torch.dtype | None = None
     offload_buffers: bool = False
 
-    def residents(self, model: nn.Module, device_map: str | DeviceMap) -> _Found:
-        """*device_map* with devices as they are called in maps, made first if it is a word, and the ring that it leaves.
+    def residents(self, model: nn.Module, device_map: str | DeviceMap) -> Residents:
+        """*device_map* with devices as they are called in maps, made first if it is a word.
 
         Raises:
             LoadError: it is another word.
@@ -56,13 +54,13 @@ class Terms:
         """
         found, budgets = self._given(device_map) if isinstance(device_map, Mapping) else self._made(model, device_map)
         if self.offload == "never":
-            refuse_disk(model, found[0], budgets, dtype=self.dtype)
+            refuse_disk(model, found.device_map, budgets, dtype=self.dtype)
         return found
 
-    def _given(self, device_map: DeviceMap) -> tuple[_Found, Mapping[Device, int]]:
-        return ({name: device_key(device) for name, device in device_map.items()}, self.ring), {}
+    def _given(self, device_map: DeviceMap) -> tuple[Residents, Mapping[Device, int]]:
+        return Residents({name: device_key(device) for name, device in device_map.items()}, self.ring), {}
 
-    def _made(self, model: nn.Module, word: str) -> tuple[_Found, Mapping[Device, int]]:
+    def _made(self, model: nn.Module, word: str) -> tuple[Residents, Mapping[Device, int]]:
         """The map that *word* asks for, and the budgets that it keeps."""
         if word not in MODES:
             raise LoadError(f"{shown(word)} is no device map", hint=f"choose one of {', '.join(MODES)}, or give a dict")
@@ -73,12 +71,7 @@ class Terms:
         limits = cast("MaxMemory", budgets)
         device_map = infer_auto_device_map(model, limits, self.no_split, self.dtype, offload_buffers=self.offload_buffers)
         if word not in ("auto", "balanced"):
-            return (device_map, self.ring), budgets
-        if isinstance(self.ring, str):
-            raise LoadError(
-                f"{word!r} weighs the blocks of the ring against those that stay, and the ring is {self.ring!r}",
-                hint="say how many blocks it may have, as in ring=4, or give a device_map that is a dict",
-            )
+            return Residents(device_map, self.ring), budgets
         found = choose_residents(
             model,
             device_map,

@@ -127,7 +127,7 @@ def from_pretrained(
     if devices is None:
         devices, ring = Terms(ring, offload, max_memory, no_split).residents(model, str(device_map))
     check_device_map(model, devices)
-    _place(model, devices, no_split, ring)
+    _place(model, devices, no_split, ring, chosen=given is None)
     if device_map is not None:
         model.hf_device_map = dict(devices)  # type: ignore[assignment]  # an attribute that no module declares
     return (model, info) if output_loading_info else model
@@ -189,7 +189,9 @@ def _check_plain(folder: Path, model: nn.Module) -> None:
         )
 
 
-def _place(model: PreTrainedModel, devices: Mapping[str, Device], no_split: frozenset[str], ring: int | str) -> None:
+def _place(
+    model: PreTrainedModel, devices: Mapping[str, Device], no_split: frozenset[str], ring: int | str, *, chosen: bool
+) -> None:
     wish = Wish(
         device_map=devices,
         main=main_device(devices),
@@ -197,6 +199,7 @@ def _place(model: PreTrainedModel, devices: Mapping[str, Device], no_split: froz
         skip=class_names(model._skip_keys_device_placement),
         ring=ring,
         hooks=len(set(devices.values())) > 1 or "disk" in devices.values(),
+        chosen=chosen,
     )
     _warn_of_computed(model, wish)
     arrange(model, wish)

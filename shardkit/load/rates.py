@@ -1,8 +1,8 @@
 """How fast this machine does what a forward is made of: reads of files, copies in memory and to a device, products.
 
 1. A probe ends after a bounded number of bytes or a fraction of a second, and all of them take about one second.
-2. Files are read as they stream: by large reads side by side, at places spread over what streams. Their pages are dropped before
-   a buffered read, so that it is the disk that answers, and after it, so that nothing is cached for a probe.
+2. Files are read as they stream: large pieces side by side, at places spread over what streams; past the page cache, or out of it
+   what it has. What was not cached before is not cached afterwards.
 3. A disk, the memory and a device are measured once in a process, and not before somebody asks.
 """
 
@@ -19,18 +19,17 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from shardkit.load.memory import aligned, memory_of
+from shardkit.load.files import SECTOR, Files
+from shardkit.load.layouts import READ
+from shardkit.load.memory import memory_of, private
 from shardkit.payload import Extent, unreadable
 from shardkit.sizes import format_size
 
-_READERS = 2
-_READ = 4 << 20
-_READS = 96  # of each kind: 384 MiB at most
+_READERS = 3  # as many as a stream has
+_READS = 128  # half a gibibyte at most
 _MEMORY = 64 << 20  # what is copied, and what the matrices that are multiplied take
 _ROWS = 256  # from here on, twice the rows take twice the time
-_SECONDS = 0.15  # for each probe
-_PAGE = 4096
-_DIRECT: int | None = getattr(os, "O_DIRECT", None)
+_SECONDS = 0.2  # for each probe
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -39,23 +38,16 @@ class Rates:
     """Bytes per second; None of what is not there, and so limits nothing.
 
     Attributes:
-        direct: large reads past the page cache.
-        buffered: large reads through the page cache, of what it does not hold.
+        disk: large reads of files.
         copy: copies in main memory.
         link: copies from pinned memory to the device.
         compute: weights that products on the device get through.
     """
 
-    direct: float | None = None
-    buffered: float | None = None
+    disk: float | None = None
     copy: float | None = None
     link: float | None = None
     compute: float | None = None
-
-    @property
-    def disk(self) -> float | None:
-        """Those of the faster kind of read."""
-        return max((rate for rate in (self.direct, self.buffered) if rate is not None), default=None)
 
     def __str__(self) -> str:
         named = {"disk": self.disk, "host copy": self.copy, "link": self.link, "compute": self.compute}
@@ -88,11 +80,8 @@ def measure(extents: Iterable[Extent], device: torch.device, product: Product) -
     disks: dict[int, list[Extent]] = {}
     for extent in extents:
         disks.setdefault(_disk_of(extent.path), []).append(extent)
-    read = [_read_rates(_Disk(number, tuple(each))) for number, each in disks.items()]
-    direct = [rate for rate, _ in read if rate is not None]
     return Rates(
-        direct=min(direct) if direct and len(direct) == len(read) else None,
-        buffered=min((rate for _, rate in read), default=None),
+        disk=min((_read_rate(_Disk(number, tuple(each))) for number, each in disks.items()), default=None),
         copy=_copy_rate(),
         link=None if device.type == "cpu" else _link_rate(device),
         compute=_compute_rate(device, product),
@@ -115,86 +104,41 @@ class _Disk:
 
 
 @cache
-def _read_rates(disk: _Disk) -> tuple[float | None, float]:
-    """Direct and buffered: each reads every other place, so that neither finds what the other has brought closer."""
-    places = list(_places(disk.extents))
-    return _direct_rate(places[::2]), _read_rate(places[1::2] or places, _read_buffered)
-
-
-def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
-    """Places to read at, spread evenly over *extents*."""
-    starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, _READ)]
-    step = max(1, len(starts) // (2 * _READS))
-    for extent, at in starts[::step][: 2 * _READS]:
-        start = (extent.start + at) // _PAGE * _PAGE
-        yield Extent(extent.path, start, min(_READ, extent.start + extent.nbytes - start))
-
-
-def _direct_rate(places: Sequence[Extent]) -> float | None:
-    """None where the system or the file system has no such reads."""
-    if _DIRECT is None:
-        return None
+def _read_rate(disk: _Disk) -> float:
+    """By as many threads as a stream has, from what of the places there is time for."""
+    files, rest = Files(), iter(list(_places(disk.extents)))
+    buffers = [memory_of(private(READ).fill_(0)) for _ in range(_READERS)]  # touched, since fresh memory comes slowly
     try:
-        return _read_rate(places, _read_direct)
-    except OSError:
-        return None
+        with ThreadPoolExecutor(_READERS) as pool:
+            begun = time.perf_counter()
+            nbytes = sum(pool.map(partial(_read_for_a_while, files, rest), buffers))
+            return nbytes / (time.perf_counter() - begun)
+    finally:
+        files.close()
 
 
-_ReadPlace = Callable[[Extent, memoryview], int]
-
-
-def _read_rate(places: Sequence[Extent], read: _ReadPlace) -> float:
-    """Bytes per second of *read*, by as many threads as a stream has, from what of *places* there is time for."""
-    buffers = [aligned(_READ + _PAGE).fill_(0) for _ in range(_READERS)]  # touched, since fresh memory comes slowly
-    rest = iter(places)
-    with ThreadPoolExecutor(_READERS) as pool:
-        begun = time.perf_counter()
-        nbytes = sum(pool.map(partial(_read_for_a_while, rest, read), map(_whole_pages, buffers)))
-        return nbytes / (time.perf_counter() - begun)
-
-
-def _read_for_a_while(rest: Iterator[Extent], read: _ReadPlace, memory: memoryview) -> int:
+def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) -> int:
     end = time.perf_counter() + _SECONDS
     nbytes = 0
     for place in rest:
-        nbytes += read(place, memory)
+        files.at(place.path).read_sectors(memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes)
+        nbytes += place.nbytes
         if time.perf_counter() > end:
             break
     return nbytes
 
 
-def _whole_pages(buffer: torch.Tensor) -> memoryview:
-    """What of *buffer* begins at a page, as direct reads need it."""
-    return memory_of(buffer)[-buffer.data_ptr() % _PAGE :][:_READ]
-
-
-def _read_direct(place: Extent, memory: memoryview) -> int:
-    descriptor = os.open(place.path, os.O_RDONLY | (_DIRECT or 0))
-    with open(descriptor, "rb", buffering=0) as file:
-        file.seek(place.start)
-        return file.readinto(memory[: -(-place.nbytes // _PAGE) * _PAGE]) or 0
-
-
-def _read_buffered(place: Extent, memory: memoryview) -> int:
-    try:
-        with open(place.path, "rb", buffering=0) as file:
-            _drop(file.fileno(), place)
-            file.seek(place.start)
-            nbytes = file.readinto(memory[: place.nbytes]) or 0
-            _drop(file.fileno(), place)
-            return nbytes
-    except OSError as error:
-        raise unreadable(place.path, error) from None
-
-
-def _drop(file: int, place: Extent) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, place.start, place.nbytes, os.POSIX_FADV_DONTNEED)
+def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
+    """Places to read at, spread evenly over *extents*, each from the begin of a sector on."""
+    starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, READ)]
+    for extent, at in starts[:: max(1, -(-len(starts) // _READS))]:
+        start = (extent.start + at) // SECTOR * SECTOR
+        yield Extent(extent.path, start, min(READ, extent.start + extent.nbytes - start))
 
 
 @cache
 def _copy_rate() -> float:
-    source, target = (aligned(_MEMORY).fill_(0) for _ in range(2))
+    source, target = (private(_MEMORY).fill_(0) for _ in range(2))
     return _MEMORY * _per_second(lambda: target.copy_(source))
 
 

@@ -26,6 +26,8 @@ from shardkit.load.weights import Weight, weights_of
 from shardkit.sizes import format_size
 
 _ALIGNMENT = 64
+_EDGES = 2 * 4096  # of a direct read: what it reads along before and behind a weight
+_DIRECT = 256 << 10  # bytes, from which on weights are read so
 
 
 class Residents(NamedTuple):
@@ -33,11 +35,11 @@ class Residents(NamedTuple):
 
     Attributes:
         device_map: a device for each part of the model.
-        ring: how many blocks the ring has room for.
+        ring: how many blocks the ring has room for, or how much it may take.
     """
 
     device_map: dict[str, Device]
-    ring: int
+    ring: int | str
 
 
 def choose_residents(
@@ -45,7 +47,7 @@ def choose_residents(
     device_map: Mapping[str, Device],
     budgets: Mapping[Device, int],
     *,
-    ring: int,
+    ring: int | str,
     whole: Collection[str] = (),
     dtype: AnyDType | None = None,
     offload_buffers: bool = False,
@@ -56,19 +58,21 @@ def choose_residents(
         model: the model, on any device.
         device_map: what was made within *budgets*, such as by `infer_auto_device_map`.
         budgets: bytes that each device may hold.
-        ring: how many blocks the ring has room for at most.
+        ring: how many blocks the ring has room for at most, or how much it may take, as in "500MB".
         whole: names of classes whose modules stream as one.
         dtype: what floats are cast to when the weights are loaded.
         offload_buffers: whether buffers stream.
 
     Raises:
-        OverBudget: there is no room for two blocks.
+        OverBudget: there is no room for the ring, of two blocks at least.
     """
     scales = _Scales(model, module_sizes(model, dtype), whole, offload_buffers)
     table = scales.table(device_map, budgets)
     if not table.streams:
         return Residents(dict(device_map), ring)
     dealt = table.deal(ring)
+    if dealt is None:
+        return Residents(dict(device_map), ring)
     made = table.written(dealt, list(_parts(model)))
     given = scales.held(device_map, ring)
     keeps_budgets = all(nbytes <= budgets.get(device, nbytes) for device, nbytes in given.items())
@@ -104,7 +108,7 @@ class _Scales:
             streams=bool(blocks) and any(devices[name] != runner for name in ours),
         )
 
-    def held(self, device_map: Mapping[str, Device], ring: int) -> Counter[Device]:
+    def held(self, device_map: Mapping[str, Device], ring: int | str) -> Counter[Device]:
         """What each device holds with *device_map*: weights, and with the one that runs what streams the ring."""
         runner = _runner(device_map)
         blocks = self._blocks(device_map, lambda device: device if device in ("cpu", "disk") and device != runner else None)
@@ -122,8 +126,9 @@ class _Scales:
         return cut(self.model, list(weights_of(self.model)), target=streams, whole=self.whole).blocks
 
     def _page(self, block: Block) -> int:
-        """What *block* takes in the ring."""
-        return sum(_padded(self.nbytes[weight.names[0]]) for weight in block.weights)
+        """What *block* takes in the ring, whatever the edges of its reads."""
+        sizes = [self.nbytes[weight.names[0]] for weight in block.weights]
+        return sum(_padded(nbytes) + (_EDGES if nbytes >= _DIRECT else 0) for nbytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +153,21 @@ class _Table:
     fixed: int
     streams: bool
 
-    def deal(self, ring: int) -> Dealt:
-        """Deal the blocks.
+    def deal(self, ring: int | str) -> Dealt | None:
+        """Deal the blocks; None if one is larger than the ring may be, and cannot stay.
 
         Raises:
-            OverBudget: there is no room for two.
+            OverBudget: there is no room for the ring.
         """
         available = self.budgets.get(self.runner, 0)
         cpu = 0 if self.runner == "cpu" else self.budgets.get("cpu", 0)
         dealt = deal(self.sizes, available - self.fixed, ring, cpu)
-        if dealt is None:
-            needed = self.fixed + ring_bytes(self.sizes, LEAST)
+        needed = self.fixed + ring_bytes(self.sizes, LEAST if isinstance(ring, int) else ring)
+        if dealt is None and needed > available:
             nbytes, largest = max((nbytes, block.name) for nbytes, block in zip(self.sizes, self.blocks, strict=True))
             raise OverBudget(
                 f"device {shown(self.runner)} may hold {format_size(available)}, and needs {format_size(needed)} at least: "
-                f"{format_size(self.fixed)} that cannot stream, and room for two blocks at a time; the largest is "
+                f"{format_size(self.fixed)} that cannot stream, and room for {_said(ring)} at a time; the largest is "
                 f"{shown(largest)} with {format_size(nbytes)}",
                 needed=needed,
                 available=available,
@@ -205,6 +210,10 @@ def _parts(model: nn.Module) -> Iterator[str]:
             continue
         tensors = {**module._parameters, **module._buffers}
         yield from (f"{name}.{each}" if name else each for each, tensor in tensors.items() if tensor is not None)
+
+
+def _said(ring: int | str) -> str:
+    return "two blocks" if isinstance(ring, int) else f"{ring} of blocks"
 
 
 def _padded(nbytes: int) -> int:

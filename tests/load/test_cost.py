@@ -10,7 +10,7 @@ from shardkit.load.cost import STAGES, Prediction, Step, predict
 from shardkit.load.dealing import ring_bytes, spread
 from shardkit.load.rates import Rates
 
-RATES = Rates(direct=10, buffered=4, copy=50, link=20, compute=100)
+RATES = Rates(disk=10, copy=50, link=20, compute=100)
 
 
 def streamed(nbytes: int) -> Step:
@@ -64,8 +64,7 @@ def test_the_first_forward_has_nothing_read_before_it() -> None:
 
 def test_what_there_is_no_rate_of_limits_nothing() -> None:
     assert predict([Step(10, 10, 10, 10, 10)], Rates(), 10).seconds == 0
-    assert predict([Step(disk=40)], Rates(buffered=4), 0).seconds == 10
-    assert Rates(direct=1, buffered=4).disk == 4
+    assert predict([Step(disk=40)], Rates(disk=4), 0).seconds == 10
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_reading_is_hidden_while_the_model_computes(busy: tuple[float, ...], sec
 sizes = st.integers(0, 50)
 steps = st.lists(st.builds(Step, sizes, sizes, sizes, sizes, sizes), min_size=1, max_size=12)
 speeds = st.one_of(st.none(), st.integers(1, 100).map(float))
-rates = st.builds(Rates, speeds, speeds, speeds, speeds, speeds)
+rates = st.builds(Rates, speeds, speeds, speeds, speeds)
 
 
 @given(steps, rates, st.integers(0, 200))
@@ -95,9 +94,8 @@ def test_no_stage_is_beaten_and_no_stage_waits_for_nothing(steps: list[Step], ra
 @given(steps, rates, st.integers(0, 200), st.integers(0, 200))
 def test_a_larger_ring_and_a_faster_machine_are_never_slower(steps: list[Step], rates: Rates, ring: int, more: int) -> None:
     found = predict(steps, rates, ring)
-    faster = Rates(
-        *(None if each is None else each * 2 for each in (rates.direct, rates.buffered, rates.copy, rates.link, rates.compute))
-    )
+    speeds = (rates.disk, rates.copy, rates.link, rates.compute)
+    faster = Rates(*(None if each is None else each * 2 for each in speeds))
     assert predict(steps, rates, ring + more).first <= found.first * 1.000001
     assert predict(steps, faster, ring).seconds == pytest.approx(found.seconds / 2)
 
@@ -106,7 +104,7 @@ def test_a_larger_ring_and_a_faster_machine_are_never_slower(steps: list[Step], 
 def test_residents_that_are_spread_hide_at_least_as_much_as_the_first_ones(
     count: int, kept: int, disk: int, compute: int
 ) -> None:
-    machine, ring = Rates(direct=disk, compute=compute), ring_bytes([100] * count, 4)
+    machine, ring = Rates(disk=disk, compute=compute), ring_bytes([100] * count, 4)
     chosen = spread([100] * count, 100 * kept)
     evenly = [resident(100) if number in chosen else streamed(100) for number in range(count)]
     bunched = [resident(100) if number < kept else streamed(100) for number in range(count)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardkit.errors import OverBudget
-from shardkit.load.blocks import cut
+from shardkit.load.blocks import Block, cut
 from shardkit.load.budgets import Device
 from shardkit.load.dealing import ring_bytes, spread
 from shardkit.load.device_maps import check_device_map, device_of
@@ -22,12 +22,13 @@ from shardkit.load.module_sizes import module_sizes, named_tensors
 from shardkit.load.placement import infer_auto_device_map
 from shardkit.load.residents import Residents, choose_residents
 from shardkit.load.weights import Weight, weights_of
+from shardkit.sizes import parse_size
 
 KB = 1024
 RING = 4
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.act, self.down = nn.Linear(16, width, bias=False), nn.ReLU(), nn.Linear(width, 16, bias=False)
@@ -40,7 +41,7 @@ class Toy(nn.Module):
     def __init__(self, widths: Sequence[int], *, words: int = 64, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, 16)
-        self.layers = nn.ModuleList(Block(width) for width in widths)
+        self.layers = nn.ModuleList(Layer(width) for width in widths)
         self.norm, self.dropout = nn.LayerNorm(16), nn.Dropout()
         self.head = nn.Linear(16, words, bias=False)
         if tied:
@@ -52,27 +53,42 @@ def toy(widths: Sequence[int], *, words: int = 64, tied: bool = False) -> Toy:
         return Toy(widths, words=words, tied=tied)
 
 
-def chosen(model: nn.Module, budgets: dict[Device, int], *, whole: Sequence[str] = ("Block",), ring: int = RING) -> Residents:
+def chosen(
+    model: nn.Module, budgets: dict[Device, int], *, whole: Sequence[str] = ("Layer",), ring: int | str = RING
+) -> Residents:
     greedy = infer_auto_device_map(model, budgets, whole, offload_buffers=True)  # type: ignore[arg-type]  # invariant keys
     return choose_residents(model, greedy, budgets, ring=ring, whole=whole)
 
 
-def holding(model: nn.Module, device_map: Mapping[str, Device], ring: int, whole: Collection[str]) -> Counter[Device]:
-    """What each device holds once the model is dispatched: weights, and the ring with the device that runs what streams."""
-    runner = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+def streaming(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> tuple[Block, ...]:
+    runner = runner_of(device_map)
 
-    def streams(weight: Weight) -> Device | None:
+    def target(weight: Weight) -> Device | None:
         device = device_of(weight.names[0], device_map)
         return device if device in {"cpu", "disk"} - {runner} and not weight.is_buffer else None
 
-    blocks = cut(model, list(weights_of(model)), target=streams, whole=whole).blocks
+    return cut(model, list(weights_of(model)), target=target, whole=whole).blocks
+
+
+def runner_of(device_map: Mapping[str, Device]) -> Device:
+    return next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+
+
+def pages(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> list[int]:
+    sizes = module_sizes(model)
+    blocks = streaming(model, device_map, whole)
+    return [sum(-(-sizes[weight.names[0]] // 64) * 64 for weight in block.weights) for block in blocks]
+
+
+def holding(model: nn.Module, device_map: Mapping[str, Device], ring: int | str, whole: Collection[str]) -> Counter[Device]:
+    """What each device holds once the model is dispatched: weights, and the ring with the device that runs what streams."""
+    blocks, runner = streaming(model, device_map, whole), runner_of(device_map)
     away = {name for block in blocks for weight in block.weights for name in weight.names}
     sizes, held = module_sizes(model), Counter[Device]()
     for name, _ in named_tensors(model):
         device = device_of(name, device_map)
         held[device if name in away or device not in ("cpu", "disk") else runner] += sizes[name]
-    pages = [sum(-(-sizes[weight.names[0]] // 64) * 64 for weight in block.weights) for block in blocks]
-    held[runner] += ring_bytes(pages, ring)
+    held[runner] += ring_bytes(pages(model, device_map, whole), ring)
     return held
 
 
@@ -85,18 +101,20 @@ machines = st.one_of(
     st.fixed_dictionaries({0: sizes, "cpu": sizes}),
     st.fixed_dictionaries({0: sizes, 1: sizes, "cpu": sizes}),
 )
-wholes = st.sampled_from([(), ("Block",)])
+wholes = st.sampled_from([(), ("Layer",)])
 
 
-@given(models, machines, wholes, st.integers(2, 5))
+@given(models, machines, wholes, st.one_of(st.integers(2, 5), st.sampled_from(["2KB", "9KB"])))
 def test_budgets_are_kept_and_everything_is_placed_once(
-    model: nn.Module, budgets: dict[Device, int], whole: tuple[str, ...], ring: int
+    model: nn.Module, budgets: dict[Device, int], whole: tuple[str, ...], ring: int | str
 ) -> None:
     try:
         device_map, ring = chosen(model, budgets, whole=whole, ring=ring)
     except OverBudget:
         return
     check_device_map(model, device_map)
+    if isinstance(ring, str) and max(pages(model, device_map, whole), default=0) > parse_size(ring):
+        return  # which is refused when the model is arranged
     held = holding(model, device_map, ring, whole)
     assert all(held[device] <= budgets[device] for device in budgets if held[device]), (device_map, held)
 
@@ -147,8 +165,8 @@ def test_tied_weights_stay_together_with_what_runs_them() -> None:
 def test_what_another_accelerator_holds_stays_there() -> None:
     model = toy([8] * 10)
     budgets: dict[Device, int] = {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}
-    greedy = infer_auto_device_map(model, {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}, ["Block"], offload_buffers=True)
-    device_map, _ = choose_residents(model, greedy, budgets, ring=RING, whole=["Block"])
+    greedy = infer_auto_device_map(model, {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}, ["Layer"], offload_buffers=True)
+    device_map, _ = choose_residents(model, greedy, budgets, ring=RING, whole=["Layer"])
     on_second = [name for name, _ in named_tensors(model) if device_of(name, greedy) == 1]
     assert on_second
     assert [name for name, _ in named_tensors(model) if device_of(name, device_map) == 1] == on_second
@@ -168,3 +186,11 @@ def test_between_equal_blocks_that_stream_lie_almost_equally_many_that_stay(coun
     streamed = [number for number in range(count) if number not in kept]
     gaps = [after - before for before, after in itertools.pairwise(streamed)]
     assert not gaps or max(gaps) - min(gaps) <= 1 + (len(kept) < len(streamed))
+
+
+def test_a_ring_may_be_given_in_bytes() -> None:
+    model = toy([8] * 10, words=1)
+    device_map, ring = chosen(model, {"cpu": 14 * 64 + 8 * KB}, ring="3KB")
+    assert (ring, Counter(device_map[f"layers.{number}"] for number in range(10))["disk"]) == ("3KB", 5)
+    with pytest.raises(OverBudget, match="room for 3KB of blocks at a time"):
+        chosen(model, {"cpu": 14 * 64 + 2 * KB}, ring="3KB")

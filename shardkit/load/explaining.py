@@ -1,0 +1,218 @@
+"""Why each part of a model is where it is, and what a forward takes: predicted beside measured.
+
+1. What is said is found in the model as it is now: in its hooks, and in what stands in the places of its weights.
+2. Rates are measured, in about a second, if something streams and none are given.
+3. A prediction is for models whose time goes into products with matrices, as that of language models does. Whatever else a
+   forward computes is not in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from shardkit.casting import Cast
+from shardkit.expansion import Framed
+from shardkit.load.account import Explanation, Part
+from shardkit.load.arrangement import attachments
+from shardkit.load.blocks import Seat, cut, seats_of
+from shardkit.load.budgets import Device, device_key
+from shardkit.load.cost import Step, predict
+from shardkit.load.device_maps import device_of
+from shardkit.load.forwards import Clock
+from shardkit.load.module_sizes import prefixes
+from shardkit.load.pager import Pager, Streamed
+from shardkit.load.rates import Product, Rates, measure
+from shardkit.load.weights import Weight, weights_of
+from shardkit.payload import Extent, Payload
+
+_ALIGNMENT = 64
+_PRODUCT = Product(torch.bfloat16, (4096, 4096))
+
+
+def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = None) -> Explanation:
+    """Say why each part of *model* is where it is, and what a forward of it takes.
+
+    Args:
+        model: a model that was dispatched, or any other.
+        rows: vectors that a forward multiplies, such as tokens; None for as many as in the last forward, or else one.
+        rates: those of this machine; None to measure them, if something streams.
+
+    Returns:
+        A value that prints as a table, and has `as_dict`.
+
+    Raises:
+        FormatError: a file that something streams from cannot be read.
+    """
+    found = _Found.of(model)
+    parts, name = tuple(found.parts()), type(model).__name__
+    series = found.clock.series if found.clock else None
+    rows = rows or (series.rows if series else 0) or 1
+    if not found.pagers:
+        return Explanation(name, parts, rows=rows)
+    ring = sum(stream.room for stream in {pager.stream for pager in found.pagers.values()})
+    rates = rates or measure(found.extents(), found.runner, replace(found.product(), rows=rows))
+    predicted = predict([part.step for part in parts], rates, ring)
+    measured = series if series and series.forwards and series.rows == rows else None
+    return Explanation(name, parts, ring, rows, rates, predicted, measured)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A part, weight by weight."""
+
+    name: str
+    place: Device
+    why: str
+    weights: list[Weight] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What there is in a model.
+
+    Attributes:
+        model: the model.
+        pagers: for each place that weights come to, what brings them, and the name of the block.
+        names: of the blocks.
+        clock: what its forwards are timed by.
+        device_map: where its parts were to go; of what it does not say, nothing is known.
+        units: names of the modules that are told as one.
+    """
+
+    model: nn.Module
+    pagers: Mapping[Seat, Pager]
+    names: Mapping[Pager, str]
+    clock: Clock | None
+    device_map: Mapping[str, Device]
+    units: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Found:
+        names = {module: name for name, module in model.named_modules()}
+        attached = [(names[module], each) for module, *_, each in attachments(model)]
+        pagers = {each: name for name, each in attached if isinstance(each, Pager)}
+        weights = list(weights_of(model))
+        blocks = cut(model, weights, target=lambda weight: None if weight.is_buffer else "anywhere").blocks
+        return cls(
+            model=model,
+            pagers={seat: pager for pager in pagers for seat in pager.seats},
+            names=pagers,
+            clock=next((each for _, each in attached if isinstance(each, Clock)), None),
+            device_map=getattr(model, "hf_device_map", {}),
+            units=frozenset(block.name for block in blocks),
+        )
+
+    @property
+    def runner(self) -> torch.device:
+        """The device that runs what streams, or the first of them."""
+        return next(iter(self.names)).stream.lane.device
+
+    def parts(self) -> Iterator[Part]:
+        """All of it, in the order of the model."""
+        drafts: dict[tuple[str, str], _Draft] = {}
+        for weight in weights_of(self.model):
+            draft = self._draft(weight)
+            drafts.setdefault((draft.name, draft.why), draft).weights.append(weight)
+        return map(self._part, drafts.values())
+
+    def extents(self) -> Iterator[Extent]:
+        """What streams from files."""
+        streamed = (weight.tensor for weight in weights_of(self.model) if isinstance(weight.tensor, Streamed))
+        return (source for tensor in streamed for source in tensor.recipe.storage.sources)
+
+    def product(self) -> Product:
+        """One of the matrices that most of what streams consists of."""
+        nbytes: Counter[Product] = Counter()
+        for weight in weights_of(self.model):
+            if isinstance(weight.tensor, Streamed) and weight.tensor.ndim == 2:
+                nbytes[Product(weight.tensor.dtype, (weight.tensor.shape[0], weight.tensor.shape[1]))] += _nbytes(weight)
+        return max(nbytes, key=nbytes.__getitem__, default=_PRODUCT)
+
+    def _draft(self, weight: Weight) -> _Draft:
+        seats = seats_of(self.model, weight)
+        pager = self.pagers.get(seats[0])
+        if pager is None:
+            return _Draft(self._unit(weight, seats[0]), _place(weight.tensor.device), self._why_it_stays(weight, seats))
+        from_file = not isinstance(weight.tensor, Streamed) or bool(weight.tensor.recipe.storage.sources)
+        return _Draft(self.names[pager], "disk" if from_file else "cpu", self._why_it_streams(weight, from_file=from_file))
+
+    def _unit(self, weight: Weight, seat: Seat) -> str:
+        """The module that *weight* is told with; its own name if its module has others in it."""
+        around = [name for name in prefixes(weight.names[0]) if name in self.units]
+        owner = weight.names[0].rpartition(".")[0]
+        return around[-1] if around else weight.names[0] if seat.owner._modules else owner
+
+    def _why_it_streams(self, weight: Weight, *, from_file: bool) -> str:
+        if not from_file and self._said(weight) == "disk":
+            return "no file has it: it was computed when the model was made"
+        return "no room beside what stays" if self.clock and self.clock.chosen else "the map says so"
+
+    def _why_it_stays(self, weight: Weight, seats: tuple[Seat, ...]) -> str:
+        said = self._said(weight)
+        if not self.pagers or (said not in (None, "disk") and (said != "cpu" or self.runner.type == "cpu")):
+            return "fits" if not self.clock or self.clock.chosen else "the map says so"
+        if len(seats) > 1:
+            return "tied: it has one home for all its names"
+        if weight.is_buffer:
+            return "a buffer"
+        below = set(seats[0].owner.modules())
+        contains = any(seat.owner in below for seat in self.pagers)
+        return "stands beside blocks in its module" if contains else "several blocks share it"
+
+    def _said(self, weight: Weight) -> Device | None:
+        """Where the map sends *weight*; None if there is none, or it says nothing."""
+        name = weight.names[0]
+        return device_of(name, self.device_map) if any(each in self.device_map for each in prefixes(name)) else None
+
+    def _part(self, draft: _Draft) -> Part:
+        streamed = [each.tensor.recipe.in_memory[0] for each in draft.weights if isinstance(each.tensor, Streamed)]
+        runs_on = self.runner if streamed else draft.weights[0].tensor.device
+        return Part(
+            name=draft.name,
+            place=draft.place,
+            runs_on=str(runs_on),
+            nbytes=sum(map(_nbytes, draft.weights)),
+            why=draft.why,
+            step=_step(draft.weights, streamed, self.model, linked=runs_on.type != "cpu"),
+            cast=sum(payload.nbytes for payload in streamed if any(isinstance(each, Cast) for each in _layers(payload))),
+            compressed=sum(payload.nbytes for payload in streamed if any(isinstance(each, Framed) for each in _layers(payload))),
+            askew=sum(isinstance(payload, Extent) and payload.start % _ALIGNMENT > 0 for payload in streamed),
+        )
+
+
+def _step(weights: Iterable[Weight], streamed: list[Payload], model: nn.Module, *, linked: bool) -> Step:
+    nbytes = sum(payload.nbytes for payload in streamed)
+    return Step(
+        disk=sum(source.nbytes for payload in streamed for source in payload.sources),
+        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent)),
+        link=nbytes if linked else 0,
+        compute=sum(_nbytes(weight) for weight in weights if _is_multiplied(weight, model)),
+        room=sum(-(-payload.nbytes // _ALIGNMENT) * _ALIGNMENT for payload in streamed),
+    )
+
+
+def _is_multiplied(weight: Weight, model: nn.Module) -> bool:
+    """Whether it is a matrix, and more than a table to look into."""
+    owners = (seat.owner for seat in seats_of(model, weight))
+    return weight.tensor.ndim > 1 and not all(isinstance(owner, nn.Embedding) for owner in owners)
+
+
+def _layers(payload: Payload) -> Iterator[Payload]:
+    """*payload*, and what it is made from."""
+    yield payload
+    inside = [getattr(payload, name) for name in ("inner", "storage", "frame") if hasattr(payload, name)]
+    for each in (*inside, *getattr(payload, "parts", ())):
+        yield from _layers(each)
+
+
+def _nbytes(weight: Weight) -> int:
+    return weight.tensor.numel() * weight.tensor.element_size()
+
+
+def _place(device: torch.device) -> Device:
+    return device.type if device.type == "meta" else device_key(device)

@@ -1,0 +1,113 @@
+"""How long the forwards of a model that streams take, and what its streams did meanwhile.
+
+1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring what another left there.
+2. A clock costs a few microseconds for each forward, and nothing for each block.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shardkit.load.counts import Counts
+from shardkit.load.pager import eager
+
+if TYPE_CHECKING:
+    from shardkit.load.stream import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Forwards of one size, one behind the other.
+
+    Attributes:
+        rows: vectors that each of them multiplies, such as tokens.
+        forwards: how many were counted.
+        seconds: what they took.
+        counts: what the streams of the model did meanwhile, for whomever.
+    """
+
+    rows: int
+    forwards: int = 0
+    seconds: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+
+
+class Clock:
+    """The hooks of a model whose forwards are timed."""
+
+    def __init__(self, streams: Iterable[Stream], *, chosen: bool) -> None:
+        """Count nothing yet.
+
+        Args:
+            streams: those that the model uses.
+            chosen: whether it was chosen for it what streams.
+        """
+        self.chosen = chosen
+        self._streams = tuple(streams)
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._series = Series(0)
+        self._before = Counts()
+
+    @property
+    def series(self) -> Series:
+        """The forwards since the last one of another size."""
+        with self._lock:
+            return Series(self._series.rows, self._series.forwards, self._series.seconds, self._now().since(self._before))
+
+    def attach(self, model: nn.Module) -> None:
+        """Time the forwards of *model*."""
+        model.register_forward_pre_hook(self.start, prepend=True, with_kwargs=True)
+        model.register_forward_hook(self.stop, always_call=True)
+
+    @eager
+    def start(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],  # Any: whatever a model takes
+    ) -> None:
+        """The hook before a forward."""
+        self._thread.begun = time.perf_counter(), _rows((args, kwargs)) or 1
+
+    @eager
+    def stop(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """The hook behind it; one that raised is counted like any other."""
+        begun, self._thread.begun = getattr(self._thread, "begun", None), None
+        if begun is None:
+            return
+        seconds, rows = time.perf_counter() - begun[0], begun[1]
+        with self._lock:
+            if rows != self._series.rows:
+                self._series, self._before = Series(rows), self._now()
+            else:
+                self._series = Series(rows, self._series.forwards + 1, self._series.seconds + seconds)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Clock:
+        return Clock(deepcopy(self._streams, memo), chosen=self.chosen)
+
+    def _now(self) -> Counts:
+        counts = [stream.counts for stream in self._streams]
+        return Counts(*(sum(getattr(each, name) for each in counts) for name in Counts.__slots__))
+
+
+def _rows(value: object) -> int | None:
+    """How many vectors the first tensor in *value* is: an index stands for one, and of floats the last axis is one."""
+    match value:
+        case torch.Tensor():
+            return value.numel() // max(1, value.shape[-1] if value.is_floating_point() and value.ndim else 1)
+        case tuple() | list():
+            parts: Iterable[object] = value
+        case Mapping():
+            parts = value.values()
+        case _:
+            return None
+    return next((rows for part in parts if (rows := _rows(part)) is not None), None)

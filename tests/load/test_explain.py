@@ -1,0 +1,261 @@
+"""explain: every weight told once, with the true reason; and what forwards took, beside what they should."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import shardkit
+from shardkit.load import close, disk_offload, explain, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load.account import Explanation, Part
+from shardkit.load.arrangement import Wish, arrange
+from shardkit.load.cost import Step
+from shardkit.load.forwards import Clock
+from shardkit.load.module_sizes import module_sizes
+from shardkit.load.rates import Rates
+
+WIDTH, LAYERS = 64, 6
+RATES = Rates(disk=1e6, copy=1e9, compute=1e9)
+IDS = torch.arange(5)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        change: torch.Tensor = self.down(self.up(x)) * self.scale
+        return x + change
+
+
+class Toy(nn.Module):
+    """A weight beside modules, tied weights, buffers, blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.ones(WIDTH))
+        self.embedding = nn.Embedding(16, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids) + self.start
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "toy.safetensors"
+    save_file({name: tensor for name, tensor in Toy().state_dict().items() if name != "head.weight"}, path)
+    return path
+
+
+@pytest.fixture
+def loaded(file: Path) -> Any:
+    models = []
+
+    def load(device_map: Any, **options: Any) -> Toy:
+        with init_empty_weights():
+            model = Toy().eval()
+        models.append(load_checkpoint_and_dispatch(model, options.pop("file", file), device_map, **options))
+        return models[-1]
+
+    yield load
+    for model in models:
+        close(model)
+
+
+Load = Callable[..., Toy]
+
+
+def reasons(told: Explanation) -> set[tuple[str, object, str]]:
+    return {(part.name, part.place, part.why) for part in told.parts}
+
+
+def streamed(told: Explanation) -> list[str]:
+    return [part.name for part in told.parts if part.streams]
+
+
+def test_each_part_has_its_place_and_its_reason(loaded: Load) -> None:
+    told = explain(loaded({"": "disk"}), rates=RATES)
+    layers = {f"layers.{number}" for number in range(LAYERS)}
+    assert reasons(told) == {
+        ("start", "cpu", "stands beside blocks in its module"),
+        ("embedding", "cpu", "tied: it has one home for all its names"),
+        *((name, "disk", "the map says so") for name in (*layers, "norm")),
+        *((name, "cpu", "a buffer") for name in layers),
+    }
+    assert sum(part.nbytes for part in told.parts) == module_sizes(Toy())[""]
+    assert told.held == {"disk": told.read["disk"], "cpu": module_sizes(Toy())[""] - told.read["disk"]}
+
+
+def test_a_chosen_map_says_what_fits_and_what_has_no_room(loaded: Load) -> None:
+    model: Any = loaded("auto", max_memory={"cpu": 150_000})
+    told = explain(model, rates=RATES)
+    assert streamed(told) == [name for name, device in model.hf_device_map.items() if device == "disk"]
+    assert {why for _, place, why in reasons(told) if place == "disk"} == {"no room beside what stays"}
+    assert ("layers.2", "cpu", "fits") in reasons(told)
+
+
+def test_a_map_that_is_given_says_so(loaded: Load) -> None:
+    told = explain(loaded({"": "cpu", "layers.3": "disk"}), rates=RATES)
+    assert {why for _, _, why in reasons(told)} == {"the map says so", "a buffer"}
+    assert streamed(told) == ["layers.3"]
+
+
+def test_a_model_in_which_nothing_streams_needs_no_rates(monkeypatch: pytest.MonkeyPatch, loaded: Load) -> None:
+    monkeypatch.setattr("shardkit.load.explaining.measure", None)
+    for model in (Toy(), loaded({"": "cpu"})):
+        told = explain(model)
+        assert {(place, why) for _, place, why in reasons(told)} == {("cpu", "fits")}
+        assert (told.predicted, told.rates, told.measured, told.ring) == (None, None, None, 0)
+        assert str(told).startswith("Toy: 201 kB of weights, nothing streams\n")
+    assert {part.place for part in explain(loaded({"": "cpu"}).to("meta")).parts} == {"meta"}
+
+
+def test_a_model_without_a_map_is_explained_too(tmp_path: Path) -> None:
+    model = disk_offload(Toy().eval(), tmp_path / "offload")
+    told = explain(model, rates=RATES)
+    assert ("start", "cpu", "stands beside blocks in its module") in reasons(told)
+    assert len(streamed(told)) == LAYERS + 1
+    close(model)
+
+
+def test_a_forward_is_predicted_from_rates_that_are_given(loaded: Load) -> None:
+    told = explain(loaded({"": "disk"}), rates=RATES)
+    layers = LAYERS * 2 * WIDTH * WIDTH * 4
+    assert told.read == {"disk": layers + 2 * WIDTH * 4, "memory": 0}
+    assert told.predicted is not None
+    assert told.predicted.busy == pytest.approx((told.read["disk"] / 1e6, 0, 0, (layers + 16 * WIDTH * 4) / 1e9))
+    assert told.predicted.limit == "disk"
+    assert told.predicted.seconds == pytest.approx(told.read["disk"] / 1e6, rel=0.01)
+    assert told.ring == 4 * 2 * WIDTH * WIDTH * 4
+
+
+def test_rates_are_measured_for_what_streams_if_none_are_given(loaded: Load) -> None:
+    model = loaded({"": "disk"})
+    with torch.no_grad():
+        model(IDS)
+    told = explain(model)
+    assert told.rates is not None
+    assert None not in (told.rates.disk, told.rates.copy, told.rates.compute)
+    assert told.rows == len(IDS)
+
+
+def test_forwards_of_one_size_are_measured_after_the_first(loaded: Load) -> None:
+    model = loaded({"": "disk"})
+    assert explain(model, rates=RATES).measured is None
+    model(IDS)
+    assert explain(model, rates=RATES).measured is None
+    model(IDS)
+    model(IDS)
+    told = explain(model, rates=RATES)
+    assert told.measured is not None
+    assert told.measured.forwards == 2
+    assert told.measured.counts.claims == 2 * (LAYERS + 1)
+    assert told.seconds == pytest.approx(told.measured.seconds / 2)
+    model(torch.arange(9))
+    assert explain(model, rates=RATES).measured is None
+    assert explain(model, rates=RATES, rows=5).rows == 5
+
+
+def test_a_copy_has_a_clock_of_its_own_and_forwards_that_fail_do_not_disturb_it(loaded: Load) -> None:
+    model = loaded({"": "disk"})
+    model(IDS)
+    model(IDS)
+    twin = copy.deepcopy(model)
+    assert explain(twin, rates=RATES).measured is None
+    with pytest.raises(IndexError):
+        model(IDS + 100)
+    model(IDS)
+    measured = explain(model, rates=RATES).measured
+    assert measured is not None
+    assert measured.forwards == 3
+
+
+def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(loaded: Load, file: Path, tmp_path: Path) -> None:
+    cast = explain(loaded({"": "disk"}, dtype="bfloat16"), rates=RATES)
+    assert sum(part.cast for part in cast.parts) == cast.read["disk"] // 2
+    assert [sentence for sentence in cast.advice if "offload-prep --dtype" in sentence]
+    content = {name: tensor for name, tensor in Toy().state_dict().items() if name != "head.weight"}
+    torch.save(content, tmp_path / "toy.bin")
+    plain = explain(loaded({"": "disk"}, file=tmp_path / "toy.bin"), rates=RATES)
+    assert plain.advice == ()
+    weights = [entry for entry in shardkit.open(file).tensors if entry.name.endswith(("up.weight", "down.weight"))]
+    starts = [weight.payload.sources[0].start for weight in weights]
+    askew = explain(loaded({"": "cpu", "layers": "disk"}), rates=RATES)
+    assert sum(part.askew for part in askew.parts) == sum(start % 64 > 0 for start in starts)
+    assert "lie off multiples of 64 bytes" in askew.advice[0]
+    shardkit.convert(file, tmp_path / "packed", compress="zstd")
+    packed = explain(loaded({"": "disk"}, file=tmp_path / "packed"), rates=RATES)
+    assert sum(part.compressed for part in packed.parts) == cast.read["disk"]
+    assert "decompressed" in packed.advice[0]
+
+
+def test_weights_that_no_file_has_are_told_from_those_on_disk() -> None:
+    model = Toy().eval()
+    arrange(model, Wish({"": "disk"}, torch.device("cpu")))
+    model.hf_device_map = {"": "disk"}  # type: ignore[assignment]  # an attribute that no module declares
+    told = explain(model, rates=RATES)
+    assert ("norm", "cpu", "no file has it: it was computed when the model was made") in reasons(told)
+    assert told.read == {"disk": 0, "memory": LAYERS * 2 * WIDTH * WIDTH * 4 + 2 * WIDTH * 4}
+    close(model)
+
+
+def test_it_goes_through_json_and_prints_one_line_for_each_reason(loaded: Load) -> None:
+    model = loaded({"": "cpu", **{f"layers.{number}": "disk" for number in (0, 2, 3, 5)}})
+    for _ in range(2):
+        model(IDS)
+    told = explain(model, rates=RATES)
+    document = json.loads(json.dumps(told.as_dict(), allow_nan=False))
+    assert document["predicted"]["limit"] == "disk"
+    assert document["measured"]["forwards"] == 1
+    assert document["read_per_forward"] == {"disk": 4 * 2 * WIDTH * WIDTH * 4, "memory": 0}
+    lines = str(told).splitlines()
+    assert lines[0] == "Toy: 201 kB of weights, 131 kB of it stream"
+    assert [line.split() for line in lines if line.startswith("  disk")] == [
+        ["disk", "131", "kB", "4", "parts", "the", "map", "says", "so", "layers.[0,", "2-3,", "5]"]
+    ]
+    assert [line.split()[0] for line in lines[-5:]] == ["A", "predicted", "with", "measured", "8"]
+    assert "limit: disk" in lines[-4]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "printed"),
+    [
+        ([0], "h.0.mlp"),
+        ([0, 1, 2], "h.0-2.mlp"),
+        ([0, 2, 3, 7], "h.[0, 2-3, 7].mlp"),
+        (range(0, 40, 2), "h.[0, 2, 4 … 38].mlp"),
+    ],
+)
+def test_names_that_differ_in_a_number_are_one(numbers: range, printed: str) -> None:
+    parts = tuple(Part(f"h.{number}.mlp", "cpu", "cpu", 1, "fits", Step()) for number in numbers)
+    assert str(Explanation("Toy", parts)).endswith(f"  fits  {printed}")
+
+
+def test_rows_are_tokens_or_vectors() -> None:
+    model, clock = nn.Linear(3, 4), Clock((), chosen=False)
+    clock.attach(model)
+    for shape, rows in (((3,), 1), ((5, 3), 5), ((2, 5, 3), 10)):
+        model(torch.ones(shape))
+        assert clock.series.rows == rows
+    embedding = nn.Embedding(4, 4)
+    clock.attach(embedding)
+    embedding(input=torch.ones(2, 7, dtype=torch.int64))
+    assert clock.series.rows == 14
