@@ -16,7 +16,6 @@ from shardkit.checkpoint import OtherKind
 from shardkit.compressing import Saving, saving
 from shardkit.copying import OnBytes
 from shardkit.destination import check_output, check_room, partial_folder
-from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edits, Ties
 from shardkit.errors import LimitExceeded, Malformed, NoRoom
 from shardkit.integrity import refuse_changed, refuse_damaged
@@ -129,7 +128,7 @@ def convert(
         OutputError: *out* cannot be written or replaced.
     """
     begun = time.monotonic()
-    edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
+    edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
     conversion = prepare(
         src,
         out,

@@ -6,11 +6,11 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import translate
-from typing import Literal
+from typing import Literal, get_args
 
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
-from shardkit.dtypes import DType
+from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
 from shardkit.roots import LeftOut, select_root
 
@@ -28,6 +28,9 @@ class Edits:
         rename: pairs of a regular expression and what replaces every match of it, applied in order to every name.
         dtype: what floating-point tensors are cast to; None to keep each as it is.
         ties: write a tied weight once and record its other names, or write a copy under each.
+
+    Raises:
+        PlanError: *ties* is neither, or a rename is no pair.
     """
 
     root: str | None = None
@@ -36,6 +39,32 @@ class Edits:
     rename: tuple[tuple[str, str], ...] = ()
     dtype: DType | None = None
     ties: Ties = "keep-first"
+
+    def __post_init__(self) -> None:
+        if self.ties not in get_args(Ties):
+            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {', '.join(map(shown, get_args(Ties)))}")
+        for rule in self.rename:
+            if not _is_rule(rule):
+                raise PlanError(f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it")
+
+    @classmethod
+    def asked(
+        cls,
+        *,
+        root: str | None,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        rename: Sequence[tuple[str, str]],
+        dtype: str | None,
+        ties: Ties,
+    ) -> Edits:
+        """What a caller of the library asks for in plain words; a glob that stands alone is one, and not a glob for each letter.
+
+        Raises:
+            PlanError: it makes no sense.
+        """
+        included, excluded = ((globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude))
+        return cls(root, included, excluded, tuple(rename), parse_dtype(dtype) if dtype else None, ties)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +142,13 @@ def fold_ties(
         else:
             aliases[entry.name] = name
     return tuple(kept), aliases
+
+
+def _is_rule(rule: object) -> bool:
+    match rule:
+        case (str(), str()):
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

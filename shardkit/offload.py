@@ -22,7 +22,6 @@ from shardkit.checksums import check_algorithm
 from shardkit.conversion import Report, carry_out
 from shardkit.copying import OnBytes
 from shardkit.destination import default_output
-from shardkit.dtypes import parse_dtype
 from shardkit.edits import Edited, Edits, Ties
 from shardkit.errors import PlanError, shown, shown_path
 from shardkit.limits import Limits
@@ -97,7 +96,7 @@ def offload_prep(
         OutputError: *out* cannot be written or replaced.
     """
     begun = time.monotonic()
-    edits = Edits(root, tuple(include), tuple(exclude), tuple(rename), parse_dtype(dtype) if dtype else None, ties)
+    edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
     conversion = prepare_offload(
         src,
         out,

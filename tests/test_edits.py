@@ -1,5 +1,6 @@
 import re
 import shlex
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,30 @@ def test_two_tensors_of_one_name_are_a_clash_that_names_both() -> None:
 def test_a_rename_that_joins_two_names_is_a_clash() -> None:
     with pytest.raises(NameClash, match="'w'"):
         edit(WEIGHTS, Edits(rename=((".*w", "w"),)))
+
+
+ASKED: dict[str, Any] = {"root": None, "include": (), "exclude": (), "rename": (), "dtype": None, "ties": "keep-first"}
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_glob_that_stands_alone_is_one(option: str) -> None:
+    assert Edits.asked(**{**ASKED, option: "layers.*"}) == Edits.asked(**{**ASKED, option: ["layers.*"]})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"ties": "keep"}, "ties is 'keep', and must be one of 'keep-first', 'copy'"),
+        ({"rename": ["^w=weight"]}, "a rename is '^w=weight', and must be a pair"),
+        ({"rename": ("ab", "cd")}, "a rename is 'ab', and must be a pair"),
+        ({"rename": [("w",)]}, "a rename is a tuple of 1, and must be a pair"),
+        ({"dtype": "int8"}, "'int8' is no floating-point type"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_at_once(asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(sentence)):
+        Edits.asked(**{**ASKED, **asked})
 
 
 def test_a_broken_expression_is_a_sentence() -> None:
