@@ -29,6 +29,7 @@ OnBytes = Callable[[int], None]
 See = Callable[[memoryview], None]
 
 _STEP = 64 << 20  # so that progress moves and an interrupt is heard while a large part is copied
+_BACK = 1 << 20  # read back at a time: so little stays in the processor's cache
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), linux/fs.h
 
 
@@ -98,7 +99,7 @@ class Copier:
         """Write to the file descriptor *output*.
 
         Args:
-            output: open for writing.
+            output: open for writing, and for reading too where bytes are to be seen.
             clones: whether a source may be cloned from.
             on_bytes: called with the number of bytes after each step.
         """
@@ -107,6 +108,7 @@ class Copier:
         self._clones = clones
         self._on_bytes = on_bytes
         self._open = ExitStack()
+        self._back = memoryview(bytearray(_BACK))
         self._source_now: _Opened | None = None
 
     def __enter__(self) -> Copier:
@@ -122,14 +124,35 @@ class Copier:
             FormatError: a source cannot be read.
             OSError: the output cannot be written.
         """
-        if isinstance(payload, Extent):
-            self._copy(payload, at)
-        else:
-            self._stream(payload.chunks(), at, engine_of(payload))
+        for _ in self._moved(payload, at):
+            pass
 
     def write_seen(self, payload: Payload, at: int, *see: See) -> None:
-        """As `write`, but through this process, where each of *see* is called with the bytes as they pass."""
-        self._stream(_seen(payload.chunks(), see), at, Engine.READ if isinstance(payload, Extent) else engine_of(payload))
+        """As `write`, and call each of *see* with the bytes in their order.
+
+        What the kernel copies is read back from the output: that is faster than to let it pass through this process.
+        """
+        if isinstance(payload, Extent):
+            for start, count in self._moved(payload, at):
+                self._show(start, count, see)
+        else:
+            self._stream(_seen(payload.chunks(), see), at, engine_of(payload))
+
+    def _moved(self, payload: Payload, at: int) -> Iterator[tuple[int, int]]:
+        """Write *payload*, and say in order which runs of the output, by start and length, have been written."""
+        if isinstance(payload, Extent):
+            return self._copied(payload, at)
+        self._stream(payload.chunks(), at, engine_of(payload))
+        return iter(())
+
+    def _show(self, start: int, count: int, see: Iterable[See]) -> None:
+        stop = start + count
+        while start < stop:
+            chunk = self._back[: min(len(self._back), stop - start)]
+            chunk = chunk[: read_at(self._output, chunk, start)]
+            for each in see:
+                each(chunk)
+            start += len(chunk)
 
     def _stream(self, chunks: Iterable[memoryview], at: int, engine: Engine) -> None:
         for chunk in chunks:
@@ -137,25 +160,27 @@ class Copier:
             at += len(chunk)
             self._done(engine, len(chunk))
 
-    def _copy(self, extent: Extent, at: int) -> None:
+    def _copied(self, extent: Extent, at: int) -> Iterator[tuple[int, int]]:
         source = self._source(extent.path)
         pages = clonable(extent, at) if self._clones(extent.path) else 0
         edge = -extent.start % PAGE
         if not pages or not _tried(_clone, source.file, extent.start + edge, self._output, at + edge, pages):
-            self._carry(source, extent, at)
+            yield from self._carried(source, extent, at)
             return
+        yield from self._carried(source, extent.narrow(0, edge), at)
         self._done(Engine.CLONED, pages)
+        yield at + edge, pages
         rest = edge + pages
-        self._carry(source, extent.narrow(0, edge), at)
-        self._carry(source, extent.narrow(rest, extent.nbytes - rest), at + rest)
+        yield from self._carried(source, extent.narrow(rest, extent.nbytes - rest), at + rest)
 
-    def _carry(self, source: _Opened, extent: Extent, at: int) -> None:
+    def _carried(self, source: _Opened, extent: Extent, at: int) -> Iterator[tuple[int, int]]:
         start, stop = extent.start, extent.start + extent.nbytes
         while start < stop:
             engine, count = self._step(source, start, at, min(stop - start, _STEP))
             if not count:
                 raise ended_early(extent)
             self._done(engine, count)
+            yield at, count
             start += count
             at += count
 
@@ -204,6 +229,19 @@ def write_at(output: int, data: memoryview | bytes, at: int) -> None:
             count = os.write(output, rest)
         rest = rest[count:]
         at += count
+
+
+def read_at(output: int, buffer: memoryview, at: int) -> int:
+    """Read from offset *at* of the file descriptor *output* into *buffer*, and give how many bytes; none is an OSError."""
+    if hasattr(os, "preadv"):
+        count = os.preadv(output, [buffer], at)
+    else:  # Windows
+        os.lseek(output, at, os.SEEK_SET)
+        data = os.read(output, len(buffer))
+        buffer[: (count := len(data))] = data
+    if not count:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return count
 
 
 def _seen(chunks: Iterable[memoryview], see: Iterable[See]) -> Iterator[memoryview]:

@@ -96,7 +96,7 @@ class Plan:
         return tuple(file for file in self.files if file.name in self._shard_names)
 
     def is_summed(self, file: OutputFile) -> bool:
-        """Whether digests are taken of *file*, so that its bytes pass through this process."""
+        """Whether digests are taken of *file*."""
         return self.checksum is not None or (self.record is not None and file.name in self._shard_names)
 
     @cached_property

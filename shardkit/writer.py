@@ -73,12 +73,11 @@ def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
         if file.codec is not None:
             counts[Engine.COMPRESSED] += file.nbytes
             continue
-        at, summed = 0, plan.is_summed(file)
+        at = 0
         for part in file.parts:
-            cloned = clonable(part, at) if isinstance(part, Extent) and not summed and clones(part.path) else 0
+            cloned = clonable(part, at) if isinstance(part, Extent) and clones(part.path) else 0
             counts[Engine.CLONED] += cloned
-            engine = Engine.READ if summed and isinstance(part, Extent) else engine_of(part)
-            counts[engine] += part.nbytes - cloned
+            counts[engine_of(part)] += part.nbytes - cloned
             at += part.nbytes
     return +counts
 
@@ -167,7 +166,7 @@ class _Run:
         if file.codec is not None:
             return self._compress(file, path, sums)
         with (
-            open(path, "wb", buffering=0) as output,
+            open(path, "w+b", buffering=0) as output,
             Copier(output.fileno(), clones=self._clones, on_bytes=self._on_bytes) as copier,
         ):
             if not self._shares_pages(file):
@@ -196,8 +195,7 @@ class _Run:
         return Counter({Engine.COMPRESSED: file.nbytes})
 
     def _shares_pages(self, file: OutputFile) -> bool:
-        extents = (part for part in file.parts if isinstance(part, Extent))
-        return not self._plan.is_summed(file) and any(self._clones(part.path) for part in extents)
+        return any(self._clones(part.path) for part in file.parts if isinstance(part, Extent))
 
     def _on_bytes(self, count: int) -> None:
         if self.stop.is_set():
@@ -282,7 +280,7 @@ def _write_parts(file: OutputFile, copier: Copier) -> None:
 
 
 def _write_seen(file: OutputFile, copier: Copier, see: tuple[See, ...]) -> None:
-    """Write a file whose bytes pass through this process: to be summed, or since it ends in what their CRCs give."""
+    """Write a file whose bytes are to be seen: to be summed, or since it ends in what their CRCs give."""
     at = 0
     crcs: list[int] = []
     trailed = any(isinstance(part, Trailer) for part in file.parts)

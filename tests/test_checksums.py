@@ -240,7 +240,7 @@ def test_an_algorithm_that_cannot_be_computed_is_a_sentence(
 def test_the_command_line_writes_and_checks_a_manifest(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["convert", str(source), "-o", str(out), "--checksum", "xxh3", "--dry-run"]) == 0
-    assert "to read and write" in capsys.readouterr().out
+    assert "to copy" in capsys.readouterr().out
     assert main(["convert", str(source), "-o", str(out), "--checksum", "xxh3"]) == 0
     assert main(["verify", str(out)]) == 0
     assert "is whole" in capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_a_run_ends_by_saying_what_it_did(capsys: Capture) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "m.safetensors → m-offload/: 1 shard, 5 blocks, 8 tensors, 2.05 kB in " in shown.err
-    assert "read and written" in shown.err
+    assert "copied in the kernel" in shown.err
 
 
 def test_a_dry_run_lists_the_blocks_in_their_order(capsys: Capture, room: Path) -> None:
