@@ -18,9 +18,11 @@ from shardkit.errors import (
 )
 from shardkit.expansion import Expanded, Framed
 from shardkit.format import Format, Source
+from shardkit.index import fault_of_name
 from shardkit.limits import Limits
 from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
 from shardkit.runs import coalesced
+from shardkit.strict_json import parse_json
 from shardkit.strided import strided
 from shardkit.zips import STORED, Member
 
@@ -61,6 +63,8 @@ __all__ = [
     "UnknownFormat",
     "Unwritable",
     "coalesced",
+    "fault_of_name",
+    "parse_json",
     "read_all",
     "rechunked",
     "shown",

@@ -26,6 +26,7 @@ API = 1
 _OWN = "shardkit"
 _BUILT_IN = {
     FORMATS: {
+        "accelerate-dat": "shardkit.formats.accelerate_dat:FORMAT",
         "safetensors": "shardkit.formats.safetensors:FORMAT",
         "torch-legacy": "shardkit.formats.torch_legacy:FORMAT",
         "torch-zip": "shardkit.formats.torch_zip:FORMAT",

@@ -3,7 +3,8 @@
 1. Nothing is opened before it is known to be a regular file: a pipe would block for ever. Links are followed, as the caches of
    Hugging Face are made of them.
 2. Content decides what a file is. Only an index may also be told by its name.
-3. A folder is its index; without one it is its one file with weights; without one it is what a format for folders makes of it.
+3. A folder is its index; without one it is the file in it that Hugging Face's loaders take; without one, what a format for
+   folders makes of it; and else its one file with weights.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class _Opener:
         if indexes:
             chosen = _chosen_index(path, indexes)
             return _with_note(self._indexed(self._source(path / chosen)), chosen, indexes)
+        if self.format is None and not set(names).intersection(_PREFERRED) and _is_of_a_folder_format(source):
+            return self._scanned(source)
         weights = [name for name in names if _is_regular(path / name) and self._may_hold_weights(path / name)]
         if len(weights) > 1:
             return self._one_of(path, weights)
@@ -216,6 +219,20 @@ def _chosen_index(folder: Path, names: Sequence[str]) -> str:
         hint = f"give one of them, as in {folder / preferred[0]}"
         raise UnknownFormat(folder, f"holds {len(preferred)} indexes: {_listed(preferred)}", hint=hint)
     return preferred[0]
+
+
+def _is_of_a_folder_format(source: Source) -> bool:
+    """Whether a format claims the folder *source* as a whole; what lies in it may look like anything.
+
+    Raises:
+        UnknownFormat: several do.
+    """
+    try:
+        return bool(registry.recognise(source))
+    except UnknownFormat as error:
+        if error.claimed:
+            raise
+        return False
 
 
 def _stored(path: Path) -> Path:

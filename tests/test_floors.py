@@ -21,7 +21,8 @@ limits payload checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
 plugin roots edits named_blocks fitting block_layout plan framing \
-    codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script
+    codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
+    formats.accelerate_dat
 registry shards freshness source companions destination copying parallel integrity placing records journal compressing \
     writer host_memory progress
 preparation conversion offload compare load testing

@@ -28,6 +28,7 @@ SMALL = 40_000
 PREFIXES = {"safetensors": "safetensors", "legacy": "torch-legacy", "torchscript": "torchscript", "zip": "torch-zip"}
 PREFIXES |= {"pickle": "torch-zip"}
 FORMAT_OF = {path: PREFIXES.get(path.name.partition("-")[0]) for path in sorted(GOOD.iterdir()) if path.is_file()}
+FORMAT_OF |= {GOOD / "folder-accelerate-dat": "accelerate-dat"}
 SAMPLES = [path for path, name in FORMAT_OF.items() if name and path.stat().st_size <= SMALL]
 COMPRESSED = sorted(GOOD.glob("*.zst"))
 

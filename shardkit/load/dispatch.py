@@ -153,7 +153,7 @@ def dispatch_model(
         offload_dir: a checkpoint with the values of weights that are on the meta device, from which those on disk stream. Where
             weights that go to disk are in memory, they are written there, to a folder that is new, empty, or holds just them.
         offload_index: the files of weights that are on the meta device, as in
-            ``{"a.weight": {"safetensors_file": "x.safetensors"}}``.
+            ``{"a.weight": {"safetensors_file": "x.safetensors"}}``; or, for what *offload_dir* holds, type and shape.
         offload_buffers: let buffers stream with the parameters beside them.
         skip_keys: keys of arguments that stay where they are.
         preload_module_classes: names of classes whose modules stream as one.

@@ -42,7 +42,8 @@ def fill_empty(
         model: what to fill.
         state_dict: looked at first.
         folder: a checkpoint with the others.
-        index: files with the others, for each name ``{"safetensors_file": path, "weight_name": name there}``.
+        index: where the others are, for each name: ``{"safetensors_file": path, "weight_name": name there}``, or, if it is in
+            *folder*, as a .dat file of Accelerate is, ``{"dtype": type, "shape": shape}``.
 
     Raises:
         FormatError: a file cannot be read.
@@ -55,7 +56,7 @@ def fill_empty(
             _check_shape(weight, found)
             put(model, weight, found.detach().to(weight.tensor.dtype))
     if wanted and (folder is not None or index):
-        entries = _indexed(index) if index else Opened.at(folder).entries if folder else {}
+        entries = _indexed(index, folder) if index else Opened.at(folder).entries if folder else {}
         homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes
         names = {weight.names[0] for weight in wanted if not any(name in state_dict for name in weight.names)}
         resident.install(model, homes, {home.name: Paged.of(home.stored) for home in homes if home.name in names})
@@ -105,23 +106,31 @@ def _check_shape(weight: Weight, found: torch.Tensor) -> None:
         )
 
 
-def _indexed(index: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorEntry]:
-    opened: dict[str, Opened] = {}
+def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dict[str, TensorEntry]:
+    opened: dict[Path, Opened] = {}
     entries: dict[str, TensorEntry] = {}
     for name, place in index.items():
-        file = place.get("safetensors_file")
-        if not isinstance(file, str):
+        file, there = place.get("safetensors_file", folder), str(place.get("weight_name", name))
+        if file is None:
             raise LoadError(
-                f"offload_index has no safetensors_file for {shown(name)}: a folder of .dat files cannot be checked",
-                hint="give the checkpoint that the folder was made from",
+                f"offload_index has no safetensors_file for {shown(name)}, and there is no offload_dir with its .dat file",
+                hint="give the folder as offload_dir, or the checkpoint that it was made from",
             )
-        if file not in opened:
-            opened[file] = Opened.at(file)
-        there = str(place.get("weight_name", name))
-        if there not in opened[file].entries:
+        if Path(file) not in opened:
+            opened[Path(file)] = Opened.at(file)
+        if there not in opened[Path(file)].entries:
             raise LoadError(f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has")
-        entries[name] = opened[file].entries[there]
+        entries[name] = opened[Path(file)].entries[there]
+        _check_line(name, place, entries[name], Path(file))
     return entries
+
+
+def _check_line(name: str, place: Mapping[str, Any], entry: TensorEntry, file: Path) -> None:
+    """See that *entry* is what its line of the index says, where that says more than a place."""
+    shape = place.get("shape", entry.shape)
+    if "safetensors_file" not in place and (tuple(shape), place.get("dtype")) != (entry.shape, entry.dtype.torch):
+        found, said = f"{entry.dtype.torch} {list(entry.shape)}", f"{place.get('dtype')} {list(shape)}"
+        raise LoadError(f"{shown_path(file)} holds {shown(name)} as {found}, and offload_index says {said}", hint=_HINT)
 
 
 def _entry(weight: Weight) -> TensorEntry:
