@@ -19,6 +19,7 @@ Shapes = Iterable[tuple[str, tuple[int, ...]]]
 Job = Callable[[str], Callable[[], nn.Module]]
 
 _STEP = 64 << 20
+_PAGE = 4096
 
 
 def shardkit(path: str) -> Callable[[], nn.Module]:
@@ -126,8 +127,13 @@ def _empty(shapes: Shapes) -> nn.Module:
 
 
 def _touch(model: nn.Module) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.detach().view(-1).view(torch.int64).sum()
+    tensors = [tensor.detach().view(-1) for tensor in (*model.parameters(), *model.buffers())]
+    large = [tensor for tensor in tensors if tensor.nbytes >= _PAGE]
+    small = [tensor for tensor in tensors if tensor.nbytes < _PAGE]
+    for tensor in large:
+        tensor.view(torch.int64).sum()
+    if small:  # at once: it is their memory that is touched, and not the patience of torch with many tensors
+        torch.cat([tensor.view(torch.uint8) for tensor in small])
 
 
 def main() -> None:

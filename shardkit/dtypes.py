@@ -7,7 +7,7 @@ they can be inspected and compared, never written, and `DType.writable` says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
@@ -27,6 +27,7 @@ class DType:
         torch: name of the attribute of `torch` ("bfloat16"); None where torch has no such type.
         word: bytes that are reversed together when the byte order changes (a complex number is two words).
         writable: whether the safetensors format has the type.
+        itemsize: bytes of one element, and so its natural alignment; 1 for packed types.
     """
 
     code: str
@@ -35,11 +36,10 @@ class DType:
     torch: str | None
     word: int
     writable: bool = True
+    itemsize: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element, and so its natural alignment; 1 for packed types."""
-        return max(1, self.bits // 8)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "itemsize", max(1, self.bits // 8))
 
     @property
     def packed(self) -> int:

@@ -16,10 +16,11 @@ from shardkit.limits import Limits
 from shardkit.payload import Payload
 from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque, Vocabulary
 
+SHORT = 4096  # bytes of the longest string that is held
+OBJECT = 64  # what an object costs at least, in bytes
+
 _WINDOW = 256 << 10
-_LONGEST_HELD = 4096
-_ROOM = _LONGEST_HELD + 16  # an opcode and the longest argument that is read at once
-_OBJECT = 64  # what an object costs at least, in bytes
+_ROOM = SHORT + 16  # an opcode and the longest argument that is read at once
 
 
 class Machine:
@@ -29,6 +30,7 @@ class Machine:
         window: the bytes at hand.
         base: where in the stream the window begins.
         at: the next byte, counted from the start of the window.
+        begun: the byte at which the last operation began, once none is begun any more.
         refill_at: the byte of the window from which on `refill` is due.
         stack: the objects above the topmost mark.
         below: the stacks under each mark.
@@ -47,6 +49,7 @@ class Machine:
         self.window = b""
         self.base = start
         self.at = 0
+        self.begun = 0
         self.refill_at = 0
         self.stack: list[Any] = []  # Any: what the stack holds is whatever the file says
         self.below: list[list[Any]] = []
@@ -65,7 +68,7 @@ class Machine:
         self.refill_at = span - _ROOM if self.base + span < self.content.nbytes else span + 1
 
     def _check_held(self) -> None:
-        held = self.held + _OBJECT * (len(self.memo) + len(self.below)) + 8 * len(self.stack)
+        held = self.held + OBJECT * (len(self.memo) + len(self.below)) + 8 * len(self.stack)
         if held > self.limits.held_bytes:
             raise LimitExceeded(
                 self.path,
@@ -86,8 +89,8 @@ class Machine:
 
     def string(self, count: int) -> bytes | LongString:
         """The next *count* bytes; only their address if they are many."""
-        if count <= _LONGEST_HELD:
-            self.held += count + _OBJECT
+        if count <= SHORT:
+            self.held += count + OBJECT
             return self._taken(count)
         long = LongString(self.base + self.at, count)
         self._skip(count)
@@ -99,11 +102,11 @@ class Machine:
 
     def line(self) -> bytes:
         """The bytes up to the end of the line, without it."""
-        stop = self.window.find(b"\n", self.at, self.at + _LONGEST_HELD)
+        stop = self.window.find(b"\n", self.at, self.at + SHORT)
         if stop < 0:
-            raise ValueError(f"a line of the pickle does not end within {_LONGEST_HELD:,} bytes")
+            raise ValueError(f"a line of the pickle does not end within {SHORT:,} bytes")
         line = self.window[self.at : stop]
-        self.held += len(line) + _OBJECT
+        self.held += len(line) + OBJECT
         self.at = stop + 1
         return line
 
@@ -127,7 +130,7 @@ class Machine:
 
     def new(self, value: object) -> None:
         """Push a container that was made for it."""
-        self.held += _OBJECT
+        self.held += OBJECT
         self.stack.append(value)
 
     def top(self, count: int) -> tuple[Any, ...]:
@@ -136,7 +139,7 @@ class Machine:
             raise IndexError
         values = tuple(self.stack[-count:])
         del self.stack[-count:]
-        self.held += _OBJECT
+        self.held += OBJECT
         return values
 
     def marked(self) -> list[Any]:
@@ -160,7 +163,7 @@ class Machine:
 
     def call(self, callee: object, args: object) -> object:
         """What stands for the result of a call."""
-        self.held += 2 * _OBJECT
+        self.held += 2 * OBJECT
         if type(callee) is Builder and type(args) is tuple:
             return callee.build(args)
         name = callee.name if isinstance(callee, Global | Builder | Opaque) else shown(callee)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from shardkit.errors import shown
-from shardkit.pickle_machine import Machine
+from shardkit.pickle_machine import OBJECT, SHORT, Machine
 from shardkit.stand_ins import Dict, Global, LongString, Opaque
 
 Operation = Callable[[Machine], object]
@@ -27,11 +27,6 @@ _TUPLE = 64  # what an empty one takes, in bytes
 
 
 # Of these a torch pickle consists, by far: written out, they cost half.
-def _mark(m: Machine) -> None:
-    m.below.append(m.stack)
-    m.stack = []
-
-
 def _tuple1(m: Machine) -> None:
     m.held += _TUPLE
     m.stack[-1] = (m.stack[-1],)
@@ -39,25 +34,33 @@ def _tuple1(m: Machine) -> None:
 
 def _tuple(m: Machine) -> None:
     values = tuple(m.stack)
-    m.stack = m.below.pop()
-    m.stack.append(values)
+    m.stack = stack = m.below.pop()
+    stack.append(values)
     m.held += _TUPLE + 8 * len(values)
 
 
 def _text(m: Machine) -> None:
-    (count,) = _uint(m.window, m.at)
-    m.at += 4
-    m.stack.append(m.text(count))
+    window, start = m.window, m.at + 4
+    (count,) = _uint(window, m.at)
+    m.at = start
+    if count > SHORT or start + count > len(window):
+        m.stack.append(m.text(count))
+        return
+    m.at = stop = start + count
+    m.held += count + OBJECT
+    m.stack.append(window[start:stop].decode("utf-8", "backslashreplace"))
 
 
 def _persistent(m: Machine) -> None:
     m.held += _TUPLE
-    m.stack[-1] = m.vocabulary.persistent(m.stack[-1])
+    stack = m.stack
+    stack[-1] = m.vocabulary.persistent(stack[-1])
 
 
 def _reduce(m: Machine) -> None:
-    args = m.stack.pop()
-    m.stack[-1] = m.call(m.stack[-1], args)
+    stack = m.stack
+    args = stack.pop()
+    stack[-1] = m.call(stack[-1], args)
 
 
 def _false(m: Machine) -> None:
@@ -180,7 +183,6 @@ _ESCAPED = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 _MEANINGS: dict[str, Operation] = {
-    "(": _mark,
     ".": _stop,
     "0": _pop,
     "1": Machine.marked,

@@ -54,41 +54,54 @@ def unpickle(path: Path, content: Payload, vocabulary: Vocabulary, *, limits: Li
         LimitExceeded: it does more, or holds more, than is allowed.
     """
     machine = Machine(path, content, vocabulary, limits, start, where)
-    stack, memo = machine.stack, machine.memo
+    try:
+        _run(machine, limits.pickle_ops)
+    except Stopped:
+        return Pickle(machine.stack.pop(), machine.base + machine.at, tuple(machine.calls))
+    except (IndexError, KeyError, struct.error, ValueError) as error:
+        raise _malformed(machine, error) from None
+    fault = f"{where}: the pickle has more than {limits.pickle_ops:,} operations".removeprefix(": ")
+    raise LimitExceeded(path, fault, limit="pickle_ops", actual=2 * limits.pickle_ops)
+
+
+def _run(machine: Machine, most: int) -> None:
+    """Do what the pickle says until it stops, or *most* operations are done."""
+    stack, below, memo = machine.stack, machine.below, machine.memo
     window, at, refill_at = b"", 0, 0
     try:
-        for _ in range(limits.pickle_ops):
+        for _ in range(most):
             if at >= refill_at:
                 machine.at = at
                 machine.refill()
                 window, at, refill_at = machine.window, 0, machine.refill_at
             code = window[at]
-            # Half of all operations of a torch pickle are these four, so they are spared the call.
+            # Of all operations of a torch pickle two thirds are these, so they are spared the call.
             if code == _LONG_BINPUT:
                 memo[_uint(window, at + 1)[0]] = stack[-1]
                 at += 5
             elif code == _BINGET:
                 stack.append(memo[window[at + 1]])
                 at += 2
-            elif code == _BINPUT:
-                memo[window[at + 1]] = stack[-1]
-                at += 2
             elif code == _BININT1:
                 stack.append(window[at + 1])
                 at += 2
+            elif code == _BINPUT:
+                memo[window[at + 1]] = stack[-1]
+                at += 2
+            elif code == _MARK:
+                below.append(stack)
+                machine.stack = stack = []
+                at += 1
             else:
                 machine.at = at + 1
                 OPCODES[code](machine)
                 stack, at = machine.stack, machine.at
-    except Stopped:
-        return Pickle(machine.stack.pop(), machine.base + machine.at, tuple(machine.calls))
-    except (IndexError, KeyError, struct.error, ValueError) as error:
-        raise _malformed(machine, at, error) from None
-    fault = f"{where}: the pickle has more than {limits.pickle_ops:,} operations".removeprefix(": ")
-    raise LimitExceeded(path, fault, limit="pickle_ops", actual=2 * limits.pickle_ops)
+    finally:
+        machine.begun = at
 
 
-def _malformed(machine: Machine, at: int, error: Exception) -> Malformed:
+def _malformed(machine: Machine, error: Exception) -> Malformed:
+    at = machine.begun
     match error:
         case ValueError():
             fault = str(error)
@@ -102,5 +115,5 @@ def _malformed(machine: Machine, at: int, error: Exception) -> Malformed:
     return Malformed(machine.path, fault, where=place, hint="the file is damaged or was cut short; fetch it again")
 
 
-_LONG_BINPUT, _BINGET, _BINPUT, _BININT1 = b"rhqK"
+_LONG_BINPUT, _BINGET, _BINPUT, _BININT1, _MARK = b"rhqK("
 _uint = struct.Struct("<I").unpack_from

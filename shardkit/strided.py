@@ -144,7 +144,7 @@ def _span(storage: Payload, dtype: DType, offset: int, count: int) -> Payload:
     start, nbytes = offset * dtype.itemsize, count * dtype.itemsize
     if start < 0 or start + nbytes > storage.nbytes:
         raise ValueError(f"the view needs {nbytes} bytes from byte {start} of its storage, which has {storage.nbytes}")
-    return storage.narrow(start, nbytes)
+    return storage if nbytes == storage.nbytes else storage.narrow(start, nbytes)
 
 
 def _joined(shape: Sequence[int], strides: Sequence[int]) -> tuple[Axis, ...]:

@@ -30,8 +30,8 @@ def find(module: str, name: str) -> object:
 
 def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
     """The tensor that the first four arguments of all three functions describe."""
-    match args[:4]:
-        case (Storage() as storage, int(offset), tuple() | list() as shape, tuple() | list() as strides):
+    match args:
+        case (Storage() as storage, int(offset), tuple() | list() as shape, tuple() | list() as strides, *_):
             lengths, steps = _integers(shape), _integers(strides)
         case _:
             raise _wrong("_rebuild_tensor", args)
@@ -45,8 +45,9 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
 
 
 def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
-    if not _INTEGER.issuperset(map(type, values)):
-        raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
+    for value in values:
+        if type(value) is not int:
+            raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
     return cast("tuple[int, ...]", tuple(values))
 
 
@@ -192,7 +193,6 @@ def _nbytes(*values: object) -> int:
     return sum(value.nbytes for value in values if isinstance(value, View | Undense))
 
 
-_INTEGER = frozenset({int})
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 
 _STORAGES = {

@@ -82,8 +82,9 @@ class Arena:
         """A tensor whose bytes begin at *at*, as a storage of its own."""
         count = prod(shape)
         if not count:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self.mapping, dtype=dtype, count=count, offset=self.start + at).view(shape)
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        flat = torch.frombuffer(self.mapping, dtype=dtype, count=count, offset=self.start + at)
+        return flat if len(shape) == 1 else flat.view(shape)
 
     def memory(self, at: int, nbytes: int) -> memoryview:
         """The *nbytes* bytes from *at* on."""

@@ -13,65 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from math import prod
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from shardkit.casting import Cast, can_cast
 from shardkit.checkpoint import TensorEntry
-from shardkit.dtypes import DType
 from shardkit.errors import Mismatch, shown
-from shardkit.load.weights import Weight, extra_states, stored_type, torch_type, unreal_buffers, weights_of
-from shardkit.payload import Payload
+from shardkit.load.homes import Home, change_of, fitting_shape
+from shardkit.load.weights import Weight, extra_states, torch_type, unreal_buffers, weights_of
 
 _LISTED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """One weight of a model, and the tensor of the checkpoint that is to live there.
-
-    Attributes:
-        names: all names of the weight in the model, in its order.
-        entry: the tensor of the checkpoint.
-        dtype: the type that the weight will have.
-        shape: the shape that it will have, as torch counts it: two 4-bit floats are one element.
-        is_buffer: whether it is a buffer (a persistent one) under each of its names.
-    """
-
-    names: tuple[str, ...]
-    entry: TensorEntry
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    is_buffer: bool
-
-    @property
-    def name(self) -> str:
-        """Its first name in the model."""
-        return self.names[0]
-
-    @property
-    def payload(self) -> Payload:
-        """Its values as they will be in memory, cast where they are stored in another type."""
-        target = stored_type(self.dtype)
-        if target is None or target == self.entry.dtype:
-            return self.entry.payload
-        return Cast(self.entry.payload, self.entry.dtype, target)
-
-    @property
-    def stored(self) -> TensorEntry:
-        """The entry as if it were stored as it will be in memory."""
-        target = stored_type(self.dtype) or self.entry.dtype
-        shape = (*self.shape[:-1], self.shape[-1] * target.packed) if self.shape else ()
-        return TensorEntry(self.entry.path, target, shape, self.payload)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +112,7 @@ class _Matching:
             self.stuck += weight.names if weight.tensor.is_meta else ()
             return
         entry = self.entries[found[0]]
-        if any(self.entries[name].payload != entry.payload for name in found[1:]):
+        if len(found) > 1 and any(self.entries[name].payload != entry.payload for name in found):
             self.several.append(found[0])
         self._house(weight, entry)
 
@@ -173,33 +124,32 @@ class _Matching:
             self.missing.append(name)
 
     def _house(self, weight: Weight, entry: TensorEntry) -> None:
-        shape = _shape(weight.tensor, entry)
+        shape = fitting_shape(weight.tensor, entry)
         if shape is None:
             self.wrong_shape[weight.names[0]] = (entry.shape, tuple(weight.tensor.shape))
             return
+        declared = weight.tensor.dtype
         target = self._target(weight, entry)
-        if target is None or not _can_have(entry.dtype, target):
-            self.wrong_type[weight.names[0]] = f"{entry.dtype.code} as {target or weight.tensor.dtype}".replace("torch.", "")
+        change = change_of(entry.dtype, target, declared)
+        if target is None or not change.possible:
+            self.wrong_type[weight.names[0]] = f"{entry.dtype.code} as {target or declared}".replace("torch.", "")
             return
-        self._remark(weight.names[0], entry.dtype, target, weight.tensor.dtype)
+        if change.widens:
+            self.upcast.append(weight.names[0])
+        if change.other_kind:
+            self.other_kind.append(weight.names[0])
         self.homes.append(Home(weight.names, entry, target, shape, weight.is_buffer))
 
     def _target(self, weight: Weight, entry: TensorEntry) -> torch.dtype | None:
         """The type that *weight* gets; None where torch does not have the one that is stored and would be kept."""
-        own, declared = torch_type(entry.dtype), weight.tensor.dtype
         if self.dtype is None:
-            return declared
+            return weight.tensor.dtype
+        own, declared = torch_type(entry.dtype), weight.tensor.dtype
         if entry.dtype.kind != "float" or (entry.dtype.bits < 16 and own == declared):
             return own
         if self.dtype.itemsize < 4 and any(_lies_in(name, module) for name in weight.names for module in self.keep_in_fp32):
             return torch.float32
         return self.dtype
-
-    def _remark(self, name: str, stored: DType, target: torch.dtype, declared: torch.dtype) -> None:
-        if stored.kind == "float" and stored.bits < 16 <= target.itemsize * 8:
-            self.upcast.append(name)
-        if (stored.kind == "float") != target.is_floating_point or target.is_floating_point != declared.is_floating_point:
-            self.other_kind.append(name)
 
     def check(self, *, strict: bool, stuck: Sequence[str], where: str) -> None:
         """Raise Mismatch with everything that is wrong, if anything is."""
@@ -242,23 +192,6 @@ class _Matching:
             )
         if self.other_kind:
             yield f"{listed(self.other_kind)}: floats in the model and integers in {where}, or the reverse"
-
-
-def _shape(tensor: torch.Tensor, entry: TensorEntry) -> tuple[int, ...] | None:
-    """The shape that a weight of the model gets; None where that of *entry* does not fit."""
-    packed = entry.dtype.packed
-    if is_lazy(tensor):
-        return (*entry.shape[:-1], entry.shape[-1] // packed) if entry.shape else ()
-    shape = tuple(tensor.shape)
-    counted = (*shape[:-1], shape[-1] * packed) if shape and packed > 1 else shape
-    # As torch does: a scalar was a tensor of one element before torch 0.4.
-    return shape if counted == entry.shape or (not shape and entry.shape == (1,)) else None
-
-
-@cache
-def _can_have(stored: DType, target: torch.dtype) -> bool:
-    known = stored_type(target)
-    return known is not None and torch_type(stored) is not None and (stored == known or can_cast(stored, known))
 
 
 def _lies_in(name: str, module: str) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from shardkit.load.weights import Weight
+from shardkit.load.weights import Weight, named_modules
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -87,7 +87,7 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
         target: where a weight streams to and from; None for a weight that stays in memory.
         whole: names of the classes that must stay whole.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     seats = {weight.names[0]: _seats(modules, weight) for weight in weights}
     places = {weight.names[0]: target(weight) for weight in weights}
     untied = [weight for weight in weights if len(seats[weight.names[0]]) == 1]
@@ -113,9 +113,14 @@ def seats_of(model: nn.Module, weight: Weight) -> tuple[Seat, ...]:
     return _seats({path: model.get_submodule(path) for path in owners}, weight)
 
 
+def seat_in(modules: Mapping[str, nn.Module], name: str) -> Seat:
+    """The place of the tensor *name*; *modules* by their names."""
+    owner, _, last = name.rpartition(".")
+    return Seat(modules[owner], last)
+
+
 def _seats(modules: Mapping[str, nn.Module], weight: Weight) -> tuple[Seat, ...]:
-    split = (name.rpartition(".") for name in weight.names)
-    return tuple(dict.fromkeys(Seat(modules[path], last) for path, _, last in split))
+    return tuple(dict.fromkeys(seat_in(modules, name) for name in weight.names))
 
 
 def _targets(

@@ -25,12 +25,14 @@ def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     Raises:
         LoadError: nothing is said of any.
     """
-    for prefix in reversed(list(prefixes(name))):
-        if prefix in device_map:
-            return device_map[prefix]
-    raise LoadError(
-        f"the device map says nothing of {shown(name)}", hint='give the rest of the model a device, as in {"": "cpu"}'
-    )
+    around = name
+    while around not in device_map:
+        if not around:
+            raise LoadError(
+                f"the device map says nothing of {shown(name)}", hint='give the rest of the model a device, as in {"": "cpu"}'
+            )
+        around = around.rpartition(".")[0]
+    return device_map[around]
 
 
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:

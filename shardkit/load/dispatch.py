@@ -23,10 +23,10 @@ from torch import nn
 
 from shardkit.load import resident
 from shardkit.load.arrangement import Wish, arrange, check_ring
-from shardkit.load.assign import Home
 from shardkit.load.blocks import Cut
 from shardkit.load.budgets import MaxMemory, device_key
 from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
+from shardkit.load.homes import Home
 from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
 from shardkit.load.modes import Terms
 from shardkit.load.module_sizes import class_names

@@ -12,10 +12,11 @@ from torch import nn
 
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import LoadError, Mismatch, shown
-from shardkit.load.assign import Assignment, Home, assign, listed
+from shardkit.load.assign import Assignment, assign, listed
 from shardkit.load.budgets import Device, device_key
 from shardkit.load.device_maps import DeviceMap, check_device_map
 from shardkit.load.device_maps import device_of as mapped_device
+from shardkit.load.homes import Home
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
 from shardkit.load.recording import device_of

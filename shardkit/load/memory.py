@@ -133,7 +133,7 @@ def _is_mappable(extent: Extent, dtype: torch.dtype) -> bool:
 
 def _address(payload: Payload) -> tuple[str, int]:
     """Where *payload* is read first, so that what lies together is read together."""
-    first = next(iter(payload.sources), None)
+    first = payload if isinstance(payload, Extent) else next(iter(payload.sources), None)
     return (str(first.path), first.start) if first else ("", 0)
 
 
@@ -192,7 +192,7 @@ class _Read:
         """Whether *extent* is worth reading along."""
         gap = extent.start - self.start - self.length
         small = self.length + extent.nbytes <= _READ and len(self.buffers) < _BUFFERS - 1
-        return small and 0 <= gap <= _GAP and extent.path == self.path
+        return small and 0 <= gap <= _GAP and (extent.path is self.path or extent.path == self.path)
 
     def add(self, extent: Extent, memory: memoryview) -> None:
         if gap := extent.start - self.start - self.length:
@@ -236,7 +236,7 @@ class _Derivation:
 def _jobs(fills: Iterable[_Fill]) -> Iterator[_Read | _Derivation]:
     """What is to be done for *fills*, in pieces that may be done side by side."""
     read: _Read | None = None
-    for payload, memory in (piece for each in fills for piece in _pieces(*each)):
+    for payload, memory in _cut(fills):
         if not isinstance(payload, Extent):
             yield _Derivation(payload, memory)
             continue
@@ -249,8 +249,16 @@ def _jobs(fills: Iterable[_Fill]) -> Iterator[_Read | _Derivation]:
         yield read
 
 
+def _cut(fills: Iterable[_Fill]) -> Iterator[_Fill]:
+    """*fills* in pieces of one read, where a piece costs no more than its share."""
+    for each in fills:
+        if each[0].nbytes <= _READ:
+            yield each
+        else:
+            yield from _pieces(*each)
+
+
 def _pieces(payload: Payload, memory: memoryview) -> Iterator[_Fill]:
-    """*payload* in pieces of one read, where a piece costs no more than its share."""
     divisible = isinstance(payload, Extent) or (isinstance(payload, Cast | Swapped) and isinstance(payload.inner, Extent))
     step = _READ if divisible else max(1, len(memory))
     for at in range(0, len(memory), step):
@@ -277,7 +285,7 @@ def _scatter(file: int, buffers: Sequence[memoryview], extent: Extent) -> None:
         if not count:
             raise ended_early(extent)
         at += count
-        rest = list(_behind(rest, count))
+        rest = list(_behind(rest, count)) if at < extent.start + extent.nbytes else []
 
 
 def _behind(buffers: Iterable[memoryview], nbytes: int) -> Iterator[memoryview]:

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardkit.checkpoint import TensorEntry
-from shardkit.load.assign import Home
+from shardkit.load.blocks import Seat, seat_in
+from shardkit.load.homes import Home
 from shardkit.load.memory import Item, mapped, materialise
 from shardkit.load.paged import Paged
-from shardkit.load.weights import torch_type
+from shardkit.load.weights import named_modules, torch_type
 from shardkit.progress import progress
 
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
@@ -45,13 +46,14 @@ def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
         FormatError: a file cannot be read, or has become shorter.
         LoadError: there is no room for it.
     """
-    placed: list[torch.Tensor | None] = [None] * len(items)
+    placed: dict[int, torch.Tensor] = {}
     with progress("placing weights", sum(payload.nbytes for (payload, _, _), _ in items)) as bar:
         for group in _staged(items):
-            staged = materialise((items[number][0] for number in group), on_bytes=bar.add)
-            for number in reversed(group):
-                placed[number] = staged.pop().to(items[number][1])
-    return [tensor for tensor in placed if tensor is not None]
+            tensors = materialise((items[number][0] for number in group), on_bytes=bar.add)
+            if items[group[0]][1].type != "cpu":
+                tensors = [tensor.to(items[number][1]) for number, tensor in zip(group, tensors, strict=True)]
+            placed |= zip(group, tensors, strict=True)
+    return [placed[number] for number in range(len(items))]
 
 
 def share(homes: Iterable[Home]) -> dict[str, torch.Tensor]:
@@ -87,22 +89,26 @@ def install(
         values: what they get, by their first names; `Paged` for what is read when it is used.
         extra: what modules take by `set_extra_state`, by their keys.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     for name, state in (extra or {}).items():
         modules[name.rpartition(".")[0]].set_extra_state(state)
     for home in homes:
-        if home.name in values:
-            _put(modules, home.names, values[home.name])
+        value = values.get(home.name)
+        if value is not None:
+            _put([seat_in(modules, name) for name in home.names], value)
 
 
 def _staged(items: Sequence[tuple[Item, torch.device]]) -> Iterator[list[int]]:
     """The numbers of *items* in groups: what stays in main memory, then what goes on, as much as there is room for at a time."""
-    if resident := [number for number, (_, device) in enumerate(items) if device.type == "cpu"]:
+    main = {device for device in {device for _, device in items} if device.type == "cpu"}
+    if resident := [number for number, (_, device) in enumerate(items) if device in main]:
         yield resident
     group: list[int] = []
     room = _STAGED
-    for number in sorted(set(range(len(items))) - set(resident)):
-        nbytes = items[number][0][0].nbytes
+    for number, ((payload, _, _), device) in enumerate(items):
+        if device in main:
+            continue
+        nbytes = payload.nbytes
         if group and nbytes > room:
             yield group
             group, room = [], _STAGED
@@ -116,13 +122,13 @@ def _shape(entry: TensorEntry) -> tuple[int, ...]:
     return (*entry.shape[:-1], entry.shape[-1] // entry.dtype.packed) if entry.shape else ()
 
 
-def _put(modules: Mapping[str, nn.Module], names: Sequence[str], value: torch.Tensor) -> None:
-    places = [(modules[prefix], attribute) for prefix, _, attribute in (name.rpartition(".") for name in names)]
-    old = getattr(*places[0])
+def _put(seats: Sequence[Seat], value: torch.Tensor) -> None:
+    old = seats[0].tensor
+    assert old is not None
     new = _renewed(old, value)
     if new is not old:
-        for module, attribute in places:
-            setattr(module, attribute, new)  # and not into its dict of parameters: LSTM, for one, keeps a list of its own
+        for seat in seats:
+            seat.take(new)
 
 
 def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -140,5 +146,6 @@ def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if plain or paged:
         return nn.Parameter(value, requires_grad=trains)
     made: torch.Tensor = torch.Tensor._make_subclass(type(old), value, trains)
-    made.__dict__.update(old.__dict__)
+    if old.__dict__:
+        made.__dict__.update(old.__dict__)
     return made

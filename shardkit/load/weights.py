@@ -35,19 +35,31 @@ class Weight:
 def weights_of(model: nn.Module) -> Iterator[Weight]:
     """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
     tensors: dict[int, torch.Tensor] = {}
-    names: dict[int, list[str]] = {}
+    names: dict[int, tuple[str, ...]] = {}
     parameters: set[int] = set()
     for name, tensor, is_parameter in _named_tensors(model):
-        tensors[id(tensor)] = tensor
-        names.setdefault(id(tensor), []).append(name)
+        key = id(tensor)
+        names[key] = (*names[key], name) if key in names else (name,)
+        tensors[key] = tensor
         if is_parameter:
-            parameters.add(id(tensor))
-    return (Weight(tuple(names[key]), tensor, key not in parameters) for key, tensor in tensors.items())
+            parameters.add(key)
+    return (Weight(names[key], tensor, key not in parameters) for key, tensor in tensors.items())
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with all their names, in the order of `Module.named_modules`, which is a generator for each module."""
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        yield name, module
+        if module._modules:
+            dotted = f"{name}." if name else ""
+            stack += [(dotted + step, child) for step, child in reversed(module._modules.items()) if child is not None]
 
 
 def unreal_buffers(model: nn.Module) -> Iterator[str]:
     """Buffers that no checkpoint holds and that have no values."""
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
             if buffer is not None and buffer.is_meta:
@@ -56,8 +68,9 @@ def unreal_buffers(model: nn.Module) -> Iterator[str]:
 
 def extra_states(model: nn.Module) -> Iterator[str]:
     """The keys of what modules keep in a state dict beside their tensors, and take back by `set_extra_state`."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if type(module).set_extra_state is not nn.Module.set_extra_state:
+    plain = nn.Module.set_extra_state
+    for prefix, module in named_modules(model):
+        if type(module).set_extra_state is not plain:
             yield f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE
 
 
@@ -76,7 +89,7 @@ def torch_type(dtype: DType) -> torch.dtype | None:
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Name, tensor and whether it is a parameter, for all that a state dict of *model* holds, without making one."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in named_modules(model):
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -13,7 +13,8 @@ from shardkit.casting import Cast
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, BY_TORCH
 from shardkit.errors import Mismatch
-from shardkit.load.assign import Assignment, Home, assign
+from shardkit.load.assign import Assignment, assign
+from shardkit.load.homes import Home
 from shardkit.load.weights import stored_type, torch_type, weights_of
 from shardkit.payload import Literal
 
