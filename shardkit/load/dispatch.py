@@ -191,7 +191,7 @@ def cpu_offload(
     Raises:
         LoadError: a weight has no value, or there is no room.
     """
-    wish = _wish({"": "cpu"}, execution_device or _first_device(model), preload_module_classes, offload_buffers, None, True, 4)
+    wish = _wish({"": "cpu"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, 4)
     _dispatch(model, wish, state_dict, None, None)
     return model
 
@@ -217,7 +217,7 @@ def disk_offload(
         OutputError: *offload_dir* cannot be written.
         LoadError: the files do not fit the model, or a weight has no value.
     """
-    wish = _wish({"": "disk"}, execution_device or _first_device(model), preload_module_classes, offload_buffers, None, True, 4)
+    wish = _wish({"": "disk"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, 4)
     _dispatch(model, wish, None, offload_dir, None)
     return model
 
@@ -266,7 +266,10 @@ def _addresses(parts: Cut, homes: Iterable[Home], wish: Wish) -> dict[str, Recip
     return {home.name: Recipe.of(home.stored) for home in homes if home.name in streamed}
 
 
-def _first_device(model: nn.Module) -> torch.device:
+def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
+    """*device*, which may be 0; or that of the first weight of *model*."""
+    if device is not None:
+        return device
     return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))
 
 

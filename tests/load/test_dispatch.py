@@ -627,6 +627,14 @@ def test_what_was_in_memory_is_there_again_when_hooks_are_removed(
     assert all(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is such a device")
+def test_the_device_0_is_no_missing_device(resident: Toy, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="there is no accelerator 0"):
+        cpu_offload(copy.deepcopy(resident), 0)
+    with pytest.raises(LoadError, match="there is no accelerator 0"):
+        disk_offload(copy.deepcopy(resident), tmp_path / "out", 0)
+
+
 def test_a_model_may_be_dispatched_anew(file: Path, expected: torch.Tensor) -> None:
     model = loaded(file)
     for name in ("disk", "half", "half"):

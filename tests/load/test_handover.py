@@ -38,6 +38,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         cpu_offload_with_hook(nn.Linear(2, 2), 0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
 def test_models_take_turns_on_an_accelerator() -> None:
     first, hook = cpu_offload_with_hook(nn.Linear(2, 2))

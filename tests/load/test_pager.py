@@ -278,6 +278,7 @@ def test_the_cpu_needs_no_copy() -> None:
     assert memory.tolist() == [7] * 64
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
 def test_an_accelerator_gets_copies_on_a_stream_of_its_own() -> None:
     device = torch.accelerator.current_accelerator()
@@ -293,6 +294,7 @@ def test_an_accelerator_gets_copies_on_a_stream_of_its_own() -> None:
         assert (memory == value).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
 @pytest.mark.parametrize("device_map", [{"": 0, "1": "cpu", "3": "disk"}, {"": 0, "0": "disk"}, {"": "cpu", "5": 0}], ids=str)
 def test_a_model_runs_over_accelerator_cpu_and_disk(file: Path, device_map: dict[str, int | str]) -> None:

@@ -1,0 +1,319 @@
+"""What the loader promises, on a CUDA device: the guide, maps over all tiers, offload hooks, pinned copies, bounded memory."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from shardkit.load import (
+    close,
+    cpu_offload,
+    cpu_offload_with_hook,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+    remove_hooks,
+    save,
+)
+from shardkit.load.lanes import AcceleratorLane, lane_to
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+
+WIDTH, LAYERS = 512, 12
+BLOCK = 2 * (WIDTH * WIDTH + WIDTH) * 4  # bytes of its weights
+SLACK = 4 << 20  # bytes of activations and of rounding by the allocator
+Map = dict[str, int | str | torch.device]
+Budgets = dict[int | str | torch.device, int | float | str]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return x + hidden
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.register_buffer("scale", torch.ones(WIDTH))
+        self.head = nn.Linear(WIDTH, 64, bias=False)
+        self.head.weight = self.embed.weight
+        self.fails = False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) * self.scale
+        for number, layer in enumerate(self.layers):
+            if self.fails and number == LAYERS // 2:
+                raise ValueError("as it was told")
+            x = layer(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+IDS = torch.arange(10)
+
+
+@pytest.fixture(scope="module")
+def resident() -> Model:
+    """All on the CPU."""
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+@pytest.fixture(scope="module")
+def expected(resident: Model) -> torch.Tensor:
+    """What the model computes that is wholly on the device."""
+    with torch.no_grad():
+        logits: torch.Tensor = copy.deepcopy(resident).to("cuda")(IDS.to("cuda")).cpu()
+    return logits
+
+
+@pytest.fixture
+def file(resident: Model, tmp_path: Path) -> Path:
+    state = {name: tensor for name, tensor in resident.state_dict().items() if name != "head.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _device_is_left_clean() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    torch.cuda.synchronize()
+
+
+def empty() -> Model:
+    with init_empty_weights():
+        return Model().eval()
+
+
+def loaded(file: Path, device_map: Map | str, **options: Any) -> Model:
+    return load_checkpoint_and_dispatch(empty(), file, device_map, **options)
+
+
+MAPS: dict[str, Map] = {
+    "cuda": {"": 0},
+    "cpu": {"": "cpu", "embed": 0},
+    "disk": {"": "disk", "embed": 0},
+    "all": {"": 0, "layers.0": "cpu", "layers.1": "cpu", "layers.3": "cpu", "layers.5": "disk", "layers.9": "disk"},
+    "words": {"": "cuda:0", "layers": torch.device("cuda", 0), "layers.10": "disk"},
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_map_computes_the_same_bits(name: str, file: Path, expected: torch.Tensor) -> None:
+    model = loaded(file, MAPS[name], ring=2)
+    for _ in range(3):
+        found = model(IDS)
+        assert found.device.type == "cpu"  # where the input came from
+        assert torch.equal(found, expected)
+    assert torch.equal(model(IDS.to("cuda")).cpu(), expected)
+
+
+def test_the_numbers_are_those_of_the_cpu(file: Path, resident: Model) -> None:
+    torch.testing.assert_close(loaded(file, MAPS["all"])(IDS), resident(IDS), rtol=1e-3, atol=1e-3)
+
+
+def test_the_guide_runs_over_all_three_tiers(file: Path, expected: torch.Tensor) -> None:
+    budgets: Budgets = {0: 5 * BLOCK, "cpu": 4 * BLOCK}
+    model = loaded(file, "auto", max_memory=budgets, no_split_module_classes=["Block"])
+    assert isinstance(model.hf_device_map, dict)
+    assert set(model.hf_device_map.values()) == {0, "cpu", "disk"}
+    assert torch.equal(model(IDS), expected)
+
+
+def test_a_checkpoint_comes_into_the_memory_of_the_device(file: Path, resident: Model) -> None:
+    model = empty()
+    load_checkpoint_in_model(model, file, {"": 0})
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    assert model.head.weight is model.embed.weight
+    assert all(torch.equal(tensor.cpu(), resident.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Model, tmp_path: Path) -> None:
+    model = loaded(file, MAPS["all"])
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    weight = model.get_parameter("layers.5.up.weight")
+    assert torch.equal((weight + 0).cpu(), resident.get_parameter("layers.5.up.weight"))
+    save(model, tmp_path / "out")
+    again = Model()
+    load_checkpoint_in_model(again, tmp_path / "out", strict=True)
+    assert all(torch.equal(tensor, resident.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_copies_go_out_of_pinned_memory() -> None:
+    lane = lane_to(torch.device("cuda", 0))
+    assert isinstance(lane, AcceleratorLane)
+    memory = lane.memory(1 << 20)
+    host = lane.host(memory)
+    assert host.is_pinned()
+    for value in range(20):
+        host.fill_(value)
+        sent = lane.send(host, memory, [lane.issued(memory)])
+        sent.precede()
+        assert (memory == value).all()
+        sent.finish()
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+@pytest.mark.parametrize("ring", [2, 4])
+def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    model = loaded(file, {"": tier, "embed": 0}, ring=ring)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        model(IDS)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= ring * BLOCK + SLACK
+    close(model)
+
+
+def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(file: Path, expected: torch.Tensor) -> None:
+    before = torch.cuda.memory_allocated()
+    model = loaded(file, MAPS["disk"], ring=2)
+    assert torch.equal(model(IDS), expected)
+    held = torch.cuda.memory_allocated()
+    model.fails = True
+    for _ in range(5):
+        with pytest.raises(ValueError, match="as it was told"):
+            model(IDS)
+    model.fails = False
+    assert torch.equal(model(IDS), expected)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= held
+    close(model)
+    assert torch.equal(model(IDS), expected)
+    del model
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_four_threads_share_a_ring_of_two(file: Path, expected: torch.Tensor) -> None:
+    model = loaded(file, MAPS["disk"], ring=2)
+    right: list[bool] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            right.extend(torch.equal(model(IDS), expected) for _ in range(50))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert right == [True] * 200
+
+
+def test_work_on_a_stream_of_the_caller_waits_for_its_weights(file: Path, expected: torch.Tensor) -> None:
+    model, stream = loaded(file, MAPS["all"], ring=2), torch.Stream(device="cuda")
+    ids = IDS.to("cuda")
+    for _ in range(5):
+        stream.wait_stream(torch.accelerator.current_stream())
+        with stream:
+            found = model(ids)
+        stream.synchronize()
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_a_backward_that_comes_too_late_raises(file: Path) -> None:
+    model = loaded(file, MAPS["disk"], ring=2)
+    with torch.enable_grad():
+        loss = model(IDS).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_autocast_computes_the_same_bits(file: Path, resident: Model) -> None:
+    model, same = loaded(file, MAPS["all"], ring=2), copy.deepcopy(resident).to("cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(model(IDS), same(IDS.to("cuda")).cpu())
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk", "dispatch"])
+def test_a_model_in_memory_streams_to_the_device_and_comes_back(
+    offload: str, resident: Model, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(resident)
+    match offload:
+        case "cpu":
+            cpu_offload(model, 0)
+        case "disk":
+            disk_offload(model, tmp_path / "out", 0)
+        case _:
+            dispatch_model(model, MAPS["all"], offload_dir=tmp_path / "out")
+    assert torch.equal(model(IDS.to("cuda")).cpu(), expected)
+    remove_hooks(model)
+    streamed = [f"layers.{number}." for number in (0, 5)]
+    here = {parameter.device.type for name, parameter in model.named_parameters() if name.startswith(tuple(streamed))}
+    assert here == {"cpu"}
+    assert all(torch.equal(tensor.cpu(), resident.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_models_take_turns_on_the_device(resident: Model, expected: torch.Tensor) -> None:
+    first, hook = cpu_offload_with_hook(copy.deepcopy(resident), 0)
+    second, _ = cpu_offload_with_hook(copy.deepcopy(resident), 0, prev_module_hook=hook)
+    assert torch.equal(first(IDS).cpu(), expected)
+    assert devices_of(first, ["embed.weight"]) == [0]
+    assert torch.equal(second(IDS).cpu(), expected)
+    assert devices_of(first, ["embed.weight"]) == [None]
+    assert devices_of(second, ["embed.weight"]) == [0]
+
+
+def test_generation_with_a_cache_gives_the_same_tokens(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
+    torch.manual_seed(3)
+    same = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    same.save_pretrained(tmp_path / "llama")
+    with init_empty_weights():
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    device_map: Map = {"": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}
+    load_checkpoint_and_dispatch(model, tmp_path / "llama", device_map, skip_keys="past_key_values", ring=2)
+    prompt: dict[str, Any] = {"input_ids": torch.arange(2, 8)[None].to("cuda"), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**prompt), same.to("cuda").generate(**prompt))
+
+
+def devices_of(model: Model, names: Sequence[str]) -> list[int | None]:
+    return [model.get_parameter(name).device.index for name in names]
+
+
+@several
+def test_several_devices_are_a_pipeline_in_one_process(file: Path, expected: torch.Tensor) -> None:
+    second: Map = {f"layers.{number}": 1 for number in range(6, LAYERS)}
+    model = loaded(file, {"": 0} | second)
+    assert devices_of(model, ["embed.weight", "layers.5.up.weight", "layers.6.up.weight"]) == [0, 0, 1]
+    for _ in range(3):
+        torch.testing.assert_close(model(IDS), expected)
+    model = loaded(file, {"": 0, "layers.3": "cpu", "layers.7": 1, "layers.8": "disk"}, ring=2)
+    for _ in range(3):
+        torch.testing.assert_close(model(IDS), expected)
+
+
+@several
+def test_balanced_spreads_a_model_over_the_devices(file: Path, expected: torch.Tensor) -> None:
+    model = loaded(file, "balanced", max_memory={0: 10 * BLOCK, 1: 10 * BLOCK}, no_split_module_classes=["Block"])
+    assert isinstance(model.hf_device_map, dict)
+    assert set(model.hf_device_map.values()) == {0, 1}
+    torch.testing.assert_close(model(IDS), expected)
