@@ -32,7 +32,8 @@ __init__ cli __main__
 # What comes from outside the standard library or prints, and the only rooms that may know it. A room is a module or a package.
 ONLY_IN = {
     "torch": ("casting", "load"),
-    "transformers": ("load.pretrained", "load.model_folder"),
+    "transformers": ("load.transformers_model", "load.diffusers_pipeline"),
+    "diffusers": ("load.diffusers_model", "load.diffusers_pipeline"),
     "huggingface_hub": ("load.model_folder",),
     "numpy": ("gathering",),
     "zstandard": ("codecs.zstd",),

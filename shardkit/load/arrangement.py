@@ -25,7 +25,7 @@ from shardkit.load.forwards import Clock
 from shardkit.load.lanes import lane_to
 from shardkit.load.layouts import Layout
 from shardkit.load.loading import torch_device
-from shardkit.load.moves import Mover, RoundTrip
+from shardkit.load.moves import Mover, attach_movers
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.pages import Piece
@@ -34,6 +34,7 @@ from shardkit.load.resident import place
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
+from shardkit.load.together import Pipeline, called, models_of
 from shardkit.load.weights import Weight, weights_of
 from shardkit.payload import Buffer
 
@@ -119,7 +120,7 @@ def arrange(
     _settle_other_buffers(model, wish)
     _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
     if wish.hooks:
-        _attach_movers(model, wish)
+        attach_movers(model, wish.runs_on, wish.main, wish.skip)
 
 
 def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
@@ -186,12 +187,12 @@ def remove_hooks(model: nn.Module) -> None:
                 seat.take(nn.Parameter(value, requires_grad=stood.learned) if isinstance(stood, nn.Parameter) else value)
 
 
-def close(model: nn.Module) -> None:
-    """Give back the threads and the memory that streaming took, for *model* and all copies of it.
+def close(model: nn.Module | Pipeline) -> None:
+    """Give back the threads and the memory that streaming took, for *model* and all copies of it, or the models of a pipeline.
 
     The model still runs, and reads each weight whenever it is used.
     """
-    for pager in _detach(model):
+    for pager in (pager for each in models_of(model) for pager in _detach(each)):
         pager.let_go()
         pager.stream.close()
 
@@ -254,9 +255,9 @@ def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origins: Ma
                 origin, learned = origins[weight.names[0]]
                 seat.take(Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer, origin=origin, learned=learned))
             Pager(stream, number, each.block.seats, each.recipes).attach(each.block.module)
-    if streamed:
-        sources.attach(model)
-        Clock(streams, chosen=wish.chosen).attach(model)
+    for callee in called(model) if streamed else ():
+        sources.attach(callee)
+        Clock(streams, chosen=wish.chosen).attach(callee)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -293,14 +294,3 @@ def _recipe(tensor: torch.Tensor | None) -> Recipe:
         raise LoadError(f"a weight of the type {held.dtype} cannot stream: no format stores it")
     memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
     return Recipe(memory, dtype, tuple(held.shape), held.stride())
-
-
-def _attach_movers(model: nn.Module, wish: Wish) -> None:
-    """Where all runs on the CPU, only the model's own inputs can be elsewhere."""
-    devices = {wish.runs_on(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    if any(device.type != "cpu" for device in devices):
-        for prefix, module in model.named_modules():
-            direct = next((name for name in (*module._parameters, *module._buffers)), None)
-            if direct is not None and module is not model:
-                Mover(wish.runs_on(f"{prefix}.{direct}"), wish.skip).attach(module)
-    RoundTrip(wish.main, wish.skip).attach(model)

@@ -7,40 +7,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 
-import torch
 from torch import nn
 
 from shardkit.errors import LoadError, shown_path
-from shardkit.load.model_folder import ModelFolder, told
+from shardkit.load import diffusers_model, transformers_model
+from shardkit.load.model_folder import ModelFolder
 from shardkit.load.module_sizes import class_names
 
 
 def no_split_pattern(path: str | PathLike[str], *, trust_remote_code: bool = False) -> re.Pattern[str]:
     """What is found in the names of those modules that the class of the model in a folder says must not be split.
 
-    Transformers makes the model of config.json, without memory, and each module of a class in its ``_no_split_modules`` counts.
-    Without Transformers there is no such class, and names have to tell what is a block, as they do by default: for models
-    whose layers are numbered it is the same.
+    Transformers or Diffusers makes the model of config.json, without memory, and each module of a class in its
+    ``_no_split_modules`` counts. Without them there is no such class, and names have to tell what is a block, as they do by
+    default: for models whose layers are numbered it is the same.
 
     Args:
         path: the folder; or the name of a model on the Hub that is in its cache.
         trust_remote_code: run the code that lies in the folder, where its config.json asks for it.
 
     Raises:
-        LoadError: Transformers is not there, or the folder names no class; or the class says nothing.
+        LoadError: the library is not there, or the folder names no class; or the class says nothing.
     """
-    found = ModelFolder.at(path, subfolder="", variant=None, trusted=trust_remote_code)
-    with told(found.path), torch.device("meta"):
-        model = found.kind(found.config)
-    whole = class_names(model._no_split_modules)
+    folder = ModelFolder.at(path)
+    if folder.kind == "pipeline":
+        raise LoadError(f"{shown_path(folder.path)} holds a pipeline of several models", hint="give the folder of one of them")
+    maker = diffusers_model if folder.kind == "diffusers" else transformers_model
+    model = maker.without_weights(folder, trust_remote_code)
+    whole = {name for module in model.modules() for name in class_names(getattr(module, "_no_split_modules", None))}
     names = [name for name, module in model.named_modules() if type(module).__name__ in whole]
     if not names:
         raise LoadError(
-            f"{shown_path(found.path)}: {found.kind.__name__} does not say what must not be split",
+            f"{shown_path(folder.path)}: {type(model).__name__} does not say what must not be split",
             hint="say it with --blocks, or let names tell it",
         )
     # A checkpoint of the model with its head has this step before its names, one of the model without may not.
-    base = f"{found.kind.base_model_prefix}."
+    base = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")
     inside = "|".join(re.escape(name.removeprefix(base)) for name in names)
     return re.compile(f"^(?:{re.escape(base)})?(?:{inside})$")
 

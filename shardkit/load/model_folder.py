@@ -1,193 +1,238 @@
-"""A folder as Transformers saves it: what class of model is in it, with which configuration, and in which file its weights are.
+"""A folder as Transformers or Diffusers saves it: what is in it, and in which file its weights are.
 
-Nothing is fetched from the network, and no code of the folder is run unless it is trusted.
+Nothing is fetched from the network, and no code of the folder is run.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import ModuleType
+from typing import Any, Literal
 
+import torch
+from torch import nn
+
+from shardkit.dtypes import DType
 from shardkit.errors import LoadError, shown, shown_path
 from shardkit.load.assign import listed
+from shardkit.load.weights import torch_type
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-
-_INSTALL = 'pip install "transformers>=5,<6"'
-_MAKE_IT = "make the model yourself, and call load_checkpoint_and_dispatch"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MAKE_IT = "make the model yourself, and call load_checkpoint_and_dispatch"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PIPELINE, _MODEL = "model_index.json", "config.json"
+Kind = Literal["pipeline", "diffusers", "transformers"]
+Info = dict[str, Any]  # Any: what libraries tell, which differs from key to key
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """What is in a folder, of which only config.json has been read.
+    """A folder, of which only the file that says what it holds has been read.
 
     Attributes:
         path: the folder.
-        kind: the class of the model.
-        config: its configuration.
-        weights: the file that Transformers would read; or else the folder, in which there may be one of another name.
+        name: what the user calls it.
+        kind: what it holds: a pipeline, a model of Diffusers, or one of Transformers.
+        fields: what its model_index.json says, or else its config.json.
     """
 
     path: Path
-    kind: type[PreTrainedModel]
-    config: PreTrainedConfig
-    weights: Path
+    name: str
+    kind: Kind
+    fields: Mapping[str, object]
 
     @classmethod
-    def at(cls, path: str | PathLike[str], *, subfolder: str, variant: str | None, trusted: bool) -> ModelFolder:
+    def at(cls, path: str | PathLike[str], subfolder: str = "") -> ModelFolder:
         """What is in the folder *path*, or in the cache of the Hub under that name.
 
         Args:
-            path: the folder, or the name of a model on the Hub.
+            path: the folder, or the name of what is on the Hub.
             subfolder: the folder inside it that is meant.
-            variant: the word in the names of the weights.
-            trusted: whether code that lies in it may be run.
 
         Raises:
-            LoadError: Transformers is not there, or the folder holds nothing for it.
+            LoadError: it does not say what it holds, or holds something else.
         """
-        _check_installed()
-        folder = _local(path, subfolder)
-        _check_is_of_transformers(folder)
-        with told(folder):
-            kind, config = _configured(folder, trusted)
-        return cls(folder, kind, config, _weights_in(folder, variant, config))
+        folder, name = _local(path, subfolder), str(path)
+        if (folder / _PIPELINE).is_file():
+            return cls(folder, name, "pipeline", _fields(folder / _PIPELINE))
+        if (folder / "adapter_config.json").is_file():
+            raise LoadError(
+                f"{shown_path(folder)} holds an adapter, which PEFT puts on top of a model",
+                hint="load the folder of the model, and give it to peft.PeftModel.from_pretrained with this one",
+            )
+        return cls._of_model(folder, name)
 
-    def generation_config(self) -> GenerationConfig:
-        """What Transformers would set in the model if it read the weights itself."""
-        from transformers import GenerationConfig
+    def part(self, name: str) -> ModelFolder:
+        """The folder of what a pipeline calls *name*: the one inside of that name, or else this one.
 
-        load = cast("Callable[..., GenerationConfig]", GenerationConfig.from_pretrained)
-        if (self.path / "generation_config.json").is_file():
-            return load(self.path, local_files_only=True)
-        return load(self.path, config_file_name="config.json", _from_model_config=True, local_files_only=True)
+        Raises:
+            LoadError: it does not say what it holds.
+        """
+        inside = self.path / name
+        return self._of_model(inside, f"{self.name}/{name}") if inside.is_dir() else self._of_model(self.path, self.name)
+
+    def weights(self, names: Sequence[str], variant: str | None = None) -> Path:
+        """The first file with one of *names*; or else the folder, in which there may be one of another name.
+
+        Args:
+            names: as the library writes and reads them, in the order in which it looks for them.
+            variant: the word in them.
+
+        Raises:
+            LoadError: there is none of that variant.
+        """
+        wanted = [_varied(name, variant) for name in names]
+        found = next((self.path / name for name in wanted if (self.path / name).is_file()), None)
+        if found is None and variant:
+            raise LoadError(f"{shown_path(self.path)} has no weights under any of these names: {listed(wanted)}")
+        return found or self.path
+
+    def has_variant(self, names: Sequence[str], variant: str | None) -> bool:
+        """Whether there are weights under one of *names* with that word in it."""
+        return any((self.path / _varied(name, variant)).is_file() for name in names)
+
+    @classmethod
+    def _of_model(cls, folder: Path, name: str) -> ModelFolder:
+        if not (folder / _MODEL).is_file():
+            raise LoadError(f"{shown_path(folder)} has no config.json, which says what model it is", hint=MAKE_IT)
+        fields = _fields(folder / _MODEL)
+        return cls(folder, name, "diffusers" if "_class_name" in fields else "transformers", fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a library when it makes a model.
+
+    Attributes:
+        dtype: what floats are cast to; None for the types that the folder says, or has.
+        attn_implementation: what Transformers calls by this name; None for what it chooses.
+        variant: the word in the names of the weights.
+        trusted: whether code that lies in the folder may be run.
+        as_stored: whether the types are those of the weights if no *dtype* is given, and not what config.json says.
+    """
+
+    dtype: torch.dtype | None
+    attn_implementation: str | None
+    variant: str | None
+    trusted: bool
+    as_stored: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Addressed:
+    """A model as its library makes it, with addresses for weights.
+
+    Attributes:
+        model: the model.
+        info: what the library tells of missing and unexpected weights.
+        whole: the classes whose modules stay on one device; none if the model does not say.
+        skip: keys of arguments that stay where they are.
+        notes: sentences that the user should see.
+    """
+
+    model: nn.Module
+    info: Info
+    whole: frozenset[str]
+    skip: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+
+def prevalent_dtype(stored: Iterable[tuple[DType, int]]) -> torch.dtype:
+    """The type that most bytes of floats have, but for those that are codes; float32 if there are none.
+
+    Args:
+        stored: the types and sizes of weights.
+    """
+    nbytes: Counter[DType] = Counter()
+    for dtype, size in stored:
+        if dtype.kind == "float" and dtype.bits >= 16:
+            nbytes[dtype] += size
+    found = [torch_type(dtype) for dtype, _ in nbytes.most_common(1)]
+    return (found and found[0]) or torch.float32
+
+
+def loads_as_all_do(kind: type, base: type) -> bool:
+    """Whether *kind* is a *base*, and one folder with one configuration is one model, which is not so of all."""
+    if not issubclass(kind, base):
+        return False
+    definer = next(each for each in kind.__mro__ if "from_pretrained" in vars(each))
+    return definer.__module__ == base.__module__
+
+
+def library(name: str, least: tuple[int, int]) -> ModuleType:
+    """The library *name*, imported.
+
+    Args:
+        name: as it is imported.
+        least: the oldest version that will do, up to the next that changes the first number.
+
+    Raises:
+        LoadError: it is not there, or another version of it is.
+    """
+    major, minor = least
+    requirement = f"{name}>={major}.{minor},<{major + 1}"
+    if find_spec(name) is None:
+        raise LoadError(f"from_pretrained needs {name.title()}, which is not installed", hint=f'pip install "{requirement}"')
+    found = import_module(name)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found.__version__)[:2])
+    if not least <= numbers < (major + 1, 0):
+        sentence = f"from_pretrained needs {requirement}, and {found.__version__} is installed"
+        raise LoadError(sentence, hint=f'pip install "{requirement}"; or {MAKE_IT}')
+    return found
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Let what Transformers raises about *folder* be a LoadError."""
-    import transformers
+def told(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
+    """Let what a library raises about *folder* be a LoadError."""
     from huggingface_hub.errors import StrictDataclassError
 
     kinds = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, StrictDataclassError)
     try:
         yield
     except kinds as error:
-        raise LoadError(f"{shown_path(folder)}: Transformers {transformers.__version__} makes no model of it: {error}") from error
-
-
-def _check_installed() -> None:
-    if find_spec("transformers") is None:
-        raise LoadError("from_pretrained needs Transformers, which is not installed", hint=_INSTALL)
-    import transformers
-
-    if transformers.__version__.partition(".")[0] != "5":
-        found = f"from_pretrained needs Transformers 5, and {transformers.__version__} is installed"
-        raise LoadError(found, hint=f"{_INSTALL}; or {_MAKE_IT}")
+        what = "pipeline" if folder.kind == "pipeline" else "model"
+        raise LoadError(
+            f"{shown_path(folder.path)}: {by.__name__.title()} {by.__version__} makes no {what} of it: {error}"
+        ) from error
 
 
 def _local(path: str | PathLike[str], subfolder: str) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-
     given = Path(path)
     if given.is_dir():
         return given / subfolder
-    file = Path(subfolder, "config.json").as_posix()
-    is_name = _REPOSITORY.fullmatch(str(path)) and not given.exists()
-    cached = try_to_load_from_cache(str(path), file) if is_name else None
-    if not isinstance(cached, str):
-        what = "is a file" if given.exists() else "is no folder, and no model in the cache of the Hub"
-        raise LoadError(
-            f"{shown_path(given)} {what}; a folder with a config.json is needed", hint=f"download the model first; or {_MAKE_IT}"
+    if _REPOSITORY.fullmatch(str(path)) and not given.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        files = (Path(subfolder, name).as_posix() for name in (_PIPELINE, _MODEL))
+        cached = next(
+            (file for file in (try_to_load_from_cache(str(path), name) for name in files) if isinstance(file, str)), None
         )
-    return Path(cached).parent
-
-
-def _check_is_of_transformers(folder: Path) -> None:
-    if (folder / "model_index.json").is_file():
-        raise LoadError(
-            f"{shown_path(folder)} holds a pipeline of Diffusers, as its model_index.json says, and not a model of Transformers",
-            hint=f"for one of its parts that is, name it, as in subfolder='text_encoder'; for another, {_MAKE_IT}",
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise LoadError(
-            f"{shown_path(folder)} holds an adapter, which PEFT puts on top of a model",
-            hint="load the folder of the model, and give it to peft.PeftModel.from_pretrained with this one",
-        )
-    if not (folder / "config.json").is_file():
-        raise LoadError(f"{shown_path(folder)} has no config.json, which says what model it is", hint=_MAKE_IT)
-
-
-def _configured(folder: Path, trusted: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that config.json asks for, and its configuration."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    fields, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-    if "_class_name" in fields:
-        raise LoadError(
-            f"{shown_path(folder)} is a {shown(fields['_class_name'])} of Diffusers, and not a model of Transformers",
-            hint=_MAKE_IT,
-        )
-    kind = _class(folder, fields, trusted)
-    own: type[PreTrainedConfig] | None = getattr(kind, "config_class", None)
-    load = cast("Callable[..., PreTrainedConfig]", (own or AutoConfig).from_pretrained)
-    return kind, load(folder, local_files_only=True, **({} if own else {"trust_remote_code": trusted}))
-
-
-def _class(folder: Path, fields: Mapping[str, object], trusted: bool) -> type[PreTrainedModel]:
-    import transformers
-
-    architectures = fields.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(name, str):
-        raise LoadError(
-            f"{shown_path(folder / 'config.json')} names no class under 'architectures'",
-            hint="write the name of the model's class there",
-        )
-    remote = _remote(fields, name)
-    if remote is not None and trusted:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(remote, str(folder), local_files_only=True)
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
+        if cached is not None:
+            return Path(cached).parent
+    what = "is a file" if given.exists() else "is no folder, and no model in the cache of the Hub"
     raise LoadError(
-        f"{shown_path(folder / 'config.json')} asks for {shown(name)}, which Transformers {transformers.__version__} has not",
-        hint="its code lies in the folder: read it, and if you trust it, pass trust_remote_code=True"
-        if remote is not None
-        else "a newer Transformers may have it",
+        f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
+        hint=f"download the model first; or {MAKE_IT}",
     )
 
 
-def _remote(fields: Mapping[str, object], name: str) -> str | None:
-    """Where the folder has the code of the class *name*, as its auto_map says it."""
-    auto_map = fields.get("auto_map")
-    places = auto_map.values() if isinstance(auto_map, dict) else ()
-    return next((place for place in places if isinstance(place, str) and place.rpartition(".")[2] == name), None)
-
-
-def _weights_in(folder: Path, variant: str | None, config: PreTrainedConfig) -> Path:
-    extra = [name for name in getattr(type(config), "extra_files", ()) if (folder / name).exists()]
-    if extra:
-        raise LoadError(f"{shown_path(folder)} has weights in files of their own, which are not loaded here: {listed(extra)}")
-    named = getattr(config, "transformers_weights", None)
-    if isinstance(named, str) and (".." in Path(named).parts or Path(named).is_absolute()):
-        raise LoadError(f"{shown_path(folder)}: config.json has its weights elsewhere, in {shown(named)}")
-    names = [named] if isinstance(named, str) else [_varied(name, variant) for name in _WEIGHTS]
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None and (variant or named):
-        raise LoadError(f"{shown_path(folder)} has no weights under any of these names: {listed(names)}")
-    return found or folder
+def _fields(file: Path) -> dict[str, object]:
+    """What a JSON file says. NaN and Infinity, which some models have in their config.json, are let through."""
+    try:
+        fields: object = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{shown_path(file)} is no JSON: {error}", hint="download it anew") from None
+    if not isinstance(fields, dict):
+        raise LoadError(f"{shown_path(file)} must hold an object, found {shown(fields)}")
+    return fields
 
 
 def _varied(name: str, variant: str | None) -> str:

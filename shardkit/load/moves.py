@@ -7,13 +7,14 @@ a cache that a block writes into stays the caller's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from shardkit.load.pager import eager
+from shardkit.load.together import called
 
 
 def moved(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:  # Any: whatever a model takes
@@ -133,6 +134,28 @@ class RoundTrip(Mover):
             self._thread.origins = []
         origins: list[torch.device | None] = self._thread.origins
         return origins
+
+
+def attach_movers(
+    model: nn.Module, runs_on: Callable[[str], torch.device], main: torch.device, skip: Collection[str] = ()
+) -> None:
+    """Let what *model* is given come to where its parts run, and what it gives go back.
+
+    Args:
+        model: one model, or several together.
+        runs_on: the device of a part, by its name.
+        main: the device that runs what is not on an accelerator.
+        skip: keys of arguments that stay where they are.
+    """
+    callees = called(model)
+    devices = {runs_on(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    if any(device.type != "cpu" for device in devices):  # else only a model's own inputs can be elsewhere
+        for prefix, module in model.named_modules():
+            direct = next((name for name in (*module._parameters, *module._buffers)), None)
+            if direct is not None and module not in callees:
+                Mover(runs_on(f"{prefix}.{direct}"), skip).attach(module)
+    for callee in callees:
+        RoundTrip(main, skip).attach(callee)
 
 
 def _like(value: tuple[Any, ...] | list[Any], parts: list[Any]) -> Any:

@@ -39,6 +39,24 @@ def test_the_class_says_what_the_names_say(tmp_path: Path, kind: str) -> None:
     assert not any("pattern" in note for note in report.notes)
 
 
+def test_the_class_of_a_model_of_diffusers_says_it_as_well(tmp_path: Path) -> None:
+    diffusers: Any = pytest.importorskip("diffusers", reason="its class is asked here")
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    sizes: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes).save_pretrained(tmp_path / "model")
+    pattern = no_split_pattern(tmp_path / "model")
+    assert pattern.search("down_blocks.1.resnets.0")
+    assert not pattern.search("down_blocks.1")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(LoadError, match="a pipeline of several models"):
+        no_split_pattern(tmp_path)
+
+
 def test_a_folder_that_names_no_class_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LoadError, match="names no class under 'architectures'"):

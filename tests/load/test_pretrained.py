@@ -263,6 +263,35 @@ def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(cache: Path, tmp_p
         from_pretrained("someone/other")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("device_map", ["cpu", "half", "disk"])
+def test_an_adapter_of_peft_stands_on_top_and_can_be_trained(device_map: str, tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft", reason="its adapters are put on models here")
+    model = saved(tmp_path / "base")
+    where = DEVICE_MAPS[device_map](model)
+    low_rank = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(model, low_rank)
+    theirs.save_pretrained(tmp_path / "adapter")
+    base = from_pretrained(tmp_path / "base", where, ring=2)
+    ours = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    assert torch.equal(logits(ours), logits(theirs))
+    assert torch.equal(ours.generate(input_ids=IDS, **TOKENS), theirs.generate(input_ids=IDS, **TOKENS))
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(logits(ours), logits(theirs))
+    if device_map == "disk":  # each block has been refilled when its turn to go backward comes
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            ours(input_ids=IDS, labels=IDS).loss.backward()
+        with pytest.raises(LoadError, match="would write to a Paged"):
+            ours.merge_and_unload()
+        return
+    for each in (ours, theirs):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: each.grad for name, each in theirs.named_parameters() if each.requires_grad}
+    assert len(gradients) == 2 * 2 * 3
+    for name, each in ours.named_parameters():
+        assert each.grad is None if name not in gradients else torch.equal(each.grad, gradients[name])
+
+
 MODELING = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -330,22 +359,17 @@ def test_another_shape_is_a_mismatch_that_says_which(tmp_path: Path) -> None:
     assert found.value.wrong_shape["model.embed_tokens.weight"] == ((64, 32), (65, 32))
 
 
-def pipeline(folder: Path) -> None:
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-
-
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pipeline": (pipeline, "holds a pipeline of Diffusers"),
-    "unet": (lambda folder: edit(folder / "config.json", _class_name="UNet2DModel"), "is a 'UNet2DModel' of Diffusers"),
     "adapter": (adapter, "holds an adapter"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
     "no class": (lambda folder: edit(folder / "config.json", architectures=None), "names no class under 'architectures'"),
     "no model": (lambda folder: edit(folder / "config.json", architectures=["AutoConfig"]), "'AutoConfig', which Transformers"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "makes no model of it"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is no JSON"),
+    "no object": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must hold an object"),
     "wrong config": (lambda folder: edit(folder / "config.json", hidden_size="wide"), "makes no model of it"),
     "elsewhere": (lambda folder: edit(folder / "config.json", transformers_weights="../x.bin"), "has its weights elsewhere"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
@@ -379,9 +403,9 @@ def test_without_transformers_a_sentence_says_what_to_install(tmp_path: Path, mo
     saved(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # it puts another module in its place
-        with pytest.raises(LoadError, match=r"needs Transformers 5, and 4\.57\.1 is installed"):
+        with pytest.raises(LoadError, match=r"needs transformers>=5\.0,<6, and 4\.57\.1 is installed"):
             from_pretrained(tmp_path)
     monkeypatch.setattr("shardkit.load.model_folder.find_spec", lambda name: None)
     with pytest.raises(LoadError, match="needs Transformers, which is not installed") as missing:
         from_pretrained(tmp_path)
-    assert missing.value.hint == 'pip install "transformers>=5,<6"'
+    assert missing.value.hint == 'pip install "transformers>=5.0,<6"'

@@ -1,0 +1,177 @@
+"""A model as Transformers makes it, with addresses for weights.
+
+Transformers gets the configuration and a state dict of addresses, by arguments that it documents. It makes the model without
+memory, renames, fuses and casts the weights, ties them, fills in what is missing, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from shardkit.errors import LoadError, Mismatch, shown, shown_path
+from shardkit.load.assign import listed
+from shardkit.load.mapping import tensors
+from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, library, prevalent_dtype, told
+from shardkit.load.module_sizes import class_names
+from shardkit.load.paged import Paged
+from shardkit.load.weights import weights_of
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+LEAST = (5, 0)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PLAIN = (torch.Tensor, nn.Parameter, Paged)
+
+
+def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None) -> Addressed:
+    """The model in *folder*, of which no weight has been read that Transformers only moves, casts or joins.
+
+    Args:
+        folder: where it is.
+        request: how it is made.
+        kind: its class; None for the one that its config.json names.
+
+    Raises:
+        FormatError: the weights cannot be read.
+        LoadError: Transformers is not there, or makes no model of the folder.
+    """
+    transformers = library("transformers", LEAST)
+    with told(folder, transformers):
+        kind = kind or _class(folder, request.trusted)
+        config = _configuration(folder, kind, request.trusted)
+    weights = tensors(_weights(folder, request.variant, config))
+    dtype = request.dtype or (
+        prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values()) if request.as_stored else "auto"
+    )
+    options = {"attn_implementation": request.attn_implementation} if request.attn_implementation else {}
+    load = cast("Callable[..., tuple[PreTrainedModel, Info]]", kind.from_pretrained)
+    with told(folder, transformers):
+        model, info = load(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # which are told below, by name
+            output_loading_info=True,
+            **options,
+        )
+        _check_shapes(folder.path, info["mismatched_keys"])
+        _check_plain(folder.path, model)
+        if model.can_generate():
+            model.generation_config = _generation_config(folder.path)
+    model.config.name_or_path = model.name_or_path = folder.name
+    return Addressed(model, info, class_names(model._no_split_modules), class_names(model._skip_keys_device_placement))
+
+
+def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:
+    """The model in *folder* with nothing in its weights, which have no memory.
+
+    Raises:
+        LoadError: Transformers is not there, or makes no model of the folder.
+    """
+    with told(folder, library("transformers", LEAST)), torch.device("meta"):
+        kind = _class(folder, trusted)
+        model: nn.Module = kind(_configuration(folder, kind, trusted))
+        return model
+
+
+def has_variant(folder: ModelFolder, variant: str | None) -> bool:
+    """Whether *folder* has weights of that *variant*."""
+    return folder.has_variant(_WEIGHTS, variant)
+
+
+def _class(folder: ModelFolder, trusted: bool) -> type[PreTrainedModel]:
+    """The class that config.json asks for."""
+    import transformers
+
+    architectures = folder.fields.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str):
+        raise LoadError(
+            f"{shown_path(folder.path / 'config.json')} names no class under 'architectures'",
+            hint="write the name of the model's class there",
+        )
+    remote = _remote(folder.fields, name)
+    if remote is not None and trusted:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, str(folder.path), local_files_only=True)
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    where = shown_path(folder.path / "config.json")
+    raise LoadError(
+        f"{where} asks for {shown(name)}, which Transformers {transformers.__version__} has not",
+        hint="its code lies in the folder: read it, and if you trust it, pass trust_remote_code=True"
+        if remote is not None
+        else "a newer Transformers may have it",
+    )
+
+
+def _remote(fields: Mapping[str, object], name: str) -> str | None:
+    """Where the folder has the code of the class *name*, as its auto_map says it."""
+    auto_map = fields.get("auto_map")
+    places = auto_map.values() if isinstance(auto_map, dict) else ()
+    return next((place for place in places if isinstance(place, str) and place.rpartition(".")[2] == name), None)
+
+
+def _configuration(folder: ModelFolder, kind: type[PreTrainedModel], trusted: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    own: type[PreTrainedConfig] | None = getattr(kind, "config_class", None)
+    load = cast("Callable[..., PreTrainedConfig]", (own or AutoConfig).from_pretrained)
+    return load(folder.path, local_files_only=True, **({} if own else {"trust_remote_code": trusted}))
+
+
+def _weights(folder: ModelFolder, variant: str | None, config: PreTrainedConfig) -> Path:
+    extra = [name for name in getattr(type(config), "extra_files", ()) if (folder.path / name).exists()]
+    if extra:
+        raise LoadError(
+            f"{shown_path(folder.path)} has weights in files of their own, which are not loaded here: {listed(extra)}"
+        )
+    named = getattr(config, "transformers_weights", None)
+    if not isinstance(named, str):
+        return folder.weights(_WEIGHTS, variant)
+    if ".." in Path(named).parts or Path(named).is_absolute():
+        raise LoadError(f"{shown_path(folder.path)}: config.json has its weights elsewhere, in {shown(named)}")
+    if not (folder.path / named).is_file():
+        raise LoadError(f"{shown_path(folder.path)} has no weights under the name that config.json gives: {shown(named)}")
+    return folder.path / named
+
+
+def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    wrong = {name: (tuple(there), tuple(here)) for name, there, here in sorted(mismatched)}
+    if wrong:
+        first, (there, here) = next(iter(wrong.items()))
+        more = f", and so with {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Mismatch(
+            f"{shown_path(folder)}: config.json asks for another model: {shown(first)} would be {list(here)}, "
+            f"and is {list(there)}{more}",
+            wrong_shape=wrong,
+        )
+
+
+def _check_plain(folder: Path, model: nn.Module) -> None:
+    """See that no weight is an object of a library that quantises: it could neither stream nor be moved as it should."""
+    odd = next((weight for weight in weights_of(model) if type(weight.tensor) not in _PLAIN), None)
+    if odd is not None:
+        raise LoadError(
+            f"{shown_path(folder)}: {shown(odd.names[0])} becomes a {type(odd.tensor).__name__}, and is no plain tensor then",
+            hint="load it with Transformers itself, or store it in a format whose weights are plain tensors",
+        )
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """What Transformers would set in the model if it read the weights itself."""
+    from transformers import GenerationConfig
+
+    load = cast("Callable[..., GenerationConfig]", GenerationConfig.from_pretrained)
+    if (folder / "generation_config.json").is_file():
+        return load(folder, local_files_only=True)
+    return load(folder, config_file_name="config.json", _from_model_config=True, local_files_only=True)
