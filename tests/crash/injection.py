@@ -22,7 +22,7 @@ import shardkit.writer
 Watched = tuple[tuple[object, str, int], ...]
 WRITES: Watched = (
     *((os, name, 0) for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "unlink", "remove")),
-    *((os, name, 0) for name in ("rename", "replace", "scandir", "listdir", "read", "lseek", "sendfile")),
+    *((os, name, 0) for name in ("rename", "replace", "scandir", "listdir", "read", "preadv", "lseek", "sendfile")),
     (os, "copy_file_range", 1),
     (builtins, "open", 0),
     (io, "open", 0),  # pathlib's

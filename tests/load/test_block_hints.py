@@ -63,6 +63,14 @@ def test_a_folder_that_names_no_class_is_a_sentence(tmp_path: Path) -> None:
         no_split_pattern(tmp_path)
 
 
+def test_a_class_that_says_nothing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved(tmp_path / "model", "LlamaForCausalLM")
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", [])
+    with pytest.raises(LoadError, match="LlamaForCausalLM does not say what must not be split") as caught:
+        no_split_pattern(source)
+    assert caught.value.hint == "say it with --blocks, or let names tell it"
+
+
 class Backwards(nn.Module):
     """Runs its layers from the last to the first."""
 
