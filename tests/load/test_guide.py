@@ -16,7 +16,7 @@ from torch import nn
 
 import shardkit
 from shardkit.errors import FormatError, LoadError
-from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
+from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from shardkit.offload import offload_prep
 
 WIDTH, LAYERS = 16, 11
@@ -198,6 +198,35 @@ def test_a_load_that_fails_leaves_no_files_and_the_model_as_it_was(
             load(model)
         assert all(parameter.is_meta for parameter in model.parameters())
         assert listing(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_leaves_files_when_a_load_fails_and_we_do_not(temporary: Path, trained: MyModel, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    file = zipped(trained.state_dict(), tmp_path)
+    of_another_shape(file)
+    options = {"device_map": {"": "cpu", "layers.0": "disk"}, "offload_folder": tmp_path / "offload", "offload_state_dict": True}
+    with pytest.raises(ValueError, match="incorrect"):
+        accelerate.load_checkpoint_in_model(MyModel(), str(file), **options)
+    assert [path for path in temporary.rglob("*") if path.is_file()]
+    assert list((tmp_path / "offload").rglob("*.dat"))
+    before = listing(tmp_path)
+    with pytest.raises(LoadError, match="another shape"):
+        load_checkpoint_in_model(MyModel(), file, **options)  # type: ignore[arg-type]  # a dict for both
+    assert listing(tmp_path) == before
+
+
+def test_layer_1_is_not_the_beginning_of_layer_10_as_it_is_to_transformers(trained: MyModel, tmp_path: Path) -> None:
+    device_map: dict[str, str] = {"layers.1": "disk", "": "cpu"}
+    integration = pytest.importorskip("transformers.integrations.accelerate")
+    theirs = integration.expand_device_map(device_map, [f"layers.{number}.up.weight" for number in (1, 10)])
+    assert theirs["layers.10.up.weight"] == "disk"
+    with init_empty_weights():
+        model = MyModel().eval()
+    load_checkpoint_and_dispatch(model, zipped(trained.state_dict(), tmp_path), device_map)
+    assert isinstance(model.get_parameter("layers.1.up.weight"), Paged)
+    assert not isinstance(model.get_parameter("layers.10.up.weight"), Paged)
+    assert torch.equal(model(INPUT), trained(INPUT))
 
 
 @pytest.mark.usefixtures("temporary")
