@@ -516,6 +516,8 @@ def test_a_word_makes_the_map_and_the_disk_may_be_refused(file: Path, expected: 
         assert torch.equal(model(IDS), expected)
     with pytest.raises(OverBudget, match="would land on disk"):
         load_checkpoint_and_dispatch(empty(), file, "auto", max_memory={"cpu": 30_000}, offload="never")
+    with pytest.raises(OverBudget, match="on disk"):
+        load_checkpoint_and_dispatch(empty(), file, {"": "cpu", "layers.2": "disk"}, offload="never")
     with pytest.raises(LoadError, match="'best' is no device map"):
         load_checkpoint_and_dispatch(empty(), file, "best")
     with pytest.raises(LoadError, match="no device"):
