@@ -21,8 +21,9 @@ from shardkit.placing import remove
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads paths of descriptors from /proc")
 
 if sys.platform == "linux":
-    from injection import BROKEN, FULL, Call, Layer, Strike
-    from scenarios import SCENARIOS, Case, Scenario, main_folder, stamps, tree
+    from failer import struck
+    from injection import BROKEN, FULL, Call, Layer
+    from scenarios import SCENARIOS, Case, Scenario, main_folder, tree
 
 FEWEST = 30  # calls that the shortest of the scenarios makes
 STEP = 4  # of the calls of a run, every fourth is killed in this test, and each one of the commit
@@ -47,26 +48,6 @@ def stopped(call: Call, real: Callable[[], object], args: tuple[object, ...]) ->
     raise Stopped
 
 
-def struck(case: Case, strike: Strike) -> tuple[int, list[str]]:
-    """How many calls were struck in turn, and what was wrong after any of them."""
-    before = stamps(case.source)
-    found: list[str] = []
-    for number in range(10_000):
-        case.reset()
-        layer = Layer(case.work, number, strike)
-        try:
-            error = case.strike(layer)
-        except OSError as bare:
-            found.append(f"call {number}, {layer.struck}: a bare {bare!r} came out")
-            error = None
-        if layer.struck is None:
-            return number, found
-        if error is not None and len(str(error)) < 20:
-            found.append(f"call {number}, {layer.struck}: no sentence: {error}")
-        found += [f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before, killed=False)]
-    raise AssertionError("it never ends")
-
-
 def in_process(program: Path, *arguments: object) -> str:
     """What *program* prints, run where a fork finds one thread only."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -77,16 +58,17 @@ def in_process(program: Path, *arguments: object) -> str:
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAMES)
 def test_an_error_at_any_call_leaves_the_output_whole_or_not_there(scenario: Scenario, folder: Path) -> None:
     case = Case.at(main_folder(folder, scenario.name), scenario)
-    points, found = struck(case, BROKEN)
-    assert not found, "\n".join(found)
-    assert points >= FEWEST
+    sweep = struck(case, BROKEN)
+    assert not sweep.faults, "\n".join(sweep.faults)
+    assert sweep.points >= FEWEST
+    assert not sweep.left["neither"]
 
 
 def test_a_full_disk_at_any_call_is_told_with_what_to_do(folder: Path) -> None:
     case = Case.at(main_folder(folder, "full"), SCENARIOS[0])
-    points, found = struck(case, FULL)
-    assert not found, "\n".join(found)
-    assert points >= FEWEST
+    sweep = struck(case, FULL)
+    assert not sweep.faults, "\n".join(sweep.faults)
+    assert sweep.points >= FEWEST
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,6 +37,11 @@ READS: Watched = (
     (builtins, "open", 0),
     (io, "open", 0),
 )
+LOADS: Watched = (
+    *((os, name, 0) for name in ("open", "read", "pread", "preadv")),
+    (builtins, "open", 0),
+    (io, "open", 0),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
-"""Kills a child process at every system call of one scenario in turn, and prints as JSON what was wrong after any of them."""
+"""Kills a child process at every system call of one scenario in turn, and prints what was left and wrong after each, as JSON.
+
+python tests/crash/killer.py FOLDER SCENARIO STEP
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
+from failer import Sweep
 from injection import Layer, killing
 from scenarios import SCENARIOS, Case, main_folder, stamps
 
@@ -38,14 +41,14 @@ def main(base: Path, name: str, step: int) -> None:
     """Kill at every *step*-th call of the scenario called *name*, and at each of the last."""
     case = Case.at(main_folder(base, name), next(each for each in SCENARIOS if each.name == name))
     before = stamps(case.source)
-    found: list[str] = []
-    points = numbers(case, step)
-    for number in points:
+    sweep = Sweep()
+    for number in numbers(case, step):
         case.reset()
         if not killed_at(case, number):
             raise AssertionError(f"the run made no call {number}")
-        found += [f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)]
-    print(json.dumps({"points": len(points), "faults": found}))  # noqa: T201 - to the test that started us
+        sweep.left[case.left()] += 1
+        sweep.faults += [f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)]
+    print(sweep.dump())  # noqa: T201 - to the program that started us
 
 
 if __name__ == "__main__":

@@ -133,6 +133,12 @@ class Case:
                 return error
         return None
 
+    def left(self) -> str:
+        """What stands at the output: the "new" one, the "old" one, "nothing", or "neither" of them."""
+        found = _output(tree(self.work), self.scenario.out)
+        states = {"nothing": {}, "old": self.old, "new": self._expected}
+        return next((state for state, files in states.items() if found == files), "neither")
+
     def faults(self, before: dict[str, tuple[int, int]], *, killed: bool) -> Iterator[str]:
         """What is wrong after a strike, and after the same command was given again.
 
@@ -285,3 +291,7 @@ def main_folder(base: Path, name: str) -> Path:
     folder = base / name
     os.makedirs(folder)
     return folder.resolve()
+
+
+if __name__ == "__main__":
+    print(*(scenario.name for scenario in SCENARIOS), sep="\n")  # noqa: T201 - for programs that go through all

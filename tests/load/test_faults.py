@@ -34,16 +34,8 @@ pytestmark = [
 ]
 
 if sys.platform == "linux":
-    import builtins
-    import io
-
-    from injection import Layer, Strike, Watched, failing
-
-    READS: Watched = (
-        *((os, name, 0) for name in ("open", "read", "pread", "preadv")),
-        (builtins, "open", 0),
-        (io, "open", 0),
-    )
+    import streamer
+    from injection import LOADS, Layer, Strike, failing
 
 WIDTH = 24
 LAYERS = 4  # a ring of two cannot hold them
@@ -122,7 +114,7 @@ def half_streaming(model: Layers, folder: Path) -> Layers:
 @contextlib.contextmanager
 def struck(folder: Path, at: int | None, strike: Strike | None = None, *, lasting: bool = False) -> Iterator[Layer]:
     """From here on the read number *at* below *folder* is struck."""
-    layer = Layer(folder, at, strike, watched=READS, lasting=lasting)
+    layer = Layer(folder, at, strike, watched=LOADS, lasting=lasting)
     with layer.installed():
         yield layer
 
@@ -211,24 +203,12 @@ def test_a_load_that_fails_at_any_read_leaves_the_model_as_it_was(number: int, f
         assert at >= 5
 
 
-def test_a_forward_that_fails_at_any_read_is_told_and_the_next_is_right(folder: Path, expected: torch.Tensor) -> None:
-    failed = 0
-    for at in range(1000):
-        model = streaming(folder)
-        with struck(folder, at, failing(errno.EIO), lasting=True) as layer:
-            for _ in range(2):
-                if sentence := outcome(model, expected):
-                    failed += 1
-                    assert str(folder) in sentence
-                    assert os.strerror(errno.EIO) in sentence
-                    nothing_left(model)
-        if layer.struck is None:
-            break
-        outcome(model, expected)  # a read ahead that was under way may fail still
-        assert torch.equal(model(X), expected)
-        nothing_left(model)
-    assert at >= LAYERS
-    assert failed >= LAYERS
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
+def test_a_forward_that_fails_at_any_read_is_told_and_the_next_is_right(number: int, tmp_path: Path) -> None:
+    sweep = streamer.struck(*streamer.saved(tmp_path), number)
+    assert not sweep.faults, "\n".join(sweep.faults)
+    assert sweep.left["told"] >= streamer.LAYERS
+    assert sweep.left["not loaded"] > 2
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, SystemExit, KeyboardInterrupt])
