@@ -46,6 +46,12 @@ class Tally:
         self._under_way = 0
         self._begun = 0.0
 
+    def inherited(self) -> Tally:
+        """The same for the child of a fork, where nothing is under way; who has the lock may not be there."""
+        tally = Tally()
+        tally._counts = self._counts
+        return tally
+
     @property
     def counts(self) -> Counts:
         """What was done up to now; of a read that is under way, its time."""

@@ -146,6 +146,7 @@ class Pager:
         self._recipes = tuple(recipes)
         self._inside: set[Visit] = set()
         self._taken: list[tuple[Seat, torch.Tensor, torch.Tensor]] = []
+        _PAGERS.add(self)
 
     @property
     def stream(self) -> Stream:
@@ -199,14 +200,23 @@ class Pager:
         with self._stream.lock:
             self._inside.discard(visit)
             if not self._inside:
-                for seat, tensor, stood in self._taken:
-                    if seat.tensor is tensor:
-                        seat.take(stood)
-                self._taken.clear()
+                self._give_back()
             self._stream.release(self._number, visit)
+
+    def forked(self) -> None:
+        """In the child of a fork, put back what only threads had taken that are not there any more."""
+        self._inside.intersection_update(_visits(self._stream))
+        if not self._inside:
+            self._give_back()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pager:
         return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
+
+    def _give_back(self) -> None:
+        for seat, tensor, stood in self._taken:
+            if seat.tensor is tensor:
+                seat.take(stood)
+        self._taken.clear()
 
     def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor]) -> None:
         with self._stream.lock:
@@ -259,3 +269,15 @@ def _module_call() -> FrameType | None:
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back
     return frame
+
+
+_PAGERS: weakref.WeakSet[Pager] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pager in list(_PAGERS):
+        pager.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)  # after that of the streams, which were there before

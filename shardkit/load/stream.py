@@ -262,14 +262,17 @@ class Stream:
         return sent
 
     def _forked(self) -> None:
-        """Begin again in the child of a fork; see rule 5."""
-        held = [page for page in self._pages if page.holders and page.reading is not None and page.reading.done()]
+        """Begin again in the child of a fork; see rule 5. No lock from before is asked for: who had it may not be there."""
+        held = [(page, page.place) for page in self._pages if page.holders and page.place is not None and page.place.tensors]
+        thread = self.thread  # which has what this thread holds, and no more what the others did
+        self._tally = self._tally.inherited()
         self._begin()
-        for page in held:
-            if page.place is not None and page.place.host is not None and not page.failed:
-                for job in page.jobs(self._files, page.place.host):
+        self.thread = thread
+        for page, place in held:
+            if place.host is not None:
+                for job in page.jobs(self._files, place.host):
                     job()
-                page.settle(page.place.host)
+                page.settle(place.host)
 
 
 def _after(tickets: Sequence[Ticket], job: Job) -> None:
