@@ -13,7 +13,7 @@ import torch
 from shardkit.casting import Cast
 from shardkit.load.files import Files
 from shardkit.load.lanes import Ticket
-from shardkit.load.layouts import Layout, Read, grounds
+from shardkit.load.layouts import READ, Layout, Making, Read, grounds
 from shardkit.load.memory import memory_of, read_into
 from shardkit.load.readers import Job
 from shardkit.load.rings import Place
@@ -104,11 +104,12 @@ class Page:
     def jobs(self, files: Files, host: torch.Tensor) -> Iterator[Job]:
         """What reads all of it into *host*, but for `settle`."""
         memory = memory_of(host)
-        yield partial(_expect, files, self.layout.reads)
+        if self.layout.reads:
+            yield partial(_expect, files, self.layout.reads)
         for read in self.layout.reads:
             yield partial(_read, files, read, memory[read.at : read.at + read.nbytes])
-        for making in self.layout.makings:
-            yield partial(_make, files, making.payload, memory[making.at : making.at + making.payload.nbytes])
+        for makings in _grouped(self.layout.makings):
+            yield partial(_make_all, files, makings, memory)
 
     def settle(self, host: torch.Tensor) -> None:
         """Move what was read to where it begins as it should."""
@@ -132,6 +133,25 @@ def _expect(files: Files, reads: Iterable[Read]) -> None:
 
 def _read(files: Files, read: Read, memory: memoryview) -> None:
     files.at(read.path).read_sectors(memory, read.start, read.needed)
+
+
+def _grouped(makings: Iterable[Making]) -> Iterator[list[Making]]:
+    """*makings* in groups that are worth a job."""
+    group: list[Making] = []
+    room = READ
+    for making in makings:
+        if group and making.payload.nbytes > room:
+            yield group
+            group, room = [], READ
+        group.append(making)
+        room -= making.payload.nbytes
+    if group:
+        yield group
+
+
+def _make_all(files: Files, makings: Iterable[Making], memory: memoryview) -> None:
+    for making in makings:
+        _make(files, making.payload, memory[making.at : making.at + making.payload.nbytes])
 
 
 def _make(files: Files, payload: Payload, memory: memoryview) -> None:

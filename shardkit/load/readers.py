@@ -32,7 +32,8 @@ class Filling:
         """
         self.done: Future[Ticket] = Future()
         self._jobs = deque(jobs) or deque([_nothing])
-        self._left = len(self._jobs)
+        self.count = len(self._jobs)
+        self._left = self.count
         self._finish = finish
         self._error: BaseException | None = None
         self._lock = threading.Lock()
@@ -95,8 +96,8 @@ class Readers:
         """Do *filling*, *first* or after all others."""
         with self._lock:
             (self._queue.appendleft if first else self._queue.append)(filling)
-            more = self._count - self._at_work
-            self._at_work = self._count
+            more = min(self._count - self._at_work, filling.count)
+            self._at_work += more
         for _ in range(more):
             self._pool.submit(self._work)
 

@@ -7,6 +7,7 @@ import copy
 import gc
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,6 +249,36 @@ def test_accelerate_leaves_weights_in_memory_after_an_exception_and_we_do_not(tm
     assert away == [True, True]
     assert not theirs[1].weight.is_meta
     assert isinstance(ours[1].weight, Streamed)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Path) -> None:
+    resident = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+    save_file(resident.state_dict(), tmp_path / "model.safetensors")
+    begun, x = (open_files(), threading.active_count()), torch.ones(1, WIDTH)
+    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), tmp_path / "model.safetensors", {"": "disk"}, ring=2)
+    stream = next(pager.stream for *_, pager in attachments(model) if isinstance(pager, Pager))
+    seen = []
+    with torch.no_grad():
+        expected = resident(x)
+        for number in range(500):
+            assert torch.equal(model(x), expected)
+            if number % 100 == 99:
+                gc.collect()
+                seen.append((open_files(), threading.active_count(), stream.nbytes, len(gc.get_objects()) // 500))
+    assert seen[0][:3] == seen[-1][:3]
+    assert abs(seen[0][3] - seen[-1][3]) <= 1
+    close(model)
+    del model, stream
+    gc.collect()
+    end = time.monotonic() + 20
+    while (open_files(), threading.active_count()) > begun and time.monotonic() < end:  # threads end by themselves
+        time.sleep(0.01)
+    assert open_files() <= begun[0]
+    assert threading.active_count() <= begun[1]
 
 
 def test_a_ring_may_be_so_many_bytes(file: Path, expected: torch.Tensor) -> None:

@@ -1,0 +1,199 @@
+"""How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG [--only CASE …]``.
+
+The model has the shape of Llama, 40 layers, 4.37 GB in bf16, and runs on the CPU; 4.24 GB of it, the layers and the head, stream
+from disk in each forward. Accelerate, the floor (the same blocks into the same ring, and nothing else) and shardkit take turns,
+each as a process in a memory cgroup; the page cache forgets the checkpoint before each forward. What the disk gave is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cages import output_of
+from measuring import made
+
+STREAMING = Path(__file__).parent / "streaming.py"
+MUCH, LITTLE, HALF = 1_500_000_000, 800_000_000, 4_000_000_000  # limits of memory, in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Who runs, and on what.
+
+    Attributes:
+        who: a name in streaming.py.
+        source: a file or folder.
+        resident: how many layers are in memory; all 40 and the head, and nothing streams.
+        ring: blocks in memory at a time.
+        tokens: how many go in.
+        limit: of the memory, in bytes.
+    """
+
+    who: str
+    source: str
+    resident: int = 0
+    ring: int = 4
+    tokens: int = 16
+    limit: int | None = MUCH
+
+
+@dataclass(slots=True)
+class Result:
+    """What several runs came to."""
+
+    seconds: list[float] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    told: set[float | None] = field(default_factory=set)
+    peak: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        times, read = sorted(self.seconds), statistics.median(self.read) / 1e9
+        return f"{self.median:6.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {read:5.2f} GB read  {self.peak / 1e6:6.0f} MB"
+
+
+LAYOUT, PLAIN = "offload", "big.bin"
+CASES: dict[str, dict[str, Contender]] = {
+    "reading": {
+        "floor": Contender("floor", LAYOUT),
+        "shardkit, no compute": Contender("reading", LAYOUT),
+        "the same, plain .bin": Contender("reading", PLAIN),
+        "floor, 0.8 GB": Contender("floor", LAYOUT, ring=2, limit=LITTLE),
+        "the same, 0.8 GB": Contender("reading", LAYOUT, ring=2, limit=LITTLE),
+    },
+    "1 token": {
+        "floor": Contender("floor", LAYOUT),
+        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=1, limit=None),
+        "shardkit": Contender("shardkit", LAYOUT, tokens=1),
+        "shardkit, plain .bin": Contender("shardkit", PLAIN, tokens=1),
+        "accelerate": Contender("accelerate", LAYOUT, tokens=1),
+    },
+    "16 tokens": {
+        "floor": Contender("floor", LAYOUT),
+        "compute": Contender("shardkit", LAYOUT, resident=40, limit=None),
+        "shardkit": Contender("shardkit", LAYOUT),
+        "shardkit, plain .bin": Contender("shardkit", PLAIN),
+        "accelerate": Contender("accelerate", LAYOUT),
+    },
+    "0.8 GB": {
+        "floor": Contender("floor", LAYOUT, ring=2, limit=LITTLE),
+        "compute": Contender("shardkit", LAYOUT, resident=40, limit=None),
+        "shardkit": Contender("shardkit", LAYOUT, ring=2, limit=LITTLE),
+    },
+    "512 tokens": {
+        "floor": Contender("floor", LAYOUT),
+        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=512, limit=None),
+        "shardkit": Contender("shardkit", LAYOUT, tokens=512),
+    },
+    "half": {
+        "floor": Contender("floor", LAYOUT, resident=20, limit=HALF),
+        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=1, limit=None),
+        "none resident": Contender("shardkit", LAYOUT, tokens=1, limit=HALF),
+        "shardkit": Contender("shardkit", LAYOUT, resident=20, tokens=1, limit=HALF),
+    },
+}
+
+
+def main() -> None:
+    """Run the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are, or are made")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--forwards", type=int, default=3, help="of each process, after one that does not count")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--plot", type=Path, help="an SVG to draw (needs matplotlib)")
+    asked = parser.parse_args()
+    prepared(asked.folder)
+    found = {}
+    for name in asked.only:
+        print(f"\n{name}", flush=True)
+        found[name] = race(CASES[name], asked.folder, asked.rounds, asked.forwards)
+        for who, result in found[name].items():
+            print(f"  {who:22}{result}", flush=True)
+        for line in ratios(found[name]):
+            print(f"  {line}", flush=True)
+    if asked.plot:
+        draw(found, asked.plot)
+
+
+def prepared(folder: Path) -> None:
+    """Make the checkpoints, if they are missing."""
+    plain = made(folder, PLAIN)
+    if not (folder / LAYOUT).exists():
+        subprocess.run([sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", folder / LAYOUT], check=True)
+
+
+def race(case: dict[str, Contender], folder: Path, rounds: int, forwards: int) -> dict[str, Result]:
+    """Let all of *case* take turns."""
+    results = {name: Result() for name in case}
+    for _ in range(rounds):
+        for name, each in case.items():
+            command = [sys.executable, STREAMING, each.who, folder / each.source, each.resident, each.ring, each.tokens, forwards]
+            told = json.loads(output_of([str(part) for part in command], each.limit))
+            result = results[name]
+            result.seconds += told["seconds"]
+            result.read += told["read"]
+            result.told.add(told["told"])
+            result.peak = max(result.peak, told["peak"])
+    answers = {
+        answer for name, result in results.items() if case[name].who in ("shardkit", "accelerate") for answer in result.told
+    }
+    if len(answers) > 1:
+        sys.exit(f"the contenders do not agree: {answers}")
+    return results
+
+
+def ratios(results: dict[str, Result]) -> Iterator[str]:
+    """What the medians are to each other."""
+    median = {name: result.median for name, result in results.items()}
+    for ours, theirs in COMPARED:
+        if ours in median and theirs in median:
+            yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}"
+    if {"floor", "compute", "shardkit"} <= median.keys():
+        floor, compute, both = median["floor"], median["compute"], median["shardkit"]
+        yield f"shardkit takes {both / max(floor, compute):.2f} x the longer of floor and compute"
+        yield f"{(floor + compute - both) / min(floor, compute):.0%} of the shorter is hidden behind the longer"
+
+
+COMPARED = [
+    ("shardkit, no compute", "floor"),
+    ("the same, plain .bin", "shardkit, no compute"),
+    ("the same, 0.8 GB", "floor, 0.8 GB"),
+    ("shardkit", "floor"),
+    ("shardkit, plain .bin", "shardkit"),
+    ("accelerate", "shardkit"),
+    ("shardkit", "none resident"),
+]
+
+
+def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
+    """A bar for each contender."""
+    import matplotlib as mpl  # type: ignore[import-not-found]  # wanted by whoever asks for a plot
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    rows = [(f"{case}: {who}", result) for case, results in found.items() for who, result in results.items()][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 0.9))
+    for name, result in rows:
+        colour = "#d6604d" if "accelerate" in name else "#2166ac" if "shardkit" in name else "#bbbbbb"
+        spread = [[result.median - min(result.seconds)], [max(result.seconds) - result.median]]
+        axes.barh([name], [result.median], xerr=spread, color=colour, error_kw={"elinewidth": 0.8})
+    axes.set_xlabel("seconds per forward: median, least and most")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

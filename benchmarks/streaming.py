@@ -1,0 +1,207 @@
+"""One contender of stream.py, as a process: ``python benchmarks/streaming.py WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
+
+Prints one line of JSON: the seconds of each forward, the bytes that the process really read for it, and what came out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+LAYERS, RING_READ, THREADS = 40, 4 << 20, 3
+
+
+def main() -> None:
+    """Run the one that is named."""
+    who, source, resident, ring, tokens, forwards = sys.argv[1:]
+    once = CONTENDERS[who](Path(source), int(resident), int(ring), int(tokens))
+    once()  # which fills what is filled once
+    seconds, read, told = [], [], None
+    for _ in range(int(forwards)):
+        drop(Path(source))
+        before, begun = really_read(), time.perf_counter()
+        told = once()
+        seconds.append(time.perf_counter() - begun)
+        read.append(really_read() - before)
+    print(json.dumps({"seconds": seconds, "read": read, "told": told, "peak": peak()}))
+
+
+def drop(source: Path) -> None:
+    """Let the page cache forget the source."""
+    for path in files_of(source):
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def files_of(source: Path) -> list[Path]:
+    """The files that hold weights."""
+    return sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+
+
+def really_read() -> int:
+    """Bytes that this process had fetched from the disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def peak() -> int:
+    """The most memory that this process had, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def where(resident: int) -> dict[str, str]:
+    """A device map; the resident layers are spread."""
+    first = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    step = LAYERS / max(1, resident)
+    held = {int(number * step) for number in range(resident)}
+    layers = {f"model.layers.{number}": "cpu" if number in held else "disk" for number in range(LAYERS)}
+    return first | layers | {"lm_head": "cpu" if resident == LAYERS else "disk"}
+
+
+def empty_model() -> Any:  # Any: transformers is imported by those who need it only
+    """The model, without weights."""
+    import torch
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]  # as it comes
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=16,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
+    with init_empty_weights():
+        model: Any = LlamaForCausalLM(config)
+        return model.to(torch.bfloat16).eval()
+
+
+def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: likewise
+    """What runs it once, and tells what came out."""
+    import torch
+
+    ids = (torch.arange(tokens) * 7 % 32000)[None]
+
+    def once() -> float:
+        with torch.no_grad():
+            return float(model(ids, use_cache=False, logits_to_keep=1).logits.double().sum())
+
+    return once
+
+
+def shardkit(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """This package."""
+    from shardkit.load import load_checkpoint_and_dispatch
+
+    model = load_checkpoint_and_dispatch(
+        empty_model(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+    )
+    return forward(model, tokens)
+
+
+def reading(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """This package, which brings every block to where it would be used, and computes nothing."""
+    from shardkit.load import load_checkpoint_and_dispatch
+    from shardkit.load.arrangement import attachments
+    from shardkit.load.pager import Pager
+
+    model = load_checkpoint_and_dispatch(
+        empty_model(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+    )
+    stream = next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
+    count = sum(device == "disk" for device in where(resident).values())
+
+    def once() -> None:
+        for number in range(count):
+            stream.claim(number, "benchmark")
+            stream.release(number, "benchmark")
+
+    return once
+
+
+def accelerate(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """Accelerate on its best input: it reads safetensors where they lie, and needs no copy of them."""
+    from accelerate import dispatch_model
+    from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]  # as it comes
+    from safetensors import safe_open
+
+    model, places = empty_model(), where(resident)
+    disk = tuple(f"{name}." for name, device in places.items() if device == "disk")
+    index = {}
+    for path in files_of(source):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if name.startswith(disk):
+                    index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": "bfloat16"}
+                else:
+                    set_module_tensor_to_device(model, name, "cpu", file.get_tensor(name).clone())
+    return forward(dispatch_model(model, places, main_device="cpu", offload_index=index), tokens)
+
+
+def floor(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """The same blocks into a ring of the same size, and nothing else."""
+    blocks = list(runs(source, resident))
+    sizes = sorted((stop - start for _, start, stop in blocks), reverse=True)
+    room = -(-sum(sizes[:ring]) // RING_READ) * RING_READ
+    memory = huge(room)
+    direct = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path, _, _ in blocks}
+
+    def once() -> None:
+        reads = iter([(direct[path], at, stop) for path, start, stop in blocks for at in range(start, stop, RING_READ)])
+        lock, place = threading.Lock(), iter(range(1 << 62))
+
+        def work() -> None:
+            while True:
+                with lock:
+                    found, number = next(reads, None), next(place)
+                if found is None:
+                    return
+                file, at, stop = found
+                begin = number * RING_READ % room
+                os.preadv(file, [memory[begin : begin + min(RING_READ, stop - at)]], at)
+
+        threads = [threading.Thread(target=work) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return once
+
+
+def runs(source: Path, resident: int) -> Iterator[tuple[Path, int, int]]:
+    """For each block that streams its sectors of the source."""
+    import shardkit
+
+    disk = [name for name, device in where(resident).items() if device == "disk"]
+    extents = {entry.name: entry.payload.sources[0] for entry in shardkit.open(source).tensors}
+    for block in disk:
+        inside = [extent for name, extent in extents.items() if name.startswith(f"{block}.")]
+        start, stop = min(each.start for each in inside), max(each.start + each.nbytes for each in inside)
+        yield inside[0].path, start // 4096 * 4096, -(-stop // 4096) * 4096
+
+
+def huge(nbytes: int) -> memoryview:
+    """Memory in huge pages."""
+    mapping = mmap.mmap(-1, nbytes + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % (2 << 20)
+    return memoryview(mapping)[start : start + nbytes]
+
+
+CONTENDERS = {"shardkit": shardkit, "reading": reading, "accelerate": accelerate, "floor": floor}
+
+if __name__ == "__main__":
+    main()
