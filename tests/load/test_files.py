@@ -129,13 +129,25 @@ def test_a_file_that_became_shorter_is_told(path: Path) -> None:
         file.read(memoryview(bytearray(100)), 0)
 
 
-def test_a_file_is_opened_once_and_closed_when_nobody_has_it(path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+def test_a_file_is_opened_once_and_closed_when_nobody_has_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    close = os.close
+
+    def closing(file: int) -> None:
+        closed.append(file)
+        close(file)
+
+    monkeypatch.setattr(os, "close", closing)
     files = Files()
-    assert files.at(path) is files.at(path)
+    file = files.at(path)
+    assert files.at(path) is file
+    opened = {each for each in (file._file, file._direct) if each is not None}
     files.close()
     gc.collect()
-    assert (len(os.listdir("/proc/self/fd")) if before else 0) == before
+    assert opened.isdisjoint(closed)  # somebody may still read
+    del file
+    gc.collect()
+    assert opened <= set(closed)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
