@@ -73,10 +73,15 @@ class Explanation:
 
     @property
     def read(self) -> dict[str, int]:
-        """Bytes that each forward reads from files, and from main memory for another device."""
-        streamed = [part for part in self.parts if part.streams]
+        """Bytes that each forward reads from files, and from main memory for another device; nothing if all is in the ring."""
+        streamed = [part for part in self.parts if part.streams and not self.stays]
         memory = sum(part.nbytes for part in streamed if part.place != "disk")
         return {"disk": sum(part.step.disk for part in streamed), "memory": memory}
+
+    @property
+    def stays(self) -> bool:
+        """Whether all that streams has room in the ring at once, so that it is read by the first forward only."""
+        return sum(part.step.room for part in self.parts) <= self.ring
 
     @property
     def held(self) -> dict[Device, int]:
@@ -179,7 +184,7 @@ class Explanation:
             return
         rows = f"{self.rows} rows" if self.rows > 1 else "one row"
         sources = [f"{format_size(nbytes)} from {where}" for where, nbytes in self.read.items() if nbytes]
-        yield f"A forward of {rows} reads {' and '.join(sources)}."
+        yield f"A forward of {rows} reads {' and '.join(sources) or 'nothing: all that streams has room in the ring'}."
         busy = [(name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken]
         stages = ", ".join(f"{name} {taken:.3g} s" for name, taken in busy)
         yield (

@@ -3,7 +3,8 @@
 1. A forward is a row of steps. The weights of a step go through stages: they are read, copied in main memory, copied to the
    device, multiplied; those in memory are only multiplied. A stage does one thing at a time, in the order of the steps.
 2. What streams has room in the ring from when it is read until it was multiplied. While there is none, nothing is read.
-3. Forwards follow one another, and the reading for the next begins during the last. What is predicted is one of a long row.
+3. Forwards follow one another, and the reading for the next begins during the last. What is predicted is one of a long row. If
+   all that streams has room in the ring at once, only the first reads it.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def predict(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
         rates: of this machine.
         ring: bytes that have room in the ring.
     """
-    line = _Line(ring)
-    work = [(step, step.seconds(rates)) for step in steps]
-    ends = [0.0]
-    for _ in range(_FORWARDS):
-        for step, seconds in work:
-            line.run(step, seconds)
+    line, ends = _Line(ring), [0.0]
+    again = [Step(compute=step.compute) for step in steps] if sum(step.room for step in steps) <= ring else steps
+    for number in range(_FORWARDS):
+        for step in again if number else steps:
+            line.run(step, step.seconds(rates))
         ends.append(line.free[-1])
-    busy = tuple(sum(seconds[stage] for _, seconds in work) for stage in range(len(STAGES)))
+    work = [step.seconds(rates) for step in again]
+    busy = tuple(sum(seconds[stage] for seconds in work) for stage in range(len(STAGES)))
     return Prediction(max(ends[-1] - ends[-2], *busy), ends[1], busy)
 
 

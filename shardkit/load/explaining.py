@@ -162,7 +162,9 @@ class _Found:
             return "a buffer"
         below = set(seats[0].owner.modules())
         contains = any(seat.owner in below for seat in self.pagers)
-        return "stands beside blocks in its module" if contains else "several blocks share it"
+        if contains:
+            return "stands beside blocks in its module"
+        return "in memory" if said is None else "several blocks share it"
 
     def _said(self, weight: Weight) -> Device | None:
         """Where the map sends *weight*; None if there is none, or it says nothing."""

@@ -30,9 +30,10 @@ def resident(nbytes: int) -> Step:
         ([streamed(100), resident(900)] * 4, 200, 40.0, "disk"),
         ([streamed(100)] * 4 + [resident(900)] * 4, 200, 58.0, "disk"),  # two are read behind 36 s, the others one by one
         ([streamed(100), resident(1900)] * 4, 200, 80.0, "compute"),
-        ([Step(disk=100, copied=1000, compute=100, room=100)] * 4, 400, 80.0, "host copy"),
-        ([Step(link=100, compute=100, room=100)] * 4, 400, 20.0, "link"),
-        ([Step(disk=100, link=100, compute=100, room=100)] * 4, 400, 40.0, "disk"),
+        ([Step(disk=100, copied=1000, compute=100, room=100)] * 4, 300, 80.0, "host copy"),
+        ([Step(link=100, compute=100, room=100)] * 4, 300, 20.0, "link"),
+        ([Step(disk=100, link=100, compute=100, room=100)] * 4, 300, 40.0, "disk"),
+        ([streamed(100)] * 4, 400, 4.0, "compute"),
         ([], 0, 0.0, "link"),
     ],
     ids=[
@@ -45,6 +46,7 @@ def resident(nbytes: int) -> Step:
         "cast",
         "from memory to a device",
         "from disk to a device",
+        "all of it in the ring",
         "nothing",
     ],
 )
@@ -64,7 +66,7 @@ def test_the_first_forward_has_nothing_read_before_it() -> None:
 
 def test_what_there_is_no_rate_of_limits_nothing() -> None:
     assert predict([Step(10, 10, 10, 10, 10)], Rates(), 10).seconds == 0
-    assert predict([Step(disk=40)], Rates(disk=4), 0).seconds == 10
+    assert predict([Step(disk=40, room=40)], Rates(disk=4), 30).seconds == 10
 
 
 @pytest.mark.parametrize(

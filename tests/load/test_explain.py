@@ -136,6 +136,12 @@ def test_a_model_without_a_map_is_explained_too(tmp_path: Path) -> None:
     close(model)
 
 
+def test_of_a_part_of_a_model_no_reason_is_made_up(loaded: Load) -> None:
+    told = explain(loaded({"": "cpu", "layers.1": "disk"}).layers, rates=RATES)
+    assert ("0", "cpu", "in memory") in reasons(told)
+    assert ("1", "disk", "the map says so") in reasons(told)
+
+
 def test_a_forward_is_predicted_from_rates_that_are_given(loaded: Load) -> None:
     told = explain(loaded({"": "disk"}), rates=RATES)
     layers = LAYERS * 2 * WIDTH * WIDTH * 4
@@ -145,6 +151,14 @@ def test_a_forward_is_predicted_from_rates_that_are_given(loaded: Load) -> None:
     assert told.predicted.limit == "disk"
     assert told.predicted.seconds == pytest.approx(told.read["disk"] / 1e6, rel=0.01)
     assert told.ring == 4 * 2 * WIDTH * WIDTH * 4
+
+
+def test_what_has_room_in_the_ring_at_once_is_read_once(loaded: Load) -> None:
+    told = explain(loaded({"": "cpu", "layers.2": "disk"}), rates=RATES)
+    assert told.predicted is not None
+    assert told.predicted.first > 10 * told.predicted.seconds
+    assert told.read == {"disk": 0, "memory": 0}
+    assert "reads nothing: all that streams has room in the ring" in str(told)
 
 
 def test_rates_are_measured_for_what_streams_if_none_are_given(loaded: Load) -> None:
@@ -218,7 +232,7 @@ def test_weights_that_no_file_has_are_told_from_those_on_disk() -> None:
 
 
 def test_it_goes_through_json_and_prints_one_line_for_each_reason(loaded: Load) -> None:
-    model = loaded({"": "cpu", **{f"layers.{number}": "disk" for number in (0, 2, 3, 5)}})
+    model = loaded({"": "cpu", **{f"layers.{number}": "disk" for number in (0, 2, 3, 5)}}, ring=2)
     for _ in range(2):
         model(IDS)
     told = explain(model, rates=RATES)
