@@ -49,6 +49,7 @@ class Result:
     """What several runs came to."""
 
     seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     told: set[float | None] = field(default_factory=set)
     peak: int = 0
@@ -142,6 +143,7 @@ def race(case: dict[str, Contender], folder: Path, rounds: int, forwards: int) -
             told = json.loads(output_of([str(part) for part in command], each.limit))
             result = results[name]
             result.seconds += told["seconds"]
+            result.waited += told["waited"]
             result.read += told["read"]
             result.told.add(told["told"])
             result.peak = max(result.peak, told["peak"])
@@ -159,6 +161,9 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
     for ours, theirs in COMPARED:
         if ours in median and theirs in median:
             yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}"
+    if {"floor", "shardkit"} <= median.keys():
+        waited = statistics.median(results["shardkit"].waited)
+        yield f"forwards waited {waited:.2f} s for weights: {1 - waited / median['floor']:.0%} of the floor is hidden"
     if {"floor", "compute", "shardkit"} <= median.keys():
         floor, compute, both = median["floor"], median["compute"], median["shardkit"]
         yield f"shardkit takes {both / max(floor, compute):.2f} x the longer of floor and compute"

@@ -1,6 +1,7 @@
 """One contender of stream.py, as a process: ``python benchmarks/streaming.py WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
 
-Prints one line of JSON: the seconds of each forward, the bytes that the process really read for it, and what came out.
+Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
+really read for it, and what came out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS, RING_READ, THREADS = 40, 4 << 20, 3
+WATCHED: list[Any] = []  # the stream of the model, if it has one
 
 
 def main() -> None:
@@ -24,14 +26,20 @@ def main() -> None:
     who, source, resident, ring, tokens, forwards = sys.argv[1:]
     once = CONTENDERS[who](Path(source), int(resident), int(ring), int(tokens))
     once()  # which fills what is filled once
-    seconds, read, told = [], [], None
+    seconds, waited, read, told = [], [], [], None
     for _ in range(int(forwards)):
         drop(Path(source))
-        before, begun = really_read(), time.perf_counter()
+        before, waits, begun = really_read(), waited_for(), time.perf_counter()
         told = once()
         seconds.append(time.perf_counter() - begun)
         read.append(really_read() - before)
-    print(json.dumps({"seconds": seconds, "read": read, "told": told, "peak": peak()}))
+        waited.append(waited_for() - waits)
+    print(json.dumps({"seconds": seconds, "waited": waited, "read": read, "told": told, "peak": peak()}))
+
+
+def waited_for() -> float:
+    """Seconds that forwards of shardkit waited for weights so far."""
+    return float(WATCHED[0].counts.waited) if WATCHED else 0.0
 
 
 def drop(source: Path) -> None:
@@ -104,10 +112,13 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: like
 def shardkit(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package."""
     from shardkit.load import load_checkpoint_and_dispatch
+    from shardkit.load.arrangement import attachments
+    from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(
         empty_model(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
     )
+    WATCHED.extend(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     return forward(model, tokens)
 
 

@@ -159,12 +159,23 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
     ground = grounds(payload)
     if isinstance(payload, Extent):
         files.at(payload.path).read(memory, payload.start)
+    elif isinstance(payload, Buffer):
+        _copy(memoryview(payload.memory), memory)
     elif isinstance(ground, Extent):
         content = bytearray(ground.nbytes)
         files.at(ground.path).read(memoryview(content), ground.start)
         read_into(_founded(payload, Buffer(content)), memory)
     else:
         read_into(payload, memory)
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    """As by assignment; but where ctypes can, other threads run meanwhile."""
+    if source.readonly or not source.nbytes:
+        target[:] = source
+    else:
+        start, to = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in (source, target))
+        ctypes.memmove(to, start, source.nbytes)
 
 
 def _founded(payload: Payload, ground: Buffer) -> Payload:

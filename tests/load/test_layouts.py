@@ -102,9 +102,11 @@ def test_what_is_no_plain_run_is_made_by_itself(file: Path) -> None:
         Swapped(run, 4),
         Cast(Swapped(run, 4), BY_CODE["F32"], BY_CODE["F64"]),
         Buffer(bytes(range(256))),
+        Buffer(bytearray(range(256))),
+        Buffer(b""),
         Concat((Extent(file, 0, 10), Extent(file, 99, 10))),
     ]
     layout, memory = filled(payloads)
     for payload, place in zip(payloads, layout.places, strict=True):
         assert memory[place : place + payload.nbytes] == read_all(payload)
-    assert len(layout.makings) == 1 + 2 + 3 + 1 + 2
+    assert len(layout.makings) == 1 + 2 + 3 + 1 + 1 + 2
