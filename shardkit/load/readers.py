@@ -99,7 +99,7 @@ class Readers:
             more = min(self._count - self._at_work, filling.count)
             self._at_work += more
         for _ in range(more):
-            self._pool.submit(self._work)
+            self._start()
 
     def hurry(self, done: Future[Ticket]) -> None:
         """Bring the filling that ends with *done* to the front, if it was not begun."""
@@ -112,6 +112,12 @@ class Readers:
     def close(self) -> None:
         """Let the threads end when they have done what they have begun."""
         self._pool.shutdown(wait=False)
+
+    def _start(self) -> None:
+        try:
+            self._pool.submit(self._work)
+        except RuntimeError:  # the main thread has ended, and pools take nothing more; but others may go on
+            threading.Thread(target=self._work, name="shardkit-stream").start()
 
     def _work(self) -> None:
         try:
@@ -129,7 +135,7 @@ class Readers:
             more = bool(self._queue)
             self._at_work -= not more
         if more:
-            self._pool.submit(self._work)
+            self._start()
 
     def _next(self) -> tuple[Filling, Job] | None:
         with self._lock:

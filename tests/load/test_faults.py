@@ -458,6 +458,14 @@ def test_a_fork_at_any_moment_is_right_in_the_parent_the_child_and_its_child(fol
 
 EXITS = {
     "after a forward": "model(x)",
+    "while another thread goes on": """
+def forwards():
+    right = model(x)
+    for _ in range(5):
+        assert torch.equal(model(x), right)
+threading.Thread(target=forwards).start()
+reading.wait()
+""",
     "by SystemExit inside": "model[2].register_forward_pre_hook(lambda *_: sys.exit(0)); model(x)",
     "after an interrupt": """
 model[1].register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
