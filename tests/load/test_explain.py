@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shardkit
-from shardkit.load import close, disk_offload, explain, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load import close, disk_offload, dispatch_model, explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.account import Explanation, Part
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.cost import Step
@@ -133,6 +133,14 @@ def test_a_model_without_a_map_is_explained_too(tmp_path: Path) -> None:
     told = explain(model, rates=RATES)
     assert ("start", "cpu", "stands beside blocks in its module") in reasons(told)
     assert len(streamed(told)) == LAYERS + 1
+    close(model)
+
+
+def test_what_two_blocks_share_says_so(tmp_path: Path) -> None:
+    model = Toy().eval()
+    model.layers[1].up = model.layers[0].up
+    told = explain(dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "offload"), rates=RATES)
+    assert ("layers.0", "cpu", "several blocks share it") in reasons(told)
     close(model)
 
 
