@@ -6,6 +6,7 @@ The law of each is the same: what is made of any bytes is read, or refused with 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -20,7 +21,7 @@ import zstandard
 
 import shardkit
 from assembly import FOUR_FLOATS, safetensors, torch_zip
-from shardkit import manifest
+from shardkit import manifest, offload_record
 from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
 
@@ -93,6 +94,17 @@ def _manifest(content: bytes, folder: Path) -> None:
     manifest.parse(folder / manifest.MANIFEST_NAME, content, LIMITS)
 
 
+def _record(content: bytes, folder: Path) -> None:
+    offload_record.parse(folder / offload_record.OFFLOAD_NAME, content, LIMITS)
+
+
+def _offloaded(content: bytes, folder: Path) -> None:
+    """A folder that Accelerate wrote, with *content* for its index."""
+    (folder / "weight.dat").write_bytes(FOUR_FLOATS)
+    (folder / "index.json").write_bytes(content)
+    _read(folder)
+
+
 def _header(content: bytes) -> bytes:
     """A safetensors file with the header *content*, of whatever length it is."""
     return safetensors(content, FOUR_FLOATS, align=False)
@@ -153,6 +165,18 @@ def _manifests() -> Iterator[bytes]:
     yield manifest.dump(manifest.Manifest("sha256", (manifest.Listed("model.safetensors", 80, runs, digests),)))
 
 
+def _records() -> Iterator[bytes]:
+    block = {"name": "0", "shard": "m.safetensors", "start": 64, "stop": 80, "digest": "1f" * 16, "tensors": ["0.w", "0.b"]}
+    shards = {"m.safetensors": {"nbytes": 80, "header": "2e" * 32}}
+    said = {"name": "m.pt", "format": "torch-zip", "files": {"m.pt": 900}}
+    document = {"version": 1, "source": said, "dtypes": {"F32": 16}, "algorithm": "xxh3", "shards": shards, "blocks": [block]}
+    yield json.dumps(document).encode()
+
+
+def _offloads() -> Iterator[bytes]:
+    yield json.dumps({"weight": {"dtype": "float32", "shape": [2, 2]}}).encode()
+
+
 PARSERS: Mapping[str, Parser] = {
     "pickle": Parser(_pickles, _as("torch-zip", torch_zip)),
     "zip": Parser(lambda: _fixtures("zip", "document", "exported", "torch-package"), _as("torch-zip")),
@@ -160,6 +184,8 @@ PARSERS: Mapping[str, Parser] = {
     "safetensors": Parser(_headers, _as("safetensors", _header), is_json=True),
     "index": Parser(_indexes, _index, is_json=True),
     "manifest": Parser(_manifests, _manifest, is_json=True),
+    "offload": Parser(_records, _record, is_json=True),
+    "accelerate": Parser(_offloads, _offloaded, is_json=True),
     "torchscript": Parser(lambda: _fixtures("torchscript"), _as("torchscript")),
     "zstd": Parser(_frames, _compressed),
     "npz": Parser(_arrays, _as("npz")),
