@@ -67,7 +67,7 @@ class Stream:
         """Bytes of memory that it holds on its device now."""
         with self.lock:
             places = [page.place for page in self._pages if page.place is not None]
-            return self._ring.held + sum(place.nbytes for place in places if not place.in_ring or not self._ring.held)
+            return self._ring.held + sum(place.nbytes for place in places if not place.in_ring)
 
     @property
     def counts(self) -> Counts:
@@ -116,16 +116,17 @@ class Stream:
                 page.place.after[used.line] = used
             if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
                 self._vacate(page)
+            self._drop_if_over()
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give back memory, files and threads; what is held is given back when it is released."""
+        """Give back files and threads, and the memory as soon as nothing in it is held."""
         with self._changed:
             self._closed = True
             for page in self._pages:
                 if page.idle:
                     self._vacate(page)
-            self._ring.drop()
+            self._drop_if_over()
             self._changed.notify_all()
         self._files.close()
         self._readers.close()
@@ -244,6 +245,10 @@ class Stream:
         page.reading = filling.done
         self._readers.take(filling, first=first)
         filling.done.add_done_callback(self._landed)
+
+    def _drop_if_over(self) -> None:
+        if self._closed and not any(page.holders for page in self._pages):
+            self._ring.drop()
 
     def _landed(self, reading: Future[Ticket]) -> None:
         with self._changed:

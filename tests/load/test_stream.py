@@ -326,7 +326,7 @@ def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -
     stream.claim(0, "visit")
     stream.close()
     assert stream.claim(1, "another") is None
-    assert stream.nbytes == PAGE
+    assert stream.nbytes == stream.room
     stream.release(0, "visit")
     assert stream.nbytes == 0
 
