@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from llama import NARROW, WIDE
 from safetensors.torch import save_file
-
-LAYERS, HIDDEN, INNER, VOCABULARY = 40, 2048, 5632, 32000  # 2.19 billion weights: 4.37 GB in bf16
-
-
-def llama(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A state dict of the shape of Llama with random weights, each tensor a storage of its own."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for name, shape in llama_shapes()}
-
-
-def llama_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in the order of the model."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for number in range(LAYERS):
-        layer = f"model.layers.{number}"
-        yield from ((f"{layer}.self_attn.{part}_proj.weight", (HIDDEN, HIDDEN)) for part in "qkvo")
-        yield from ((f"{layer}.mlp.{part}_proj.weight", (INNER, HIDDEN)) for part in ("gate", "up"))
-        yield f"{layer}.mlp.down_proj.weight", (HIDDEN, INNER)
-        yield from ((f"{layer}.{part}_layernorm.weight", (HIDDEN,)) for part in ("input", "post_attention"))
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
 def save_zip(path: Path) -> None:
     """As torch saves today."""
-    torch.save(llama(torch.bfloat16), path)
+    torch.save(WIDE.state(), path)
 
 
 def save_legacy(path: Path) -> None:
     """As torch saved before 1.6."""
-    torch.save(llama(torch.bfloat16), path, _use_new_zipfile_serialization=False)
+    torch.save(WIDE.state(), path, _use_new_zipfile_serialization=False)
 
 
 def save_safetensors(path: Path) -> None:
     """As its own package saves."""
-    save_file(llama(torch.bfloat16), path)
+    save_file(WIDE.state(), path)
 
 
 def save_fp32(path: Path) -> None:
     """Twice the bytes."""
-    torch.save(llama(torch.float32), path)
+    torch.save(WIDE.state(torch.float32), path)
+
+
+def save_narrow(path: Path) -> None:
+    """As many bytes as the first, in fp32."""
+    torch.save(NARROW.state(), path)
 
 
 def save_tiny(path: Path) -> None:
@@ -71,7 +55,8 @@ def save_index(path: Path) -> None:
 
 
 SAVERS = {
-    "big.bin": save_zip,
+    WIDE.plain: save_zip,
+    NARROW.plain: save_narrow,
     "legacy.bin": save_legacy,
     "big.safetensors": save_safetensors,
     "big-fp32.bin": save_fp32,

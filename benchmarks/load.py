@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import HIDDEN, INNER, LAYERS, VOCABULARY
+from llama import LAYERS, VOCABULARY, WIDE
 from measuring import Contender, in_page_cache, made, race
 
 _BESIDE = 500_000_000  # what a process with torch takes beside the weights
@@ -39,8 +39,9 @@ class Bench:
         """big.safetensors as transformers takes it."""
         folder = self.folder / "llama"
         folder.mkdir(exist_ok=True)
-        sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
-        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 16, **sizes}
+        width = {"hidden_size": WIDE.hidden, "intermediate_size": WIDE.inner}
+        sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 16, "vocab_size": VOCABULARY, **width}
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
         (folder / "config.json").write_text(json.dumps(config))
         weights = folder / "model.safetensors"
         if not weights.is_symlink():

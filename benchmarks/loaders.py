@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from checkpoints import llama_shapes
+from llama import WIDE
 from torch import nn
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
@@ -108,7 +108,7 @@ def _into_empty(path: str, load: Callable[[nn.Module], object]) -> Callable[[], 
 
 
 def _shapes(path: str) -> Shapes:
-    return ((f"layers.{number}.weight", (16,)) for number in range(50_000)) if "tiny" in path else llama_shapes()
+    return ((f"layers.{number}.weight", (16,)) for number in range(50_000)) if "tiny" in path else WIDE.shapes()
 
 
 def _empty(shapes: Shapes) -> nn.Module:

@@ -1,6 +1,6 @@
 """How well explain predicts: ``python benchmarks/predict.py --folder BIG [--tokens 16]``.
 
-The model has the shape of Llama, 40 layers, 4.37 GB in bf16, and runs on the CPU. All of its layers stream from disk, or every
+The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU. All of its layers stream from disk, or every
 second one, or as many as "auto" leaves no room for. Each map is a process of its own: forwards, before each of which the page
 cache forgets the checkpoint, and then the prediction, with rates that are measured in the same minute.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkpoints import HIDDEN, INNER, LAYERS, VOCABULARY
+from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama, suited
 from measuring import made
 
 DeviceMap = str | Mapping[str, str]
@@ -38,15 +38,16 @@ def main() -> None:
     """Run all maps, or the one that is named, of which the result is printed as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is made")
-    parser.add_argument("--name", default="big.bin")
+    parser.add_argument("--dtype", choices=BY_DTYPE, default=suited().dtype, help="by default what this processor computes in")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=4)
     parser.add_argument("--map", choices=MAPS)
     asked = parser.parse_args()
-    source = made(asked.folder, asked.name)
+    llama = BY_DTYPE[asked.dtype]
+    source = made(asked.folder, llama.plain)
     if asked.map:
-        print(json.dumps(told(source, MAPS[asked.map], asked.tokens, asked.forwards)))
+        print(json.dumps(told(llama, source, MAPS[asked.map], asked.tokens, asked.forwards)))
         return
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in MAPS}
     for _ in range(asked.rounds):
@@ -59,27 +60,14 @@ def main() -> None:
         print(f"{'':12} predicted is {ratio:.2f} x measured; limit: {each[-1]['predicted']['limit']}")
 
 
-def told(source: Path, device_map: DeviceMap, tokens: int, forwards: int) -> dict[str, Any]:
+def told(llama: Llama, source: Path, device_map: DeviceMap, tokens: int, forwards: int) -> dict[str, Any]:
     """What explain says after some forwards, and their median in seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from shardkit.load import explain, init_empty_weights, load_checkpoint_and_dispatch
+    from shardkit.load import explain, load_checkpoint_and_dispatch
 
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )
-    with init_empty_weights():
-        model: Any = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).eval()
     model = load_checkpoint_and_dispatch(
-        model, source, device_map, max_memory={"cpu": "2GB"}, no_split_module_classes=["LlamaDecoderLayer"]
+        llama.empty(), source, device_map, max_memory={"cpu": "2GB"}, no_split_module_classes=["LlamaDecoderLayer"]
     )
     ids = (torch.arange(tokens) * 7 % VOCABULARY)[None]
     seconds = [timed(lambda: model(ids, use_cache=False, logits_to_keep=1), source) for _ in range(forwards + 1)]

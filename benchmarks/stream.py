@@ -1,8 +1,9 @@
 """How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG [--only CASE …]``.
 
-The model has the shape of Llama, 40 layers, 4.37 GB in bf16, and runs on the CPU; 4.24 GB of it, the layers and the head, stream
-from disk in each forward. Accelerate, the floor (the same blocks into the same ring, and nothing else) and shardkit take turns,
-each as a process in a memory cgroup; the page cache forgets the checkpoint before each forward. What the disk gave is told.
+The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has such arithmetic and in fp32 where
+it has not. 4.2 GB of it, the layers and the head, stream from disk in each forward. Accelerate, the floor (the same blocks into
+the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
+checkpoint before each forward. What the disk gave is told.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cages import output_of
+from llama import BY_DTYPE, Llama, suited
 from measuring import made
 
 STREAMING = Path(__file__).parent / "streaming.py"
@@ -29,7 +31,7 @@ class Contender:
 
     Attributes:
         who: a name in streaming.py.
-        source: a file or folder.
+        plain: whether it reads what torch saved, and not what offload-prep made of that.
         resident: how many layers are in memory; all 40 and the head, and nothing streams.
         ring: blocks in memory at a time.
         tokens: how many go in.
@@ -37,7 +39,7 @@ class Contender:
     """
 
     who: str
-    source: str
+    plain: bool = False
     resident: int = 0
     ring: int = 4
     tokens: int = 16
@@ -63,44 +65,44 @@ class Result:
         return f"{self.median:6.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {read:5.2f} GB read  {self.peak / 1e6:6.0f} MB"
 
 
-LAYOUT, PLAIN = "offload", "big.bin"
 CASES: dict[str, dict[str, Contender]] = {
     "reading": {
-        "floor": Contender("floor", LAYOUT),
-        "shardkit, no compute": Contender("reading", LAYOUT),
-        "the same, plain .bin": Contender("reading", PLAIN),
-        "floor, 0.8 GB": Contender("floor", LAYOUT, ring=2, limit=LITTLE),
-        "the same, 0.8 GB": Contender("reading", LAYOUT, ring=2, limit=LITTLE),
+        "floor": Contender("floor"),
+        "shardkit, no compute": Contender("reading"),
+        "the same, plain .bin": Contender("reading", plain=True),
+        "floor, 0.8 GB": Contender("floor", ring=2, limit=LITTLE),
+        "the same, 0.8 GB": Contender("reading", ring=2, limit=LITTLE),
     },
     "1 token": {
-        "floor": Contender("floor", LAYOUT),
-        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=1, limit=None),
-        "shardkit": Contender("shardkit", LAYOUT, tokens=1),
-        "shardkit, plain .bin": Contender("shardkit", PLAIN, tokens=1),
-        "accelerate": Contender("accelerate", LAYOUT, tokens=1),
+        "floor": Contender("floor"),
+        "compute": Contender("shardkit", resident=40, tokens=1, limit=None),
+        "shardkit": Contender("shardkit", tokens=1),
+        "shardkit, plain .bin": Contender("shardkit", plain=True, tokens=1),
+        "accelerate": Contender("accelerate", tokens=1),
     },
     "16 tokens": {
-        "floor": Contender("floor", LAYOUT),
-        "compute": Contender("shardkit", LAYOUT, resident=40, limit=None),
-        "shardkit": Contender("shardkit", LAYOUT),
-        "shardkit, plain .bin": Contender("shardkit", PLAIN),
-        "accelerate": Contender("accelerate", LAYOUT),
+        "floor": Contender("floor"),
+        "compute": Contender("shardkit", resident=40, limit=None),
+        "shardkit": Contender("shardkit"),
+        "shardkit, plain .bin": Contender("shardkit", plain=True),
+        "shardkit, auto": Contender("planned"),
+        "accelerate": Contender("accelerate"),
     },
     "0.8 GB": {
-        "floor": Contender("floor", LAYOUT, ring=2, limit=LITTLE),
-        "compute": Contender("shardkit", LAYOUT, resident=40, limit=None),
-        "shardkit": Contender("shardkit", LAYOUT, ring=2, limit=LITTLE),
+        "floor": Contender("floor", ring=2, limit=LITTLE),
+        "compute": Contender("shardkit", resident=40, limit=None),
+        "shardkit": Contender("shardkit", ring=2, limit=LITTLE),
     },
     "512 tokens": {
-        "floor": Contender("floor", LAYOUT),
-        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=512, limit=None),
-        "shardkit": Contender("shardkit", LAYOUT, tokens=512),
+        "floor": Contender("floor"),
+        "compute": Contender("shardkit", resident=40, tokens=512, limit=None),
+        "shardkit": Contender("shardkit", tokens=512),
     },
     "half": {
-        "floor": Contender("floor", LAYOUT, resident=20, limit=HALF),
-        "compute": Contender("shardkit", LAYOUT, resident=40, tokens=1, limit=None),
-        "none resident": Contender("shardkit", LAYOUT, tokens=1, limit=HALF),
-        "shardkit": Contender("shardkit", LAYOUT, resident=20, tokens=1, limit=HALF),
+        "floor": Contender("floor", resident=20, limit=HALF),
+        "compute": Contender("shardkit", resident=40, tokens=1, limit=None),
+        "none resident": Contender("shardkit", tokens=1, limit=HALF),
+        "shardkit": Contender("shardkit", resident=20, tokens=1, limit=HALF),
     },
 }
 
@@ -111,14 +113,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are, or are made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=3, help="of each process, after one that does not count")
+    parser.add_argument("--dtype", choices=BY_DTYPE, default=suited().dtype)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--plot", type=Path, help="an SVG to draw (needs matplotlib)")
     asked = parser.parse_args()
-    prepared(asked.folder)
+    llama = BY_DTYPE[asked.dtype]
+    prepared(asked.folder, llama)
+    print(f"{llama.dtype}, hidden {llama.hidden}, inner {llama.inner}")
     found = {}
     for name in asked.only:
         print(f"\n{name}", flush=True)
-        found[name] = race(CASES[name], asked.folder, asked.rounds, asked.forwards)
+        found[name] = race(CASES[name], llama, asked.folder, asked.rounds, asked.forwards)
         for who, result in found[name].items():
             print(f"  {who:22}{result}", flush=True)
         for line in ratios(found[name]):
@@ -127,19 +132,20 @@ def main() -> None:
         draw(found, asked.plot)
 
 
-def prepared(folder: Path) -> None:
+def prepared(folder: Path, llama: Llama) -> None:
     """Make the checkpoints, if they are missing."""
-    plain = made(folder, PLAIN)
-    if not (folder / LAYOUT).exists():
-        subprocess.run([sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", folder / LAYOUT], check=True)
+    plain, layout = made(folder, llama.plain), folder / llama.layout
+    if not layout.exists():
+        subprocess.run([sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", layout], check=True)
 
 
-def race(case: dict[str, Contender], folder: Path, rounds: int, forwards: int) -> dict[str, Result]:
+def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, forwards: int) -> dict[str, Result]:
     """Let all of *case* take turns."""
     results = {name: Result() for name in case}
     for _ in range(rounds):
         for name, each in case.items():
-            command = [sys.executable, STREAMING, each.who, folder / each.source, each.resident, each.ring, each.tokens, forwards]
+            source = folder / (llama.plain if each.plain else llama.layout)
+            command = [sys.executable, STREAMING, llama.dtype, each.who, source, each.resident, each.ring, each.tokens, forwards]
             told = json.loads(output_of([str(part) for part in command], each.limit))
             result = results[name]
             result.seconds += told["seconds"]
@@ -148,7 +154,10 @@ def race(case: dict[str, Contender], folder: Path, rounds: int, forwards: int) -
             result.told.add(told["told"])
             result.peak = max(result.peak, told["peak"])
     answers = {
-        answer for name, result in results.items() if case[name].who in ("shardkit", "accelerate") for answer in result.told
+        answer
+        for name, result in results.items()
+        if case[name].who in ("shardkit", "planned", "accelerate")
+        for answer in result.told
     }
     if len(answers) > 1:
         sys.exit(f"the contenders do not agree: {answers}")
@@ -177,6 +186,7 @@ COMPARED = [
     ("shardkit", "floor"),
     ("shardkit, plain .bin", "shardkit"),
     ("accelerate", "shardkit"),
+    ("accelerate", "shardkit, auto"),
     ("shardkit", "none resident"),
 ]
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama import VOCABULARY, WIDE
 from measuring import made
-from streaming import empty_model, floor, where
+from streaming import floor, where
 
 LONG = 8192  # tokens of a prefill that computes for longer than its weights take to come
 
@@ -45,7 +46,7 @@ def main() -> None:
             copying = streamed / link
             print(f"prefill of {LONG} tokens: {(compute + copying - long) / min(compute, copying):.0%} of the shorter is hidden")
         close(model)
-    once = floor(source, 0, 4, 16)
+    once = floor(WIDE, source, 0, 4, 16)
     begun = time.perf_counter()
     once()
     print(f"the disk, read and left         {streamed_bytes() / (time.perf_counter() - begun) / 1e9:6.1f} GB/s")
@@ -54,7 +55,7 @@ def main() -> None:
 def streamed_bytes() -> int:
     """Of the layers and the head."""
     names = ("embed", "model.norm")
-    return sum(p.numel() * 2 for name, p in empty_model().named_parameters() if not any(part in name for part in names))
+    return sum(p.numel() * 2 for name, p in WIDE.empty().named_parameters() if not any(part in name for part in names))
 
 
 def pinned_rate(device: torch.device) -> float:
@@ -73,21 +74,21 @@ def ours(source: Path, tier: str) -> Any:  # Any: a model of transformers
     """The model with shardkit, its layers and head on *tier*."""
     from shardkit.load import load_checkpoint_and_dispatch
 
-    return load_checkpoint_and_dispatch(empty_model(), source, places(tier), no_split_module_classes=["LlamaDecoderLayer"])
+    return load_checkpoint_and_dispatch(WIDE.empty(), source, places(tier), no_split_module_classes=["LlamaDecoderLayer"])
 
 
 def accelerated(source: Path) -> Any:  # Any: likewise
     """The same with Accelerate, from main memory."""
     from accelerate import load_checkpoint_and_dispatch  # type: ignore[import-untyped]  # as it comes
 
-    return load_checkpoint_and_dispatch(empty_model(), str(source), places("cpu"), no_split_module_classes=["LlamaDecoderLayer"])
+    return load_checkpoint_and_dispatch(WIDE.empty(), str(source), places("cpu"), no_split_module_classes=["LlamaDecoderLayer"])
 
 
 def resident(source: Path, device: torch.device) -> Any:  # Any: likewise
     """The same, all of it on the accelerator."""
     from shardkit.load import load_checkpoint_and_dispatch
 
-    return load_checkpoint_and_dispatch(empty_model(), source, {"": device.index})
+    return load_checkpoint_and_dispatch(WIDE.empty(), source, {"": device.index})
 
 
 def places(tier: str) -> dict[str, str | int]:
@@ -97,7 +98,7 @@ def places(tier: str) -> dict[str, str | int]:
 
 def timed(model: Any, device: torch.device, tokens: int) -> float:  # Any: likewise
     """Seconds of a forward."""
-    ids = (torch.arange(tokens) * 7 % 32000)[None].to(device)
+    ids = (torch.arange(tokens) * 7 % VOCABULARY)[None].to(device)
 
     def forward() -> None:
         with torch.no_grad():

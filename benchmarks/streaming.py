@@ -1,4 +1,4 @@
-"""One contender of stream.py, as a process: ``python benchmarks/streaming.py WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
+"""One contender of stream.py, as a process: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
 
 Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
 really read for it, and what came out.
@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-LAYERS, RING_READ, THREADS = 40, 4 << 20, 3
+from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama
+
+RING_READ, THREADS = 4 << 20, 3
+PLANNED = 1_000_000_000  # bytes, of the 1.5 GB that stream.py gives
 WATCHED: list[Any] = []  # the stream of the model, if it has one
 
 
 def main() -> None:
     """Run the one that is named."""
-    who, source, resident, ring, tokens, forwards = sys.argv[1:]
-    once = CONTENDERS[who](Path(source), int(resident), int(ring), int(tokens))
+    dtype, who, source, resident, ring, tokens, forwards = sys.argv[1:]
+    once = CONTENDERS[who](BY_DTYPE[dtype], Path(source), int(resident), int(ring), int(tokens))
     once()  # which fills what is filled once
     seconds, waited, read, told = [], [], [], None
     for _ in range(int(forwards)):
@@ -76,31 +79,11 @@ def where(resident: int) -> dict[str, str]:
     return first | layers | {"lm_head": "cpu" if resident == LAYERS else "disk"}
 
 
-def empty_model() -> Any:  # Any: transformers is imported by those who need it only
-    """The model, without weights."""
-    import torch
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]  # as it comes
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )
-    with init_empty_weights():
-        model: Any = LlamaForCausalLM(config)
-        return model.to(torch.bfloat16).eval()
-
-
-def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: likewise
+def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as transformers leaves it
     """What runs it once, and tells what came out."""
     import torch
 
-    ids = (torch.arange(tokens) * 7 % 32000)[None]
+    ids = (torch.arange(tokens) * 7 % VOCABULARY)[None]
 
     def once() -> float:
         with torch.no_grad():
@@ -109,27 +92,37 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: like
     return once
 
 
-def shardkit(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package."""
     from shardkit.load import load_checkpoint_and_dispatch
     from shardkit.load.arrangement import attachments
     from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(
-        empty_model(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
     )
     WATCHED.extend(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     return forward(model, tokens)
 
 
-def reading(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def planned(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """This package, which chooses what is resident within the memory that the limit leaves beside torch."""
+    from shardkit.load import load_checkpoint_and_dispatch
+
+    model = load_checkpoint_and_dispatch(
+        llama.empty(), source, "auto", {"cpu": PLANNED}, no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+    )
+    return forward(model, tokens)
+
+
+def reading(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package, which brings every block to where it would be used, and computes nothing."""
     from shardkit.load import load_checkpoint_and_dispatch
     from shardkit.load.arrangement import attachments
     from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(
-        empty_model(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
     )
     stream = next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     count = sum(device == "disk" for device in where(resident).values())
@@ -142,26 +135,26 @@ def reading(source: Path, resident: int, ring: int, tokens: int) -> Callable[[],
     return once
 
 
-def accelerate(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def accelerate(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """Accelerate on its best input: it reads safetensors where they lie, and needs no copy of them."""
-    from accelerate import dispatch_model
-    from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]  # as it comes
+    from accelerate import dispatch_model  # type: ignore[import-untyped]  # as it comes
+    from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]  # likewise
     from safetensors import safe_open
 
-    model, places = empty_model(), where(resident)
+    model, places = llama.empty(), where(resident)
     disk = tuple(f"{name}." for name, device in places.items() if device == "disk")
     index = {}
     for path in files_of(source):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(disk):
-                    index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": "bfloat16"}
+                    index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": llama.dtype}
                 else:
                     set_module_tensor_to_device(model, name, "cpu", file.get_tensor(name).clone())
     return forward(dispatch_model(model, places, main_device="cpu", offload_index=index), tokens)
 
 
-def floor(source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """The same blocks into a ring of the same size, and nothing else."""
     blocks = list(runs(source, resident))
     sizes = sorted((stop - start for _, start, stop in blocks), reverse=True)
@@ -212,7 +205,7 @@ def huge(nbytes: int) -> memoryview:
     return memoryview(mapping)[start : start + nbytes]
 
 
-CONTENDERS = {"shardkit": shardkit, "reading": reading, "accelerate": accelerate, "floor": floor}
+CONTENDERS = {"shardkit": shardkit, "planned": planned, "reading": reading, "accelerate": accelerate, "floor": floor}
 
 if __name__ == "__main__":
     main()
