@@ -5,12 +5,14 @@
 2. Tensors begin at multiples of `ALIGNMENT`. One that would not is moved down to the next when its run is there, or, where
    another lies in the way, to a room of its own behind the runs.
 3. What is no plain run of a file, or too little to be read directly, has a room of its own.
+4. Blocks that are alike can differ by a sector, as their runs begin. Their lengths are made equal: in a ring, each must fit
+   exactly where another one was, or nothing is read ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardkit.casting import Cast
@@ -21,6 +23,7 @@ ALIGNMENT = 64
 READ = 4 << 20  # bytes of one read
 _GAP = 64 << 10
 _DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
+_ALIKE = 100  # lengths are, that differ by less than one part in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,17 @@ class Layout:
             plan.makings += [Making(part, plan.places[number] + at) for at, part in _parts(payload)]
         grain = SECTOR if plan.reads else ALIGNMENT
         return cls(plan.nbytes, grain, tuple(plan.places), tuple(plan.reads), tuple(plan.makings), tuple(plan.moves))
+
+
+def evened(layouts: Sequence[Layout]) -> list[Layout]:
+    """*layouts*, of which those that are almost as long as a longer one are as long as that."""
+    lengths: dict[int, int] = {}
+    length = 0
+    for nbytes in sorted({layout.nbytes for layout in layouts}, reverse=True):
+        if not length or length - nbytes >= length // _ALIKE:
+            length = nbytes
+        lengths[nbytes] = length
+    return [replace(layout, nbytes=lengths[layout.nbytes]) for layout in layouts]
 
 
 @dataclass(slots=True)

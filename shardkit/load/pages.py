@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from shardkit.casting import Cast
 from shardkit.load.files import Files
 from shardkit.load.lanes import Ticket
-from shardkit.load.layouts import READ, Layout, Making, Read, grounds
+from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
 from shardkit.load.memory import memory_of, read_into
 from shardkit.load.readers import Job
 from shardkit.load.rings import Place
@@ -62,10 +62,10 @@ class Page:
     asked: int = 0
 
     @classmethod
-    def of(cls, pieces: Iterable[Piece]) -> Page:
-        """A page that is nowhere yet."""
-        pieces = tuple(pieces)
-        return cls(pieces, Layout.of([piece.payload for piece in pieces]))
+    def of_each(cls, pages: Sequence[Sequence[Piece]]) -> list[Page]:
+        """Pages of one ring, which are nowhere yet."""
+        layouts = evened([Layout.of([piece.payload for piece in pieces]) for pieces in pages])
+        return [cls(tuple(pieces), layout) for pieces, layout in zip(pages, layouts, strict=True)]
 
     @property
     def nbytes(self) -> int:

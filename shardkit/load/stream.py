@@ -55,7 +55,7 @@ class Stream:
             OverBudget: a page does not fit into the ring.
         """
         self.lane = lane
-        self._pages = [Page.of(pieces) for pieces in pages]
+        self._pages = Page.of_each(pages)
         self.room = room_for((page.nbytes for page in self._pages), ring)
         self._verify = verify
         self._tally = Tally()

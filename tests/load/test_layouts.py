@@ -31,7 +31,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def filled(payloads: list[Payload]) -> tuple[Layout, bytes]:
     """What a page of *payloads* has in memory when it was read."""
-    page = Page.of(Piece(payload, torch.uint8, (payload.nbytes,), (1,), is_buffer=True) for payload in payloads)
+    [page] = Page.of_each([[Piece(payload, torch.uint8, (payload.nbytes,), (1,), is_buffer=True) for payload in payloads]])
     host = private(page.nbytes)
     for job in page.jobs(Files(), host):
         job()
