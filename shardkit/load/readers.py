@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from contextlib import AbstractContextManager
 
 from shardkit.errors import LoadError
 from shardkit.load.lanes import Ticket
+
+_NAME = "shardkit-stream"  # of the threads
 
 Job = Callable[[], object]
 
@@ -85,7 +88,8 @@ class Readers:
             count: how many there may be.
             busy: entered by each as long as it has something to do.
         """
-        self._pool = ThreadPoolExecutor(count, "shardkit-stream")
+        self._pool = ThreadPoolExecutor(count, _NAME)
+        self._beside = weakref.WeakSet[threading.Thread]()
         self._count = count
         self._busy = busy
         self._lock = threading.Lock()
@@ -110,14 +114,25 @@ class Readers:
                 self._queue.appendleft(waiting)
 
     def close(self) -> None:
-        """Let the threads end when they have done what they have begun."""
-        self._pool.shutdown(wait=False)
+        """Let the threads end when they have done what there is to do, and wait for that; but no reader waits for readers."""
+        waits = not threading.current_thread().name.startswith(_NAME)
+        self._pool.shutdown(wait=waits)
+        while waits and (thread := self._one_beside()):
+            thread.join()
 
     def _start(self) -> None:
         try:
             self._pool.submit(self._work)
         except RuntimeError:  # the main thread has ended, and pools take nothing more; but others may go on
-            threading.Thread(target=self._work, name="shardkit-stream").start()
+            thread = threading.Thread(target=self._work, name=_NAME)
+            thread.start()
+            with self._lock:
+                self._beside.add(thread)
+
+    def _one_beside(self) -> threading.Thread | None:
+        """A thread beside the pool that has not ended."""
+        with self._lock:
+            return next((thread for thread in self._beside if thread.is_alive()), None)
 
     def _work(self) -> None:
         try:
@@ -147,6 +162,15 @@ class Readers:
                 if job is not None:
                     return filling, job
             return None
+
+
+def held_here(lock: threading.Condition) -> bool:
+    """Whether this thread has *lock*."""
+    try:
+        lock.notify(0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _nothing() -> None:

@@ -53,6 +53,13 @@ class Place:
     def overlaps(self, other: Place) -> bool:
         return self.start < other.start + other.nbytes and other.start < self.start + self.nbytes
 
+    def fill(self, job: Callable[[], object]) -> None:
+        """Do *job*, which writes to the host memory, unless the place was taken back."""
+        for ticket in self.before:
+            ticket.finish()
+        if self.host is not None:
+            job()
+
 
 def room_for(sizes: Iterable[int], ring: int | str) -> int:
     """The bytes of a ring for pages of these *sizes*: how many of the largest, at least two, or how much, as in "500MB".

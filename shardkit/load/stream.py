@@ -24,9 +24,9 @@ import torch
 
 from shardkit.load.counts import Counts, Tally
 from shardkit.load.files import Files
-from shardkit.load.lanes import Lane, Ticket
+from shardkit.load.lanes import Done, Lane, Ticket
 from shardkit.load.pages import Habit, Page, Piece
-from shardkit.load.readers import Filling, Job, Readers
+from shardkit.load.readers import Filling, Readers, held_here
 from shardkit.load.rings import Place, Ring, room_for
 
 _READERS = 3
@@ -59,6 +59,7 @@ class Stream:
         self.room = room_for((page.nbytes for page in self._pages), ring)
         self._verify = verify
         self._tally = Tally()
+        self._closed = False
         self._begin()
         _STREAMS.add(self)
 
@@ -120,7 +121,7 @@ class Stream:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give back files and threads, and the memory as soon as nothing in it is held."""
+        """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
         with self._changed:
             self._closed = True
             for page in self._pages:
@@ -128,8 +129,9 @@ class Stream:
                     self._vacate(page)
             self._drop_if_over()
             self._changed.notify_all()
+        if not held_here(self._changed):  # as by who runs a finalizer in the middle of something; then they end with the stream
+            self._readers.close()
         self._files.close()
-        self._readers.close()
 
     def __deepcopy__(self, memo: object) -> Stream:
         return self
@@ -144,7 +146,6 @@ class Stream:
         self._ring = Ring(self.lane, self.room)
         self._clock = 0
         self._chain: list[int] = []
-        self._closed = False
         self.thread = threading.local()
 
     def _hold(self, number: int, visit: Hashable, *, holding: bool) -> bool:
@@ -239,7 +240,7 @@ class Stream:
         assert place.memory is not None
         self._clock += 1
         page.place, page.used, page.asked = place, False, self._clock
-        jobs = (partial(_after, place.before, job) for job in page.jobs(self._files, place.host))
+        jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
         # The memory is named here, because a close takes it from the place, and it must outlive the reads.
         filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory))
         page.reading = filling.done
@@ -258,6 +259,8 @@ class Stream:
 
     def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
         """Bring what was read to the device; in a reader's thread, which holds nothing."""
+        if place.memory is None:
+            return Done()  # it was taken back, and nobody waits for it
         page.settle(host)
         sent = self.lane.send(host, memory, tuple(place.after.values()))
         place.before, place.after = [sent], {}
@@ -278,12 +281,6 @@ class Stream:
                 for job in page.jobs(self._files, place.host):
                     job()
                 page.settle(place.host)
-
-
-def _after(tickets: Sequence[Ticket], job: Job) -> None:
-    for ticket in tickets:
-        ticket.finish()
-    job()
 
 
 _STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()

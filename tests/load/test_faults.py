@@ -466,6 +466,25 @@ def forwards():
 threading.Thread(target=forwards).start()
 reading.wait()
 """,
+    "while another thread closes what a third one runs": """
+from shardkit.load import close
+def forwards():
+    for _ in range(5):
+        model(x)
+def closing():
+    reading.wait()
+    close(model)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")]
+for work in (forwards, closing):
+    threading.Thread(target=work).start()
+reading.wait()
+""",
+    "by a close at the end": """
+import atexit
+from shardkit.load import close
+atexit.register(close, model)
+model(x)
+""",
     "by SystemExit inside": "model[2].register_forward_pre_hook(lambda *_: sys.exit(0)); model(x)",
     "after an interrupt": """
 model[1].register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardkit.errors import ShardkitError
-from shardkit.load import arrangement
+from shardkit.load import arrangement, close
 from shardkit.load.dispatch import load_checkpoint_and_dispatch
 from shardkit.load.lanes import AcceleratorLane, CpuLane, Done, Lane, Ticket, lane_to
 from shardkit.load.pager import Streamed, eager
@@ -182,6 +182,16 @@ def test_a_copy_in_the_middle_of_a_forward_is_right(file: Path) -> None:
         model(X)
         for _ in range(2):
             assert torch.equal(copies[0](X), same(X))
+
+
+def test_a_close_in_the_middle_of_a_forward_lets_it_end_and_leaves_no_thread(file: Path) -> None:
+    before = set(threading.enumerate())
+    model = streaming(file)
+    expected = model(X)
+    model[3].register_forward_pre_hook(lambda *_: close(model))
+    assert torch.equal(model(X), expected)
+    assert away(model)
+    assert not {thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")} - before
 
 
 def test_what_was_dispatched_is_freed_when_nobody_has_it(file: Path) -> None:

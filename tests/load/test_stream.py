@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -13,10 +14,11 @@ import torch
 
 from shardkit.errors import FormatError, LoadError, OverBudget
 from shardkit.load.lanes import CpuLane, Lane, Ticket
+from shardkit.load.layouts import READ
 from shardkit.load.memory import private
 from shardkit.load.pages import Piece
 from shardkit.load.stream import _READERS, Stream
-from shardkit.payload import Extent, Payload
+from shardkit.payload import Buffer, Concat, Extent, Payload
 
 ELEMENTS = 1024
 PAGE = 4 * ELEMENTS
@@ -482,15 +484,124 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         each.join(20)
 
 
-def test_a_close_in_the_middle_of_a_read_waits_for_nobody_and_breaks_nothing(file: Path) -> None:
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")]
+
+
+@pytest.fixture
+def no_readers() -> None:
+    """There are none of earlier tests."""
+    gc.collect()
+    assert eventually(lambda: not readers())
+
+
+def closing(stream: Stream) -> threading.Thread:
+    """A thread that is about to close *stream*."""
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    assert eventually(lambda: stream._closed)
+    return thread
+
+
+@pytest.mark.usefixtures("no_readers")
+def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(file: Path) -> None:
+    parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * _READERS)]
+    behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * _READERS * READ,), (1,))]
+    stream = Stream([page(file, 0), behind], CpuLane())
+    for part in parts:
+        part.go.clear()
+    use(stream, 0)
+    assert eventually(lambda: sum(part.reads for part in parts) == _READERS)
+    thread = closing(stream)
+    assert stream.nbytes == 0
+    assert stream.claim(1, "visit") is None
+    thread.join(0.05)
+    assert thread.is_alive()
+    for part in parts:
+        part.go.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not readers()
+    assert sum(part.reads for part in parts) == _READERS
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_path: Path) -> None:
+    nbytes = 16 << 20
+    with open(tmp_path / "large", "wb") as large:
+        large.truncate(4 * nbytes)
+    pieces = [Piece(Extent(tmp_path / "large", at, nbytes), torch.uint8, (nbytes,), (1,)) for at in range(0, 4 * nbytes, nbytes)]
+    memory = 0
+    for lap in range(4):
+        stream = Stream([[piece] for piece in pieces], CpuLane(), ring=4)
+        stream.claim(0, "visit")
+        stream.release(0, "visit")
+        stream.close()
+        memory = memory if lap else anonymous_memory()
+        assert anonymous_memory() - memory < nbytes // 2
+
+
+def anonymous_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.usefixtures("no_readers")
+def test_a_close_waits_for_what_another_thread_needs_and_may_be_repeated(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[0].go.clear()
+    got: list[tuple[torch.Tensor, ...] | None] = []
+    needing = threading.Thread(target=lambda: got.append(stream.claim(0, "visit")))
+    needing.start()
+    assert eventually(lambda: payloads[0].reads == 1)
+    closes = [closing(stream), closing(stream)]
+    payloads[0].go.set()
+    for thread in (needing, *closes):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not readers()
+    assert got[0] is not None
+    assert torch.equal(got[0][0], value(0))
+    stream.release(0, "visit")
+    assert stream.nbytes == 0
+
+
+def test_a_reader_that_closes_waits_for_no_reader(file: Path) -> None:
+    def closing() -> None:
+        stream.close()
+
+    stream = Stream([page(file, number) for number in range(8)], CpuLane(), verify=closing)
+    assert stream.claim(0, "visit") is not None
+    assert stream.claim(1, "another") is None
+
+
+def test_a_close_in_the_middle_of_something_else_of_its_thread_waits_for_nobody(file: Path) -> None:
     stream, payloads = counted(file)
     payloads[1].go.clear()
     use(stream, 0)
     assert eventually(lambda: payloads[1].reads == 1)
-    stream.close()
-    assert stream.nbytes == 0
+    with stream.lock:  # as where the garbage collector runs a finalizer
+        stream.close()
     payloads[1].go.set()
     assert stream.claim(1, "visit") is None
+
+
+@forks
+@threaded
+def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_there(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[1].go.clear()
+    use(stream, 0)
+    assert eventually(lambda: payloads[1].reads == 1)
+
+    def closed() -> bool:
+        stream.close()
+        return stream.claim(0, "visit") is None
+
+    assert in_a_child(closed)
+    payloads[1].go.set()
+    stream.close()
+    assert in_a_child(lambda: stream.claim(0, "visit") is None)
 
 
 def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: Lane) -> None:
