@@ -27,6 +27,7 @@ from torch import nn
 
 from shardkit.errors import FormatError, ShardkitError
 from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
+from shardkit.load.stream import _READERS
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the paths of descriptors"),
@@ -349,6 +350,7 @@ def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(folder
 
 
 def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, resident: Layers) -> None:
+    begun, _ = threads_and_descriptors()
     model = streaming(folder)
     blocks, expected = list(model)[:3], nn.Sequential(*list(resident)[:3])(X)
 
@@ -360,9 +362,11 @@ def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, residen
             assert torch.equal(y, expected)
 
     forwards(100)
-    before, memory = threads_and_descriptors(), resident_bytes()
+    (_, before), memory = threads_and_descriptors(), resident_bytes()
     forwards(9_900)
-    assert threads_and_descriptors() <= before
+    threads, descriptors = threads_and_descriptors()
+    assert descriptors <= before
+    assert threads <= begun + _READERS  # which start when there is work for one more
     assert resident_bytes() - memory < 4 << 20
 
 
