@@ -61,9 +61,13 @@ def private(nbytes: int) -> torch.Tensor:
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous *tensor* in main memory; valid as long as the tensor is."""
+    """The bytes of a contiguous *tensor* in main memory, and whatever is cut from them, keep the tensor."""
     nbytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B") if nbytes else memoryview(bytearray())
+    if not nbytes:
+        return memoryview(bytearray())
+    memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined]  # any name will do: the array, and so the view of it, holds it
+    return memoryview(memory).cast("B")
 
 
 def read_into(payload: Payload, memory: memoryview) -> None:

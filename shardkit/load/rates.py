@@ -1,7 +1,7 @@
 """How fast this machine does what a forward is made of: reads of files, copies in memory and to a device, products.
 
 1. A probe ends after a bounded number of bytes or a fraction of a second, and all of them take about one second.
-2. Files are read as they stream: large pieces side by side, at places spread over what streams; past the page cache, or out of it
+2. Files are read as they stream: rows of large pieces side by side, spread over what streams; past the page cache, or out of it
    what it has. What was not cached before is not cached afterwards.
 3. A disk, the memory and a device are measured once in a process, and not before somebody asks.
 """
@@ -27,9 +27,10 @@ from shardkit.sizes import format_size
 
 _READERS = 3  # as many as a stream has
 _READS = 128  # half a gibibyte at most
+_ROW = 16  # reads one behind the other, as of a block: a disk is slower where each is far from the last
 _MEMORY = 64 << 20  # what is copied, and what the matrices that are multiplied take
 _ROWS = 256  # from here on, twice the rows take twice the time
-_SECONDS = 0.2  # for each probe
+_SECONDS = 0.25  # for each probe
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -129,11 +130,12 @@ def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) 
 
 
 def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
-    """Places to read at, spread evenly over *extents*, each from the begin of a sector on."""
+    """Places to read at, in rows that are spread evenly over *extents*, each from the begin of a sector on."""
     starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, READ)]
-    for extent, at in starts[:: max(1, -(-len(starts) // _READS))]:
-        start = (extent.start + at) // SECTOR * SECTOR
-        yield Extent(extent.path, start, min(READ, extent.start + extent.nbytes - start))
+    for first in range(0, len(starts), max(_ROW, -(-len(starts) * _ROW // _READS))):
+        for extent, at in starts[first : first + _ROW]:
+            start = (extent.start + at) // SECTOR * SECTOR
+            yield Extent(extent.path, start, min(READ, extent.start + extent.nbytes - start))
 
 
 @cache

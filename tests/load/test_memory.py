@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_memory_is_aligned_and_may_be_written_to_its_last_byte(nbytes: int) -> N
     tensor.fill_(7)
     assert tensor.untyped_storage().nbytes() == nbytes
     assert memory_of(tensor) == b"\7" * nbytes
+
+
+def test_memory_lasts_as_long_as_somebody_may_write_to_it() -> None:
+    tensor = torch.zeros(100)
+    kept, piece = weakref.ref(tensor), memory_of(tensor)[10:20]
+    del tensor
+    assert kept() is not None
+    piece.release()
+    del piece
+    assert kept() is None
 
 
 def test_memory_that_there_is_not_is_refused_with_a_sentence() -> None:
