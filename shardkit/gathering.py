@@ -16,6 +16,7 @@ from itertools import product
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from shardkit.open_extents import OpenExtent
 from shardkit.payload import Extent, Payload, fill, unreadable
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def reading(storage: Payload) -> Iterator[Read]:
     Raises:
         FormatError: the file cannot be read, or has become shorter.
     """
+    if isinstance(storage, OpenExtent):
+        yield storage.fill
+        return
     if not isinstance(storage, Extent):
         yield partial(_read_any, storage)
         return

@@ -3,7 +3,7 @@
 1. A direct read (O_DIRECT) spares the copy out of the page cache, and leaves the cache to others. It wants its place in the file
    and in memory to be multiples of `SECTOR`; a file system that has none says so at the first read, and is not asked again.
 2. What the page cache has already is copied from there, which is faster than any disk. It is asked of one page for each read.
-3. What was not cached before is not cached afterwards, whichever way it was read.
+3. What was not cached before is not cached afterwards, whichever way it was read; but for views, which may need it again soon.
 4. Any thread may read. Nothing is closed before the last read is over, and nothing needs to be closed.
 """
 
@@ -47,6 +47,22 @@ class Files:
                 self._opened[path] = OpenFile(path)
             return self._opened[path]
 
+    def read(self, path: Path, memory: memoryview, start: int) -> None:
+        """Fill *memory* with the bytes of the file at *path* from *start* on, which may be asked for again soon.
+
+        Raises:
+            FormatError: it cannot be read, or has become shorter.
+        """
+        self.at(path).read_cached(memory, start)
+
+    def read_once(self, path: Path, memory: memoryview, start: int) -> None:
+        """The same, of what is not asked for again in this forward.
+
+        Raises:
+            FormatError: likewise.
+        """
+        self.at(path).read(memory, start)
+
     def close(self) -> None:
         """Close what nobody is reading, and the others when they are read."""
         self._opened.clear()
@@ -81,6 +97,14 @@ class OpenFile:
         self._fill(self._file, memory, start, len(memory))
         if cold:
             self._forget(start, len(memory))
+
+    def read_cached(self, memory: memoryview, start: int) -> None:
+        """The same, and what comes into the page cache stays there.
+
+        Raises:
+            FormatError: likewise.
+        """
+        self._fill(self._file, memory, start, len(memory))
 
     def read_sectors(self, memory: memoryview, start: int, needed: int) -> None:
         """Fill *memory* with the bytes from *start* on, both multiples of `SECTOR`; only the first *needed* must be there.

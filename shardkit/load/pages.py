@@ -5,19 +5,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from shardkit.casting import Cast
 from shardkit.load.files import Files
 from shardkit.load.lanes import Ticket
 from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
 from shardkit.load.memory import memory_of, read_into
 from shardkit.load.readers import Job
 from shardkit.load.rings import Place
-from shardkit.payload import Buffer, Extent, Payload, Swapped
+from shardkit.open_extents import opened
+from shardkit.payload import Buffer, Extent, Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +155,14 @@ def _make_all(files: Files, makings: Iterable[Making], memory: memoryview) -> No
 
 
 def _make(files: Files, payload: Payload, memory: memoryview) -> None:
-    """Fill *memory* with *payload*, out of files that are open where it is made of one element by element."""
-    ground = grounds(payload)
+    """Fill *memory* with *payload*, out of files that are open."""
     if isinstance(payload, Extent):
         files.at(payload.path).read(memory, payload.start)
     elif isinstance(payload, Buffer):
         _copy(memoryview(payload.memory), memory)
-    elif isinstance(ground, Extent):
-        content = bytearray(ground.nbytes)
-        files.at(ground.path).read(memoryview(content), ground.start)
-        read_into(_founded(payload, Buffer(content)), memory)
     else:
-        read_into(payload, memory)
+        read = files.read_once if isinstance(grounds(payload), Extent) else files.read
+        read_into(opened(payload, read), memory)
 
 
 def _copy(source: memoryview, target: memoryview) -> None:
@@ -176,13 +172,6 @@ def _copy(source: memoryview, target: memoryview) -> None:
     else:
         start, to = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in (source, target))
         ctypes.memmove(to, start, source.nbytes)
-
-
-def _founded(payload: Payload, ground: Buffer) -> Payload:
-    """*payload*, made of *ground*."""
-    if isinstance(payload, Cast | Swapped):
-        return replace(payload, inner=_founded(payload.inner, ground))
-    return ground
 
 
 class Habit:

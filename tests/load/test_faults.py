@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import shardkit
 from shardkit.errors import FormatError, ShardkitError
 from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from shardkit.load.stream import _READERS
@@ -382,6 +383,34 @@ def test_fifty_models_are_loaded_and_closed_and_leave_nothing(folder: Path, expe
             memory = resident_bytes()
     assert settled(before)
     assert resident_bytes() - memory < 4 << 20
+
+
+def compressed(model: Layers, tmp_path: Path) -> Path:
+    shardkit.offload_prep(saved(model, tmp_path / "plain"), tmp_path / "folder", compress="zstd")
+    return tmp_path / "folder"
+
+
+def turned(model: Layers, tmp_path: Path) -> Path:
+    """As a checkpoint of weights that lie transposed in their storages."""
+    (tmp_path / "folder").mkdir()
+    torch.save({name: weight.t().contiguous().t() for name, weight in model.state_dict().items()}, tmp_path / "folder" / "m.pt")
+    return tmp_path / "folder" / "m.pt"
+
+
+def of_doubles(model: Layers, tmp_path: Path) -> Path:
+    return saved(copy.deepcopy(model).double(), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("stored", [compressed, turned, of_doubles])
+def test_no_forward_but_the_first_opens_a_file(
+    stored: Callable[[Layers, Path], Path], resident: Layers, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    model = load_checkpoint_and_dispatch(empty(), stored(resident, tmp_path), {"": "disk"}, ring=2, dtype=torch.float32)
+    assert torch.equal(model(X), expected)
+    with struck(tmp_path / "folder", None) as layer:
+        for _ in range(3):
+            assert torch.equal(model(X), expected)
+    assert {call.name for call in layer.calls} == {"preadv"}
 
 
 # Processes.
