@@ -16,7 +16,7 @@ from shardkit.checkpoint import Checkpoint, TensorEntry
 from shardkit.errors import Malformed, shown
 from shardkit.expansion import Expanded, Spool
 from shardkit.limits import Limits
-from shardkit.payload import Extent, Literal, Part, Payload, check_range, unreadable
+from shardkit.payload import Extent, Literal, Part, Payload, unreadable
 from shardkit.zips import DEFLATE, STORED, Member, data_start, read_members
 
 _HEAD = 4096
@@ -152,7 +152,6 @@ class Source:
         Raises:
             ValueError: they lie outside the file.
         """
-        check_range(start, nbytes, self.size)
         return self.content.narrow(start, nbytes)
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:

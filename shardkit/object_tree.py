@@ -74,7 +74,7 @@ def children(node: object) -> Iterator[tuple[str, object]]:
                 yield from _attributes(state)
 
 
-_TENSORS = frozenset({View, Undense, Storage})
+_TENSORS = (View, Undense, Storage)
 _CONTAINERS = frozenset({Dict, list, tuple, Opaque})
 
 
@@ -163,7 +163,7 @@ class _Walk:
 
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
-        if isinstance(value, View | Undense | Storage):
+        if isinstance(value, _TENSORS):
             self.weight(self._path_to(name) or ("tensor",), value)
         elif id(value) not in self.bearing:
             self.other(self._path_to(name), OtherKind.OBJECT, _described(value))
@@ -192,7 +192,7 @@ class _Walk:
             path = (*names, item.name)
             if item.aside:
                 self.other(path, OtherKind.OBJECT, item.aside, _nbytes(item.value))
-            elif isinstance(item.value, View | Undense | Storage):
+            elif isinstance(item.value, _TENSORS):
                 self.weight(path, item.value)
             else:
                 self._unreadable(path, item.value)

@@ -23,22 +23,9 @@ _U32 = Struct("<I")
 _I32 = Struct("<i")
 _F64 = Struct(">d")
 _uint = _U32.unpack_from
-_TUPLE = 64  # what an empty one takes, in bytes
 
 
 # Of these a torch pickle consists, by far: written out, they cost half.
-def _tuple1(m: Machine) -> None:
-    m.held += _TUPLE
-    m.stack[-1] = (m.stack[-1],)
-
-
-def _tuple(m: Machine) -> None:
-    values = tuple(m.stack)
-    m.stack = stack = m.below.pop()
-    stack.append(values)
-    m.held += _TUPLE + 8 * len(values)
-
-
 def _text(m: Machine) -> None:
     window, start = m.window, m.at + 4
     (count,) = _uint(window, m.at)
@@ -52,7 +39,7 @@ def _text(m: Machine) -> None:
 
 
 def _persistent(m: Machine) -> None:
-    m.held += _TUPLE
+    m.held += OBJECT
     stack = m.stack
     stack[-1] = m.vocabulary.persistent(stack[-1])
 
@@ -217,8 +204,8 @@ _MEANINGS: dict[str, Operation] = {
     "]": lambda m: m.new([]),
     "o": _call_marked,
     "p": lambda m: m.memo.__setitem__(int(m.line()), m.stack[-1]),
+    "q": lambda m: m.memo.__setitem__(m.unsigned(1), m.stack[-1]),
     "s": _set_item,
-    "t": _tuple,
     ")": _empty_tuple,
     "u": _set_items,
     "\x80": _protocol,
@@ -226,7 +213,6 @@ _MEANINGS: dict[str, Operation] = {
     "\x82": lambda m: m.push(Global(f"copyreg extension {m.unsigned(1)}")),
     "\x83": lambda m: m.push(Global(f"copyreg extension {m.unsigned(2)}")),
     "\x84": lambda m: m.push(Global(f"copyreg extension {m.unsigned(4)}")),
-    "\x85": _tuple1,
     "\x86": lambda m: m.push(m.top(2)),
     "\x87": lambda m: m.push(m.top(3)),
     "\x88": lambda m: m.push(True),

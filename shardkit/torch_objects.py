@@ -30,11 +30,13 @@ def find(module: str, name: str) -> object:
 
 def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
     """The tensor that the first four arguments of all three functions describe."""
-    match args:
-        case (Storage() as storage, int(offset), tuple() | list() as shape, tuple() | list() as strides, *_):
-            lengths, steps = _integers(shape), _integers(strides)
-        case _:
-            raise _wrong("_rebuild_tensor", args)
+    if len(args) < 4:
+        raise _wrong("_rebuild_tensor", args)
+    storage, offset, shape, strides = args[:4]
+    # One by one, since this runs for every tensor and a pattern takes twice as long.
+    if not (isinstance(storage, Storage) and isinstance(offset, int) and isinstance(shape, _ROW) and isinstance(strides, _ROW)):
+        raise _wrong("_rebuild_tensor", args)
+    lengths, steps = _integers(shape), _integers(strides)
     if storage.kind.quantised:
         return Undense(OtherKind.QUANTISED, storage.nbytes, "a quantised storage without its scale")
     if not isinstance(dtype, DType):
@@ -42,6 +44,9 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
     if isinstance(flags, Dict) and flags:
         return View(storage, dtype, offset, lengths, steps, flags.get("conj") is True, flags.get("neg") is True)
     return View(storage, dtype, offset, lengths, steps)
+
+
+_ROW = (tuple, list)
 
 
 def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:

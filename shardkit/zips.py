@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
+from typing import NamedTuple
 
 from shardkit.codec import Codec
 from shardkit.errors import LimitExceeded, Malformed, shown
@@ -24,8 +25,7 @@ DEFLATED = 8
 Read = Callable[[int, int], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file in a zip archive.
 
     Attributes:

@@ -20,7 +20,7 @@ from torch import nn
 from shardkit.checkpoint import TensorEntry
 from shardkit.errors import Mismatch, shown
 from shardkit.load.homes import Home, change_of, fitting_shape
-from shardkit.load.weights import Weight, extra_states, torch_type, unreal_buffers, weights_of
+from shardkit.load.weights import Weight, extra_states, named_modules, torch_type, unreal_buffers, weights_of
 
 _LISTED = 5
 
@@ -70,10 +70,11 @@ def assign(
     matching = _Matching(entries, dtype, keep_in_fp32)
     for weight in weights_of(model):
         matching.settle(weight)
-    for name in extra_states(model):
+    modules = list(named_modules(model))
+    for name in extra_states(modules):
         matching.settle_extra(name)
     matching.unexpected = [name for name in entries if name not in matching.known]
-    stuck = [*matching.stuck, *unreal_buffers(model)]
+    stuck = [*matching.stuck, *unreal_buffers(modules)]
     matching.check(strict=strict, stuck=stuck, where=where)
     return Assignment(
         tuple(matching.homes), matching.extra, tuple(matching.missing), tuple(matching.unexpected), tuple(matching.notes(where))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -16,8 +17,7 @@ from shardkit.load.weights import stored_type, torch_type
 from shardkit.payload import Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(NamedTuple):
     """One weight of a model, and the tensor of the checkpoint that is to live there.
 
     Attributes:

@@ -77,8 +77,8 @@ def load_checkpoint_in_model(
     _refuse(offload_8bit_bnb=offload_8bit_bnb, full_state_dict=full_state_dict, broadcast_from_rank0=broadcast_from_rank0)
     idle = [name for name, given in (("offload_folder", offload_folder), ("offload_state_dict", offload_state_dict)) if given]
     places = _Places.of(model, device_map, offload_buffers)
-    opened = Opened.at(checkpoint)
     with collector_paused():
+        opened = Opened.at(checkpoint)
         assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
         if verify:
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])

@@ -5,9 +5,9 @@ Names are tied where they hold the same object, whether it is a parameter or a b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +17,7 @@ from shardkit.dtypes import BY_TORCH, DType
 _EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One physical tensor of a model.
 
     Attributes:
@@ -34,16 +33,14 @@ class Weight:
 
 def weights_of(model: nn.Module) -> Iterator[Weight]:
     """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
-    tensors: dict[int, torch.Tensor] = {}
-    names: dict[int, tuple[str, ...]] = {}
-    parameters: set[int] = set()
-    for name, tensor, is_parameter in _named_tensors(model):
-        key = id(tensor)
-        names[key] = (*names[key], name) if key in names else (name,)
-        tensors[key] = tensor
-        if is_parameter:
-            parameters.add(key)
-    return (Weight(names[key], tensor, key not in parameters) for key, tensor in tensors.items())
+    found: dict[int, Weight] = {}
+    for name, tensor, is_buffer in _named_tensors(model):
+        first = found.get(id(tensor))
+        if first is None:
+            found[id(tensor)] = Weight((name,), tensor, is_buffer)
+        else:
+            found[id(tensor)] = Weight((*first.names, name), tensor, first.is_buffer and is_buffer)
+    return iter(found.values())
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -57,19 +54,19 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack += [(dotted + step, child) for step, child in reversed(module._modules.items()) if child is not None]
 
 
-def unreal_buffers(model: nn.Module) -> Iterator[str]:
-    """Buffers that no checkpoint holds and that have no values."""
-    for prefix, module in named_modules(model):
+def unreal_buffers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
+    """Buffers of *modules* that no checkpoint holds and that have no values."""
+    for prefix, module in modules:
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
             if buffer is not None and buffer.is_meta:
                 yield f"{prefix}.{name}" if prefix else name
 
 
-def extra_states(model: nn.Module) -> Iterator[str]:
-    """The keys of what modules keep in a state dict beside their tensors, and take back by `set_extra_state`."""
+def extra_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
+    """The keys of what *modules* keep in a state dict beside their tensors, and take back by `set_extra_state`."""
     plain = nn.Module.set_extra_state
-    for prefix, module in named_modules(model):
+    for prefix, module in modules:
         if type(module).set_extra_state is not plain:
             yield f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE
 
@@ -88,12 +85,12 @@ def torch_type(dtype: DType) -> torch.dtype | None:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name, tensor and whether it is a parameter, for all that a state dict of *model* holds, without making one."""
+    """Name, tensor and whether it is a buffer, for all that a state dict of *model* holds, without making one."""
     for prefix, module in named_modules(model):
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield dotted + name, parameter, True
+                yield dotted + name, parameter, False
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dotted + name, buffer, False
+                yield dotted + name, buffer, True
