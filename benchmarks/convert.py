@@ -53,6 +53,7 @@ def same_bytes(bench: Bench, name: str) -> None:
     contenders = {
         "cp": bench.cp(source),
         "shardkit": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync"),
+        "shardkit --jobs 2": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync", "--jobs", "2"),
         **{f"huggingface_hub ({peer})": bench.peer(peer, source) for peer in peers},
     }
     report(f"{name} → 2 GB shards", contenders, bench, limit="cp", warm=source)
