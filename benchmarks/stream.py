@@ -193,7 +193,7 @@ COMPARED = [
 
 def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
     """A bar for each contender."""
-    import matplotlib as mpl  # type: ignore[import-not-found]  # wanted by whoever asks for a plot
+    import matplotlib as mpl  # wanted by whoever asks for a plot
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
