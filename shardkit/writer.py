@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shardkit import header, manifest, offload_record
+from shardkit import header, manifest, offload_record, reference_reader
 from shardkit.checksums import Sums
 from shardkit.compressing import write_compressed
 from shardkit.copying import Copier, Engine, OnBytes, See, can_clone, clonable, engine_of, reserve
@@ -34,7 +34,7 @@ def write(
     Args:
         plan: what to write.
         journal: the folder to write in.
-        jobs: files written at a time; None for one more than there are processors, at most 8.
+        jobs: files written at a time; None for one per processor, at most 8.
         sync: make each file last before it counts as done.
         on_bytes: called, from any thread, with the number of bytes after each step; first with those that *journal* has.
 
@@ -45,12 +45,11 @@ def write(
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     clones = cache(lambda path: can_clone(path, journal.folder))
-    processors = os.cpu_count() or 1
-    at_work = jobs or min(_TOGETHER, processors)
-    # Shards are seldom as many as the processors, or a multiple: with one file more, the system evens out what is left of them.
-    together = jobs or min(_TOGETHER, processors + 1)
-    with ThreadPoolExecutor(at_work, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
-        run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=at_work + 1)
+    together = jobs or min(_TOGETHER, os.cpu_count() or 1)
+    with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
+        run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
+        if plan.format == "safetensors":
+            pool.submit(reference_reader.fetch)
         futures = [pool.submit(run.write, file) for file in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -121,7 +120,7 @@ class _Run:
             message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
             raise OutputError(message, hint=advice(error)) from None
         if file.name in self._shards:
-            check(path, file)
+            reference_reader.check(path, file)
         with self._lock:
             self._journal.finished(file.name, sums.digests() if self._plan.is_summed(file) else None)
         return counts
@@ -226,39 +225,6 @@ class _Sums:
 
 class _Stopped(BaseException):
     """Another file failed, or the run was interrupted."""
-
-
-def check(path: Path, file: OutputFile) -> None:
-    """Open *path* with the reference reader of safetensors; where it is not installed, hold its size against the plan.
-
-    One that is compressed is held against the plan by its table of frames.
-
-    Raises:
-        OutputError: it does not take the file.
-    """
-    if file.codec is not None:
-        listed = tuple(frame.expanded for frame in file.codec.frames(Extent(path, 0, path.stat().st_size)))
-        if listed != file.frames:
-            raise _faulty(path, "its table lists other frames than were planned")
-        return
-    try:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="np") as opened:  # which itself imports numpy
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise _faulty(path, f"the reference reader does not take it: {error}") from None
-    except ImportError:
-        if path.stat().st_size != file.nbytes:
-            raise _faulty(path, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there") from None
-
-
-def _faulty(path: Path, message: str) -> OutputError:
-    return OutputError(
-        f"{shown_path(path)} was not written right: {message}",
-        hint="run the command again; if it stays so, it is a bug in shardkit",
-    )
 
 
 def _added(futures: Iterable[Future[Counter[Engine]]]) -> Counter[Engine]:

@@ -24,7 +24,7 @@ plugin roots edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
 registry shards freshness source companions destination copying parallel integrity placing records journal compressing \
-    writer host_memory progress
+    reference_reader writer host_memory progress
 preparation conversion offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()
@@ -37,7 +37,7 @@ ONLY_IN = {
     "huggingface_hub": ("load.model_folder",),
     "numpy": ("gathering",),
     "zstandard": ("codecs.zstd",),
-    "safetensors": ("writer",),
+    "safetensors": ("reference_reader",),
     "xxhash": ("checksums",),
     "click": ("cli",),
     "tqdm": ("progress",),
