@@ -124,6 +124,18 @@ def test_what_shardkit_did_not_write_is_not_replaced(name: str, source: Path, tm
     assert content(out) == before
 
 
+def test_a_home_folder_is_not_replaced(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / ".config").mkdir(parents=True)
+    (home / ".config" / "settings").write_text("mine")
+    monkeypatch.setenv("HOME", str(home))
+    before = content(home)
+    for out in (home, Path("~").expanduser(), home / ".config" / ".."):
+        with pytest.raises(OutputError):
+            shardkit.convert(source, out, overwrite=True)
+    assert content(home) == before
+
+
 def test_a_file_is_not_replaced_by_a_folder(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError):
