@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from shardkit.errors import OutputError, shown_path
 from shardkit.payload import Extent
 from shardkit.plan import OutputFile
-
-
-def fetch() -> None:
-    """Import what `check` will need, which brings numpy, while other files are copied."""
-    with suppress(ImportError):
-        import safetensors.numpy  # noqa: F401 - `safe_open` asks for it
 
 
 def check(path: Path, file: OutputFile) -> None:

@@ -48,8 +48,6 @@ def write(
     together = jobs or min(_TOGETHER, os.cpu_count() or 1)
     with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
-        if plan.format == "safetensors":
-            pool.submit(reference_reader.fetch)
         futures = [pool.submit(run.write, file) for file in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
