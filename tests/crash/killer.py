@@ -14,6 +14,7 @@ from injection import Layer, killing
 from scenarios import SCENARIOS, Case, main_folder, stamps
 
 LAST = 30
+RACED = 3  # calls that a run of several jobs may make or not, as when two of them ask at once what a file system can do
 
 
 def killed_at(case: Case, number: int) -> bool:
@@ -42,10 +43,13 @@ def main(base: Path, name: str, step: int) -> None:
     case = Case.at(main_folder(base, name), next(each for each in SCENARIOS if each.name == name))
     before = stamps(case.source)
     sweep = Sweep()
-    for number in numbers(case, step):
+    struck = numbers(case, step)
+    for number in struck:
         case.reset()
         if not killed_at(case, number):
-            raise AssertionError(f"the run made no call {number}")
+            if number <= struck[-1] - RACED:
+                raise AssertionError(f"the run made no call {number}")
+            continue
         sweep.left[case.left()] += 1
         sweep.faults += [f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)]
     print(sweep.dump())  # noqa: T201 - to the program that started us
