@@ -76,11 +76,15 @@ def race(contenders: Mapping[str, Contender], rounds: int, before: Callable[[], 
 def measured(command: Sequence[str], *, tells: bool = False) -> Run:
     """Run *command* to its end, and take its time, or what it *tells* of it.
 
+    Python keeps the bytecode of what it imports, whatever the environment says: pip makes that of what it installs, and a
+    checkout has it from the round that does not count.
+
     Raises:
         SystemExit: it failed; what it said is printed.
     """
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begun = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
