@@ -9,6 +9,15 @@ from shardkit.payload import Extent
 from shardkit.plan import OutputFile
 
 
+def fetch() -> None:
+    """Import what `check` will need, which brings numpy, while files are still being copied.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import safetensors.numpy  # noqa: F401 - `safe_open` asks for numpy when it is called
+
+
 def check(path: Path, file: OutputFile) -> None:
     """Open *path* with the reference reader of safetensors; where it is not installed, hold its size against the plan.
 

@@ -44,18 +44,34 @@ class Loaded(Generic[Record]):
     """One entry point, and what became of it.
 
     Attributes:
-        name: of the entry point, and of the format or codec.
-        group: `FORMATS` or `CODECS`.
-        distribution: what brings it, with its version.
+        point: the entry point.
         record: the format or codec; None where it cannot be used.
         error: why it cannot be used.
     """
 
-    name: str
-    group: str
-    distribution: str
+    point: EntryPoint
     record: Record | None = None
     error: PluginError | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the entry point, and of the format or codec."""
+        return self.point.name
+
+    @property
+    def group(self) -> str:
+        """`FORMATS` or `CODECS`."""
+        return self.point.group
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it comes with shardkit."""
+        return _BUILT_IN[self.group].get(self.name) == self.point.value
+
+    @property
+    def distribution(self) -> str:
+        """What brings it, with its version: read when it is asked for, since metadata are long and seldom wanted."""
+        return f"{self.point.dist.name} {self.point.dist.version}" if self.point.dist else _OWN
 
 
 @cache
@@ -150,16 +166,23 @@ def _is_of(plugin: Loaded[Codec], codec: Codec, head: bytes) -> bool:
     return _load(plugin, "cannot tell what a file is", lambda: codec.sniff(head)) is True
 
 
+@cache
+def installed() -> tuple[EntryPoint, ...]:
+    """All entry points of our groups: whatever is installed has to be looked through for them, so it is done once."""
+    found = entry_points()
+    return tuple(point for group in _BUILT_IN for point in found.select(group=group))
+
+
 def _points(group: str) -> list[EntryPoint]:
     """The entry points of *group*, each once, our own first."""
-    points = {(point.name, point.value): point for point in entry_points(group=group)}
+    points = {(point.name, point.value): point for point in installed() if point.group == group}
     for name, value in _BUILT_IN[group].items():
         points.setdefault((name, value), EntryPoint(name, value, group))
     return sorted(points.values(), key=lambda point: (point.value != _BUILT_IN[group].get(point.name), point.name))
 
 
 def _loaded(point: EntryPoint, kind: type[Record]) -> Loaded[Record]:
-    found: Loaded[Record] = Loaded(point.name, point.group, _distribution(point))
+    found: Loaded[Record] = Loaded(point)
     record = _load(found, "cannot be loaded", point.load)
     if isinstance(record, PluginError):
         return replace(found, error=record)
@@ -167,10 +190,6 @@ def _loaded(point: EntryPoint, kind: type[Record]) -> Loaded[Record]:
         return replace(found, error=_broken(found, f"must be a {kind.__name__}, found {shown(record)}"))
     fault = _fault(point, record)
     return replace(found, error=_broken(found, fault)) if fault else replace(found, record=record)
-
-
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else _OWN
 
 
 def _load(plugin: Loaded[Record], what: str, call: Callable[[], Result]) -> Result | PluginError:
@@ -201,7 +220,7 @@ def _fault(point: EntryPoint, record: Format | Codec) -> str | None:
 def _verdict(plugin: Loaded[Format], record: Format, source: Source) -> bool | ShardkitError:
     """Whether *record* claims *source*; an error where it cannot tell."""
     try:
-        if plugin.distribution.partition(" ")[0] == _OWN:
+        if plugin.is_own:
             return record.sniff(source)
         return _load(plugin, f"cannot tell what {source.path.name} is", lambda: record.sniff(source))
     except FormatError as error:

@@ -49,6 +49,8 @@ def write(
     with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
         futures = [pool.submit(run.write, file) for file in todo]
+        if any(run.is_read_by_reference(file) for file in todo):
+            frames.submit(reference_reader.fetch)  # its threads have little to do: nothing of that kind is compressed
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -122,6 +124,10 @@ class _Run:
         with self._lock:
             self._journal.finished(file.name, sums.digests() if self._plan.is_summed(file) else None)
         return counts
+
+    def is_read_by_reference(self, file: OutputFile) -> bool:
+        """Whether the reference reader opens *file* when it is written."""
+        return file.name in self._shards and file.codec is None
 
     def write_digests(self) -> None:
         """Write the files that are planned without their bytes, as they hold digests of the others."""

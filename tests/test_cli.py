@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -250,7 +251,7 @@ def test_formats_are_listed_for_people_and_machines(capsys: pytest.CaptureFixtur
 
 def test_a_broken_plugin_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     error = PluginError("frobs 1.2", "shardkit.formats:frob", "cannot be loaded: no\x1b[31m", hint="update or remove frobs")
-    broken: registry.Loaded[Format] = registry.Loaded("frob", registry.FORMATS, "frobs 1.2", error=error)
+    broken: registry.Loaded[Format] = registry.Loaded(EntryPoint("frob", "frobs:FORMAT", registry.FORMATS), error=error)
     formats = (*registry.formats(), broken)
     monkeypatch.setattr(registry, "formats", lambda: formats)
     assert main(["formats"]) == 0

@@ -76,6 +76,15 @@ def test_the_commands_import_no_torch(command: str, tmp_path: Path) -> None:
     assert "torch" not in json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize(("compress", "imported"), [((), True), (("--compress", "zstd"), False)], ids=["plain", "compressed"])
+def test_the_reference_reader_is_imported_where_it_reads_what_is_written(
+    compress: tuple[str, ...], imported: bool, tmp_path: Path
+) -> None:
+    done = python("-c", COMMAND_LINE, "convert", FIXTURE, "-o", tmp_path / "out", *compress)
+    assert done.returncode == 0, done.stderr
+    assert ("numpy" in json.loads(done.stdout.splitlines()[-1])) is imported
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that has shardkit and nothing that it depends on."""

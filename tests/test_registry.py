@@ -6,6 +6,7 @@ import importlib
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def forget() -> None:
+    registry.installed.cache_clear()
     registry.formats.cache_clear()
     registry.codecs.cache_clear()
 
@@ -80,6 +82,13 @@ def test_a_plugin_is_found_and_recognises_its_files(install: Install) -> None:
     assert {".toy", ".safetensors", ".zst"} <= registry.suffixes()
     loaded = next(each for each in registry.formats() if each.name == "toy")
     assert (loaded.distribution, loaded.group, loaded.error) == ("shardkit-toy 1.2", "shardkit.formats", None)
+
+
+def test_what_brings_a_format_is_read_only_when_it_is_asked_for(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("shardkit-toy", PLUGIN)
+    monkeypatch.delattr(Distribution, "metadata")
+    assert registry.recognise(held(b"TOY!")).name == "toy"
+    assert registry.recognise(held(SAFETENSORS)).name == "safetensors"
 
 
 BROKEN = {
