@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.errors import LoadError
 from shardkit.load.assign import listed
-from shardkit.load.blocks import Block, Cut, cut, seats_of
+from shardkit.load.blocks import Block, Cut, cut
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import device_of
 from shardkit.load.forwards import Clock
@@ -116,7 +116,7 @@ def arrange(
     origins = {weight.names[0]: _origin(weight.tensor) for weight in inside}
     places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
     places += [(weight, _CPU) for weight in addressless if device_of(weight.names[0], wish.device_map) == "cpu"]
-    settle(model, places)
+    settle(places)
     _settle_other_buffers(model, wish)
     _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
     if wish.hooks:
@@ -131,8 +131,8 @@ def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
         room_for((Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring)
 
 
-def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]]) -> None:
-    """Bring weights of *model* into the memory of devices, those that are addresses by reading them.
+def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
+    """Bring weights of a model into the memory of devices, those that are addresses by reading them.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -146,17 +146,17 @@ def settle(model: nn.Module, places: Iterable[tuple[Weight, torch.device]]) -> N
         for (payload, _), (_, device, tensor) in zip(laid_out, paged, strict=True)
     ]
     for (weight, _, tensor), (_, strides), placed in zip(paged, laid_out, place(flat), strict=True):
-        put(model, weight, placed.as_strided(tensor.shape, strides))
+        put(weight, placed.as_strided(tensor.shape, strides))
     for weight, device in places:
         if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
             weight.tensor.data = weight.tensor.data.to(device)
 
 
-def put(model: nn.Module, weight: Weight, tensor: torch.Tensor) -> None:
-    """Let *model* hold *tensor* in all places of *weight*, as a parameter if that was one."""
+def put(weight: Weight, tensor: torch.Tensor) -> None:
+    """Let *tensor* be in all places of *weight*, as a parameter if that was one."""
     if not weight.is_buffer and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=weight.tensor.requires_grad and not isinstance(tensor, Paged))
-    for seat in seats_of(model, weight):
+    for seat in weight.seats:
         seat.take(tensor)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from shardkit.checkpoint import TensorEntry
 from shardkit.errors import Mismatch, shown
 from shardkit.load.homes import Home, change_of, fitting_shape
-from shardkit.load.weights import Weight, extra_states, named_modules, torch_type, unreal_buffers, weights_of
+from shardkit.load.weights import Weight, extra_states, named_modules, torch_type, unreal_buffers, weights_in
 
 _LISTED = 5
 
@@ -68,9 +68,9 @@ def assign(
             *strict* and names differ. It lists everything that is wrong.
     """
     matching = _Matching(entries, dtype, keep_in_fp32)
-    for weight in weights_of(model):
-        matching.settle(weight)
     modules = list(named_modules(model))
+    for weight in weights_in(modules):
+        matching.settle(weight)
     for name in extra_states(modules):
         matching.settle_extra(name)
     matching.unexpected = [name for name in entries if name not in matching.known]
@@ -139,7 +139,7 @@ class _Matching:
             self.upcast.append(weight.names[0])
         if change.other_kind:
             self.other_kind.append(weight.names[0])
-        self.homes.append(Home(weight.names, entry, target, shape, weight.is_buffer))
+        self.homes.append(Home(weight.names, entry, target, shape, weight.is_buffer, weight.seats))
 
     def _target(self, weight: Weight, entry: TensorEntry) -> torch.dtype | None:
         """The type that *weight* gets; None where torch does not have the one that is stored and would be kept."""

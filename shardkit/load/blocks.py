@@ -12,37 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from shardkit.load.weights import Weight, named_modules
+from shardkit.load.weights import Seat, Weight, named_modules
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-class Seat(NamedTuple):
-    """Where a module keeps a tensor."""
-
-    owner: nn.Module
-    name: str
-
-    @property
-    def tensor(self) -> torch.Tensor | None:
-        """What is there."""
-        owner = self.owner
-        return owner._parameters[self.name] if self.name in owner._parameters else owner._buffers.get(self.name)
-
-    def take(self, tensor: torch.Tensor) -> None:
-        """Put *tensor* there."""
-        owner = self.owner
-        if type(owner).__setattr__ is not nn.Module.__setattr__:  # such as that of LSTM, which keeps a list of its own
-            setattr(owner, self.name, tensor)
-        elif self.name in owner._parameters:
-            owner._parameters[self.name] = tensor  # type: ignore[assignment]  # what is a Parameter to torch is none to mypy
-        else:
-            owner._buffers[self.name] = tensor
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -87,40 +62,22 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
         target: where a weight streams to and from; None for a weight that stays in memory.
         whole: names of the classes that must stay whole.
     """
-    modules = dict(named_modules(model))
-    seats = {weight.names[0]: _seats(modules, weight) for weight in weights}
     places = {weight.names[0]: target(weight) for weight in weights}
-    untied = [weight for weight in weights if len(seats[weight.names[0]]) == 1]
-    found = list(_Walk(_targets(modules, untied, places), model, whole).blocks(model))
+    untied = [weight for weight in weights if len(weight.seats) == 1]
+    found = list(_Walk(_targets(dict(named_modules(model)), untied, places), model, whole).blocks(model))
     lent = Counter(part for _, module in found for part in set(module.modules()))
     owned: dict[nn.Module, list[Weight]] = {}
     for weight in untied:
-        owner = seats[weight.names[0]][0].owner
+        owner = weight.seats[0].owner
         if places[weight.names[0]] is not None and lent[owner] == 1:
             owned.setdefault(owner, []).append(weight)
     blocks = []
     for name, module in found:
         inside = tuple(weight for part in module.modules() for weight in owned.get(part, ()))
         if inside:
-            blocks.append(Block(name, module, inside, tuple(seats[weight.names[0]][0] for weight in inside)))
+            blocks.append(Block(name, module, inside, tuple(weight.seats[0] for weight in inside)))
     streamed = {weight.names[0] for block in blocks for weight in block.weights}
     return Cut(tuple(blocks), tuple(weight for weight in weights if weight.names[0] not in streamed))
-
-
-def seats_of(model: nn.Module, weight: Weight) -> tuple[Seat, ...]:
-    """The places in *model* that hold *weight*; a module that has several names is one place."""
-    owners = (name.rpartition(".")[0] for name in weight.names)
-    return _seats({path: model.get_submodule(path) for path in owners}, weight)
-
-
-def seat_in(modules: Mapping[str, nn.Module], name: str) -> Seat:
-    """The place of the tensor *name*; *modules* by their names."""
-    owner, _, last = name.rpartition(".")
-    return Seat(modules[owner], last)
-
-
-def _seats(modules: Mapping[str, nn.Module], weight: Weight) -> tuple[Seat, ...]:
-    return tuple(dict.fromkeys(seat_in(modules, name) for name in weight.names))
 
 
 def _targets(

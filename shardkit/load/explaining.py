@@ -19,7 +19,7 @@ from shardkit.casting import Cast
 from shardkit.expansion import Framed
 from shardkit.load.account import Explanation, Part
 from shardkit.load.arrangement import attachments
-from shardkit.load.blocks import Seat, cut, seats_of
+from shardkit.load.blocks import cut
 from shardkit.load.budgets import Device, device_key
 from shardkit.load.cost import Step, predict
 from shardkit.load.device_maps import device_of
@@ -27,7 +27,7 @@ from shardkit.load.forwards import Clock
 from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.rates import Product, Rates, measure
-from shardkit.load.weights import Weight, weights_of
+from shardkit.load.weights import Seat, Weight, weights_of
 from shardkit.payload import Extent, Payload
 
 _ALIGNMENT = 64
@@ -134,33 +134,32 @@ class _Found:
         return max(nbytes, key=nbytes.__getitem__, default=_PRODUCT)
 
     def _draft(self, weight: Weight) -> _Draft:
-        seats = seats_of(self.model, weight)
-        pager = self.pagers.get(seats[0])
+        pager = self.pagers.get(weight.seats[0])
         if pager is None:
-            return _Draft(self._unit(weight, seats[0]), _place(weight.tensor.device), self._why_it_stays(weight, seats))
+            return _Draft(self._unit(weight), _place(weight.tensor.device), self._why_it_stays(weight))
         from_file = not isinstance(weight.tensor, Streamed) or bool(weight.tensor.recipe.storage.sources)
         return _Draft(self.names[pager], "disk" if from_file else "cpu", self._why_it_streams(weight, from_file=from_file))
 
-    def _unit(self, weight: Weight, seat: Seat) -> str:
+    def _unit(self, weight: Weight) -> str:
         """The module that *weight* is told with; its own name if its module has others in it."""
         around = [name for name in prefixes(weight.names[0]) if name in self.units]
         owner = weight.names[0].rpartition(".")[0]
-        return around[-1] if around else weight.names[0] if seat.owner._modules else owner
+        return around[-1] if around else weight.names[0] if weight.seats[0].owner._modules else owner
 
     def _why_it_streams(self, weight: Weight, *, from_file: bool) -> str:
         if not from_file and self._said(weight) == "disk":
             return "no file has it: it was computed when the model was made"
         return "no room beside what stays" if self.clock and self.clock.chosen else "the map says so"
 
-    def _why_it_stays(self, weight: Weight, seats: tuple[Seat, ...]) -> str:
+    def _why_it_stays(self, weight: Weight) -> str:
         said = self._said(weight)
         if not self.pagers or (said not in (None, "disk") and (said != "cpu" or self.runner.type == "cpu")):
             return "fits" if not self.clock or self.clock.chosen else "the map says so"
-        if len(seats) > 1:
+        if len(weight.seats) > 1:
             return "tied: it has one home for all its names"
         if weight.is_buffer:
             return "a buffer"
-        below = set(seats[0].owner.modules())
+        below = set(weight.seats[0].owner.modules())
         contains = any(seat.owner in below for seat in self.pagers)
         if contains:
             return "stands beside blocks in its module"
@@ -200,7 +199,7 @@ def _step(weights: Iterable[Weight], streamed: list[Payload], model: nn.Module, 
 
 def _is_multiplied(weight: Weight, model: nn.Module) -> bool:
     """Whether it is a matrix, and more than a table to look into."""
-    owners = (seat.owner for seat in seats_of(model, weight))
+    owners = (seat.owner for seat in weight.seats)
     return weight.tensor.ndim > 1 and not all(isinstance(owner, nn.Embedding) for owner in owners)
 
 

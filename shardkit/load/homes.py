@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from shardkit.casting import Cast, can_cast
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.load.weights import stored_type, torch_type
+from shardkit.load.weights import Seat, stored_type, torch_type
 from shardkit.payload import Payload
 
 
@@ -26,6 +26,7 @@ class Home(NamedTuple):
         dtype: the type that the weight will have.
         shape: the shape that it will have, as torch counts it: two 4-bit floats are one element.
         is_buffer: whether it is a buffer (a persistent one) under each of its names.
+        seats: where the model keeps it.
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class Home(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_buffer: bool
+    seats: tuple[Seat, ...]
 
     @property
     def name(self) -> str:

@@ -54,7 +54,7 @@ def fill_empty(
         found = next((state_dict[name] for name in weight.names if name in state_dict), None)
         if found is not None:
             _check_shape(weight, found)
-            put(model, weight, found.detach().to(weight.tensor.dtype))
+            put(weight, found.detach().to(weight.tensor.dtype))
     if wanted and (folder is not None or index):
         entries = _indexed(index, folder) if index else Opened.at(folder).entries if folder else {}
         homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes

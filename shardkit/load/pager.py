@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from shardkit.errors import LoadError
-from shardkit.load.blocks import Seat
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.stream import Stream
+from shardkit.load.weights import Seat
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -15,11 +15,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardkit.checkpoint import TensorEntry
-from shardkit.load.blocks import Seat, seat_in
 from shardkit.load.homes import Home
 from shardkit.load.memory import Item, mapped, materialise
 from shardkit.load.paged import Paged
-from shardkit.load.weights import named_modules, torch_type
+from shardkit.load.weights import Seat, torch_type
 from shardkit.progress import progress
 
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
@@ -89,13 +88,12 @@ def install(
         values: what they get, by their first names; `Paged` for what is read when it is used.
         extra: what modules take by `set_extra_state`, by their keys.
     """
-    modules = dict(named_modules(model))
     for name, state in (extra or {}).items():
-        modules[name.rpartition(".")[0]].set_extra_state(state)
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
     for home in homes:
         value = values.get(home.name)
         if value is not None:
-            _put([seat_in(modules, name) for name in home.names], value)
+            _put(home.seats, value)
 
 
 def _staged(items: Sequence[tuple[Item, torch.device]]) -> Iterator[list[int]]:

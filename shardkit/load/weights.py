@@ -17,6 +17,29 @@ from shardkit.dtypes import BY_TORCH, DType
 _EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
+class Seat(NamedTuple):
+    """Where a module keeps a tensor."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """What is there."""
+        owner = self.owner
+        return owner._parameters[self.name] if self.name in owner._parameters else owner._buffers.get(self.name)
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """Put *tensor* there."""
+        owner = self.owner
+        if type(owner).__setattr__ is not nn.Module.__setattr__:  # such as that of LSTM, which keeps a list of its own
+            setattr(owner, self.name, tensor)
+        elif self.name in owner._parameters:
+            owner._parameters[self.name] = tensor  # type: ignore[assignment]  # what is a Parameter to torch is none to mypy
+        else:
+            owner._buffers[self.name] = tensor
+
+
 class Weight(NamedTuple):
     """One physical tensor of a model.
 
@@ -24,22 +47,29 @@ class Weight(NamedTuple):
         names: all its names in the model's state dict, in its order.
         tensor: the object that all these names hold; on the meta device as long as nothing is loaded.
         is_buffer: whether it is a buffer under each of its names.
+        seats: where it is kept; a module that has several names is one place.
     """
 
     names: tuple[str, ...]
     tensor: torch.Tensor
     is_buffer: bool
+    seats: tuple[Seat, ...]
 
 
 def weights_of(model: nn.Module) -> Iterator[Weight]:
     """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
+    return weights_in(named_modules(model))
+
+
+def weights_in(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
+    """The same of *modules* with all their names, of which each is as in `named_modules`."""
     found: dict[int, Weight] = {}
-    for name, tensor, is_buffer in _named_tensors(model):
-        first = found.get(id(tensor))
-        if first is None:
-            found[id(tensor)] = Weight((name,), tensor, is_buffer)
-        else:
-            found[id(tensor)] = Weight((*first.names, name), tensor, first.is_buffer and is_buffer)
+    for name, tensor, is_buffer, seat in _named_tensors(modules):
+        weight = Weight((name,), tensor, is_buffer, (seat,))
+        first = found.setdefault(id(tensor), weight)
+        if first is not weight:
+            seats = tuple(dict.fromkeys((*first.seats, seat)))
+            found[id(tensor)] = Weight((*first.names, name), tensor, first.is_buffer and is_buffer, seats)
     return iter(found.values())
 
 
@@ -84,13 +114,13 @@ def torch_type(dtype: DType) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name, tensor and whether it is a buffer, for all that a state dict of *model* holds, without making one."""
-    for prefix, module in named_modules(model):
+def _named_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor, bool, Seat]]:
+    """Name, tensor, whether it is a buffer, and its place, for all that a state dict of *modules* holds, without making one."""
+    for prefix, module in modules:
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield dotted + name, parameter, False
+                yield dotted + name, parameter, False, Seat(module, name)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dotted + name, buffer, True
+                yield dotted + name, buffer, True, Seat(module, name)

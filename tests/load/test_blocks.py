@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardkit.load.blocks import Cut, Seat, cut
-from shardkit.load.weights import Weight, weights_of
+from shardkit.load.blocks import Cut, cut
+from shardkit.load.weights import Seat, Weight, weights_of
 
 
 class Expert(nn.Linear):
