@@ -41,6 +41,9 @@ class DType:
     def __post_init__(self) -> None:
         object.__setattr__(self, "itemsize", max(1, self.bits // 8))
 
+    def __hash__(self) -> int:
+        return hash(self.code)  # which tells them apart, at a fifth of the price of all fields
+
     @property
     def packed(self) -> int:
         """How many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`)."""

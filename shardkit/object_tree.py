@@ -163,7 +163,9 @@ class _Walk:
 
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
-        if isinstance(value, _TENSORS):
+        if type(value) is View:
+            self._dense(self._path_to(name) or ("tensor",), value)
+        elif isinstance(value, _TENSORS):
             self.weight(self._path_to(name) or ("tensor",), value)
         elif id(value) not in self.bearing:
             self.other(self._path_to(name), OtherKind.OBJECT, _described(value))
@@ -208,8 +210,7 @@ class _Walk:
         """Note a tensor."""
         match value:
             case View():
-                self._spend(8 * len(path) + len(path[-1]))
-                self.tensors.append(self._entry(path, value))
+                self._dense(path, value)
             case Undense():
                 self.other(path, value.kind, value.reason, value.nbytes)
             case Storage():
@@ -220,9 +221,11 @@ class _Walk:
         self._spend(8 * len(path) + len(reason))
         self.others.append(Other(path, kind, nbytes, reason))
 
-    def _entry(self, path: Names, view: View) -> TensorEntry:
+    def _dense(self, path: Names, view: View) -> None:
+        self._spend(8 * len(path) + len(path[-1]))
         try:
-            return TensorEntry(path, view.dtype, view.logical_shape, view.payload(self.record, big_endian=self.big_endian))
+            payload = view.payload(self.record, big_endian=self.big_endian)
+            self.tensors.append(TensorEntry(path, view.dtype, view.logical_shape, payload))
         except ValueError as error:
             hint = "the file is damaged, or made to mislead: fetch it again, from where you trust it"
             raise Malformed(self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint=hint) from None

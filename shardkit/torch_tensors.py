@@ -109,9 +109,10 @@ class View:
         if len(self.shape) > _MOST_AXES or len(self.shape) != len(self.strides):
             counts = f"{len(self.shape)} lengths and {len(self.strides)} strides"
             raise ValueError(f"it has {counts}, and torch has as many of both, {_MOST_AXES} at most")
-        for number in (self.offset, *self.shape, *self.strides):
-            if not 0 <= number < _MOST:
-                raise ValueError(f"an axis, a stride or the offset is {shown(number)}, and torch counts from 0 to 2⁶³ - 1")
+        numbers = (self.offset, *self.shape, *self.strides)
+        if min(numbers) < 0 or max(numbers) >= _MOST:
+            number = next(each for each in numbers if not 0 <= each < _MOST)
+            raise ValueError(f"an axis, a stride or the offset is {shown(number)}, and torch counts from 0 to 2⁶³ - 1")
         if prod(self.shape) * self.dtype.itemsize >= _MOST:
             raise ValueError(f"its shape {list(self.shape)} is larger than any memory")
 

@@ -63,7 +63,7 @@ class Records:
 
     def member(self, name: str) -> Member:
         """The member *name*; ValueError if there is none."""
-        member = self.find(name)
+        member = self._members.get(self.root + name)
         if member is None:
             raise ValueError(f"the archive has no member {shown(self.root + name)}")
         return member

@@ -96,7 +96,9 @@ def fitting_shape(tensor: torch.Tensor, entry: TensorEntry) -> tuple[int, ...] |
     packed = entry.dtype.packed
     if is_lazy(tensor):
         return (*entry.shape[:-1], entry.shape[-1] // packed) if entry.shape else ()
+    if packed == 1 and tensor.shape == entry.shape:
+        return entry.shape
     shape = tuple(tensor.shape)
-    counted = (*shape[:-1], shape[-1] * packed) if shape and packed > 1 else shape
+    counted = (*shape[:-1], shape[-1] * packed) if shape else shape
     # As torch does: a scalar was a tensor of one element before torch 0.4.
     return shape if counted == entry.shape or (not shape and entry.shape == (1,)) else None
