@@ -127,13 +127,13 @@ def _empty(shapes: Shapes) -> nn.Module:
 
 
 def _touch(model: nn.Module) -> None:
-    tensors = [tensor.detach().view(-1) for tensor in (*model.parameters(), *model.buffers())]
-    large = [tensor for tensor in tensors if tensor.nbytes >= _PAGE]
-    small = [tensor for tensor in tensors if tensor.nbytes < _PAGE]
-    for tensor in large:
-        tensor.view(torch.int64).sum()
-    if small:  # at once: it is their memory that is touched, and not the patience of torch with many tensors
-        torch.cat([tensor.view(torch.uint8) for tensor in small])
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.nbytes >= _PAGE:
+                tensor.view(-1).view(torch.int64).sum()
+        # At once, and as they are: it is their memory that is touched, and not the patience of torch with many tensors.
+        torch.cat([tensor for tensor in tensors if tensor.nbytes < _PAGE] or [torch.empty(0)])
 
 
 def main() -> None:

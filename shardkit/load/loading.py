@@ -84,7 +84,7 @@ def load_checkpoint_in_model(
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
         on_disk, resident = places.split(assignment.homes)
         shared = share(home for home, device in resident if device.type == "cpu") if mmap else {}
-        values = shared | read((home, device) for home, device in resident if home.name not in shared)
+        values = shared | read((home, device) for home, device in resident if home.names[0] not in shared)
         values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
         extra = read_extra(assignment.extra)
         opened.check_unchanged()
@@ -219,11 +219,11 @@ class _Places:
         on_disk: list[Home] = []
         resident: list[tuple[Home, torch.device]] = []
         for home in homes:
-            device = None if self.keys is None else mapped_device(home.name, self.keys)
+            device = None if self.keys is None else mapped_device(home.names[0], self.keys)
             if device == "disk" and (self.buffers_too or not home.is_buffer):
                 on_disk.append(home)
             else:
-                resident.append((home, self.current[home.name] if device is None else self.devices[device]))
+                resident.append((home, self.current[home.names[0]] if device is None else self.devices[device]))
         return on_disk, resident
 
 

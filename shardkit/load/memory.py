@@ -98,7 +98,8 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
         LoadError: there is no room for it.
     """
     wanted = list(items)
-    order = sorted(range(len(wanted)), key=lambda i: _address(wanted[i][0]))
+    addresses = [_address(payload) for payload, _, _ in wanted]
+    order = sorted(range(len(wanted)), key=addresses.__getitem__)
     tensors: list[torch.Tensor] = [torch.empty(0)] * len(wanted)
     fills: list[_Fill] = []
     for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order]), strict=True):

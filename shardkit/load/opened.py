@@ -11,6 +11,7 @@ from typing import TypeVar
 from shardkit import source
 from shardkit.checkpoint import Other, SourceFile, TensorEntry
 from shardkit.errors import LoadError, shown, shown_path
+from shardkit.formats import torch_legacy, torch_script  # noqa: F401 - here, beside torch, and not in the first load
 from shardkit.integrity import refuse_unlike_written
 from shardkit.limits import Limits
 from shardkit.roots import select_root

@@ -35,7 +35,7 @@ def read(placed: Iterable[Placed]) -> dict[str, torch.Tensor]:
     """
     placed = list(placed)
     tensors = place([((home.payload, home.dtype, home.shape), device) for home, device in placed])
-    return {home.name: tensor for (home, _), tensor in zip(placed, tensors, strict=True)}
+    return {home.names[0]: tensor for (home, _), tensor in zip(placed, tensors, strict=True)}
 
 
 def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
@@ -47,6 +47,8 @@ def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
     """
     placed: dict[int, torch.Tensor] = {}
     with progress("placing weights", sum(payload.nbytes for (payload, _, _), _ in items)) as bar:
+        if all(device.type == "cpu" for device in {device for _, device in items}):
+            return materialise((item for item, _ in items), on_bytes=bar.add)
         for group in _staged(items):
             tensors = materialise((items[number][0] for number in group), on_bytes=bar.add)
             if items[group[0]][1].type != "cpu":
@@ -91,7 +93,7 @@ def install(
     for name, state in (extra or {}).items():
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
     for home in homes:
-        value = values.get(home.name)
+        value = values.get(home.names[0])
         if value is not None:
             _put(home.seats, value)
 
