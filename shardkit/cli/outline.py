@@ -142,9 +142,10 @@ def _see_looks(places: Sequence[Place]) -> None:
         for leaf in place.leaves:
             if id(leaf) not in seen:
                 seen[id(leaf)] = looks.setdefault(leaf.look, len(looks))
-        leaves = [seen[id(leaf)] for leaf in place.leaves]
-        look = (*leaves, *[(child.label, child.look) for child in place.children.values()])
-        place.look = looks.setdefault(look, len(looks))
+        look: list[object] = [seen[id(leaf)] for leaf in place.leaves]
+        if place.children:
+            look += [(child.label, child.look) for child in place.children.values()]
+        place.look = looks.setdefault(tuple(look), len(looks))
 
 
 def _opened(whole: Item, most: int | None, *, fold: bool) -> bool:

@@ -26,7 +26,8 @@ def overlaps(tensors: Sequence[TensorEntry], tied: Container[int]) -> dict[int, 
     """For each tensor, ties aside, that lies over one that begins before it: the number of that one."""
     found: dict[int, int] = {}
     reach = (-1, 0, -1)  # file, end and tensor of what reaches furthest
-    for file, start, stop, number in sorted(_runs(tensors, tied), key=lambda run: (run[0], run[1], -run[2])):
+    for file, start, below, number in sorted(_runs(tensors, tied)):
+        stop = -below
         if file == reach[0] and start < reach[1] and number != reach[2]:
             found.setdefault(number, reach[2])
         if file != reach[0] or stop > reach[1]:
@@ -35,12 +36,12 @@ def overlaps(tensors: Sequence[TensorEntry], tied: Container[int]) -> dict[int, 
 
 
 def _runs(tensors: Sequence[TensorEntry], tied: Container[int]) -> Iterator[tuple[int, int, int, int]]:
-    """File, start, end and tensor of all that is read."""
+    """File, start, end and tensor of all that is read; ends are negative: of what starts together the longest sorts first."""
     files: dict[object, int] = {}
     for number, entry in enumerate(tensors):
         if number not in tied:
             for file, start, nbytes in _reads(entry.payload):
-                yield files.setdefault(file, len(files)), start, start + nbytes, number
+                yield files.setdefault(file, len(files)), start, -start - nbytes, number
 
 
 def _reads(payload: Payload) -> Iterator[tuple[object, int, int]]:

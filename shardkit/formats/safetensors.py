@@ -37,12 +37,9 @@ def scan(source: Source) -> Checkpoint:
     content = source.read(header.LENGTH_NBYTES, nbytes)
     data = source.payload(start, source.size - start)
     parsed = header.parse(source.path, content, data, source.limits)
-    stored = {entry.name: entry for entry in parsed.tensors}
-    taken = {"format", *stored}
-    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in taken}
-    tied = (replace(stored[kept], path=(alias,)) for alias, kept in ties.items())
-    metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
-    return Checkpoint((*parsed.tensors, *tied), metadata=metadata)
+    if parsed.metadata.keys() <= {"format"}:
+        return Checkpoint(parsed.tensors, metadata=parsed.metadata)
+    return _with_ties(parsed)
 
 
 def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
@@ -63,6 +60,16 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
 
 
 FORMAT = Format(name="safetensors", suffixes=(".safetensors",), sniff=sniff, scan=scan, lay_out=lay_out)
+
+
+def _with_ties(parsed: header.Header) -> Checkpoint:
+    """What *parsed* says, and what its metadata say of tied tensors."""
+    stored = {entry.name: entry for entry in parsed.tensors}
+    taken = {"format", *stored}
+    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in taken}
+    tied = (replace(stored[kept], path=(alias,)) for alias, kept in ties.items())
+    metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
+    return Checkpoint((*parsed.tensors, *tied), metadata=metadata)
 
 
 def _residue_of_source(entries: Sequence[TensorEntry]) -> int | None:
