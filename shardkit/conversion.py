@@ -107,7 +107,8 @@ def convert(
         rename: pairs (regular expression, replacement), applied in order to every name.
         root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
         ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"`` writes it under each.
-        jobs: files written at a time; None for one per processor, at most 8.
+        jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
+            most 8.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
         sync: make every file last (fsync) before the output appears.

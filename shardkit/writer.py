@@ -34,7 +34,8 @@ def write(
     Args:
         plan: what to write.
         journal: the folder to write in.
-        jobs: files written at a time; None for one per processor, at most 8.
+        jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
+            most 8.
         sync: make each file last before it counts as done.
         on_bytes: called, from any thread, with the number of bytes after each step; first with those that *journal* has.
 
@@ -45,7 +46,7 @@ def write(
     todo = sorted((file for file in plan.files if file.name not in journal.done), key=lambda file: -file.nbytes)
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     clones = cache(lambda path: can_clone(path, journal.folder))
-    together = jobs or min(_TOGETHER, os.cpu_count() or 1)
+    together = jobs or _at_a_time(plan)
     with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
         futures = [pool.submit(run.write, file) for file in todo]
@@ -59,6 +60,16 @@ def write(
     counts = _added(futures)
     _Run(plan, journal, clones, sync, lambda count: None, frames, ahead=1).write_digests()
     return counts
+
+
+def _at_a_time(plan: Plan) -> int:
+    """As many files as keep all processors at work.
+
+    Shards are seldom as many as the processors, or a multiple: with one file more, the system evens out what is left of them.
+    But one that is compressed takes all processors by itself, and memory.
+    """
+    processors = os.cpu_count() or 1
+    return min(_TOGETHER, processors if any(file.codec for file in plan.files) else processors + 1)
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:

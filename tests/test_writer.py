@@ -180,7 +180,7 @@ class Meeting:
         yield memoryview(b"x")
 
 
-@pytest.mark.parametrize(("jobs", "together"), [(None, min(8, os.cpu_count() or 1)), (2, 2), (5, 5)])
+@pytest.mark.parametrize(("jobs", "together"), [(None, min(8, (os.cpu_count() or 1) + 1)), (2, 2), (5, 5)])
 def test_so_many_files_are_written_at_a_time(jobs: int | None, together: int, tmp_path: Path) -> None:
     places = threading.Barrier(together)
     files = [OutputFile(f"{number}", (Meeting(places),)) for number in range(2 * together)]

@@ -144,7 +144,7 @@ _WRITING = (
         "--jobs",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Files written at a time: one per processor by default.",
+        help="Files written at a time; by default one more than there are processors, or as many if compressed.",
     ),
     click.option("--no-fsync", is_flag=True, help="Do not wait for the disk; a power cut may then cost the output."),
     click.option(
