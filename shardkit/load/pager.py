@@ -176,8 +176,8 @@ class Pager:
             if tensors is not None:
                 self._put_in(visit, tensors)
         except BaseException:
-            visits.remove(visit)
             visit.end()
+            visits.remove(visit)
             raise
 
     @eager

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from shardkit.load.files import Files
-from shardkit.load.lanes import Ticket
 from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
 from shardkit.load.memory import memory_of, read_into
-from shardkit.load.readers import Job
+from shardkit.load.readers import Filling, Job
 from shardkit.load.rings import Place
 from shardkit.open_extents import opened
 from shardkit.payload import Buffer, Extent, Payload
@@ -56,7 +54,7 @@ class Page:
     pieces: tuple[Piece, ...]
     layout: Layout
     place: Place | None = None
-    reading: Future[Ticket] | None = None
+    reading: Filling | None = None
     holders: set[Hashable] = field(default_factory=set)
     used: bool = False
     asked: int = 0
@@ -74,22 +72,23 @@ class Page:
 
     @property
     def failed(self) -> bool:
-        reading = self.reading
-        return reading is not None and reading.done() and (reading.cancelled() or reading.exception() is not None)
+        return self.reading is not None and self.reading.failed
 
     @property
     def there(self) -> bool:
         """Whether it is read."""
-        return self.reading is not None and self.reading.done() and not self.failed
+        return self.reading is not None and self.reading.over and not self.reading.failed
 
     @property
     def idle(self) -> bool:
         return self.reading is not None and not self.holders
 
     @property
-    def settled(self) -> bool:
-        """Whether no reader is at work on it."""
-        return self.reading is None or self.reading.done() or not self.reading.running()
+    def whole(self) -> bool:
+        """Whether it is nowhere, or has a place and is read or on its way to be."""
+        if self.place is None or self.reading is None:
+            return self.place is None and self.reading is None
+        return self.place.memory is not None and bool(self.holders or self.reading.begun)
 
     @property
     def disk(self) -> int:

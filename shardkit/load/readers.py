@@ -1,18 +1,21 @@
 """Reader threads: what is to be filled waits in one queue, and several of them work on what stands first.
 
-1. A filling is done when all its jobs are over. After one that fails no other of it is begun, and the filling fails with the
-   same error, or as stopped where that would end a thread; the reader goes on with the next.
-2. A filling that no job of was begun can be cancelled, or brought to the front.
+1. A filling is over when all its jobs are. After one that fails no other of it is begun, and the filling fails with the same
+   error, or as stopped where that would end a thread; the reader goes on with the next.
+2. A filling that no job of was begun can be given up, or brought to the front.
 3. Readers that have nothing to do hold nothing, and end when nobody has a `Readers` any more.
+4. What a thread that gives them work was interrupted in, the next that does completes. Whoever waits for them does so by a plain
+   lock, which Python takes and guards in one step; an interrupt could leave that of a `Future` or an `Event` behind.
 """
 
 from __future__ import annotations
 
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from shardkit.errors import LoadError
@@ -26,56 +29,95 @@ Job = Callable[[], object]
 class Filling:
     """A page on its way into memory."""
 
-    def __init__(self, jobs: Iterable[Job], finish: Callable[[], Ticket]) -> None:
+    def __init__(self, jobs: Iterable[Job], finish: Callable[[], Ticket], landed: Callable[[], None]) -> None:
         """Begin nothing yet.
 
         Args:
             jobs: what is to be done first, side by side.
             finish: what is done after them, by the thread that does the last of them; its result is that of the filling.
+            landed: called when it is over, but for one that was given up.
         """
-        self.done: Future[Ticket] = Future()
         self._jobs = deque(jobs) or deque([_nothing])
-        self.count = len(self._jobs)
-        self._left = self.count
-        self._finish = finish
+        self._left = len(self._jobs)
+        self._finish: Callable[[], Ticket] | None = finish
+        self._landed = landed
+        self._begun = False
+        self._ticket: Ticket | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._flying = threading.Lock()
+        self._flying.acquire()
 
     @property
-    def waits(self) -> bool:
-        """Whether a job of it can be begun."""
-        return bool(self._jobs)
+    def waiting(self) -> int:
+        """How many of its jobs can be begun."""
+        return len(self._jobs)
+
+    @property
+    def begun(self) -> bool:
+        return self._begun
+
+    @property
+    def over(self) -> bool:
+        return self._finish is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and nothing came of it."""
+        return self.over and self._ticket is None
+
+    def result(self) -> Ticket:
+        """What finishing it gave, once it is over.
+
+        Raises:
+            Exception: what went wrong.
+        """
+        with self._flying:
+            pass
+        if self._ticket is not None:
+            return self._ticket
+        try:
+            raise self._error or _stopped(None)
+        finally:
+            del self  # a frame that holds what was raised in it is a circle, and would keep memory
+
+    def give_up(self) -> bool:
+        """See to it that no reader works on it; False if one does."""
+        with self._lock:
+            if not self._begun and self._finish is not None:
+                self._jobs.clear()
+                self._finish = None
+                self._flying.release()
+            return self.over
 
     def begin(self) -> Job | None:
-        """The next of its jobs, for the caller to `run`; None if it was cancelled. Only the queue calls this."""
-        if self._left == len(self._jobs) and not self.done.running() and not self.done.set_running_or_notify_cancel():
-            self._jobs.clear()
-            return None
-        return self._jobs.popleft()
+        """The next of its jobs, for the caller to `run`; None if there is none. Only the queue calls this."""
+        with self._lock:
+            self._begun = self._begun or bool(self._jobs)
+            return self._jobs.popleft() if self._jobs else None
 
     def run(self, job: Job) -> None:
         """Do *job*, and finish the filling if it is the last."""
-        try:
-            if self._error is None:
-                job()
-        except BaseException as error:  # noqa: BLE001 - raised again by who waits
-            self._error = error
+        error = _error_of(job) if self._error is None else None
+        del job  # as `_error_of` does
         with self._lock:
+            self._error = self._error or error
             self._left -= 1
             last = not self._left
         if last:
-            self._end()
+            self._land()
 
-    def _end(self) -> None:
-        error, self._error = self._error, None
-        if error is None:
-            try:
-                self.done.set_result(self._finish())
-            except BaseException as raised:  # noqa: BLE001 - likewise
-                error = raised
-        if error is not None:
-            self.done.set_exception(error if isinstance(error, Exception) else _stopped(error))
-        del error  # a frame that holds what was raised in it is a circle, and would keep memory
+    def _land(self) -> None:
+        self._error = self._error or _error_of(self._bring)
+        if self._error is not None and not isinstance(self._error, Exception):
+            self._error = _stopped(self._error)
+        self._finish = None
+        self._flying.release()
+        self._landed()
+
+    def _bring(self) -> None:
+        assert self._finish is not None
+        self._ticket = self._finish()
 
 
 class Readers:
@@ -94,24 +136,24 @@ class Readers:
         self._busy = busy
         self._lock = threading.Lock()
         self._queue: deque[Filling] = deque()
-        self._at_work = 0
+        self._at_work: set[object] = set()
 
     def take(self, filling: Filling, *, first: bool) -> None:
         """Do *filling*, *first* or after all others."""
         with self._lock:
             (self._queue.appendleft if first else self._queue.append)(filling)
-            more = min(self._count - self._at_work, filling.count)
-            self._at_work += more
-        for _ in range(more):
-            self._start()
+            self._staff()
 
-    def hurry(self, done: Future[Ticket]) -> None:
-        """Bring the filling that ends with *done* to the front, if it was not begun."""
+    def complete(self) -> None:
+        """See that there are readers for what is to be done; see rule 4."""
         with self._lock:
-            waiting = next((each for each in self._queue if each.done is done), None)
-            if waiting is not None and not done.running():
-                self._queue.remove(waiting)
-                self._queue.appendleft(waiting)
+            self._staff()
+
+    def hurry(self, filling: Filling) -> None:
+        """Bring *filling* to the front, if it was not begun."""
+        with self._lock:
+            if not filling.begun:
+                self._queue = deque(sorted(self._queue, key=lambda each: each is not filling))
 
     def close(self) -> None:
         """Let the threads end when they have done what there is to do, and wait for that; but no reader waits for readers."""
@@ -120,21 +162,27 @@ class Readers:
         while waits and (thread := self._one_beside()):
             thread.join()
 
-    def _start(self) -> None:
+    def _staff(self) -> None:
+        """Let as many threads work as there is work for; under the lock."""
+        while len(self._at_work) < min(self._count, sum(filling.waiting for filling in self._queue)):
+            badge = object()
+            self._start(badge)
+            self._at_work.add(badge)  # which it cannot hand in before, since it needs the lock for that
+
+    def _start(self, badge: object) -> None:
         try:
-            self._pool.submit(self._work)
+            self._pool.submit(self._work, badge)
         except RuntimeError:  # the main thread has ended, and pools take nothing more; but others may go on
-            thread = threading.Thread(target=self._work, name=_NAME)
+            thread = threading.Thread(target=self._work, args=(badge,), name=_NAME)
             thread.start()
-            with self._lock:
-                self._beside.add(thread)
+            self._beside.add(thread)
 
     def _one_beside(self) -> threading.Thread | None:
         """A thread beside the pool that has not ended."""
         with self._lock:
             return next((thread for thread in self._beside if thread.is_alive()), None)
 
-    def _work(self) -> None:
+    def _work(self, badge: object) -> None:
         try:
             with self._busy():
                 while found := self._next():
@@ -142,22 +190,20 @@ class Readers:
                     filling.run(job)
                     del found, filling, job  # what is done is not kept while the next is waited for
         finally:
-            self._leave()
+            self._leave(badge)
 
-    def _leave(self) -> None:
-        """One is not at work any more; if that is not because there is none, another comes."""
+    def _leave(self, badge: object) -> None:
+        """One is not at work any more; if there is still something to do, another comes."""
         with self._lock:
-            more = bool(self._queue)
-            self._at_work -= not more
-        if more:
-            self._start()
+            self._at_work.discard(badge)
+            self._staff()
 
     def _next(self) -> tuple[Filling, Job] | None:
         with self._lock:
             while self._queue:
                 filling = self._queue[0]
-                job = filling.begin() if filling.waits else None
-                if not filling.waits:
+                job = filling.begin()
+                if not filling.waiting:
                     self._queue.popleft()
                 if job is not None:
                     return filling, job
@@ -177,7 +223,28 @@ def _nothing() -> None:
     return
 
 
-def _stopped(error: BaseException) -> LoadError:
+def _error_of(act: Callable[[], object]) -> BaseException | None:
+    """What *act* raises; who keeps that keeps its frames and those that called them, but no memory that they knew."""
+    try:
+        act()
+    except BaseException as error:  # noqa: BLE001 - raised again by who waits
+        for each in _chained(error):
+            traceback.clear_frames(each.__traceback__)
+        return error
+    finally:
+        del act
+    return None
+
+
+def _chained(error: BaseException) -> list[BaseException]:
+    """*error* and those behind it."""
+    found = [error]
+    while (behind := found[-1].__cause__ or found[-1].__context__) is not None and behind not in found:
+        found.append(behind)
+    return found
+
+
+def _stopped(error: BaseException | None) -> LoadError:
     """What tells those who wait that a reader was told to end: nobody told them to."""
     told = LoadError("a thread that reads weights was stopped", hint="run the model again")
     told.__cause__ = error

@@ -5,12 +5,12 @@
 2. Who takes a place waits for what was issued on the same bytes, and gets the tickets of it with the place.
 3. A tensor belongs to one filling of one place. When the place goes to another page, that counts as a change of it, so that
    autograd refuses a backward that comes too late.
-4. It has no lock: whoever uses it holds one.
+4. It has no lock: whoever uses it holds one. Whoever is interrupted says afterwards what it is to `keep`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -115,26 +115,32 @@ class Ring:
             LoadError: there is no memory for the ring.
         """
         if self._memory is None:
-            self._memory = self._lane.memory(self.nbytes)
-            self._host = self._lane.host(self._memory)
+            memory = self._lane.memory(self.nbytes)
+            self._host, self._memory = self._lane.host(memory), memory
         assert self._host is not None
         stop = place.start + place.nbytes
         place.memory, place.host = self._memory[place.start : stop], self._host[place.start : stop]
+        self._places.append(place)
         for old in self._left:
             if old.overlaps(place):
                 place.before += old.before
                 place.after |= {(id(old), line): ticket for line, ticket in old.after.items()}
         self._left = [old for old in self._left if not (place.start <= old.start and old.start + old.nbytes <= stop)]
-        self._places.append(place)
         self._cursor = stop
 
     def leave(self, place: Place) -> None:
         """Take *place* back."""
         increment_version(place.tensors)
         place.tensors, place.memory, place.host = (), None, None
-        if place.in_ring:
-            self._places.remove(place)
+        if place in self._places:
             self._left.append(place)
+            self._places.remove(place)
+
+    def keep(self, places: Collection[Place]) -> None:
+        """Take back all but *places*."""
+        for place in list(self._places):
+            if place not in places:
+                self.leave(place)
 
     def beside(self, number: int, layout: Layout) -> Place:
         """A place for a page that has memory of its own, and no place in the ring.

@@ -8,6 +8,8 @@
 4. What a thread is likely to need next is what it needed next the last time, at first the block behind; it is read ahead as
    far as the ring goes. A prediction that fails costs a read, never a wrong byte.
 5. In the child of a fork there are no readers, and the ring is empty but for what was held: that is read again.
+6. An interrupt may come between any two calls. What changes the pages is an act; one that did not come to its end is mended
+   at once, or by the next if that was interrupted too. The lock is taken as itself: a `Condition` could leave it behind.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +32,8 @@ from shardkit.load.readers import Filling, Readers, held_here
 from shardkit.load.rings import Place, Ring, room_for
 
 _READERS = 3
+
+_R = TypeVar("_R")
 
 
 class Stream:
@@ -88,13 +92,13 @@ class Stream:
         """
         begun = time.perf_counter()
         try:
-            with self._changed:
+            with self.lock:
                 hit = self._pages[number].there
-                while not self._closed and not self._hold(number, visit, holding=holding):
+                while not self._closed and not self._act(lambda: self._hold(number, visit, holding=holding)):
                     self._changed.wait()
                 if self._closed:
                     return None
-                self._read_ahead(number)
+                self._act(lambda: self._read_ahead(number))
                 reading, place = self._pages[number].reading, self._pages[number].place
             assert reading is not None
             assert place is not None
@@ -107,28 +111,14 @@ class Stream:
 
     def release(self, number: int, visit: Hashable) -> None:
         """End the hold of *visit* on the page, if it has one."""
-        with self._changed:
-            page = self._pages[number]
-            if visit not in page.holders:
-                return
-            page.holders.discard(visit)
-            if page.place is not None and page.place.memory is not None:
-                used = self.lane.issued(page.place.memory)
-                page.place.after[used.line] = used
-            if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
-                self._vacate(page)
-            self._drop_if_over()
-            self._changed.notify_all()
+        with self.lock:
+            self._act(lambda: self._end_hold(number, visit))
 
     def close(self) -> None:
         """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
-        with self._changed:
+        with self.lock:
             self._closed = True
-            for page in self._pages:
-                if page.idle:
-                    self._vacate(page)
-            self._drop_if_over()
-            self._changed.notify_all()
+            self._act(self._vacate_all)
         if not held_here(self._changed):  # as by who runs a finalizer in the middle of something; then they end with the stream
             self._readers.close()
         self._files.close()
@@ -145,8 +135,36 @@ class Stream:
         self._pages = [Page(page.pieces, page.layout) for page in self._pages]
         self._ring = Ring(self.lane, self.room)
         self._clock = 0
+        self._acting = self._torn = False
         self._chain: list[int] = []
         self.thread = threading.local()
+
+    def _act(self, act: Callable[[], _R]) -> _R:
+        """Do *act*, under the lock, so that the pages are whole afterwards, whatever ends it; see rule 6."""
+        if self._torn and not self._acting:
+            self._mend()
+        outer, self._acting = self._acting, True
+        try:
+            return act()
+        except BaseException:
+            self._torn = True
+            if not outer:
+                self._mend()
+            raise
+        finally:
+            self._acting = outer
+
+    def _mend(self) -> None:
+        """Let what is half done be undone."""
+        for page in self._pages:
+            beside = page.idle and page.place is not None and not page.place.in_ring
+            if (beside or not page.whole) and (page.reading is None or page.reading.give_up()):
+                self._vacate(page)
+        self._ring.keep([page.place for page in self._pages if page.place is not None])
+        self._readers.complete()
+        self._drop_if_over()
+        self._changed.notify_all()
+        self._torn = False
 
     def _hold(self, number: int, visit: Hashable, *, holding: bool) -> bool:
         """Hold the page, and see that it is read; False if it has no place and there is none."""
@@ -160,11 +178,24 @@ class Stream:
             if place is None:
                 return False
             self._read(place, first=True)
-        elif not page.reading.done():
+        else:
             self._readers.hurry(page.reading)
         page.holders.add(visit)
         page.used = True
         return True
+
+    def _end_hold(self, number: int, visit: Hashable) -> None:
+        page = self._pages[number]
+        if visit not in page.holders:
+            return
+        if page.place is not None and page.place.memory is not None:
+            used = self.lane.issued(page.place.memory)
+            page.place.after[used.line] = used
+        page.holders.discard(visit)
+        if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
+            self._vacate(page)
+        self._drop_if_over()
+        self._changed.notify_all()
 
     def _read_ahead(self, number: int) -> None:
         habit = self._habit()
@@ -212,7 +243,7 @@ class Stream:
             place, leaving = found
             for each in leaving:
                 page = self._pages[each.number]
-                if page.settled and page.reading is not None and (page.reading.done() or page.reading.cancel()):
+                if page.reading is not None and page.reading.give_up():
                     self._vacate(page)
                 else:
                     busy.add(each)
@@ -227,34 +258,40 @@ class Stream:
         long = 4 * max(2, len(keep))
         return page.idle and place.number not in keep and (page.used or self._clock - page.asked > long)
 
+    def _vacate_all(self) -> None:
+        for page in self._pages:
+            if page.idle:
+                self._vacate(page)
+        self._drop_if_over()
+        self._changed.notify_all()
+
     def _vacate(self, page: Page) -> None:
-        if page.reading is not None:
-            page.reading.cancel()
-        if page.place is not None:
-            self._ring.leave(page.place)
+        place, reading = page.place, page.reading
         page.place, page.reading, page.used = None, None, False
+        if reading is not None:
+            reading.give_up()
+        if place is not None:
+            self._ring.leave(place)
 
     def _read(self, place: Place, *, first: bool) -> None:
         page = self._pages[place.number]
         assert place.host is not None
         assert place.memory is not None
         self._clock += 1
-        page.place, page.used, page.asked = place, False, self._clock
         jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
         # The memory is named here, because a close takes it from the place, and it must outlive the reads.
-        filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory))
-        page.reading = filling.done
+        filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory), self._landed)
+        page.place, page.reading, page.used, page.asked = place, filling, False, self._clock
         self._readers.take(filling, first=first)
-        filling.done.add_done_callback(self._landed)
 
     def _drop_if_over(self) -> None:
         if self._closed and not any(page.holders for page in self._pages):
             self._ring.drop()
 
-    def _landed(self, reading: Future[Ticket]) -> None:
-        with self._changed:
-            if not self._closed and not reading.cancelled():
-                self._read_on()  # the place of what was read for naught was not to be had before
+    def _landed(self) -> None:
+        with self.lock:
+            if not self._closed:
+                self._act(self._read_on)  # the place of what was read for naught was not to be had before
             self._changed.notify_all()
 
     def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:

@@ -38,6 +38,7 @@ pytestmark = [
 if sys.platform == "linux":
     import streamer
     from injection import LOADS, Layer, Strike, failing
+    from interruption import interrupted
 
 WIDTH = 24
 LAYERS = 4  # a ring of two cannot hold them
@@ -282,6 +283,17 @@ def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(folder: Path, 
     finally:
         signal.signal(signal.SIGUSR1, old)
     assert interrupted > 30
+    close(model)
+    nothing_left(model)
+
+
+def test_an_interrupt_between_any_two_calls_leaves_the_next_forward_right(folder: Path, expected: torch.Tensor) -> None:
+    model = streaming(folder)
+    moment = 0
+    while interrupted(lambda: model(X), moment):
+        assert torch.equal(model(X), expected)
+        moment += 3
+    assert moment > 500
     close(model)
     nothing_left(model)
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from interruption import interrupted
+from shardkit.casting import Cast
+from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
 from shardkit.load.lanes import CpuLane, Lane, Ticket
 from shardkit.load.layouts import READ
@@ -484,6 +487,39 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         each.join(20)
 
 
+def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    order = [0, 3, 1, 7, 7, 2]
+
+    def cycle() -> None:
+        for number in order:
+            use(stream, number)
+
+    moment = 0
+    while interrupted(cycle, moment):
+        for number in order:  # what a block lets go of at the next forward of its thread
+            for visit in list(stream._pages[number].holders):
+                stream.release(number, visit)
+        cycle()
+        moment += 2
+    assert moment > 500
+    stream.close()
+    assert stream.nbytes == 0
+
+
+def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(file: Path, lane: Lane) -> None:
+    moment, goes_on = 0, True
+    while goes_on:
+        stream = streaming(file, lane, ring=4)
+        use(stream, 0)
+        goes_on = interrupted(stream.close, moment)
+        stream.close()
+        assert stream.nbytes == 0
+        assert stream.claim(1, "visit") is None
+        moment += 1
+    assert moment > 10
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")]
 
@@ -536,6 +572,27 @@ def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_pat
         stream = Stream([[piece] for piece in pieces], CpuLane(), ring=4)
         stream.claim(0, "visit")
         stream.release(0, "visit")
+        stream.close()
+        memory = memory if lap else anonymous_memory()
+        assert anonymous_memory() - memory < nbytes // 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["as it lies", "cast"])
+def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    nbytes = 16 << 20
+    path = tmp_path / "short"
+    path.write_bytes(bytes(nbytes + 4096))
+    payload: Payload = Extent(path, 4096, nbytes)
+    if dtype is torch.float32:
+        payload = Cast(Extent(path, 4096, nbytes // 2), parse_dtype("bf16"), parse_dtype("fp32"))
+    memory, kept = 0, []
+    for lap in range(5):
+        stream = Stream([[Piece(payload, dtype, (nbytes // dtype.itemsize,), (1,))]], CpuLane())
+        os.truncate(path, nbytes // 4)
+        with pytest.raises(FormatError) as error:
+            stream.claim(0, "visit")
+        kept.append(error)
         stream.close()
         memory = memory if lap else anonymous_memory()
         assert anonymous_memory() - memory < nbytes // 2
