@@ -15,6 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache, wraps
 from types import FrameType
@@ -23,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError
+from shardkit.errors import LoadError, ShardkitError
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.stream import Stream
@@ -205,7 +206,9 @@ class Pager:
 
     def forked(self) -> None:
         """In the child of a fork, put back what only threads had taken that are not there any more."""
-        self._inside.intersection_update(_visits(self._stream))
+        for visit in self._inside.difference(_visits(self._stream)):
+            with suppress(ShardkitError):  # nobody needs it
+                self.put_back(visit)
         if not self._inside:
             self._give_back()
 

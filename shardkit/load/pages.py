@@ -125,6 +125,32 @@ class Page:
             yield tensor if piece.is_buffer else torch.nn.Parameter(tensor, requires_grad=False)
 
 
+@dataclass(eq=False, slots=True)
+class Inherited:
+    """What a visit held while its process forked, in the child: as before, but of memory that was wiped.
+
+    Attributes:
+        page: what it held.
+        place: where.
+        error: why it could not be read again.
+    """
+
+    page: Page
+    place: Place
+    error: Exception | None = None
+
+    def read(self, files: Files) -> None:
+        """Read it again."""
+        if self.place.host is None:
+            return
+        try:
+            for job in self.page.jobs(files, self.place.host):
+                job()
+            self.page.settle(self.place.host)
+        except Exception as error:  # noqa: BLE001 - raised by the release: nothing that is raised while a process forks is seen
+            self.error = error
+
+
 def _expect(files: Files, reads: Iterable[Read]) -> None:
     for read in reads:
         files.at(read.path).expect(read.start, read.needed)

@@ -27,7 +27,7 @@ import torch
 from shardkit.load.counts import Counts, Tally
 from shardkit.load.files import Files
 from shardkit.load.lanes import Done, Lane, Ticket
-from shardkit.load.pages import Habit, Page, Piece
+from shardkit.load.pages import Habit, Inherited, Page, Piece
 from shardkit.load.readers import Filling, Readers, held_here
 from shardkit.load.rings import Place, Ring, room_for
 
@@ -110,9 +110,16 @@ class Stream:
             raise
 
     def release(self, number: int, visit: Hashable) -> None:
-        """End the hold of *visit* on the page, if it has one."""
+        """End the hold of *visit* on the page, if it has one.
+
+        Raises:
+            ShardkitError: it was held while the process forked, this is the child, and here it could not be read again.
+        """
         with self.lock:
             self._act(lambda: self._end_hold(number, visit))
+            inherited = self._inherited.pop(visit, None)
+        if inherited is not None and inherited.error is not None:
+            raise inherited.error
 
     def close(self) -> None:
         """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
@@ -136,6 +143,7 @@ class Stream:
         self._ring = Ring(self.lane, self.room)
         self._clock = 0
         self._acting = self._torn = False
+        self._inherited: dict[Hashable, Inherited] = {}
         self._chain: list[int] = []
         self.thread = threading.local()
 
@@ -308,16 +316,18 @@ class Stream:
 
     def _forked(self) -> None:
         """Begin again in the child of a fork; see rule 5. No lock from before is asked for: who had it may not be there."""
-        held = [(page, page.place) for page in self._pages if page.holders and page.place is not None and page.place.tensors]
+        held = self._inherited | {
+            visit: Inherited(page, page.place)
+            for page in self._pages
+            if page.place is not None and page.place.tensors
+            for visit in page.holders
+        }
         thread = self.thread  # which has what this thread holds, and no more what the others did
         self._tally = self._tally.inherited()
         self._begin()
-        self.thread = thread
-        for page, place in held:
-            if place.host is not None:
-                for job in page.jobs(self._files, place.host):
-                    job()
-                page.settle(place.host)
+        self.thread, self._inherited = thread, held
+        for each in held.values():
+            each.read(self._files)
 
 
 _STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()

@@ -434,8 +434,9 @@ import torch
 from torch import nn
 folder, width, layers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 sys.path[:0] = sys.argv[4:]
-from shardkit.errors import LoadError
+from shardkit.errors import FormatError, LoadError
 from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load.paged import Paged
 with init_empty_weights():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers)))
 model = load_checkpoint_and_dispatch(model.eval(), folder, {"": "disk"}, ring=2)
@@ -499,6 +500,44 @@ assert len(codes) >= 13 and not any(codes), codes  # more where the other thread
 def test_a_fork_at_any_moment_is_right_in_the_parent_the_child_and_its_child(folder: Path) -> None:
     done = program(FORKS, folder)
     assert done.returncode == 0, done.stderr
+
+
+FORKS_WITHIN = """
+first = os.getpid()
+right = model(x)
+
+def fork_twice(block, *_):
+    assert not isinstance(block.weight, Paged)
+    for _ in range(2):
+        child = os.fork()
+        if child:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if os.getpid() == first:
+                codes.append(code)
+                return
+            os._exit(code)
+        before_reading()
+
+codes = []
+model[2][0].register_forward_pre_hook(fork_twice)
+try:
+    said = "right" if torch.equal(model(x), right) else "wrong"
+except FormatError as error:
+    said = "told" if "00003" in str(error) else str(error)
+if os.getpid() != first:
+    os._exit({"right": 10, "told": 11}.get(said, 1))
+print(said, codes)
+"""
+
+
+def test_the_child_of_a_child_goes_on_with_the_forward_that_it_was_forked_in(folder: Path) -> None:
+    done = program("before_reading = lambda: None" + FORKS_WITHIN, folder)
+    assert (done.returncode, done.stdout) == (0, "right [10]\n"), done.stderr
+
+
+def test_what_was_held_while_a_process_forked_and_cannot_be_read_in_the_child_is_told(folder: Path) -> None:
+    done = program(f"before_reading = lambda: os.truncate({str(shard(folder, 2))!r}, 100)" + FORKS_WITHIN, folder)
+    assert (done.returncode, done.stdout) == (0, "right [11]\n"), done.stderr
 
 
 EXITS = {
