@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from shardkit.copying import OnBytes
+from shardkit.pools import Pool
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ def each(function: Callable[[Item, OnBytes], Result], items: Iterable[Item], on_
             raise _Stopped
         on_bytes(count)
 
-    with ThreadPoolExecutor(min(_TOGETHER, os.cpu_count() or 1), "shardkit-read") as pool:
+    with Pool(min(_TOGETHER, os.cpu_count() or 1), "shardkit-read") as pool:
         try:
             return list(pool.map(lambda item: function(item, report), items))
         finally:

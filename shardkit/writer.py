@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from shardkit.manifest import MANIFEST_NAME, Digests, Listed, Manifest, Run
 from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.plan import OutputFile, Plan
+from shardkit.pools import Pool
 
 _TOGETHER = 8  # more files at a time than this do not help one disk
 
@@ -47,7 +48,7 @@ def write(
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     clones = cache(lambda path: can_clone(path, journal.folder))
     together = jobs or _at_a_time(plan)
-    with ThreadPoolExecutor(together, "shardkit-compress") as frames, ThreadPoolExecutor(together, "shardkit-write") as pool:
+    with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
         futures = [pool.submit(run.write, file) for file in todo]
         if any(run.is_read_by_reference(file) for file in todo):

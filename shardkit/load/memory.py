@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from shardkit.casting import Cast
 from shardkit.load.arenas import HUGE, Arena
 from shardkit.payload import Extent, Payload, Swapped, ended_early, fill, unreadable
+from shardkit.pools import Pool
 
 WORKERS = 4
 Item = tuple[Payload, torch.dtype, Sequence[int]]
@@ -273,7 +273,7 @@ def _pieces(payload: Payload, memory: memoryview) -> Iterator[_Fill]:
 
 def _carry_out(jobs: Sequence[_Read | _Derivation], workers: int, on_bytes: OnBytes) -> None:
     """Run all *jobs*; after the first that fails no other is begun, and what was begun has ended."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="shardkit-read")
+    pool = Pool(workers, "shardkit-read")
     try:
         futures = [pool.submit(job.run) for job in reversed(jobs)]
         while futures:

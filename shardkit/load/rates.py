@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from shardkit.load.files import SECTOR, Files
 from shardkit.load.layouts import READ
 from shardkit.load.memory import memory_of, private
 from shardkit.payload import Extent, unreadable
+from shardkit.pools import Pool
 from shardkit.sizes import format_size
 
 _READERS = 3  # as many as a stream has
@@ -110,7 +110,7 @@ def _read_rate(disk: _Disk) -> float:
     files, rest = Files(), iter(list(_places(disk.extents)))
     buffers = [memory_of(private(READ).fill_(0)) for _ in range(_READERS)]  # touched, since fresh memory comes slowly
     try:
-        with ThreadPoolExecutor(_READERS) as pool:
+        with Pool(_READERS, "shardkit-rate") as pool:
             begun = time.perf_counter()
             nbytes = sum(pool.map(partial(_read_for_a_while, files, rest), buffers))
             return nbytes / (time.perf_counter() - begun)

@@ -3,7 +3,8 @@
 1. A filling is over when all its jobs are. After one that fails no other of it is begun, and the filling fails with the same
    error, or as stopped where that would end a thread; the reader goes on with the next.
 2. A filling that no job of was begun can be given up, or brought to the front.
-3. Readers that have nothing to do hold nothing, and end when nobody has a `Readers` any more.
+3. Readers that have nothing to do hold nothing, and end soon. So nobody has to end them before the process can, and there are
+   none left over from what is forgotten.
 4. What a thread that gives them work was interrupted in, the next that does completes. Whoever waits for them does so by a plain
    lock, which Python takes and guards in one step; an interrupt could leave that of a `Future` or an `Event` behind.
 """
@@ -12,16 +13,15 @@ from __future__ import annotations
 
 import threading
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from shardkit.errors import LoadError
 from shardkit.load.lanes import Ticket
 
 _NAME = "shardkit-stream"  # of the threads
+_LONG = 0.05  # seconds for which one that has nothing to do is kept: to start one costs little, but more than to wake it
 
 Job = Callable[[], object]
 
@@ -130,13 +130,13 @@ class Readers:
             count: how many there may be.
             busy: entered by each as long as it has something to do.
         """
-        self._pool = ThreadPoolExecutor(count, _NAME)
-        self._beside = weakref.WeakSet[threading.Thread]()
         self._count = count
         self._busy = busy
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may run a finalizer, which closes, in the middle of anything
         self._queue: deque[Filling] = deque()
-        self._at_work: set[object] = set()
+        self._threads: set[threading.Thread] = set()
+        self._idle: list[threading.Lock] = []
+        self._closed = False
 
     def take(self, filling: Filling, *, first: bool) -> None:
         """Do *filling*, *first* or after all others."""
@@ -157,46 +157,39 @@ class Readers:
 
     def close(self) -> None:
         """Let the threads end when they have done what there is to do, and wait for that; but no reader waits for readers."""
-        waits = not threading.current_thread().name.startswith(_NAME)
-        self._pool.shutdown(wait=waits)
-        while waits and (thread := self._one_beside()):
+        with self._lock:
+            self._closed = True
+            while self._idle:
+                self._idle.pop().release()
+            threads = set(self._threads)
+        for thread in threads if not threading.current_thread().name.startswith(_NAME) else ():
             thread.join()
 
     def _staff(self) -> None:
         """Let as many threads work as there is work for; under the lock."""
-        while len(self._at_work) < min(self._count, sum(filling.waiting for filling in self._queue)):
-            badge = object()
-            self._start(badge)
-            self._at_work.add(badge)  # which it cannot hand in before, since it needs the lock for that
+        wanted = min(self._count, sum(filling.waiting for filling in self._queue))
+        while len(self._threads) - len(self._idle) < wanted:
+            if self._idle:
+                self._idle.pop().release()
+            else:
+                thread = threading.Thread(target=self._work, name=_NAME)
+                thread.start()
+                self._threads.add(thread)
 
-    def _start(self, badge: object) -> None:
+    def _work(self) -> None:
+        bell = threading.Lock()
+        bell.acquire()
         try:
-            self._pool.submit(self._work, badge)
-        except RuntimeError:  # the main thread has ended, and pools take nothing more; but others may go on
-            thread = threading.Thread(target=self._work, args=(badge,), name=_NAME)
-            thread.start()
-            self._beside.add(thread)
-
-    def _one_beside(self) -> threading.Thread | None:
-        """A thread beside the pool that has not ended."""
-        with self._lock:
-            return next((thread for thread in self._beside if thread.is_alive()), None)
-
-    def _work(self, badge: object) -> None:
-        try:
-            with self._busy():
-                while found := self._next():
-                    filling, job = found
-                    filling.run(job)
-                    del found, filling, job  # what is done is not kept while the next is waited for
+            while True:
+                with self._busy():
+                    while found := self._next():
+                        filling, job = found
+                        filling.run(job)
+                        del found, filling, job  # what is done is not kept while the next is waited for
+                if not self._rest(bell):
+                    return
         finally:
-            self._leave(badge)
-
-    def _leave(self, badge: object) -> None:
-        """One is not at work any more; if there is still something to do, another comes."""
-        with self._lock:
-            self._at_work.discard(badge)
-            self._staff()
+            self._leave()
 
     def _next(self) -> tuple[Filling, Job] | None:
         with self._lock:
@@ -208,6 +201,30 @@ class Readers:
                 if job is not None:
                     return filling, job
             return None
+
+    def _rest(self, bell: threading.Lock) -> bool:
+        """Wait for something to do, which somebody rings the *bell* for; False if that takes long, or everything is closed."""
+        with self._lock:
+            if self._queue:
+                return True
+            if self._closed:
+                return False
+            self._idle.append(bell)
+        if bell.acquire(timeout=_LONG):
+            return True
+        with self._lock:
+            if bell not in self._idle:  # it has just been rung
+                bell.acquire(blocking=False)
+                return True
+            self._idle.remove(bell)
+            self._threads.discard(threading.current_thread())
+            return False
+
+    def _leave(self) -> None:
+        """One is not at work any more; if there is still something to do, another comes."""
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+            self._staff()
 
 
 def held_here(lock: threading.Condition) -> bool:

@@ -530,13 +530,22 @@ print(said, codes)
 """
 
 
+EIO = """
+def broken(*_):
+    raise OSError(5, "Input/output error")
+
+def before_reading():
+    os.preadv = broken
+"""
+
+
 def test_the_child_of_a_child_goes_on_with_the_forward_that_it_was_forked_in(folder: Path) -> None:
-    done = program("before_reading = lambda: None" + FORKS_WITHIN, folder)
+    done = program("before_reading = lambda: None\n" + FORKS_WITHIN, folder)
     assert (done.returncode, done.stdout) == (0, "right [10]\n"), done.stderr
 
 
 def test_what_was_held_while_a_process_forked_and_cannot_be_read_in_the_child_is_told(folder: Path) -> None:
-    done = program(f"before_reading = lambda: os.truncate({str(shard(folder, 2))!r}, 100)" + FORKS_WITHIN, folder)
+    done = program(EIO + FORKS_WITHIN, folder)
     assert (done.returncode, done.stdout) == (0, "right [11]\n"), done.stderr
 
 
