@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from shardkit.codec import Codec
 from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
+from shardkit.forks import begin_again_in_children
 from shardkit.limits import Limits
 from shardkit.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
 from shardkit.sizes import format_size
@@ -47,8 +48,9 @@ class Spool:
         self._promised = promised
         self._limits = limits
         self._scratch = scratch
-        self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
+        self._unlock()
+        begin_again_in_children(self, Spool._unlock)
 
     @property
     def path(self) -> Path:
@@ -72,7 +74,9 @@ class Spool:
     def read(self, start: int, nbytes: int) -> bytes:
         """At most *nbytes* of the expanded bytes, from *start* on; fewer only at their end."""
         file = self.file()
-        with self._lock:  # not every system reads at an offset without moving the file's own
+        if hasattr(os, "pread"):  # which moves no offset: that is shared with the children of a fork
+            return os.pread(file.fileno(), nbytes, start)
+        with self._lock:
             file.seek(start)
             return file.read(nbytes)
 
@@ -87,6 +91,9 @@ class Spool:
 
     def __reduce__(self) -> tuple[Any, ...]:  # Any: the pickle protocol's own type
         return Spool, (self.origin, self.codec, self._limits, self._scratch, self._promised)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
 
     def _expand(self) -> IO[bytes]:
         with ExitStack() as undo:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from shardkit.forks import begin_again_in_children
 from shardkit.load.counts import Counts
 from shardkit.load.pager import eager
 
@@ -52,10 +53,11 @@ class Clock:
         """
         self.chosen = chosen
         self._streams = tuple(streams)
-        self._lock = threading.Lock()
         self._thread = threading.local()
         self._series = Series(0)
         self._before = Counts()
+        self._unlock()
+        begin_again_in_children(self, Clock._unlock)
 
     @property
     def series(self) -> Series:
@@ -93,6 +95,9 @@ class Clock:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
         return Clock(deepcopy(self._streams, memo), chosen=self.chosen)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
 
     def _now(self) -> Counts:
         counts = [stream.counts for stream in self._streams]

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from shardkit.errors import LoadError, ShardkitError
+from shardkit.forks import begin_again_in_children
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.stream import Stream
@@ -147,7 +148,7 @@ class Pager:
         self._recipes = tuple(recipes)
         self._inside: set[Visit] = set()
         self._taken: list[tuple[Seat, torch.Tensor, torch.Tensor]] = []
-        _PAGERS.add(self)
+        begin_again_in_children(self, Pager.forked)  # after its stream, which was there before
 
     @property
     def stream(self) -> Stream:
@@ -272,15 +273,3 @@ def _module_call() -> FrameType | None:
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back
     return frame
-
-
-_PAGERS: weakref.WeakSet[Pager] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for pager in list(_PAGERS):
-        pager.forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)  # after that of the streams, which were there before

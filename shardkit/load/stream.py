@@ -14,16 +14,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from shardkit.forks import begin_again_in_children
 from shardkit.load.counts import Counts, Tally
 from shardkit.load.files import Files
 from shardkit.load.lanes import Done, Lane, Ticket
@@ -65,7 +64,7 @@ class Stream:
         self._tally = Tally()
         self._closed = False
         self._begin()
-        _STREAMS.add(self)
+        begin_again_in_children(self, Stream._forked)
 
     @property
     def nbytes(self) -> int:
@@ -328,16 +327,3 @@ class Stream:
         self.thread, self._inherited = thread, held
         for each in held.values():
             each.read(self._files)
-
-
-_STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Locks may be held by threads that are not there any more."""
-    for stream in list(_STREAMS):
-        stream._forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -336,8 +337,10 @@ def threads_and_descriptors() -> tuple[int, int]:
 
 
 def resident_bytes() -> int:
+    """Of memory that is not a file's: that of files comes and goes as the system likes."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def settled(before: tuple[int, int]) -> bool:
@@ -374,13 +377,17 @@ def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, residen
                 y = block(y)
             assert torch.equal(y, expected)
 
-    forwards(100)
-    (_, before), memory = threads_and_descriptors(), resident_bytes()
-    forwards(9_900)
+    forwards(1000)
+    _, before = threads_and_descriptors()
+    memory = [resident_bytes()]
+    for _ in range(9):
+        forwards(1000)
+        memory.append(resident_bytes())
     threads, descriptors = threads_and_descriptors()
     assert descriptors <= before
     assert threads <= begun + _READERS  # which start when there is work for one more
-    assert resident_bytes() - memory < 4 << 20
+    grown = sorted(after - before for before, after in pairwise(memory))
+    assert grown[len(grown) // 2] < 64 << 10  # one lap may make room for more laps
 
 
 def test_fifty_models_are_loaded_and_closed_and_leave_nothing(folder: Path, expected: torch.Tensor) -> None:
@@ -571,6 +578,17 @@ def closing():
 for work in (forwards, closing):
     threading.Thread(target=work).start()
 reading.wait()
+""",
+    "while another thread loads and forwards": """
+from shardkit.load import close
+def late():
+    threading.main_thread().join()
+    for place in ("cpu", "disk"):
+        with init_empty_weights():
+            twin = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers)))
+        twin = load_checkpoint_and_dispatch(twin.eval(), folder, {"": place}, ring=2)
+        assert torch.equal(twin(x), model(x))
+threading.Thread(target=late).start()
 """,
     "by a close at the end": """
 import atexit

@@ -531,6 +531,14 @@ def no_readers() -> None:
     assert eventually(lambda: not readers())
 
 
+@pytest.mark.usefixtures("no_readers")
+def test_readers_that_have_nothing_to_do_end(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    for _ in range(2):
+        use(stream, 0)
+        assert eventually(lambda: not readers())
+
+
 def closing(stream: Stream) -> threading.Thread:
     """A thread that is about to close *stream*."""
     thread = threading.Thread(target=stream.close)
