@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,25 +12,14 @@ from random import Random
 import pytest
 import zstandard
 
+from children import begun, forks, in_a_child, said_by, threaded
 from shardkit.codecs.zstd import CODEC, decompress
 from shardkit.expansion import Spool
 from shardkit.forks import begin_again_in_children
 from shardkit.limits import Limits
 from shardkit.payload import Extent
 
-pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here"), pytest.mark.timeout(60)]
-
-
-def in_child(check: Callable[[], bool]) -> bool:
-    """What *check* says in the child of a fork."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = 0 if check() else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+pytestmark = [forks, threaded, pytest.mark.timeout(60)]
 
 
 class Owner:
@@ -38,24 +27,24 @@ class Owner:
 
 
 def test_owners_begin_again_in_the_order_in_which_they_came_and_only_in_the_child() -> None:
-    begun: list[int] = []
+    again: list[int] = []
     owners = [Owner() for _ in range(3)]
     numbers = {id(owner): number for number, owner in enumerate(owners)}
     for owner in owners:
-        begin_again_in_children(owner, lambda each: begun.append(numbers[id(each)]))
+        begin_again_in_children(owner, lambda each: again.append(numbers[id(each)]))
     del owners[1], owner
-    assert in_child(lambda: begun == [0, 2])
-    assert begun == []
+    assert in_a_child(lambda: again == [0, 2])
+    assert again == []
 
 
 def test_an_expansion_that_another_thread_is_at_is_done_in_the_child_as_well(tmp_path: Path) -> None:
     content = Random(3).randbytes(20_000)
     path = tmp_path / "content.zst"
     path.write_bytes(zstandard.compress(content))
-    begun, go_on, here = threading.Event(), threading.Event(), os.getpid()
+    expanding, go_on, here = threading.Event(), threading.Event(), os.getpid()
 
     def slowly(pieces: Iterable[memoryview]) -> Iterator[bytes]:
-        begun.set()
+        expanding.set()
         if os.getpid() == here:
             go_on.wait(30)
         yield from decompress(pieces)
@@ -63,8 +52,8 @@ def test_an_expansion_that_another_thread_is_at_is_done_in_the_child_as_well(tmp
     spool = Spool(Extent(path, 0, path.stat().st_size), replace(CODEC, decompress=slowly), Limits())
     thread = threading.Thread(target=spool.file)
     thread.start()
-    begun.wait(30)
-    assert in_child(lambda: spool.read(1000, 5) == content[1000:1005])
+    expanding.wait(30)
+    assert in_a_child(lambda: spool.read(1000, 5) == content[1000:1005])
     go_on.set()
     thread.join()
     assert spool.read(1000, 5) == content[1000:1005]
@@ -80,9 +69,7 @@ def test_a_parent_and_its_child_read_an_expansion_side_by_side(tmp_path: Path) -
         return all(spool.read(at, 100) == content[at : at + 100] for at in range(0, len(content), 20))
 
     assert is_right()  # it is expanded
-    child = os.fork()
-    if not child:
-        os._exit(0 if is_right() else 1)
+    child = begun(is_right)
     right = is_right()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert said_by(child)
     assert right

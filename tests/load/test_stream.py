@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from children import forks, in_a_child, threaded
 from interruption import interrupted
 from shardkit.casting import Cast
 from shardkit.dtypes import parse_dtype
@@ -348,22 +349,6 @@ def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path
     stream.release(1, "b")
     thread.join(20)
     assert got
-
-
-def in_a_child(check: Callable[[], bool]) -> bool:
-    """What *check* says in the child of a fork."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if check() else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-threaded = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @forks
