@@ -135,6 +135,7 @@ class Readers:
         self._lock = threading.RLock()  # the collector may run a finalizer, which closes, in the middle of anything
         self._queue: deque[Filling] = deque()
         self._threads: set[threading.Thread] = set()
+        self._at_work: set[threading.Thread] = set()
         self._idle: list[threading.Lock] = []
         self._closed = False
 
@@ -167,7 +168,7 @@ class Readers:
 
     def _staff(self) -> None:
         """Let as many threads work as there is work for; under the lock."""
-        wanted = min(self._count, sum(filling.waiting for filling in self._queue))
+        wanted = min(self._count, len(self._at_work) + sum(filling.waiting for filling in self._queue))
         while len(self._threads) - len(self._idle) < wanted:
             if self._idle:
                 self._idle.pop().release()
@@ -192,13 +193,16 @@ class Readers:
             self._leave()
 
     def _next(self) -> tuple[Filling, Job] | None:
+        """What this thread is at from now on."""
         with self._lock:
+            self._at_work.discard(threading.current_thread())
             while self._queue:
                 filling = self._queue[0]
                 job = filling.begin()
                 if not filling.waiting:
                     self._queue.popleft()
                 if job is not None:
+                    self._at_work.add(threading.current_thread())
                     return filling, job
             return None
 
@@ -224,6 +228,7 @@ class Readers:
         """One is not at work any more; if there is still something to do, another comes."""
         with self._lock:
             self._threads.discard(threading.current_thread())
+            self._at_work.discard(threading.current_thread())
             self._staff()
 
 

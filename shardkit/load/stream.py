@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from shardkit.load.counts import Counts, Tally
 from shardkit.load.files import Files
 from shardkit.load.lanes import Done, Lane, Ticket
 from shardkit.load.pages import Habit, Inherited, Page, Piece
+from shardkit.load.places import Places
 from shardkit.load.readers import Filling, Readers, held_here
 from shardkit.load.rings import Place, Ring, room_for
 
@@ -70,8 +71,7 @@ class Stream:
     def nbytes(self) -> int:
         """Bytes of memory that it holds on its device now."""
         with self.lock:
-            places = [page.place for page in self._pages if page.place is not None]
-            return self._ring.held + sum(place.nbytes for place in places if not place.in_ring)
+            return self._places.nbytes
 
     @property
     def counts(self) -> Counts:
@@ -124,7 +124,7 @@ class Stream:
         """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
         with self.lock:
             self._closed = True
-            self._act(self._vacate_all)
+            self._act(self._let_go)
         if not held_here(self._changed):  # as by who runs a finalizer in the middle of something; then they end with the stream
             self._readers.close()
         self._files.close()
@@ -139,8 +139,7 @@ class Stream:
         self._readers = Readers(_READERS, self._tally.reading)
         self._files = Files()
         self._pages = [Page(page.pieces, page.layout) for page in self._pages]
-        self._ring = Ring(self.lane, self.room)
-        self._clock = 0
+        self._places = Places(self._pages, Ring(self.lane, self.room))
         self._acting = self._torn = False
         self._inherited: dict[Hashable, Inherited] = {}
         self._chain: list[int] = []
@@ -163,25 +162,26 @@ class Stream:
 
     def _mend(self) -> None:
         """Let what is half done be undone."""
-        for page in self._pages:
-            beside = page.idle and page.place is not None and not page.place.in_ring
-            if (beside or not page.whole) and (page.reading is None or page.reading.give_up()):
-                self._vacate(page)
-        self._ring.keep([page.place for page in self._pages if page.place is not None])
+        self._places.mend()
         self._readers.complete()
         self._drop_if_over()
         self._changed.notify_all()
         self._torn = False
 
+    def _let_go(self) -> None:
+        self._places.vacate_idle()
+        self._drop_if_over()
+        self._changed.notify_all()
+
     def _hold(self, number: int, visit: Hashable, *, holding: bool) -> bool:
         """Hold the page, and see that it is read; False if it has no place and there is none."""
         page = self._pages[number]
         if page.failed and not page.holders:
-            self._vacate(page)
+            self._places.vacate(page)
         if page.reading is None:
-            place = self._place(number)
+            place = self._places.find(number)
             if place is None and holding:
-                place = self._ring.beside(number, page.layout)
+                place = self._places.beside(number)
             if place is None:
                 return False
             self._read(place, first=True)
@@ -200,7 +200,7 @@ class Stream:
             page.place.after[used.line] = used
         page.holders.discard(visit)
         if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
-            self._vacate(page)
+            self._places.vacate(page)
         self._drop_if_over()
         self._changed.notify_all()
 
@@ -217,7 +217,7 @@ class Stream:
         """Read as much as there are places for of what was expected last."""
         for following in self._chain[1:]:
             if self._pages[following].reading is None:
-                place = self._place(following, keep=self._chain)
+                place = self._places.find(following, keep=self._chain)
                 if place is None:
                     return
                 self._read(place, first=False)
@@ -236,64 +236,19 @@ class Stream:
         habit: Habit = self.thread.habit
         return habit
 
-    def _place(self, number: int, *, keep: Collection[int] = ()) -> Place | None:
-        """A place for the page, taken from pages that nobody holds if need be, but not from those to *keep*."""
-        found = self._found(number, partial(self._may_go, keep=keep))
-        if found is None and not keep:  # what was read ahead is given up for what is needed now, not for more of the same
-            found = self._found(number, lambda place: self._pages[place.number].idle)
-        return found
-
-    def _found(self, number: int, may_go: Callable[[Place], bool]) -> Place | None:
-        busy: set[Place] = set()
-        layout = self._pages[number].layout
-        while found := self._ring.find(number, layout, lambda place: place not in busy and may_go(place)):
-            place, leaving = found
-            for each in leaving:
-                page = self._pages[each.number]
-                if page.reading is not None and page.reading.give_up():
-                    self._vacate(page)
-                else:
-                    busy.add(each)
-            if busy.isdisjoint(leaving):
-                self._ring.take(place)
-                return place
-        return None
-
-    def _may_go(self, place: Place, *, keep: Collection[int]) -> bool:
-        """Whether its page was used, or nobody came for it for long."""
-        page = self._pages[place.number]
-        long = 4 * max(2, len(keep))
-        return page.idle and place.number not in keep and (page.used or self._clock - page.asked > long)
-
-    def _vacate_all(self) -> None:
-        for page in self._pages:
-            if page.idle:
-                self._vacate(page)
-        self._drop_if_over()
-        self._changed.notify_all()
-
-    def _vacate(self, page: Page) -> None:
-        place, reading = page.place, page.reading
-        page.place, page.reading, page.used = None, None, False
-        if reading is not None:
-            reading.give_up()
-        if place is not None:
-            self._ring.leave(place)
-
     def _read(self, place: Place, *, first: bool) -> None:
         page = self._pages[place.number]
         assert place.host is not None
         assert place.memory is not None
-        self._clock += 1
         jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
         # The memory is named here, because a close takes it from the place, and it must outlive the reads.
         filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory), self._landed)
-        page.place, page.reading, page.used, page.asked = place, filling, False, self._clock
+        self._places.occupy(place, filling)
         self._readers.take(filling, first=first)
 
     def _drop_if_over(self) -> None:
         if self._closed and not any(page.holders for page in self._pages):
-            self._ring.drop()
+            self._places.drop()
 
     def _landed(self) -> None:
         with self.lock:
