@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -66,7 +67,7 @@ def test_what_is_hurried_comes_before_what_was_there_first() -> None:
     readers, busy, order = Readers(1, nullcontext), Job(), list[int]()
     readers.take(filling(busy), first=False)
     assert busy.begun.wait(20)
-    waiting = [filling(lambda number=number: order.append(number)) for number in range(4)]
+    waiting = [filling(partial(order.append, number)) for number in range(4)]
     for each in waiting[:3]:
         readers.take(each, first=False)
     readers.take(waiting[3], first=True)
@@ -84,7 +85,11 @@ def test_after_a_job_that_fails_no_other_is_begun_and_nothing_is_finished() -> N
     def failing() -> None:
         raise LoadError("broken on purpose")
 
-    fails = filling(failing, lambda: done.append("job"), finish=lambda: done.append("finish") or Done())
+    def finish() -> Ticket:
+        done.append("finish")
+        return Done()
+
+    fails = filling(failing, lambda: done.append("job"), finish=finish)
     readers.take(fails, first=False)
     with pytest.raises(LoadError, match="broken on purpose"):
         fails.result()
