@@ -5,17 +5,18 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import source
-from shardkit.checkpoint import Checkpoint, TensorEntry
+from shardkit import registry, source
+from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
 from shardkit.errors import shown_path
+from shardkit.format import Source
 from shardkit.freshness import record_in
 from shardkit.integrity import archive_faults, archives, block_fault, listed_faults, manifest_of, said
 from shardkit.limits import Limits
@@ -216,15 +217,26 @@ def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> C
         return _as_recorded(checkpoint, record, on_bytes, on_total)
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
-    outside = [entry for entry in checkpoint.tensors if not _reads_only(entry.payload, inside)]
+    outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
     on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
     faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
     each(_drained, outside, on_bytes)
-    notes = [said(archive) for archive in zips]
-    if outside:
-        notes.append(f"{len(outside):,} tensors carry no checksum: their bytes can be read, and are unchecked")
+    notes = (*(said(archive) for archive in zips), *_unsummed(outside, _compressed(checkpoint.files, limits)))
     differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
-    return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, tuple(notes))
+    return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, notes)
+
+
+def _compressed(files: Iterable[SourceFile], limits: Limits) -> set[Path]:
+    return {file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None}
+
+
+def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator[str]:
+    """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
+    expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
+    if expanded:
+        yield f"{expanded:,} tensors were expanded, and held against the checksums in their frames, where these have any"
+    if expanded < len(entries):
+        yield f"{len(entries) - expanded:,} tensors carry no checksum: their bytes can be read, and are unchecked"
 
 
 def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:

@@ -225,6 +225,13 @@ def test_damage_is_found(source: Path, tmp_path: Path, checksum: str | None) -> 
             shardkit.verify(tmp_path / "out")
 
 
+def test_verify_says_that_frames_were_held_against_their_checksums(source: Path, tmp_path: Path) -> None:
+    shardkit.convert(source, tmp_path / "out", compress="zstd")
+    (note,) = shardkit.verify(tmp_path / "out").notes
+    held = sum(tensor.nbytes > 0 for tensor in state().values())
+    assert note == f"{held} tensors were expanded, and held against the checksums in their frames, where these have any"
+
+
 def test_an_output_is_replaced_by_a_plain_one(source: Path, tmp_path: Path) -> None:
     shardkit.convert(source, tmp_path / "out", compress="zstd")
     shardkit.convert(source, tmp_path / "out", overwrite=True)
