@@ -98,8 +98,7 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
         LoadError: there is no room for it.
     """
     wanted = list(items)
-    addresses = [_address(payload) for payload, _, _ in wanted]
-    order = sorted(range(len(wanted)), key=addresses.__getitem__)
+    order = sorted(range(len(wanted)), key=[_address(payload) for payload, _, _ in wanted].__getitem__)
     tensors: list[torch.Tensor] = [torch.empty(0)] * len(wanted)
     fills: list[_Fill] = []
     for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order]), strict=True):
