@@ -46,7 +46,7 @@ class Group(nn.Module):
 
 @st.composite
 def models(draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ...] = PLAIN) -> nn.Module:
-    """Blocks and groups of each other, of layers, and of bare tensors; with *ties*, some weights are those of an earlier layer."""
+    """Blocks and groups of each other, of layers, and of bare tensors; with *ties*, some weights are an earlier layer's."""
     linears: list[nn.Linear] = []
     count = iter(range(10**6))
 
@@ -131,7 +131,7 @@ def test_balanced_budgets_are_accelerates_where_it_is_right(data: st.DataObject)
     budgets = data.draw(budgets_for(model, least=1))
     del budgets["disk"]  # which Accelerate takes for an accelerator
     low_zero = data.draw(st.booleans())
-    ours = get_balanced_memory(model, budgets, low_zero=low_zero)
+    ours: Budgets = dict(get_balanced_memory(model, budgets, low_zero=low_zero))
     assert ours == theirs.get_balanced_memory(model, dict(budgets), low_zero=low_zero)
     assert all(0 <= ours[device] <= budgets[device] for device in budgets)
     placed = infer_auto_device_map(model, ours, offload_buffers=True)

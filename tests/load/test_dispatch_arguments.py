@@ -1,0 +1,149 @@
+"""What the arguments of dispatching mean, where a machine without accelerators can show it; the meta device stands for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from shardkit.errors import Mismatch
+from shardkit.load import dispatch
+from shardkit.load.arrangement import attachments
+from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardkit.load.pager import Pager, Streamed
+
+WIDTH = 8
+X = torch.linspace(-1, 1, WIDTH)
+
+
+class Pair(nn.Module):
+    """Two layers, of which one is never called: its weight is used by the other's owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        summed: torch.Tensor = self.first(x) + nn.functional.linear(x, self.second.weight) + self.norm.running_mean
+        return summed
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+        self.out = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor, past: Any = None) -> torch.Tensor:  # Any: whatever is kept from one call to the next
+        assert past is None or past["key"][0].is_meta
+        made: torch.Tensor = self.out(self.pair(x))
+        return made
+
+
+class Elsewhere(nn.Module):
+    """It has no weights, and sees where it is run."""
+
+    def forward(self, x: torch.Tensor, past: list[torch.Tensor]) -> dict[str, Any]:
+        assert x.is_meta
+        assert not past[0].is_meta
+        return {"y": torch.zeros(len(x)), "past": past}
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    made = Model().eval()
+    made.pair.norm.get_buffer("running_mean").fill_(2)
+    return made
+
+
+@pytest.fixture
+def file(model: Model, tmp_path: Path) -> Path:
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def paged(model: nn.Module) -> set[str]:
+    """The modules that stream as one."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[module] for module, *_, each in attachments(model) if isinstance(each, Pager)}
+
+
+def streamed(model: nn.Module) -> set[str]:
+    return {name for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Streamed)}
+
+
+def ways(model: Model, file: Path, folder: Path, **options: Any) -> Iterator[Model]:
+    """*model*, all of it on disk, by every function that takes it there."""
+    yield load_checkpoint_and_dispatch(Model().eval(), file, {"": "disk"}, **options)
+    yield dispatch_model(model, {"": "disk"}, offload_dir=folder / "of dispatch_model", **options)
+
+
+def test_classes_to_preload_stream_as_one(model: Model, file: Path, tmp_path: Path) -> None:
+    expected = model(X)
+    for each in ways(model, file, tmp_path):
+        assert paged(each) == {"pair.first", "pair.second", "pair.norm", "out"}
+        assert torch.equal(each(X), expected)
+    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path, preload_module_classes=["Pair"]):
+        assert paged(each) == {"pair", "out"}
+        assert torch.equal(each(X), expected)
+    for preloaded in ("Pair", ["Pair"]):
+        offloaded = disk_offload(
+            load_checkpoint_and_dispatch(Model().eval(), file), tmp_path / "disk_offload", preload_module_classes=preloaded
+        )
+        assert paged(offloaded) == {"pair", "out"}
+        assert torch.equal(offloaded(X), expected)
+
+
+def test_buffers_stay_unless_they_are_to_go(model: Model, file: Path, tmp_path: Path) -> None:
+    expected = model(X)
+    buffers = {name for name, _ in model.named_buffers()}
+    for each in ways(model, file, tmp_path):
+        assert not streamed(each) & buffers
+    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path / "too", offload_buffers=True):
+        assert buffers < streamed(each)
+        assert torch.equal(each(X), expected)
+
+
+def test_keys_that_are_skipped_stay_where_they_are(model: Model, file: Path, tmp_path: Path) -> None:
+    expected = model(X)
+    past = {"key": [torch.ones(1, device="meta")]}
+    for each in ways(model, file, tmp_path, skip_keys="past"):
+        assert torch.equal(each(X, past=past), expected)
+    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path / "moved"):
+        with pytest.raises(NotImplementedError, match="meta"):  # what has no values cannot come to where the model runs
+            each(X, past=past)
+
+
+def test_the_main_device_runs_what_no_accelerator_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "torch_device", lambda device: torch.device("cpu" if device == "cpu" else "meta"))
+    for main in (0, "cuda:1", torch.device("cuda")):
+        run = dispatch_model(Elsewhere(), {"": "cpu"}, main, skip_keys=["past"], force_hooks=True)
+        assert not run(X, past=[torch.ones(1)])["y"].is_meta  # it goes back to where the input was
+    run = cpu_offload(Elsewhere(), 0)
+    with pytest.raises(AssertionError):  # no key is skipped
+        run(X, past=[torch.ones(1)])
+    assert not list(attachments(dispatch_model(Elsewhere(), {"": "cpu"}, 0)))
+
+
+def test_strict_means_both_directions_before_a_weight_is_touched(model: Model, file: Path, tmp_path: Path) -> None:
+    state = model.state_dict()
+    save_file({name: tensor for name, tensor in state.items() if name != "out.bias"}, tmp_path / "less.safetensors")
+    save_file(state | {"more": torch.ones(1)}, tmp_path / "more.safetensors")
+    for name in ("less", "more"):
+        for device_map in ({"": "cpu"}, {"": "disk"}, "auto", None):
+            fresh = Model()
+            before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+            with pytest.raises(Mismatch, match=r"out\.bias" if name == "less" else "more"):
+                load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map, strict=True)
+            assert all(torch.equal(tensor, before[each]) for each, tensor in fresh.state_dict().items())
+            assert not list(attachments(fresh))
+            with pytest.warns(UserWarning, match=r"out\.bias" if name == "less" else "more"):
+                load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map)
