@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]
+import accelerate  # type: ignore[import-untyped]  # it ships no types
 import pytest
 import torch
 import transformers

@@ -137,7 +137,7 @@ class Failing:
         return ()
 
     def narrow(self, start: int, nbytes: int) -> Failing:
-        raise NotImplementedError
+        raise ValueError("it comes whole")
 
     def chunks(self) -> Iterator[memoryview]:
         yield memoryview(bytes(CHUNK))
@@ -173,7 +173,7 @@ class Meeting:
         return ()
 
     def narrow(self, start: int, nbytes: int) -> Meeting:
-        raise NotImplementedError
+        raise ValueError("it comes whole")
 
     def chunks(self) -> Iterator[memoryview]:
         self.places.wait(timeout=60)

@@ -182,7 +182,7 @@ def test_a_checkpoint_that_is_swapped_for_another_is_told_and_loads_anew(folder:
     model = streaming(folder)
     model(X)
     better = copy.deepcopy(resident)
-    better[1][0].weight += 1  # type: ignore[index]
+    better.get_parameter("1.0.weight").add_(1)
     saved(better, folder.with_name("better"))
     folder.rename(folder.with_name("old"))
     folder.with_name("better").rename(folder)

@@ -437,7 +437,7 @@ def test_a_reader_that_is_stopped_is_told_and_replaced(file: Path, fault: type[B
         payloads[3].chunks = stopping  # type: ignore[method-assign]  # the fault that is struck
         with pytest.raises(MemoryError if fault is MemoryError else LoadError):
             stream.claim(3, object())
-    payloads[3].chunks = chunks  # type: ignore[method-assign]
+    payloads[3].chunks = chunks  # type: ignore[method-assign]  # which is taken away again
     for number in range(8):
         use(stream, number)
 
