@@ -56,6 +56,18 @@ class Arena:
         return cls(mapping, start)
 
     @classmethod
+    def shared(cls, nbytes: int) -> Arena:
+        """Fresh memory that begins at a page, and that the child of a fork has in common with its parent.
+
+        Raises:
+            LoadError: there is no room for it.
+        """
+        try:
+            return cls(mmap.mmap(-1, nbytes), 0)
+        except OSError as error:
+            raise LoadError(f"no memory for {format_size(nbytes)} of weights: {error.strerror}") from None
+
+    @classmethod
     def over(cls, path: Path, extents: Sequence[Extent]) -> Arena:
         """The pages of a file that hold *extents*; places in it are those in the file, and what is written stays private.
 

@@ -2,14 +2,15 @@
 
 1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
 2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
-   the model runs on an accelerator. What it sends to the disk streams from where it lies.
+   the model runs on an accelerator, which copies it out of memory that is made for that (see `kept`). What it sends to the disk
+   streams from where it lies.
 3. A weight that should stream and is in no block stays in the memory of the device that it is needed on, as do buffers unless
    they are to be offloaded; those that no checkpoint holds always do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +23,21 @@ from shardkit.load.blocks import Block, Cut, cut
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import device_of
 from shardkit.load.forwards import Clock
-from shardkit.load.lanes import lane_to
+from shardkit.load.kept import kept_recipes
+from shardkit.load.lanes import Lane, lane_to
 from shardkit.load.layouts import Layout
 from shardkit.load.loading import torch_device
 from shardkit.load.moves import Mover, attach_movers
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
-from shardkit.load.pages import Piece
-from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.recipe import Recipe
 from shardkit.load.resident import place
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
+from shardkit.load.streamed import StreamedBlock
 from shardkit.load.together import Pipeline, called, models_of
 from shardkit.load.weights import Weight, weights_of
-from shardkit.payload import Buffer
 
 _CPU = torch.device("cpu")
 
@@ -81,6 +82,10 @@ class Wish:
         offloaded = device == "disk" or (device == "cpu" and runs_on.type != "cpu")
         return (device, runs_on) if offloaded and (self.offload_buffers or not weight.is_buffer) else None
 
+    def keeps(self, block: Block) -> bool:
+        """Whether *block*, which streams, does so from main memory."""
+        return device_of(block.weights[0].names[0], self.device_map) == "cpu"
+
     def cut(self, model: nn.Module) -> Cut:
         """What of *model* streams, and what stays in memory."""
         return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
@@ -109,16 +114,14 @@ def arrange(
             attached.let_go()
     parts = wish.cut(model)
     check_ring(parts, wish, addresses)
-    inside = [weight for block in parts.blocks for weight in block.weights]
-    addressless = [weight for weight in inside if weight.names[0] not in addresses]
-    _refuse_empty([*parts.resident, *addressless])
+    inside = (weight for block in parts.blocks for weight in block.weights)
+    _refuse_empty([*parts.resident, *(weight for weight in inside if weight.names[0] not in addresses)])
     _detach(model)
-    origins = {weight.names[0]: _origin(weight.tensor) for weight in inside}
-    places = [(weight, wish.runs_on(weight.names[0])) for weight in parts.resident]
-    places += [(weight, _CPU) for weight in addressless if device_of(weight.names[0], wish.device_map) == "cpu"]
-    settle(places)
+    settle([(weight, wish.runs_on(weight.names[0])) for weight in parts.resident])
     _settle_other_buffers(model, wish)
-    _stream([_Streamed.of(block, wish, addresses) for block in parts.blocks], model, wish, origins)
+    blocks = list(parts.blocks)
+    del parts  # as what is copied from here on shall go, block by block
+    _stream(blocks, model, wish, addresses)
     if wish.hooks:
         attach_movers(model, wish.runs_on, wish.main, wish.skip)
 
@@ -127,8 +130,27 @@ def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
     """Raise OverBudget unless each block of *parts* fits into the ring."""
     if isinstance(wish.ring, str):
         known = (block for block in parts.blocks if all(_has_value(weight, addresses) for weight in block.weights))
-        pieces = (_Streamed.of(block, wish, addresses).pieces for block in known)
+        pieces = (StreamedBlock.of(block, wish.runs_on(block.weights[0].names[0]), addresses).pieces for block in known)
         room_for((Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring)
+
+
+def kept_addresses(parts: Cut, wish: Wish, stored: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Read what of *parts* streams from main memory, and say where it is.
+
+    Args:
+        parts: of a model, cut by *wish*.
+        wish: how the model shall run.
+        stored: where weights are that are not in memory yet, by their first names; of a block all are read, or none.
+
+    Raises:
+        FormatError: a file cannot be read, or has become shorter.
+        LoadError: there is no room for it.
+    """
+    kept: dict[str, Recipe] = {}
+    for device, names in _kept_blocks(parts, wish, stored).items():
+        recipes = kept_recipes([[stored[name] for name in each] for each in names], lane_to(device))
+        kept |= {name: recipe for each in zip(names, recipes, strict=True) for name, recipe in zip(*each, strict=True)}
+    return kept
 
 
 def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
@@ -210,6 +232,16 @@ def _detach(model: nn.Module) -> list[Pager]:
     return list(pagers)
 
 
+def _kept_blocks(parts: Cut, wish: Wish, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
+    """For each device that something streams to from main memory the names of its weights, block by block."""
+    found: dict[torch.device, list[list[str]]] = {}
+    for block in filter(wish.keeps, parts.blocks):
+        names = [weight.names[0] for weight in block.weights]
+        if all(name in stored for name in names):
+            found.setdefault(wish.runs_on(names[0]), []).append(names)
+    return found
+
+
 def _has_value(weight: Weight, addresses: Mapping[str, Recipe]) -> bool:
     return weight.names[0] in addresses or not (weight.tensor.is_meta or is_lazy(weight.tensor))
 
@@ -232,65 +264,32 @@ def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
                 module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
 
 
-_Origin = tuple[torch.device | None, bool]
-
-
-def _origin(tensor: torch.Tensor) -> _Origin:
-    """The device that has *tensor* in memory, or had it before it streamed, and whether it asks for a gradient."""
-    if isinstance(tensor, Streamed):
-        return tensor.origin, tensor.learned
-    return None if tensor.is_meta or isinstance(tensor, Paged) else tensor.device, tensor.requires_grad
-
-
-def _stream(streamed: list[_Streamed], model: nn.Module, wish: Wish, origins: Mapping[str, _Origin]) -> None:
-    """Let the blocks stream: one ring for each device."""
+def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
+    """Let *blocks*, which are taken from the list one by one, stream: one ring for each device."""
+    lanes: dict[torch.device, Lane] = {}
+    streamed = []
+    while blocks:
+        streamed.append(_brought(blocks.pop(0), wish, addresses, lanes))
     sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
     streams = []
-    for device in dict.fromkeys(each.device for each in streamed):
+    for device, lane in lanes.items():
         group = [each for each in streamed if each.device == device]
-        stream = Stream([each.pieces for each in group], lane_to(device), ring=wish.ring, verify=sources.verify)
+        stream = Stream([each.pieces for each in group], lane, ring=wish.ring, verify=sources.verify)
         streams.append(stream)
         for number, each in enumerate(group):
-            for seat, weight, recipe in zip(each.block.seats, each.block.weights, each.recipes, strict=True):
-                origin, learned = origins[weight.names[0]]
-                seat.take(Streamed.standing_for(recipe, device, is_buffer=weight.is_buffer, origin=origin, learned=learned))
-            Pager(stream, number, each.block.seats, each.recipes).attach(each.block.module)
+            Pager(stream, number, each.seats, each.recipes).attach(each.module)
     for callee in called(model) if streamed else ():
         sources.attach(callee)
         Clock(streams, chosen=wish.chosen).attach(callee)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Streamed:
-    """A block, the device that it runs on, and where its weights are."""
-
-    block: Block
-    device: torch.device
-    recipes: tuple[Recipe, ...]
-
-    @classmethod
-    def of(cls, block: Block, wish: Wish, addresses: Mapping[str, Recipe]) -> _Streamed:
-        pairs = zip(block.weights, block.seats, strict=True)
-        recipes = tuple(addresses.get(weight.names[0]) or _recipe(seat.tensor) for weight, seat in pairs)
-        return cls(block, wish.runs_on(block.weights[0].names[0]), recipes)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        laid_out = [(recipe, *recipe.in_memory) for recipe in self.recipes]
-        return [
-            Piece(payload, recipe.torch_dtype, recipe.shape, strides, weight.is_buffer)
-            for (recipe, payload, strides), weight in zip(laid_out, self.block.weights, strict=True)
-        ]
-
-
-def _recipe(tensor: torch.Tensor | None) -> Recipe:
-    """How to make *tensor*, which may be in memory."""
-    assert tensor is not None
-    if isinstance(tensor, Paged):
-        return tensor.recipe
-    held = tensor.detach().to("cpu").contiguous()
-    dtype = dtype_of(held)
-    if dtype is None:
-        raise LoadError(f"a weight of the type {held.dtype} cannot stream: no format stores it")
-    memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
-    return Recipe(memory, dtype, tuple(held.shape), held.stride())
+def _brought(block: Block, wish: Wish, addresses: Mapping[str, Recipe], lanes: dict[torch.device, Lane]) -> StreamedBlock:
+    """*block*, its weights where they stream from, and addresses in their places."""
+    device = wish.runs_on(block.weights[0].names[0])
+    if device not in lanes:
+        lanes[device] = lane_to(device)
+    streamed = StreamedBlock.of(block, device, addresses)
+    if wish.keeps(block):
+        streamed = streamed.kept(lanes[device])
+    streamed.stand_in()
+    return streamed

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from shardkit.load import resident
-from shardkit.load.arrangement import Wish, arrange, check_ring
+from shardkit.load.arrangement import Wish, arrange, check_ring, kept_addresses
 from shardkit.load.blocks import Cut
 from shardkit.load.budgets import MaxMemory, device_key
 from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
@@ -114,10 +114,12 @@ def load_checkpoint_and_dispatch(
     check_device_map(model, device_map)
     wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring, chosen=chosen)
     parts = wish.cut(model)
-    addresses = _addresses(parts, found.homes, wish)
-    check_ring(parts, wish, addresses)
+    stored = _stored(parts, found.homes)
+    check_ring(parts, wish, stored)
     if verify:
         opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
+    addresses = {name: recipe for name, recipe in stored.items() if device_of(name, wish.device_map) == "disk"}
+    addresses |= kept_addresses(parts, wish, stored)
     values = resident.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
     extra = resident.read_extra(found.extra)
     opened.check_unchanged()
@@ -259,10 +261,9 @@ def _wish(
     )
 
 
-def _addresses(parts: Cut, homes: Iterable[Home], wish: Wish) -> dict[str, Recipe]:
-    """Where those of *homes* are that stream from disk."""
-    weights = (weight for block in parts.blocks for weight in block.weights)
-    streamed = {weight.names[0] for weight in weights if device_of(weight.names[0], wish.device_map) == "disk"}
+def _stored(parts: Cut, homes: Iterable[Home]) -> dict[str, Recipe]:
+    """Where those of *homes* are that stream."""
+    streamed = {weight.names[0] for block in parts.blocks for weight in block.weights}
     return {home.name: Recipe.of(home.stored) for home in homes if home.name in streamed}
 
 

@@ -24,6 +24,7 @@ from shardkit.load.budgets import Device, device_key
 from shardkit.load.cost import Step, predict
 from shardkit.load.device_maps import device_of
 from shardkit.load.forwards import Clock
+from shardkit.load.kept import Kept
 from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.rates import Product, Rates, measure
@@ -190,7 +191,7 @@ def _step(weights: Iterable[Weight], streamed: list[Payload], model: nn.Module, 
     nbytes = sum(payload.nbytes for payload in streamed)
     return Step(
         disk=sum(source.nbytes for payload in streamed for source in payload.sources),
-        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent)),
+        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | Kept)),
         link=nbytes if linked else 0,
         compute=sum(_nbytes(weight) for weight in weights if _is_multiplied(weight, model)),
         room=sum(-(-payload.nbytes // _ALIGNMENT) * _ALIGNMENT for payload in streamed),

@@ -1,7 +1,8 @@
 """The device seam: how weights come to where a block runs, and who must wait for whom.
 
-1. A lane makes the memory of a device, and main memory that is copied to it. On the CPU the two are the same, and nothing is
-   copied. An accelerator gets copies out of pinned memory, on a stream of its own, which nobody waits for but who needs them.
+1. A lane makes the memory of a device, and main memory that is copied to it: such as is filled again and again, and such as is
+   filled once, and kept. On the CPU the first is that of the device, and nothing is copied. An accelerator gets copies out of
+   pinned memory, on a stream of its own, which nobody waits for but who needs them.
 2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so on the ticket: either the
    work that this thread issues next comes after it (`precede`), or the thread itself waits (`finish`).
 3. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to memory passes the tickets of all
@@ -17,7 +18,8 @@ from typing import Protocol
 
 import torch
 
-from shardkit.load.memory import private
+from shardkit.load.memory import aligned, private
+from shardkit.load.pinned import kept_memory, ring_memory
 
 
 class Ticket(Protocol):
@@ -61,11 +63,19 @@ class Lane(Protocol):
         """
         ...
 
+    def kept(self, nbytes: int) -> torch.Tensor:
+        """Main memory that is filled once, for `send`, as bytes: exactly so many.
+
+        Raises:
+            LoadError: there is no room for it.
+        """
+        ...
+
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        """Copy *host* to *memory*, unless they are the same.
+        """Copy *host* to *memory*, unless they are the same; in the order in which they are sent, and on one line.
 
         Args:
-            host: what `host` gave, or a part of it.
+            host: what `host` or `kept` gave, or a part of it.
             memory: what `memory` gave, or a part of it.
             after: what must be done before *memory* may change.
         """
@@ -108,7 +118,12 @@ class CpuLane:
     def host(self, memory: torch.Tensor) -> torch.Tensor:
         return memory
 
+    def kept(self, nbytes: int) -> torch.Tensor:
+        return aligned(nbytes)
+
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
+        if host.data_ptr() != memory.data_ptr():
+            memory.copy_(host)
         return Done()
 
     def issued(self, memory: torch.Tensor) -> Ticket:
@@ -128,7 +143,10 @@ class AcceleratorLane:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host(self, memory: torch.Tensor) -> torch.Tensor:
-        return torch.empty(len(memory), dtype=torch.uint8, pin_memory=True)
+        return ring_memory(len(memory), self.device)
+
+    def kept(self, nbytes: int) -> torch.Tensor:
+        return kept_memory(nbytes, self.device)
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
         with self._sending:  # so that the event stands behind this copy, and the waits before it

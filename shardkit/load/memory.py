@@ -12,28 +12,19 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from shardkit.casting import Cast
 from shardkit.load.arenas import HUGE, Arena
-from shardkit.payload import Extent, Payload, Swapped, ended_early, fill, unreadable
-from shardkit.pools import Pool
+from shardkit.load.filling import WORKERS, Fill, OnBytes, address, fill_all
+from shardkit.payload import Extent, Payload
 
-WORKERS = 4
 Item = tuple[Payload, torch.dtype, Sequence[int]]
-OnBytes = Callable[[int], object]
 
 _ALIGNMENT = 64
 _ARENA = 64 << 20
-_READ = 8 << 20
-_BUFFERS = 512  # of one read; half of what Linux takes (IOV_MAX)
-_GAP = 16 << 10  # bytes between two tensors that are read along rather than left out by a read of their own
-_JUNK = memoryview(bytearray(_GAP))  # where they go; nobody looks at it, so that all threads may write it
 
 
 def aligned(nbytes: int) -> torch.Tensor:
@@ -70,21 +61,6 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def read_into(payload: Payload, memory: memoryview) -> None:
-    """Fill *memory*, which is as long as *payload*, with its bytes.
-
-    Raises:
-        FormatError: the file cannot be read, or has become shorter.
-    """
-    if isinstance(payload, Extent):
-        _Read(payload.path, payload.start, [memory], payload.nbytes, payload.nbytes).run()
-        return
-    at = 0
-    for chunk in payload.chunks():
-        memory[at : at + len(chunk)] = chunk
-        at += len(chunk)
-
-
 def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBytes = lambda _: None) -> list[torch.Tensor]:
     """Read tensors into memory of their own.
 
@@ -98,13 +74,13 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
         LoadError: there is no room for it.
     """
     wanted = list(items)
-    order = sorted(range(len(wanted)), key=[_address(payload) for payload, _, _ in wanted].__getitem__)
+    order = sorted(range(len(wanted)), key=[address(payload) for payload, _, _ in wanted].__getitem__)
     tensors: list[torch.Tensor] = [torch.empty(0)] * len(wanted)
-    fills: list[_Fill] = []
+    fills: list[Fill] = []
     for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order]), strict=True):
         tensors[number] = tensor
         fills.append((wanted[number][0], memory))
-    _carry_out(list(_jobs(fills)), workers, on_bytes)
+    fill_all(fills, workers=workers, on_bytes=on_bytes)
     return tensors
 
 
@@ -135,12 +111,6 @@ def _is_mappable(extent: Extent, dtype: torch.dtype) -> bool:
     return bool(extent.nbytes) and extent.start % dtype.itemsize == 0
 
 
-def _address(payload: Payload) -> tuple[str, int]:
-    """Where *payload* is read first, so that what lies together is read together."""
-    first = payload if isinstance(payload, Extent) else next(iter(payload.sources), None)
-    return (str(first.path), first.start) if first else ("", 0)
-
-
 def _rooms(items: Iterable[Item]) -> Iterator[tuple[torch.Tensor, memoryview]]:
     """For each of *items* a fresh tensor and its memory."""
     for group in _grouped(items):
@@ -169,132 +139,3 @@ def _grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-_Fill = tuple[Payload, memoryview]
-
-
-@dataclass(slots=True)
-class _Read:
-    """One read of one run of a file into several pieces of memory.
-
-    Attributes:
-        path: the file.
-        start: first byte of the run.
-        buffers: what is filled, in order; `_JUNK` between tensors that do not touch in the file.
-        length: bytes of the run.
-        nbytes: bytes of it that are weights.
-    """
-
-    path: Path
-    start: int
-    buffers: list[memoryview] = field(default_factory=list)
-    length: int = 0
-    nbytes: int = 0
-
-    def takes(self, extent: Extent) -> bool:
-        """Whether *extent* is worth reading along."""
-        gap = extent.start - self.start - self.length
-        small = self.length + extent.nbytes <= _READ and len(self.buffers) < _BUFFERS - 1
-        return small and 0 <= gap <= _GAP and (extent.path is self.path or extent.path == self.path)
-
-    def add(self, extent: Extent, memory: memoryview) -> None:
-        if gap := extent.start - self.start - self.length:
-            self.buffers.append(_JUNK[:gap])
-        self.buffers.append(memory)
-        self.length += gap + extent.nbytes
-        self.nbytes += extent.nbytes
-
-    def run(self) -> int:
-        """Fill the memory, and give the number of bytes of weights.
-
-        Raises:
-            FormatError: the file cannot be read, or has become shorter.
-        """
-        whole = Extent(self.path, self.start, self.length)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                if hasattr(os, "preadv"):
-                    _scatter(file.fileno(), self.buffers, whole)
-                else:  # Windows
-                    file.seek(self.start)
-                    for buffer in self.buffers:
-                        fill(buffer, file.readinto, whole)
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-        return self.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Derivation:
-    """The same for what is made from bytes of files."""
-
-    payload: Payload
-    memory: memoryview
-
-    def run(self) -> int:
-        read_into(self.payload, self.memory)
-        return self.payload.nbytes
-
-
-def _jobs(fills: Iterable[_Fill]) -> Iterator[_Read | _Derivation]:
-    """What is to be done for *fills*, in pieces that may be done side by side."""
-    read: _Read | None = None
-    for payload, memory in _cut(fills):
-        if not isinstance(payload, Extent):
-            yield _Derivation(payload, memory)
-            continue
-        if read is None or not read.takes(payload):
-            if read is not None:
-                yield read
-            read = _Read(payload.path, payload.start)
-        read.add(payload, memory)
-    if read is not None:
-        yield read
-
-
-def _cut(fills: Iterable[_Fill]) -> Iterator[_Fill]:
-    """*fills* in pieces of one read, where a piece costs no more than its share."""
-    for each in fills:
-        if each[0].nbytes <= _READ:
-            yield each
-        else:
-            yield from _pieces(*each)
-
-
-def _pieces(payload: Payload, memory: memoryview) -> Iterator[_Fill]:
-    divisible = isinstance(payload, Extent) or (isinstance(payload, Cast | Swapped) and isinstance(payload.inner, Extent))
-    step = _READ if divisible else max(1, len(memory))
-    for at in range(0, len(memory), step):
-        piece = memory[at : at + step]
-        yield payload.narrow(at, len(piece)) if len(piece) < len(memory) else payload, piece
-
-
-def _carry_out(jobs: Sequence[_Read | _Derivation], workers: int, on_bytes: OnBytes) -> None:
-    """Run all *jobs*; after the first that fails no other is begun, and what was begun has ended."""
-    pool = Pool(workers, "shardkit-read")
-    try:
-        futures = [pool.submit(job.run) for job in reversed(jobs)]
-        while futures:
-            on_bytes(futures.pop().result())  # not kept: a frame that holds what raised is a circle, and would keep the memory
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _scatter(file: int, buffers: Sequence[memoryview], extent: Extent) -> None:
-    """Fill *buffers*, one behind the other, with *extent* of the open *file*."""
-    rest, at = [buffer for buffer in buffers if buffer], extent.start
-    while rest:
-        count = os.preadv(file, rest, at)
-        if not count:
-            raise ended_early(extent)
-        at += count
-        rest = list(_behind(rest, count)) if at < extent.start + extent.nbytes else []
-
-
-def _behind(buffers: Iterable[memoryview], nbytes: int) -> Iterator[memoryview]:
-    """What of *buffers* comes after the first *nbytes* bytes."""
-    for buffer in buffers:
-        if nbytes < len(buffer):
-            yield buffer[nbytes:]
-        nbytes = max(0, nbytes - len(buffer))

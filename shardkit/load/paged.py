@@ -23,7 +23,8 @@ import torch
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, shown_path
-from shardkit.load.memory import aligned, memory_of, read_into
+from shardkit.load.filling import read_into
+from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
 from shardkit.payload import Buffer, Payload

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from shardkit.load.files import Files
+from shardkit.load.filling import read_into
 from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
-from shardkit.load.memory import memory_of, read_into
+from shardkit.load.memory import memory_of
 from shardkit.load.readers import Filling, Job
 from shardkit.load.rings import Place
 from shardkit.open_extents import opened

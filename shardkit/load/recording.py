@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shardkit.errors import LoadError
-from shardkit.load.memory import memory_of, read_into
+from shardkit.load.filling import read_into
+from shardkit.load.memory import memory_of
 from shardkit.load.recipe import Recipe, join
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from shardkit.casting import Cast
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import FormatError, LoadError
 from shardkit.load.arenas import HUGE, Arena
-from shardkit.load.memory import aligned, mapped, materialise, memory_of, read_into
+from shardkit.load.filling import read_into
+from shardkit.load.memory import aligned, mapped, materialise, memory_of
 from shardkit.payload import CHUNK, Concat, Extent, Literal, Payload, Swapped, read_all
 
 SIZE = 40 << 20

@@ -8,7 +8,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from late_lane import LateLane
 from shardkit.errors import ShardkitError
 from shardkit.load import arrangement, close
 from shardkit.load.dispatch import load_checkpoint_and_dispatch
-from shardkit.load.lanes import AcceleratorLane, CpuLane, Done, Lane, Ticket, lane_to
+from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, lane_to
 from shardkit.load.pager import Streamed, eager
 
 WIDTH = 8
@@ -213,49 +214,6 @@ def test_a_hook_is_hidden_from_the_compiler_only_once_it_is_there() -> None:
     assert "torch._dynamo" in sys.modules
 
 
-class LateLane:
-    """Memory of its own, NaN until the copy is run, which is when somebody waits for it."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.peak = 0
-
-    def memory(self, nbytes: int) -> torch.Tensor:
-        self.peak += nbytes
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def host(self, memory: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(memory)
-
-    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        for ticket in after:
-            ticket.finish()
-        memory.fill_(0xFF)
-        return Late(memory, host)
-
-    def issued(self, memory: torch.Tensor) -> Ticket:
-        return Done()
-
-
-class Late:
-    line = "late"
-
-    def __init__(self, memory: torch.Tensor, host: torch.Tensor) -> None:
-        self.memory = memory
-        self.host = host
-        self.lock = threading.Lock()
-        self.done = False
-
-    def precede(self) -> None:
-        with self.lock:
-            if not self.done:
-                self.memory.copy_(self.host)
-                self.done = True
-
-    def finish(self) -> None:
-        self.precede()
-
-
 def test_a_model_is_right_on_a_device_whose_copies_come_late(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lane = LateLane()
     monkeypatch.setattr(arrangement, "lane_to", lambda device: lane)
@@ -273,7 +231,7 @@ def test_a_model_is_right_on_a_device_whose_copies_come_late(file: Path, monkeyp
     for thread in threads:
         thread.join(60)
     assert right == [True] * 200
-    assert lane.peak <= 2 * 4 * (WIDTH * WIDTH + 2 * WIDTH)
+    assert lane.bytes <= 2 * 4 * (WIDTH * WIDTH + 2 * WIDTH)
 
 
 def test_the_cpu_needs_no_copy() -> None:

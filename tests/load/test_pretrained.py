@@ -151,7 +151,7 @@ def test_no_weight_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("a weight is read")
 
-    for place in ("paged.read_into", "recording.read_into", "memory.read_into"):
+    for place in ("paged.read_into", "recording.read_into", "filling.read_into"):
         monkeypatch.setattr(f"shardkit.load.{place}", fail)
     model: Any = from_pretrained(tmp_path, "disk", "bfloat16")
     assert {type(each) for each in model.parameters()} == {Streamed}

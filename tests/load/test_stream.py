@@ -6,80 +6,26 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
 from children import forks, in_a_child, threaded
 from interruption import interrupted
+from late_lane import LateLane
+
 from shardkit.casting import Cast
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
-from shardkit.load.lanes import CpuLane, Lane, Ticket
+from shardkit.load.lanes import CpuLane, Lane
 from shardkit.load.layouts import READ
-from shardkit.load.memory import private
 from shardkit.load.pages import Piece
 from shardkit.load.stream import _READERS, Stream
 from shardkit.payload import Buffer, Concat, Extent, Payload
 
 ELEMENTS = 1024
 PAGE = 4 * ELEMENTS
-
-
-class LateTicket:
-    """A copy that happens when somebody cannot go on without it."""
-
-    line = "late"
-
-    def __init__(self, lane: LateLane, number: int) -> None:
-        self.lane = lane
-        self.number = number
-
-    def precede(self) -> None:
-        self.lane.run_until(self.number)
-
-    def finish(self) -> None:
-        self.lane.run_until(self.number)
-
-
-class LateLane:
-    """A device with memory of its own. Until a copy is run, its target holds NaNs; what is copied is what the host holds then."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.lock = threading.RLock()
-        self.queue: list[tuple[int, Callable[[], None]]] = []
-        self.count = 0
-        self.bytes = 0
-
-    def memory(self, nbytes: int) -> torch.Tensor:
-        self.bytes += nbytes
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-
-    def host(self, memory: torch.Tensor) -> torch.Tensor:
-        return private(len(memory))
-
-    def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        def copy() -> None:
-            for ticket in after:
-                ticket.finish()
-            memory.copy_(host)
-
-        with self.lock:
-            self.count += 1
-            self.queue.append((self.count, copy))
-            memory.fill_(0xFF)
-            return LateTicket(self, self.count)
-
-    def issued(self, memory: torch.Tensor) -> Ticket:
-        return LateTicket(self, 0)
-
-    def run_until(self, number: int) -> None:
-        with self.lock:
-            while self.queue and self.queue[0][0] <= number:
-                self.queue.pop(0)[1]()
 
 
 @pytest.fixture(params=[CpuLane, LateLane], ids=["cpu", "late"])

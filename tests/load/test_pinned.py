@@ -1,0 +1,128 @@
+"""Pinned memory of exact size: pinned once, let go once, and plain memory where it cannot be pinned."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardkit.errors import LoadError
+from shardkit.load.arenas import Arena
+from shardkit.load.pinned import kept_memory, ring_memory
+
+CUDA = torch.device("cuda", 0)
+Pinned = Callable[[int, torch.device], torch.Tensor]
+NBYTES = 5 * mmap.PAGESIZE + 192
+
+
+@dataclass
+class Runtime:
+    """What CUDA would be asked for, in order.
+
+    Attributes:
+        code: what it answers to a request to pin.
+        calls: the requests.
+    """
+
+    code: int = 0
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802 - as CUDA calls it
+        self.calls.append(("pin", address, nbytes))
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - likewise
+        self.calls.append(("unpin", address))
+        return 0
+
+    def synchronize(self, device: torch.device) -> None:
+        self.calls.append(("synchronize", device))
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    made = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.accelerator, "synchronize", made.synchronize)
+    yield made
+    gc.collect()
+
+
+@pytest.fixture(params=[ring_memory, kept_memory], ids=["ring", "kept"])
+def pinned(request: pytest.FixtureRequest) -> Pinned:
+    made: Pinned = request.param
+    return made
+
+
+def test_memory_is_pinned_in_exactly_the_size_that_is_asked_for(runtime: Runtime, pinned: Pinned) -> None:
+    memory = pinned(NBYTES, CUDA)
+    assert runtime.calls == [("pin", memory.data_ptr(), NBYTES)]
+    assert memory.data_ptr() % mmap.PAGESIZE == 0
+    assert (memory.dtype, memory.shape, len(memory.untyped_storage())) == (torch.uint8, (NBYTES,), NBYTES)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory")
+def test_no_more_is_mapped_than_the_pages_that_it_needs(runtime: Runtime, pinned: Pinned) -> None:
+    memory = pinned(NBYTES, CUDA).fill_(1)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith(f"{memory.data_ptr():x}-"))
+    held = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines[at + 1 : at + 4]}
+    assert held["Size"] == held.get("Rss", held["Size"]) == 6 * mmap.PAGESIZE
+
+
+def test_it_is_let_go_with_the_last_tensor_in_it_when_no_copy_is_under_way(runtime: Runtime, pinned: Pinned) -> None:
+    memory = pinned(NBYTES, CUDA)
+    address, part = memory.data_ptr(), memory[100:200].fill_(7)
+    del memory
+    gc.collect()
+    assert [call[0] for call in runtime.calls] == ["pin"]
+    assert part.sum() == 700
+    del part
+    gc.collect()
+    assert runtime.calls[1:] == [("synchronize", CUDA), ("unpin", address)]
+
+
+def test_what_cannot_be_pinned_is_plain_memory_and_told(
+    runtime: Runtime, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.code = 2
+    started: list[object] = []
+    monkeypatch.setattr("shardkit.load.pinned._forget_failure", started.append)
+    with pytest.warns(UserWarning, match=r"20\.7 kB of main memory cannot be pinned \(CUDA error 2\)"):
+        memory = pinned(NBYTES, CUDA)
+    assert memory.fill_(3).sum() == 3 * NBYTES
+    assert started == [CUDA]
+    del memory
+    gc.collect()
+    assert [call[0] for call in runtime.calls] == ["pin"]
+
+
+def test_nothing_takes_no_memory(runtime: Runtime, pinned: Pinned) -> None:
+    assert pinned(0, CUDA).numel() == 0
+    assert not runtime.calls
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_child_of_a_fork_reads_what_is_kept_and_lets_nothing_go(runtime: Runtime) -> None:
+    memory = kept_memory(NBYTES, CUDA).fill_(9)
+    child = os.fork()
+    if child == 0:
+        right = bool((memory == 9).all())
+        del memory
+        gc.collect()
+        os._exit(0 if right and [call[0] for call in runtime.calls] == ["pin"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_memory_that_is_not_to_be_had_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadError, match="no memory for"):
+        Arena.shared(1 << 62)
