@@ -57,6 +57,7 @@ class Explanation:
         model: the class of the model.
         parts: in the order of the model.
         ring: bytes of the memory that blocks stream through.
+        depths: of each device that they stream to, how deep its ring is, and why.
         rows: vectors that a forward multiplies, such as tokens.
         rates: what the prediction is made with; None where nothing streams.
         predicted: what a forward should take; None where nothing streams.
@@ -70,6 +71,7 @@ class Explanation:
     rates: Rates | None = None
     predicted: Prediction | None = None
     measured: Series | None = None
+    depths: tuple[str, ...] = ()
 
     @property
     def read(self) -> dict[str, int]:
@@ -121,6 +123,7 @@ class Explanation:
             "parts": [asdict(part) for part in self.parts],
             "bytes": {str(place): nbytes for place, nbytes in self.held.items()},
             "ring": self.ring,
+            "depths": list(self.depths),
             "rows": self.rows,
             "read_per_forward": self.read,
             "rates": asdict(self.rates) if self.rates else None,
@@ -177,7 +180,7 @@ class Explanation:
             yield f"{place}", count, format_size(sum(part.nbytes for part in parts)), why, ", ".join(_names(parts))
         if self.ring:
             runner = next(part.runs_on for part in self.parts if part.streams)
-            yield runner, "", format_size(self.ring), "the ring that blocks stream through", ""
+            yield runner, "", format_size(self.ring), "the ring that blocks stream through", "; ".join(self.depths)
 
     def _forward(self) -> Iterator[str]:
         if self.predicted is None or self.rates is None:

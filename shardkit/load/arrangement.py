@@ -21,6 +21,7 @@ from shardkit.errors import LoadError
 from shardkit.load.assign import listed
 from shardkit.load.blocks import Block, Cut, cut
 from shardkit.load.budgets import Device
+from shardkit.load.depths import Depth, Ring
 from shardkit.load.device_maps import device_of
 from shardkit.load.forwards import Clock
 from shardkit.load.kept import kept_recipes
@@ -35,7 +36,7 @@ from shardkit.load.resident import place
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
-from shardkit.load.streamed import StreamedBlock
+from shardkit.load.streamed import StreamedBlock, ring_for
 from shardkit.load.together import Pipeline, called, models_of
 from shardkit.load.weights import Weight, weights_of
 
@@ -52,7 +53,7 @@ class Wish:
         whole: names of classes whose modules stream as one.
         offload_buffers: whether buffers stream like parameters.
         skip: keys of arguments that are not moved between devices.
-        ring: blocks of streamed weights that are in memory at a time, or how much they may take.
+        ring: blocks of streamed weights that are in memory at a time, or how much they may take; None for as many as pay.
         hooks: whether arguments are moved where nothing streams and all is on one device.
         chosen: whether the map was made from a word.
     """
@@ -62,7 +63,7 @@ class Wish:
     whole: Collection[str] = ()
     offload_buffers: bool = False
     skip: Collection[str] = ()
-    ring: int | str = 4
+    ring: Ring = None
     hooks: bool = False
     chosen: bool = False
 
@@ -271,16 +272,19 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
     while blocks:
         streamed.append(_brought(blocks.pop(0), wish, addresses, lanes))
     sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
-    streams = []
+    streams, depths = [], []
     for device, lane in lanes.items():
         group = [each for each in streamed if each.device == device]
-        stream = Stream([each.pieces for each in group], lane, ring=wish.ring, verify=sources.verify)
+        depth = ring_for(group, model, wish.ring)
+        ring = depth.blocks if isinstance(depth, Depth) else depth
+        stream = Stream([each.pieces for each in group], lane, ring=ring, verify=sources.verify)
         streams.append(stream)
+        depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as was asked for")
         for number, each in enumerate(group):
             Pager(stream, number, each.seats, each.recipes).attach(each.module)
     for callee in called(model) if streamed else ():
         sources.attach(callee)
-        Clock(streams, chosen=wish.chosen).attach(callee)
+        Clock(streams, chosen=wish.chosen, depths=depths).attach(callee)
 
 
 def _brought(block: Block, wish: Wish, addresses: Mapping[str, Recipe], lanes: dict[torch.device, Lane]) -> StreamedBlock:

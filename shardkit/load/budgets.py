@@ -63,6 +63,13 @@ def device_key(device: object) -> Device:
     raise LoadError(f"{shown(device)} is no device", hint=_HINT)
 
 
+def free_memory(device: Device) -> int | None:
+    """Bytes that *device* has free now; None if it does not say."""
+    if device in ("cpu", "mps"):
+        return available_memory()
+    return _free_on_accelerator(device) if isinstance(device, int) else None
+
+
 def _parsed(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -99,9 +106,7 @@ def _nbytes(device: Device, size: object) -> int:
 
 
 def _free(device: Device) -> int:
-    if device in ("cpu", "mps"):
-        return available_memory()
-    free = _free_on_accelerator(device) if isinstance(device, int) else None
+    free = free_memory(device)
     if free is None:
         raise LoadError(f"device {shown(device)} does not say what it has free", hint="give it a size in bytes")
     return free

@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from shardkit.load.kept import Kept
+from shardkit.load.layouts import ALIGNMENT
 from shardkit.load.rates import Rates
+from shardkit.payload import Extent, Payload
 
 STAGES = ("disk", "host copy", "link", "compute")
 _FORWARDS = 6  # after which each takes as long as the one before
@@ -41,6 +44,23 @@ class Step:
         """In each stage."""
         work = (self.disk, rates.disk), (self.copied, rates.copy), (self.link, rates.link), (self.compute, rates.compute)
         return tuple(nbytes / rate if rate else 0.0 for nbytes, rate in work)
+
+
+def step_of(streamed: Sequence[Payload], *, compute: int, linked: bool) -> Step:
+    """What a block asks of a forward.
+
+    Args:
+        streamed: its weights that stream.
+        compute: bytes of its weights that are multiplied, whether they stream or not.
+        linked: whether what streams is copied to a device.
+    """
+    return Step(
+        disk=sum(source.nbytes for payload in streamed for source in payload.sources),
+        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | Kept)),
+        link=sum(payload.nbytes for payload in streamed) if linked else 0,
+        compute=compute,
+        room=sum(-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in streamed),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,23 @@
 """Deal blocks out between memory and what they stream from (pure: blocks are numbers here, and have sizes).
 
 1. As many bytes stay as there is room for, whatever the rates of the machine: each is one less to read in every forward.
-2. A large block that streams makes the ring large, and a deep ring takes room from blocks: both are weighed against what is read.
+2. A large block that streams makes the ring large, and a deep ring takes room from blocks: both are weighed by what a forward
+   would take.
 3. What streams is spread evenly between what stays, so that it is read while that is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
+from shardkit.load.cost import Step
+from shardkit.load.depths import USUAL, Depth, Ring, chosen, depths_of, seconds_with
+from shardkit.load.rates import Rates
 from shardkit.sizes import parse_size
 
-LEAST = 2  # blocks in a ring: one is computed while one is read
-# A forward that waits for a ring of so few blocks takes this many times as long as one with a ring of more.
-_STALLS: dict[int | str, float] = {2: 1.08, 3: 1.03}
+UNMEASURED = Rates(disk=1.0)  # all time goes into reading
 _LIMITS = 16  # how many of the largest sizes are tried as the largest that streams
 
 
@@ -30,27 +32,33 @@ class Dealt:
     """
 
     kept: frozenset[int]
-    ring: int | str
+    ring: Ring
     on_cpu: frozenset[int] = frozenset()
 
 
-def deal(sizes: Sequence[int], room: int, ring: int | str, cpu: int = 0) -> Dealt | None:
-    """Deal out blocks of *sizes*, in the order in which they are run, so that little is read; None if the ring has no room.
+def deal(sizes: Sequence[int], room: int, ring: Ring, cpu: int | None = None, *, rates: Rates = UNMEASURED) -> Dealt | None:
+    """Deal out blocks of *sizes*, in the order in which they are run, so that a forward is short; None if the ring has no room.
 
     Args:
         sizes: bytes of each.
         room: bytes that those that stay and the ring may take together.
-        ring: how many blocks the ring has room for at most, of which two are needed; or how much it may take, as in "500MB".
-        cpu: bytes of main memory, where that is another than the one in which they are run.
+        ring: how many blocks the ring has room for at most, of which two are needed; or how much it may take, as in "500MB";
+            None for as many as pay.
+        cpu: bytes of main memory, through which what is on disk passes; None where they are run there.
+        rates: those of this machine.
     """
     if sum(sizes) <= room:
         return Dealt(frozenset(range(len(sizes))), ring)
-    depths = [ring] if isinstance(ring, str) else range(max(LEAST, ring), LEAST - 1, -1)
-    ways = [(kept, depth) for depth in depths for kept in _ways(sizes, room, depth)]
+    if isinstance(ring, str):
+        fullest = _fullest(sizes, room, ring, cpu)
+        return None if fullest is None else Dealt(fullest, ring, _on_cpu(sizes, fullest, ring, cpu or 0))
+    ways = {depth: kept for depth in depths_of(ring) if (kept := _fullest(sizes, room, depth, cpu)) is not None}
     if not ways:
         return None
-    kept, depth = min(ways, key=lambda way: (sum(sizes) - _sum(sizes, way[0])) * _STALLS.get(way[1], 1.0))
-    return Dealt(kept, depth, _on_cpu(sizes, sorted(set(range(len(sizes))) - kept), cpu))
+    seconds = {depth: seconds_with(depth, _steps(sizes, kept, linked=cpu is not None), rates) for depth, kept in ways.items()}
+    depth = chosen(seconds) if ring is None else min(seconds, key=seconds.__getitem__)
+    kept = ways[depth.blocks if isinstance(depth, Depth) else depth]
+    return Dealt(kept, depth, _on_cpu(sizes, kept, depth, cpu or 0))
 
 
 def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
@@ -59,9 +67,35 @@ def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
     return evenly if _sum(sizes, evenly) >= _sum(sizes, first) else first
 
 
-def ring_bytes(sizes: Iterable[int], ring: int | str) -> int:
+def ring_bytes(sizes: Iterable[int], ring: Ring) -> int:
     """What a ring takes where blocks of *sizes* stream: as many of the largest, or as much, as *ring* says."""
-    return sum(nlargest(ring, sizes)) if isinstance(ring, int) else min(sum(sizes), parse_size(ring))
+    match ring:
+        case str():
+            return min(sum(sizes), parse_size(ring))
+        case Depth(blocks):
+            return sum(nlargest(blocks, sizes))
+        case _:
+            return sum(nlargest(ring or USUAL, sizes))
+
+
+def _steps(sizes: Sequence[int], kept: Container[int], *, linked: bool) -> list[Step]:
+    """What a forward asks for if *kept* stay. It is not known yet what of the others will be on disk: as if all were."""
+    return [
+        Step(compute=nbytes) if number in kept else Step(disk=nbytes, link=nbytes if linked else 0, compute=nbytes, room=nbytes)
+        for number, nbytes in enumerate(sizes)
+    ]
+
+
+def _fullest(sizes: Sequence[int], room: int, ring: int | str, cpu: int | None) -> frozenset[int] | None:
+    """The most that can stay beside the ring, of which main memory has room for a twin; None if there is no way."""
+    ways = (kept for kept in _ways(sizes, room, ring) if cpu is None or _passes(sizes, kept, ring, cpu))
+    return max(ways, key=lambda kept: _sum(sizes, kept), default=None)
+
+
+def _passes(sizes: Sequence[int], kept: Container[int], ring: int | str, cpu: int) -> bool:
+    """Whether main memory has room for all that is not *kept*, or else for the ring that it comes from disk through."""
+    streamed = [nbytes for number, nbytes in enumerate(sizes) if number not in kept]
+    return min(sum(streamed), ring_bytes(streamed, ring)) <= cpu
 
 
 def _ways(sizes: Sequence[int], room: int, ring: int | str) -> Iterator[frozenset[int]]:
@@ -76,11 +110,12 @@ def _ways(sizes: Sequence[int], room: int, ring: int | str) -> Iterator[frozense
             yield large.union(small[at] for at in spread(of_small, left))
 
 
-def _on_cpu(sizes: Sequence[int], streamed: Sequence[int], room: int) -> frozenset[int]:
-    """Which of *streamed* have *room*; what comes from disk passes through main memory too."""
+def _on_cpu(sizes: Sequence[int], kept: Container[int], ring: Ring, room: int) -> frozenset[int]:
+    """Which of those that are not *kept* have *room* in main memory; what comes from disk passes through a ring there too."""
+    streamed = [number for number in range(len(sizes)) if number not in kept]
     of_streamed = [sizes[number] for number in streamed]
     if sum(of_streamed) > room:
-        room = max(0, room - ring_bytes(of_streamed, LEAST))
+        room = max(0, room - ring_bytes(of_streamed, ring))
     return frozenset(streamed[at] for at in spread(of_streamed, room))
 
 

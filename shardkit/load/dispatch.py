@@ -13,7 +13,8 @@ What is different, and why:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +25,8 @@ from torch import nn
 from shardkit.load import resident
 from shardkit.load.arrangement import Wish, arrange, check_ring, kept_addresses
 from shardkit.load.blocks import Cut
-from shardkit.load.budgets import MaxMemory, device_key
+from shardkit.load.budgets import Device, MaxMemory, device_key
+from shardkit.load.depths import Ring
 from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
 from shardkit.load.homes import Home
 from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
@@ -32,6 +34,7 @@ from shardkit.load.modes import Terms
 from shardkit.load.module_sizes import class_names
 from shardkit.load.offloading import fill_empty, spill
 from shardkit.load.opened import Opened
+from shardkit.load.rates import Rates, rates_for
 from shardkit.load.recipe import Recipe
 from shardkit.load.weights import weights_of
 
@@ -58,7 +61,7 @@ def load_checkpoint_and_dispatch(
     broadcast_from_rank0: bool = False,
     *,
     offload: Literal["allow", "never"] = "allow",
-    ring: int | str = 4,
+    ring: int | str | None = None,
     verify: bool = False,
 ) -> _Model:
     """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
@@ -84,7 +87,8 @@ def load_checkpoint_and_dispatch(
         broadcast_from_rank0: likewise; True is an error.
         offload: "never" to fail rather than let weights stream from disk.
         ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer.
+            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
+            as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
         verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
 
     Raises:
@@ -108,11 +112,12 @@ def load_checkpoint_and_dispatch(
     opened = Opened.at(checkpoint)
     found = match(model, opened, dtype=target, strict=strict)
     preload = class_names(preload_module_classes)
-    terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers)
+    rates = partial(_rates, found.homes)
+    terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers, rates)
     chosen = isinstance(device_map, str)
-    device_map, ring = terms.residents(model, device_map)
+    device_map, depth = terms.residents(model, device_map)
     check_device_map(model, device_map)
-    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, ring, chosen=chosen)
+    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, depth, chosen=chosen)
     parts = wish.cut(model)
     stored = _stored(parts, found.homes)
     check_ring(parts, wish, stored)
@@ -143,7 +148,7 @@ def dispatch_model(
     preload_module_classes: Names = None,
     force_hooks: bool = False,
     *,
-    ring: int | str = 4,
+    ring: int | str | None = None,
 ) -> _Model:
     """Let *model* run over accelerators, CPU and disk.
 
@@ -161,7 +166,7 @@ def dispatch_model(
         preload_module_classes: names of classes whose modules stream as one.
         force_hooks: move inputs and outputs even if all of the model is on one device.
         ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB".
+            "500MB"; None for as many as pay.
 
     Raises:
         FormatError: a file cannot be read.
@@ -193,7 +198,7 @@ def cpu_offload(
     Raises:
         LoadError: a weight has no value, or there is no room.
     """
-    wish = _wish({"": "cpu"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, 4)
+    wish = _wish({"": "cpu"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
     _dispatch(model, wish, state_dict, None, None)
     return model
 
@@ -219,7 +224,7 @@ def disk_offload(
         OutputError: *offload_dir* cannot be written.
         LoadError: the files do not fit the model, or a weight has no value.
     """
-    wish = _wish({"": "disk"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, 4)
+    wish = _wish({"": "disk"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
     _dispatch(model, wish, None, offload_dir, None)
     return model
 
@@ -243,7 +248,7 @@ def _wish(
     offload_buffers: bool,
     skip_keys: Names,
     force_hooks: bool,
-    ring: int | str,
+    ring: Ring,
     *,
     chosen: bool = False,
 ) -> Wish:
@@ -259,6 +264,11 @@ def _wish(
         hooks=several or force_hooks,
         chosen=chosen,
     )
+
+
+def _rates(homes: Sequence[Home], device: Device) -> Rates:
+    """Those at which what lives in *homes* streams to *device*."""
+    return rates_for(((home.payload, home.dtype, home.shape) for home in homes), torch_device(device))
 
 
 def _stored(parts: Cut, homes: Iterable[Home]) -> dict[str, Recipe]:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -21,18 +20,16 @@ from shardkit.load.account import Explanation, Part
 from shardkit.load.arrangement import attachments
 from shardkit.load.blocks import cut
 from shardkit.load.budgets import Device, device_key
-from shardkit.load.cost import Step, predict
+from shardkit.load.cost import predict, step_of
 from shardkit.load.device_maps import device_of
 from shardkit.load.forwards import Clock
-from shardkit.load.kept import Kept
 from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import Pager, Streamed
-from shardkit.load.rates import Product, Rates, measure
+from shardkit.load.rates import Product, Rates, common_product, measure
 from shardkit.load.weights import Seat, Weight, weights_of
 from shardkit.payload import Extent, Payload
 
 _ALIGNMENT = 64
-_PRODUCT = Product(torch.bfloat16, (4096, 4096))
 
 
 def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = None) -> Explanation:
@@ -59,7 +56,7 @@ def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = 
     rates = rates or measure(found.extents(), found.runner, replace(found.product(), rows=rows))
     predicted = predict([part.step for part in parts], rates, ring)
     measured = series if series and series.forwards and series.rows == rows else None
-    return Explanation(name, parts, ring, rows, rates, predicted, measured)
+    return Explanation(name, parts, ring, rows, rates, predicted, measured, found.clock.depths if found.clock else ())
 
 
 @dataclass(slots=True)
@@ -128,11 +125,8 @@ class _Found:
 
     def product(self) -> Product:
         """One of the matrices that most of what streams consists of."""
-        nbytes: Counter[Product] = Counter()
-        for weight in weights_of(self.model):
-            if isinstance(weight.tensor, Streamed) and weight.tensor.ndim == 2:
-                nbytes[Product(weight.tensor.dtype, (weight.tensor.shape[0], weight.tensor.shape[1]))] += _nbytes(weight)
-        return max(nbytes, key=nbytes.__getitem__, default=_PRODUCT)
+        streamed = (weight.tensor for weight in weights_of(self.model) if isinstance(weight.tensor, Streamed))
+        return common_product((tensor.dtype, tensor.shape) for tensor in streamed)
 
     def _draft(self, weight: Weight) -> _Draft:
         pager = self.pagers.get(weight.seats[0])
@@ -180,22 +174,16 @@ class _Found:
             runs_on=str(runs_on),
             nbytes=sum(map(_nbytes, draft.weights)),
             why=draft.why,
-            step=_step(draft.weights, streamed, self.model, linked=runs_on.type != "cpu"),
+            step=step_of(streamed, compute=_multiplied(draft.weights, self.model), linked=runs_on.type != "cpu"),
             cast=sum(payload.nbytes for payload in streamed if any(isinstance(each, Cast) for each in _layers(payload))),
             compressed=sum(payload.nbytes for payload in streamed if any(isinstance(each, Framed) for each in _layers(payload))),
             askew=sum(isinstance(payload, Extent) and payload.start % _ALIGNMENT > 0 for payload in streamed),
         )
 
 
-def _step(weights: Iterable[Weight], streamed: list[Payload], model: nn.Module, *, linked: bool) -> Step:
-    nbytes = sum(payload.nbytes for payload in streamed)
-    return Step(
-        disk=sum(source.nbytes for payload in streamed for source in payload.sources),
-        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | Kept)),
-        link=nbytes if linked else 0,
-        compute=sum(_nbytes(weight) for weight in weights if _is_multiplied(weight, model)),
-        room=sum(-(-payload.nbytes // _ALIGNMENT) * _ALIGNMENT for payload in streamed),
-    )
+def _multiplied(weights: Iterable[Weight], model: nn.Module) -> int:
+    """Bytes of *weights* that are multiplied in each forward."""
+    return sum(_nbytes(weight) for weight in weights if _is_multiplied(weight, model))
 
 
 def _is_multiplied(weight: Weight, model: nn.Module) -> bool:

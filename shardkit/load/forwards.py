@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,14 +44,16 @@ class Series:
 class Clock:
     """The hooks of a model whose forwards are timed."""
 
-    def __init__(self, streams: Iterable[Stream], *, chosen: bool) -> None:
+    def __init__(self, streams: Iterable[Stream], *, chosen: bool, depths: Sequence[str] = ()) -> None:
         """Count nothing yet.
 
         Args:
             streams: those that the model uses.
             chosen: whether it was chosen for it what streams.
+            depths: of each stream, how deep its ring is, and why.
         """
         self.chosen = chosen
+        self.depths = tuple(depths)
         self._streams = tuple(streams)
         self._thread = threading.local()
         self._series = Series(0)
@@ -94,7 +96,7 @@ class Clock:
                 self._series = Series(rows, self._series.forwards + 1, self._series.seconds + seconds)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
-        return Clock(deepcopy(self._streams, memo), chosen=self.chosen)
+        return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths)
 
     def _unlock(self) -> None:
         self._lock = threading.Lock()

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,8 +16,11 @@ from torch import nn
 from shardkit.errors import LoadError, shown
 from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
+from shardkit.load.dealing import UNMEASURED
+from shardkit.load.depths import Ring
 from shardkit.load.device_maps import DeviceMap, refuse_disk
 from shardkit.load.placement import infer_auto_device_map
+from shardkit.load.rates import Rates
 from shardkit.load.residents import Residents, choose_residents
 
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -28,22 +31,25 @@ class Terms:
     """What a map is made under.
 
     Attributes:
-        ring: how many blocks the ring has room for, at most where a map is made; or how much it may take, as in "500MB".
+        ring: how many blocks the ring has room for, at most where a map is made; or how much it may take, as in "500MB"; None
+            for as many as pay.
         offload: "never" to refuse the disk.
         max_memory: what each device may hold.
         no_split: names of classes whose modules stay on one device, and stream as one.
         preload: names of classes whose modules stream as one.
         dtype: what floats are cast to when the weights are loaded.
         offload_buffers: whether buffers stream.
+        rates: those of this machine, for a device that runs what streams.
     """
 
-    ring: int | str
+    ring: Ring
     offload: str = "allow"
     max_memory: MaxMemory | None = None
     no_split: frozenset[str] = frozenset()
     preload: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
     offload_buffers: bool = False
+    rates: Callable[[Device], Rates] = field(default=lambda _: UNMEASURED, compare=False)
 
     def residents(self, model: nn.Module, device_map: str | DeviceMap) -> Residents:
         """*device_map* with devices as they are called in maps, made first if it is a word.
@@ -80,5 +86,6 @@ class Terms:
             whole=self.no_split | self.preload,
             dtype=self.dtype,
             offload_buffers=self.offload_buffers,
+            rates=self.rates,
         )
         return found, budgets

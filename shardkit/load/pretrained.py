@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -23,13 +24,16 @@ from shardkit.load import diffusers_model, diffusers_pipeline, transformers_mode
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import listed
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
+from shardkit.load.depths import Ring
 from shardkit.load.device_maps import DeviceMap, check_device_map
-from shardkit.load.loading import floating, main_device
+from shardkit.load.loading import floating, main_device, torch_device
 from shardkit.load.model_folder import Addressed, ModelFolder, Request
 from shardkit.load.modes import MODES, Terms
 from shardkit.load.module_sizes import module_sizes
 from shardkit.load.paged import Paged
+from shardkit.load.rates import Rates, rates_for
 from shardkit.load.together import Together
+from shardkit.load.weights import weights_of
 
 AnyMap = str | int | torch.device | DeviceMap | None
 
@@ -47,7 +51,7 @@ def from_pretrained(
     output_loading_info: bool = False,
     quantization_config: object = None,
     offload: Literal["allow", "never"] = "allow",
-    ring: int | str = 4,
+    ring: int | str | None = None,
 ) -> Any:  # Any: the folder says of which class it is
     """The model in a folder, or the pipeline of Diffusers, in evaluation mode.
 
@@ -67,7 +71,8 @@ def from_pretrained(
         quantization_config: weights are not quantised while they are loaded; anything but None is an error.
         offload: "never" to fail rather than let weights stream from disk.
         ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer.
+            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
+            as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
 
     Raises:
         FormatError: the weights cannot be read.
@@ -85,10 +90,10 @@ def from_pretrained(
         warnings.warn(note, UserWarning, stacklevel=2)
     tree = _tree(models)
     whole = frozenset[str]().union(*(model.whole for model in models.values()))
-    terms = Terms(ring, offload, max_memory, whole | _uncut(models.values(), max_memory))
-    devices, ring = terms.residents(tree, str(device_map) if given is None else given)
+    terms = Terms(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
+    devices, depth = terms.residents(tree, str(device_map) if given is None else given)
     check_device_map(tree, devices)
-    _place(tree, models.values(), devices, ring, chosen=given is None)
+    _place(tree, models.values(), devices, depth, chosen=given is None)
     if device_map is not None:
         made.hf_device_map = dict(devices)
     info = {name: model.info for name, model in models.items()}
@@ -137,9 +142,13 @@ def _uncut(models: Iterable[Addressed], max_memory: MaxMemory | None) -> frozens
     return frozenset(silent if len(accelerators) > 1 else ())
 
 
-def _place(
-    tree: nn.Module, models: Collection[Addressed], devices: Mapping[str, Device], ring: int | str, *, chosen: bool
-) -> None:
+def _rates(model: nn.Module, device: Device) -> Rates:
+    """Those at which the weights of *model* that are addresses stream to *device*."""
+    addresses = (weight.tensor for weight in weights_of(model) if isinstance(weight.tensor, Paged))
+    return rates_for(((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device))
+
+
+def _place(tree: nn.Module, models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> None:
     """Put the weights of all models where *devices* wants them."""
     wish = Wish(
         device_map=devices,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -20,7 +21,7 @@ from torch.nn.functional import linear
 
 from shardkit.load.files import SECTOR, Files
 from shardkit.load.layouts import READ
-from shardkit.load.memory import memory_of, private
+from shardkit.load.memory import Item, memory_of, private
 from shardkit.payload import Extent, unreadable
 from shardkit.pools import Pool
 from shardkit.sizes import format_size
@@ -68,6 +69,29 @@ class Product:
     dtype: torch.dtype
     shape: tuple[int, int]
     rows: int = 1
+
+
+_PRODUCT = Product(torch.bfloat16, (4096, 4096))
+
+
+def common_product(matrices: Iterable[tuple[torch.dtype, Sequence[int]]]) -> Product:
+    """The one that most of *matrices* take part in; types and shapes that are no matrix are passed over."""
+    nbytes: Counter[Product] = Counter()
+    for dtype, shape in matrices:
+        if len(shape) == 2:
+            nbytes[Product(dtype, (shape[0], shape[1]))] += shape[0] * shape[1] * dtype.itemsize
+    return max(nbytes, key=nbytes.__getitem__, default=_PRODUCT)
+
+
+def rates_for(weights: Iterable[Item], device: torch.device) -> Rates:
+    """The rates at which *weights* are read, and at which *device* gets and uses them, one vector at a time.
+
+    Raises:
+        FormatError: a file cannot be read.
+    """
+    weights = list(weights)
+    extents = (source for payload, _, _ in weights for source in payload.sources)
+    return measure(extents, device, common_product((dtype, shape) for _, dtype, shape in weights))
 
 
 def measure(extents: Iterable[Extent], device: torch.device, product: Product) -> Rates:

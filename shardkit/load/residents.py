@@ -19,9 +19,11 @@ from torch import nn
 from shardkit.errors import OverBudget, shown
 from shardkit.load.blocks import Block, cut
 from shardkit.load.budgets import Device
-from shardkit.load.dealing import LEAST, Dealt, deal, ring_bytes
+from shardkit.load.dealing import UNMEASURED, Dealt, deal, ring_bytes
+from shardkit.load.depths import LEAST, LITTLE, USUAL, Ring
 from shardkit.load.device_maps import clean_device_map, device_of
 from shardkit.load.module_sizes import AnyDType, module_sizes, named_tensors, prefixes
+from shardkit.load.rates import Rates
 from shardkit.load.weights import Weight, weights_of
 from shardkit.sizes import format_size
 
@@ -39,7 +41,7 @@ class Residents(NamedTuple):
     """
 
     device_map: dict[str, Device]
-    ring: int | str
+    ring: Ring
 
 
 def choose_residents(
@@ -47,10 +49,11 @@ def choose_residents(
     device_map: Mapping[str, Device],
     budgets: Mapping[Device, int],
     *,
-    ring: int | str,
+    ring: Ring,
     whole: Collection[str] = (),
     dtype: AnyDType | None = None,
     offload_buffers: bool = False,
+    rates: Callable[[Device], Rates] = lambda _: UNMEASURED,
 ) -> Residents:
     """Deal out anew what *device_map* lets stream, and what lies where that runs.
 
@@ -58,10 +61,11 @@ def choose_residents(
         model: the model, on any device.
         device_map: what was made within *budgets*, such as by `infer_auto_device_map`.
         budgets: bytes that each device may hold.
-        ring: how many blocks the ring has room for at most, or how much it may take, as in "500MB".
+        ring: how many blocks the ring has room for at most, or how much it may take, as in "500MB"; None for as many as pay.
         whole: names of classes whose modules stream as one.
         dtype: what floats are cast to when the weights are loaded.
         offload_buffers: whether buffers stream.
+        rates: those of this machine, for a device that runs what streams; they are asked for if the ring depends on them.
 
     Raises:
         OverBudget: there is no room for the ring, of two blocks at least.
@@ -70,7 +74,9 @@ def choose_residents(
     table = scales.table(device_map, budgets)
     if not table.streams:
         return Residents(dict(device_map), ring)
-    dealt = table.deal(ring)
+    if ring is None and sum(table.sizes) <= LITTLE:
+        ring = USUAL
+    dealt = table.deal(ring, rates(table.runner) if ring is None else UNMEASURED)
     if dealt is None:
         return Residents(dict(device_map), ring)
     made = table.written(dealt, list(_parts(model)))
@@ -108,15 +114,18 @@ class _Scales:
             streams=bool(blocks) and any(devices[name] != runner for name in ours),
         )
 
-    def held(self, device_map: Mapping[str, Device], ring: int | str) -> Counter[Device]:
-        """What each device holds with *device_map*: weights, and with the one that runs what streams the ring."""
+    def held(self, device_map: Mapping[str, Device], ring: Ring) -> Counter[Device]:
+        """What each device holds with *device_map*: weights, and the ring, which what is on disk passes on the CPU too."""
         runner = _runner(device_map)
         blocks = self._blocks(device_map, lambda device: device if device in ("cpu", "disk") and device != runner else None)
         away, held = _inside(blocks), Counter[Device]()
         for name, _ in named_tensors(self.model):
             device = device_of(name, device_map)
             held[device if name in away or device not in ("cpu", "disk") else runner] += self.nbytes[name]
-        held[runner] += ring_bytes(map(self._page, blocks), ring)
+        nbytes = ring_bytes(map(self._page, blocks), ring)
+        held[runner] += nbytes
+        if runner != "cpu" and held["disk"]:
+            held["cpu"] += nbytes
         return held
 
     def _blocks(self, device_map: Mapping[str, Device], target: Callable[[Device], Device | None]) -> tuple[Block, ...]:
@@ -153,27 +162,33 @@ class _Table:
     fixed: int
     streams: bool
 
-    def deal(self, ring: int | str) -> Dealt | None:
+    def deal(self, ring: Ring, rates: Rates) -> Dealt | None:
         """Deal the blocks; None if one is larger than the ring may be, and cannot stay.
 
         Raises:
             OverBudget: there is no room for the ring.
         """
         available = self.budgets.get(self.runner, 0)
-        cpu = 0 if self.runner == "cpu" else self.budgets.get("cpu", 0)
-        dealt = deal(self.sizes, available - self.fixed, ring, cpu)
-        needed = self.fixed + ring_bytes(self.sizes, LEAST if isinstance(ring, int) else ring)
-        if dealt is None and needed > available:
-            nbytes, largest = max((nbytes, block.name) for nbytes, block in zip(self.sizes, self.blocks, strict=True))
-            raise OverBudget(
-                f"device {shown(self.runner)} may hold {format_size(available)}, and needs {format_size(needed)} at least: "
-                f"{format_size(self.fixed)} that cannot stream, and room for {_said(ring)} at a time; the largest is "
-                f"{shown(largest)} with {format_size(nbytes)}",
-                needed=needed,
-                available=available,
-                hint="raise its max_memory, give a narrower dtype, or give a device_map that says where each part goes",
-            )
+        cpu = None if self.runner == "cpu" else self.budgets.get("cpu", 0)
+        dealt = deal(self.sizes, available - self.fixed, ring, cpu, rates=rates)
+        needed = ring_bytes(self.sizes, ring if isinstance(ring, str) else LEAST)
+        if dealt is None and self.fixed + needed > available:
+            what = f"{format_size(self.fixed)} that cannot stream, and room for {_said(ring)} at a time"
+            raise self._over_budget(self.runner, self.fixed + needed, what)
+        if dealt is None and cpu is not None and needed > cpu:
+            raise self._over_budget("cpu", needed, f"room for {_said(ring)} that pass through it on their way from disk")
         return dealt
+
+    def _over_budget(self, device: Device, needed: int, what: str) -> OverBudget:
+        available = self.budgets.get(device, 0)
+        nbytes, largest = max((nbytes, block.name) for nbytes, block in zip(self.sizes, self.blocks, strict=True))
+        return OverBudget(
+            f"device {shown(device)} may hold {format_size(available)}, and needs {format_size(needed)} at least: "
+            f"{what}; the largest is {shown(largest)} with {format_size(nbytes)}",
+            needed=needed,
+            available=available,
+            hint="raise its max_memory, give a narrower dtype, or give a device_map that says where each part goes",
+        )
 
     def written(self, dealt: Dealt, names: Collection[str]) -> dict[str, Device]:
         """The device map of the parts called *names* that says so."""
@@ -212,8 +227,8 @@ def _parts(model: nn.Module) -> Iterator[str]:
         yield from (f"{name}.{each}" if name else each for each, tensor in tensors.items() if tensor is not None)
 
 
-def _said(ring: int | str) -> str:
-    return "two blocks" if isinstance(ring, int) else f"{ring} of blocks"
+def _said(ring: Ring) -> str:
+    return f"{ring} of blocks" if isinstance(ring, str) else "two blocks"
 
 
 def _padded(nbytes: int) -> int:

@@ -1,24 +1,31 @@
-"""A block that streams: where its weights are, and what stands in their places meanwhile."""
+"""A block that streams: where its weights are, what stands in their places meanwhile, and the ring that it goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import nn
 
 from shardkit.errors import LoadError
 from shardkit.load.blocks import Block
+from shardkit.load.budgets import device_key, free_memory
+from shardkit.load.cost import Step, step_of
+from shardkit.load.depths import LITTLE, USUAL, Depth, Ring, depth_for
 from shardkit.load.kept import kept_recipes, memory_of_page
 from shardkit.load.lanes import Lane
 from shardkit.load.layouts import Layout
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Streamed
 from shardkit.load.pages import Piece
+from shardkit.load.rates import rates_for
 from shardkit.load.recipe import Recipe, dtype_of
-from shardkit.load.weights import Seat
+from shardkit.load.weights import Seat, weights_of
 from shardkit.payload import Buffer
+
+_SHARE = 2  # one part in so many of what is free may become the ring: what is computed needs room too
 
 Origin = tuple[torch.device | None, bool]
 
@@ -65,6 +72,12 @@ class StreamedBlock:
             for (recipe, payload, strides), is_buffer in zip(laid_out, self.buffers, strict=True)
         ]
 
+    @property
+    def step(self) -> Step:
+        """What it asks of a forward."""
+        payloads, compute = [piece.payload for piece in self.pieces], sum(map(_multiplied, self.recipes))
+        return step_of(payloads, compute=compute, linked=self.device.type != "cpu")
+
     def kept(self, lane: Lane) -> StreamedBlock:
         """The same in memory that *lane* sends from, if it is not there."""
         payloads = [piece.payload for piece in self.pieces]
@@ -83,6 +96,41 @@ def _origin(tensor: torch.Tensor) -> Origin:
     if isinstance(tensor, Streamed):
         return tensor.origin, tensor.learned
     return None if tensor.is_meta or isinstance(tensor, Paged) else tensor.device, tensor.requires_grad
+
+
+def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> Depth | int | str:
+    """*ring*, or as many of *blocks* as pay, which all run on one device and are in their places in *model*.
+
+    Raises:
+        FormatError: a file cannot be read, in which the disk is measured.
+    """
+    if ring is not None:
+        return ring
+    if sum(block.step.room for block in blocks) <= LITTLE:
+        return Depth(USUAL, "little streams, and nothing is measured for it")
+    device = blocks[0].device
+    pieces = [piece for block in blocks for piece in block.pieces]
+    rates = rates_for(((piece.payload, piece.dtype, piece.shape) for piece in pieces), device)
+    free = free_memory(device_key(device))
+    return depth_for(list(_steps(blocks, model)), rates, (free or 0) // _SHARE)
+
+
+def _steps(blocks: Sequence[StreamedBlock], model: nn.Module) -> Iterator[Step]:
+    """What a forward asks for: what stays and what streams, in the order of *model*."""
+    numbers = {id(seat.tensor): number for number, block in enumerate(blocks) for seat in block.seats}
+    met: set[int] = set()
+    for weight in weights_of(model):
+        number = numbers.get(id(weight.tensor))
+        if number is None:
+            yield Step(compute=weight.tensor.nbytes if weight.tensor.ndim > 1 else 0)
+        elif number not in met:
+            met.add(number)
+            yield blocks[number].step
+
+
+def _multiplied(recipe: Recipe) -> int:
+    """Bytes that are multiplied, which those of matrices are."""
+    return prod(recipe.shape) * recipe.torch_dtype.itemsize if len(recipe.shape) > 1 else 0
 
 
 def _recipe(tensor: torch.Tensor | None) -> Recipe:

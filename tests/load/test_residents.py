@@ -16,6 +16,7 @@ from shardkit.errors import OverBudget
 from shardkit.load.blocks import Block, cut
 from shardkit.load.budgets import Device
 from shardkit.load.dealing import ring_bytes, spread
+from shardkit.load.depths import Ring
 from shardkit.load.device_maps import check_device_map, device_of
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.module_sizes import module_sizes, named_tensors
@@ -80,15 +81,17 @@ def pages(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[
     return [sum(-(-sizes[weight.names[0]] // 64) * 64 for weight in block.weights) for block in blocks]
 
 
-def holding(model: nn.Module, device_map: Mapping[str, Device], ring: int | str, whole: Collection[str]) -> Counter[Device]:
-    """What each device holds once the model is dispatched: weights, and the ring with the device that runs what streams."""
+def holding(model: nn.Module, device_map: Mapping[str, Device], ring: Ring, whole: Collection[str]) -> Counter[Device]:
+    """What each device holds once the model is dispatched: weights, and the ring, which has a twin on the CPU for the disk."""
     blocks, runner = streaming(model, device_map, whole), runner_of(device_map)
     away = {name for block in blocks for weight in block.weights for name in weight.names}
     sizes, held = module_sizes(model), Counter[Device]()
     for name, _ in named_tensors(model):
         device = device_of(name, device_map)
         held[device if name in away or device not in ("cpu", "disk") else runner] += sizes[name]
-    held[runner] += ring_bytes(pages(model, device_map, whole), ring)
+    nbytes = ring_bytes(pages(model, device_map, whole), ring)
+    held[runner] += nbytes
+    held["cpu"] += nbytes if runner != "cpu" and held["disk"] else 0
     return held
 
 
@@ -109,13 +112,13 @@ def test_budgets_are_kept_and_everything_is_placed_once(
     model: nn.Module, budgets: dict[Device, int], whole: tuple[str, ...], ring: int | str
 ) -> None:
     try:
-        device_map, ring = chosen(model, budgets, whole=whole, ring=ring)
+        device_map, depth = chosen(model, budgets, whole=whole, ring=ring)
     except OverBudget:
         return
     check_device_map(model, device_map)
     if isinstance(ring, str) and max(pages(model, device_map, whole), default=0) > parse_size(ring):
         return  # which is refused when the model is arranged
-    held = holding(model, device_map, ring, whole)
+    held = holding(model, device_map, depth, whole)
     assert all(held[device] <= budgets[device] for device in budgets if held[device]), (device_map, held)
 
 
@@ -152,6 +155,17 @@ def test_a_ring_gets_fewer_blocks_where_there_is_not_room_for_as_many() -> None:
     with pytest.raises(OverBudget, match=r"'layers\.9' with 1\.02 kB") as caught:
         chosen(model, {"cpu": 2 * KB})
     assert (caught.value.needed, caught.value.available) == (10 * 64 + 2 * KB, 2 * KB)
+
+
+def test_what_comes_from_disk_needs_a_ring_in_main_memory_too() -> None:
+    model = toy([8] * 10, words=1)
+    with pytest.raises(OverBudget, match=r"device 'cpu' may hold 1\.00 kB, and needs 2\.05 kB .* way from disk") as caught:
+        chosen(model, {0: 6 * KB, "cpu": 1000})
+    assert (caught.value.needed, caught.value.available) == (2 * KB, 1000)
+    device_map, ring = chosen(model, {0: 6 * KB, "cpu": 5 * KB}, ring=2)
+    held = holding(model, device_map, ring, ("Layer",))
+    assert held["cpu"] <= 5 * KB < held["cpu"] + KB
+    assert chosen(model, {0: 6 * KB, "cpu": 100 * KB}).device_map.keys() >= {"layers.0"}  # nothing is on disk, and no ring there
 
 
 def test_tied_weights_stay_together_with_what_runs_them() -> None:
