@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,9 @@ def test_without_a_word_on_the_cpu_this_machine_is_meant(llama: Path, capsys: Ca
         (["--max-memory", "0=1GB,cuda:0=2GB"], "device 0 has two sizes"),
         (["--max-memory", "0=much"], "'much' is not a size"),
         (["--no-split", "("], "no regular expression"),
+        (["--rates", "disc=1GB"], "'disc=1GB' must be NAME=SIZE, and NAME one of disk, copy, link, compute"),
+        (["--rates", "disk=fast"], "'fast' is not a size"),
+        (["--predict", "--tokens", "0"], "0 is not in the range"),
         (["--dtype", "int8"], "no floating-point type"),
     ],
 )
@@ -124,3 +128,65 @@ def test_a_part_of_a_file_can_be_placed(tmp_path: Path, capsys: Capture) -> None
     assert main(["place", str(tmp_path / "two.pt")]) == 1
     assert "--root" in capsys.readouterr().err
     assert placed(capsys, tmp_path / "two.pt", "--root", "ema", "--max-memory", "cpu=1MB")[0].endswith("1 block, 24 B")
+
+
+@pytest.fixture
+def matrices(tmp_path: Path) -> Path:
+    """Ten layers of 1 MB, that are multiplied, behind a table of 2 MB, that is looked into."""
+    layers = {f"layers.{at}.weight": torch.zeros(500, 500) for at in range(10)}
+    save_file({"embed.weight": torch.zeros(1000, 500), **layers}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys: Capture) -> None:
+    rates = "disk=1MB/s,compute=1GB"
+    lines = placed(capsys, matrices, "--max-memory", "cpu=9MB", "--rates", rates)
+    (line,) = (line for line in lines if line.startswith("a forward"))
+    assert "limit: disk" in line
+    assert "rates        disk 1.00 MB/s, compute 1.00 GB/s" in lines
+    (line,) = placed(capsys, matrices, "--max-memory", "cpu=9MB", "--rates", rates, "--json")
+    document = json.loads(line)
+    on_disk = document["used"]["disk"]
+    assert document["read_per_forward"] == {"disk": on_disk, "cpu": 0}
+    predicted = document["forecast"]["predicted"]
+    assert predicted["busy"] == pytest.approx({"disk": on_disk / 1e6, "host copy": 0, "link": 0, "compute": 0.01})
+    assert predicted["first"] >= predicted["seconds"] >= document["forecast"]["least"] == on_disk / 1e6
+    assert predicted["limit"] == "disk"
+
+
+def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(matrices: Path, capsys: Capture) -> None:
+    lines = placed(capsys, matrices, "--max-memory", "0=6MB,cpu=4MB", "--rates", "disk=1MB,link=2MB")
+    assert [line for line in lines if line.startswith(("on disk", "on cpu"))] == [
+        "on disk      4.00 MB, read for every forward",
+        "on cpu       3.00 MB, brought to 0 for every forward",
+    ]
+    (line,) = (line for line in lines if line.startswith("at least"))
+    assert line.startswith("at least     4 s for a forward, which bringing the weights takes")
+    assert not [line for line in lines if line.startswith("a forward")]
+
+
+def test_where_nothing_is_brought_only_computing_takes_time(matrices: Path, capsys: Capture) -> None:
+    lines = placed(capsys, matrices, "--max-memory", "cpu=1GB", "--rates", "compute=10MB")
+    assert "a forward    1 s, the first 1 s; limit: compute (compute 1 s)" in lines
+    assert not [line for line in lines if line.startswith("ring")]
+
+
+def test_the_rates_of_this_machine_are_measured_and_given_ones_overrule_them(llama: Path, capsys: Capture) -> None:
+    (line,) = placed(capsys, llama, "--max-memory", "cpu=9MB", "--predict", "--tokens", "3", "--rates", "disk=5MB", "--json")
+    forecast = json.loads(line)["forecast"]
+    assert forecast["rates"]["disk"] == 5e6
+    assert forecast["rates"]["copy"] > 0 < forecast["rates"]["compute"]
+    assert forecast["rates"]["link"] is None
+    assert forecast["predicted"]["seconds"] > 0
+
+
+def test_without_being_asked_nothing_is_predicted(llama: Path, capsys: Capture) -> None:
+    (line,) = placed(capsys, llama, "--max-memory", "cpu=9MB", "--json")
+    assert json.loads(line)["forecast"] is None
+    assert json.loads(line)["read_per_forward"]["disk"] > 0
+
+
+def test_without_torch_a_sentence_says_that_it_is_needed(llama: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shardkit.load.forecast", None)
+    assert main(["place", str(llama), "--predict"]) == 1
+    assert "needs torch, which is not installed" in capsys.readouterr().err

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from shardkit.dtypes import DType
     from shardkit.limits import Limits
 
+_RATES = ("disk", "copy", "link", "compute")
 _DEVICE = re.compile(r"(?:(?:cuda|xpu):)?(\d+)", re.ASCII)
+
+
+def parse_rates(context: click.Context, parameter: click.Parameter, word: str | None) -> dict[str, int]:
+    """The bytes per second that ``disk=SIZE,compute=SIZE`` gives."""
+    rates: dict[str, int] = {}
+    for part in word.split(",") if word else ():
+        name, _, size = part.strip().partition("=")
+        if name not in _RATES:
+            raise click.BadParameter(f"{part!r} must be NAME=SIZE, and NAME one of {', '.join(_RATES)}")
+        rates[name] = _nbytes(size.removesuffix("/s"), least=1)
+    return rates
 
 
 def parse_budgets(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> dict[str, int]:
@@ -41,6 +53,8 @@ def parse_budgets(context: click.Context, parameter: click.Parameter, words: tup
 For example:
   shardkit place llama/ --max-memory cpu=30GB,0=10GB
   shardkit place llama/ --max-memory 0=24GB,1=24GB --dtype bf16
+  shardkit place llama/ --max-memory cpu=4GB --predict --tokens 16
+  shardkit place llama/ --max-memory 0=24GB,cpu=60GB --rates disk=3GB,link=25GB,compute=900GB
   shardkit place unet.bin --max-memory cpu=2GB --no-split 'transformer_blocks\\.\\d+$'""",
 )
 @options.path_argument("source", "SRC")
@@ -59,6 +73,16 @@ For example:
     callback=options.parse_pattern,
     help="Keep each module whole in whose name this is found. By default numbered layers are.",
 )
+@click.option(
+    "--predict", is_flag=True, help="Measure this machine for a second, and say what a forward would take; needs torch."
+)
+@click.option(
+    "--rates",
+    metavar="NAME=SIZE,...",
+    callback=parse_rates,
+    help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), compute (weights multiplied).",
+)
+@click.option("--tokens", type=click.IntRange(1), default=1, help="How many go in at once, where it is measured. Default: 1.")
 @options.root_option
 @options.format_option
 @options.limit_option
@@ -68,6 +92,9 @@ def command(
     budgets: dict[str, int],
     dtype: DType | None,
     no_split: re.Pattern[str] | None,
+    predict: bool,
+    rates: dict[str, int],
+    tokens: int,
     root: str | None,
     format: str | None,  # noqa: A002 - the word of the command line
     limits: Limits,
@@ -78,22 +105,26 @@ def command(
     Only headers are read, and no model class is needed: what is run as one is told from the names. Accelerators are filled one
     after the other, as with device_map="sequential", then the CPU; the rest lies on disk. What lies on CPU or disk is brought
     to the first accelerator to be run, so that room for the largest block is kept there. Activations are not counted.
+
+    With --predict or --rates it also says how long a forward would take, and what limits it. Where it is not known how fast is
+    computed, as on an accelerator that is not here, it says how long bringing the weights takes at least.
     """
-    from shardkit.cli.placing import document, drawn, placed
+    from shardkit.cli.placing import document, drawn, foreseen, placed
     from shardkit.source import collector_paused
     from shardkit.source import open as open_checkpoint
 
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
         found = placed(source, checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
+    forecast = foreseen(found, rates, tokens if predict else None) if predict or rates else None
     if as_json:
-        put_json(document(found))
+        put_json(document(found, forecast))
     else:
-        put("\n".join(drawn(found)))
+        put("\n".join(drawn(found, forecast)))
 
 
-def _nbytes(size: str) -> int:
+def _nbytes(size: str, *, least: int = 0) -> int:
     try:
-        return parse_size(size, least=0)
+        return parse_size(size, least=least)
     except ShardkitError as error:
         raise click.BadParameter(f"{error}; {error.hint}") from None

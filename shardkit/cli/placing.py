@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.cli.printing import aligned, listed, named, printable, several
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
-from shardkit.errors import NothingSelected, shown_path
+from shardkit.errors import LoadError, NothingSelected, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
 from shardkit.named_blocks import Block, named_blocks, runs_of_names
 from shardkit.roots import LeftOut, select_root
 from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    from shardkit.load.forecast import Forecast
 
 _MOST = 10
 _SIZES = frozenset({2, 3})
@@ -50,6 +54,17 @@ class Placed:
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(self.fit.sizes.values())
+
+    @property
+    def read(self) -> dict[str, int]:
+        """Bytes that each forward reads from disk, and brings from the CPU to an accelerator."""
+        used = self.fit.used
+        return {DISK: used[DISK], CPU: used.get(CPU, 0) if self.runner != CPU else 0}
+
+    @property
+    def runner(self) -> str:
+        """The device that runs what lies on CPU and disk."""
+        return next(iter(self.fit.budgets))
 
     @property
     def largest(self) -> Block:
@@ -89,16 +104,39 @@ def placed(
     return Placed(source, checkpoint.format, code, blocks, fitted, aliases, rooted.left_out, (*checkpoint.notes, *notes))
 
 
-def drawn(found: Placed) -> Iterator[str]:
-    """The lines that show *found*."""
+def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> Forecast:
+    """What a forward takes.
+
+    Args:
+        found: where the blocks lie.
+        rates: those that are known, by their names.
+        tokens: how many go in at once, to measure the other rates with; None to measure nothing.
+
+    Raises:
+        LoadError: torch is not installed.
+        FormatError: a file cannot be read.
+    """
+    try:
+        from shardkit.load.forecast import forecast, rates_here
+        from shardkit.load.rates import Rates
+    except ModuleNotFoundError:
+        raise LoadError("to predict needs torch, which is not installed", hint="pip install torch") from None
+    homes = found.fit.homes
+    measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
+    known = replace(measured, **{name: float(rate) for name, rate in rates.items()})
+    return forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+
+
+def drawn(found: Placed, forecast: Forecast | None) -> Iterator[str]:
+    """The lines that show *found*, and what a forward takes if that is known."""
     as_type = f" as {found.dtype}" if found.dtype else ""
     amount = f"{several(len(found.blocks), 'block')}, {format_size(found.nbytes)}{as_type}"
     yield f"{named(found.source)} ({found.format}): {amount}"
     yield from aligned(_rows(found.fit), right=_SIZES)
-    yield from aligned(_remarks(found), indent=0)
+    yield from aligned([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
 
 
-def document(found: Placed) -> dict[str, object]:
+def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
     """Everything that `shardkit place --json` says."""
     fitted = found.fit
     return {
@@ -121,10 +159,34 @@ def document(found: Placed) -> dict[str, object]:
         "largest": {"name": found.largest.name, "nbytes": found.largest.nbytes},
         "brought": fitted.brought,
         "lacking": fitted.lacking,
+        "read_per_forward": found.read,
+        "forecast": forecast.as_dict() if forecast else None,
         "aliases": found.aliases,
         "left_out": [asdict(part) for part in found.left_out],
         "notes": found.notes,
     }
+
+
+def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
+    from shardkit.load.cost import STAGES
+
+    predicted = forecast.predicted
+    if predicted is None and forecast.least is not None:
+        yield (
+            "at least",
+            f"{forecast.least:.3g} s for a forward, which bringing the weights takes; how fast is computed is not known",
+        )
+    if predicted is not None:
+        stages = zip(STAGES, predicted.busy, strict=True)
+        busy = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in stages if seconds)
+        hidden = f"; {predicted.hidden:.0%} of reading hidden" if predicted.reading else ""
+        yield (
+            "a forward",
+            f"{predicted.seconds:.3g} s, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
+        )
+    if forecast.ring:
+        yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}"
+    yield "rates", f"{forecast.rates}" or "none"
 
 
 def _rows(fitted: Fit) -> Iterator[tuple[str, str, str, str]]:
@@ -145,6 +207,8 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
         yield f"left on {device}", f"{format_size(left)} of {format_size(fitted.budgets[device])}"
     if fitted.used[DISK]:
         yield "on disk", f"{format_size(fitted.used[DISK])}, read for every forward"
+    if found.read[CPU]:
+        yield "on cpu", f"{format_size(found.read[CPU])}, brought to {found.runner} for every forward"
     yield "largest", f"{printable(found.largest.name)}, {format_size(found.largest.nbytes)}"
     for device, nbytes in fitted.lacking.items():
         block = fitted.brought[device]
