@@ -21,6 +21,7 @@ from typing import Any
 from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama, suited
 from measuring import made
 
+TOLERANCE = 0.2
 DeviceMap = str | Mapping[str, str]
 _REST = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 MAPS: dict[str, DeviceMap] = {
@@ -56,8 +57,12 @@ def main() -> None:
             results[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     for name, each in results.items():
         print(f"{name:12} " + "; ".join(map(sentence, each)))
-        ratio = median(one["predicted"]["seconds"] / one["seconds"] for one in each)
-        print(f"{'':12} predicted is {ratio:.2f} x measured; limit: {each[-1]['predicted']['limit']}")
+        ratios = sorted(one["predicted"]["seconds"] / one["seconds"] for one in each)
+        within = sum(abs(1 - ratio) <= TOLERANCE for ratio in ratios)
+        print(
+            f"{'':12} predicted is {median(ratios):.2f} x measured ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
+            f"{within} of {len(ratios)} within {TOLERANCE:.0%}; limit: {each[-1]['predicted']['limit']}"
+        )
 
 
 def told(llama: Llama, source: Path, device_map: DeviceMap, tokens: int, forwards: int) -> dict[str, Any]:

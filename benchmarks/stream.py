@@ -1,5 +1,8 @@
 """How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG [--only CASE …]``.
 
+For 500 forwards of one token, which take a while and are run only if they are asked for, and for fewer:
+``python benchmarks/stream.py --folder BIG --only endurance [--forwards N]``.
+
 The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has such arithmetic and in fp32 where
 it has not. 4.2 GB of it, the layers and the head, stream from disk in each forward. Accelerate, the floor (the same blocks into
 the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
@@ -33,7 +36,7 @@ class Contender:
         who: a name in streaming.py.
         plain: whether it reads what torch saved, and not what offload-prep made of that.
         resident: how many layers are in memory; all 40 and the head, and nothing streams.
-        ring: blocks in memory at a time.
+        ring: blocks in memory at a time; 0 for as many as shardkit finds that pay.
         tokens: how many go in.
         limit: of the memory, in bytes.
     """
@@ -54,6 +57,7 @@ class Result:
     waited: list[float] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     told: set[float | None] = field(default_factory=set)
+    held: list[dict[str, int]] = field(default_factory=list)
     peak: int = 0
 
     @property
@@ -85,13 +89,15 @@ CASES: dict[str, dict[str, Contender]] = {
         "compute": Contender("shardkit", resident=40, limit=None),
         "shardkit": Contender("shardkit"),
         "shardkit, plain .bin": Contender("shardkit", plain=True),
-        "shardkit, auto": Contender("planned"),
+        "shardkit, its own ring": Contender("shardkit", ring=0),
+        "shardkit, auto": Contender("planned", ring=0),
         "accelerate": Contender("accelerate"),
     },
     "0.8 GB": {
         "floor": Contender("floor", ring=2, limit=LITTLE),
         "compute": Contender("shardkit", resident=40, limit=None),
         "shardkit": Contender("shardkit", ring=2, limit=LITTLE),
+        "shardkit, plain .bin": Contender("shardkit", plain=True, ring=2, limit=LITTLE),
     },
     "512 tokens": {
         "floor": Contender("floor"),
@@ -104,7 +110,9 @@ CASES: dict[str, dict[str, Contender]] = {
         "none resident": Contender("shardkit", tokens=1, limit=HALF),
         "shardkit": Contender("shardkit", resident=20, tokens=1, limit=HALF),
     },
+    "endurance": {"shardkit, plain .bin": Contender("shardkit", plain=True, tokens=1)},
 }
+LONG = {"endurance": 500}  # forwards of what is run only if it is asked for, and once
 
 
 def main() -> None:
@@ -112,9 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are, or are made")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--forwards", type=int, default=3, help="of each process, after one that does not count")
+    parser.add_argument("--forwards", type=int, help="of each process, after one that does not count: 3, and for endurance 500")
     parser.add_argument("--dtype", choices=BY_DTYPE, default=suited().dtype)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=CASES, default=[name for name in CASES if name not in LONG])
     parser.add_argument("--plot", type=Path, help="an SVG to draw (needs matplotlib)")
     asked = parser.parse_args()
     llama = BY_DTYPE[asked.dtype]
@@ -123,10 +131,11 @@ def main() -> None:
     found = {}
     for name in asked.only:
         print(f"\n{name}", flush=True)
-        found[name] = race(CASES[name], llama, asked.folder, asked.rounds, asked.forwards)
+        forwards = asked.forwards or LONG.get(name, 3)
+        found[name] = race(CASES[name], llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
         for who, result in found[name].items():
             print(f"  {who:22}{result}", flush=True)
-        for line in ratios(found[name]):
+        for line in (*ratios(found[name]), *(flatness(found[name]) if name in LONG else ())):
             print(f"  {line}", flush=True)
     if asked.plot:
         draw(found, asked.plot)
@@ -152,6 +161,7 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
             result.waited += told["waited"]
             result.read += told["read"]
             result.told.add(told["told"])
+            result.held += told["held"]
             result.peak = max(result.peak, told["peak"])
     answers = {
         answer
@@ -169,7 +179,8 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
     median = {name: result.median for name, result in results.items()}
     for ours, theirs in COMPARED:
         if ours in median and theirs in median:
-            yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}"
+            read = statistics.median(results[ours].read) / max(1, statistics.median(results[theirs].read))
+            yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}, and reads {read:.2f} x as many bytes"
     if {"floor", "shardkit"} <= median.keys():
         waited = statistics.median(results["shardkit"].waited)
         yield f"forwards waited {waited:.2f} s for weights: {1 - waited / median['floor']:.0%} of the floor is hidden"
@@ -179,12 +190,33 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
         yield f"{(floor + compute - both) / min(floor, compute):.0%} of the shorter is hidden behind the longer"
 
 
+def flatness(results: dict[str, Result]) -> Iterator[str]:
+    """What was held in the course of many forwards, and in the end."""
+    for name, result in results.items():
+        before, *during, after = result.held
+        slower = tenth(result.seconds, -1) / tenth(result.seconds, 0)
+        yield f"{name}: {len(during)} forwards, the last tenth of which took {slower:.2f} x as long as the first"
+        for what in ("memory", "descriptors", "threads"):
+            held = [each[what] for each in during]
+            first, later = held[0], max(held[1:], default=held[0])
+            told = f"{before[what]:,} before, {first:,} after one forward, {later:,} at most later, {held[-1]:,} after the last"
+            yield f"  {what:12}{told}; {after[what]:,} after the end"
+
+
+def tenth(seconds: list[float], which: int) -> float:
+    """The median of the first (0) or the last (-1) tenth of *seconds*."""
+    count = max(1, len(seconds) // 10)
+    return statistics.median(seconds[:count] if which == 0 else seconds[-count:])
+
+
 COMPARED = [
     ("shardkit, no compute", "floor"),
     ("the same, plain .bin", "shardkit, no compute"),
     ("the same, 0.8 GB", "floor, 0.8 GB"),
     ("shardkit", "floor"),
     ("shardkit, plain .bin", "shardkit"),
+    ("shardkit, its own ring", "shardkit"),
+    ("shardkit, auto", "floor"),
     ("accelerate", "shardkit"),
     ("accelerate", "shardkit, auto"),
     ("shardkit", "none resident"),

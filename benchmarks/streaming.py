@@ -1,12 +1,13 @@
 """One contender of stream.py, as a process: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
 
 Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
-really read for it, and what came out.
+really read for it, what came out, and what the process held: before the model, after each forward, and after the end of it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -22,11 +23,15 @@ from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama
 RING_READ, THREADS = 4 << 20, 3
 PLANNED = 1_000_000_000  # bytes, of the 1.5 GB that stream.py gives
 WATCHED: list[Any] = []  # the stream of the model, if it has one
+MODELS: list[Any] = []  # of shardkit, to be closed
 
 
 def main() -> None:
     """Run the one that is named."""
     dtype, who, source, resident, ring, tokens, forwards = sys.argv[1:]
+    if who in ("shardkit", "planned"):
+        load_libraries(BY_DTYPE[dtype])
+    held = [holding()]
     once = CONTENDERS[who](BY_DTYPE[dtype], Path(source), int(resident), int(ring), int(tokens))
     once()  # which fills what is filled once
     seconds, waited, read, told = [], [], [], None
@@ -37,7 +42,38 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
         read.append(really_read() - before)
         waited.append(waited_for() - waits)
-    print(json.dumps({"seconds": seconds, "waited": waited, "read": read, "told": told, "peak": peak()}))
+        held.append(holding())
+    del once
+    held.append(end())
+    print(json.dumps({"seconds": seconds, "waited": waited, "read": read, "told": told, "peak": peak(), "held": held}))
+
+
+def load_libraries(llama: Llama) -> None:
+    """Have what is in memory once and for all before anything is counted: code, and the threads that compute."""
+    import torch
+
+    llama.empty()
+    torch.ones(512, 512) @ torch.ones(512, 512)
+
+
+def end() -> dict[str, int]:
+    """Close what is running, let go of it, and tell what is held then."""
+    if MODELS:
+        from shardkit.load import close
+
+        close(MODELS.pop())
+    WATCHED.clear()
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, and the allocator keeps
+    return holding()
+
+
+def holding() -> dict[str, int]:
+    """What the process holds: memory that is no file's, in bytes, descriptors and threads."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    memory = sum(int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon", "RssShmem")))
+    return {"memory": memory, "descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
 
 
 def waited_for() -> float:
@@ -99,8 +135,9 @@ def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) 
     from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(
-        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
     )
+    MODELS.append(model)
     WATCHED.extend(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     return forward(model, tokens)
 
@@ -110,8 +147,9 @@ def planned(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -
     from shardkit.load import load_checkpoint_and_dispatch
 
     model = load_checkpoint_and_dispatch(
-        llama.empty(), source, "auto", {"cpu": PLANNED}, no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+        llama.empty(), source, "auto", {"cpu": PLANNED}, no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
     )
+    MODELS.append(model)
     return forward(model, tokens)
 
 
