@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -204,6 +204,41 @@ class Explanation:
         rate = f"; disk {format_size(int(self.achieved))}/s" if self.achieved else ""
         hidden = f"; {self.hidden:.0%} of reading hidden" if self.hidden is not None else ""
         return f"{self.seconds:.3g} s, {many}{rate}{hidden}"
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineExplanation:
+    """The same for models that are called one by one, and stream through one ring.
+
+    Attributes:
+        pipeline: the class of what calls them.
+        models: by their names in it.
+    """
+
+    pipeline: str
+    models: Mapping[str, Explanation]
+
+    @property
+    def ring(self) -> int:
+        """Bytes of the memory that the blocks of all of them stream through."""
+        return max((each.ring for each in self.models.values()), default=0)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same for JSON."""
+        models = {name: each.as_dict() for name, each in self.models.items()}
+        return {"pipeline": self.pipeline, "ring": self.ring, "models": models}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        parts = [part for each in self.models.values() for part in each.parts]
+        ring = f", through one ring of {format_size(self.ring)}" if self.ring else ""
+        streamed = format_size(sum(part.nbytes for part in parts if part.streams))
+        total = format_size(sum(part.nbytes for part in parts))
+        yield f"{self.pipeline}: {len(self.models)} models, {total} of weights, {streamed} of it stream{ring}"
+        for name, each in self.models.items():
+            yield f"{name}: {each}"
 
 
 def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -35,6 +35,13 @@ def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     return device_map[around]
 
 
+def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
+    """What *device_map* says of *module*, by the names that its parts have in it."""
+    own = {name.removeprefix(f"{module}."): device for name, device in device_map.items() if name.startswith(f"{module}.")}
+    whole = [device_map[name] for name in ("", module) if name in device_map]
+    return {"": whole[-1], **own} if whole else own
+
+
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
     """The same map with fewer names: where all names below one have the same device, that one stands for them."""
     places = [_Place("")]

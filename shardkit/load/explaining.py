@@ -10,33 +10,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 from torch import nn
 
 from shardkit.casting import Cast
 from shardkit.expansion import Framed
-from shardkit.load.account import Explanation, Part
+from shardkit.load.account import Explanation, Part, PipelineExplanation
 from shardkit.load.arrangement import attachments
 from shardkit.load.blocks import cut
 from shardkit.load.budgets import Device, device_key
 from shardkit.load.cost import predict, step_of
-from shardkit.load.device_maps import device_of
+from shardkit.load.device_maps import device_of, inside
 from shardkit.load.forwards import Clock
 from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.rates import Product, Rates, common_product, measure
+from shardkit.load.together import Pipeline
 from shardkit.load.weights import Seat, Weight, weights_of
 from shardkit.payload import Extent, Payload
 
 _ALIGNMENT = 64
 
 
-def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = None) -> Explanation:
+@overload
+def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = None) -> Explanation: ...
+
+
+@overload
+def explain(model: Pipeline, *, rows: int | None = None, rates: Rates | None = None) -> PipelineExplanation: ...
+
+
+def explain(
+    model: nn.Module | Pipeline, *, rows: int | None = None, rates: Rates | None = None
+) -> Explanation | PipelineExplanation:
     """Say why each part of *model* is where it is, and what a forward of it takes.
 
     Args:
-        model: a model that was dispatched, or any other.
+        model: a model that was dispatched, or any other; or a pipeline of Diffusers, for each of its models.
         rows: vectors that a forward multiplies, such as tokens; None for as many as in the last forward, or else one.
         rates: those of this machine; None to measure them, if something streams.
 
@@ -46,8 +58,16 @@ def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = 
     Raises:
         FormatError: a file that something streams from cannot be read.
     """
-    found = _Found.of(model)
-    parts, name = tuple(found.parts()), type(model).__name__
+    if isinstance(model, nn.Module):
+        return _explained(_Found.of(model, getattr(model, "hf_device_map", {})), rows, rates)
+    models = {name: part for name, part in model.components.items() if isinstance(part, nn.Module)}
+    device_map = getattr(model, "hf_device_map", None) or {}
+    explained = {name: _explained(_Found.of(each, inside(name, device_map)), rows, rates) for name, each in models.items()}
+    return PipelineExplanation(type(model).__name__, explained)
+
+
+def _explained(found: _Found, rows: int | None, rates: Rates | None) -> Explanation:
+    parts, name = tuple(found.parts()), type(found.model).__name__
     series = found.clock.series if found.clock else None
     rows = rows or (series.rows if series else 0) or 1
     if not found.pagers:
@@ -90,7 +110,7 @@ class _Found:
     units: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Found:
+    def of(cls, model: nn.Module, device_map: Mapping[str, Device]) -> _Found:
         names = {module: name for name, module in model.named_modules()}
         attached = [(names[module], each) for module, *_, each in attachments(model)]
         pagers = {each: name for name, each in attached if isinstance(each, Pager)}
@@ -101,7 +121,7 @@ class _Found:
             pagers={seat: pager for pager in pagers for seat in pager.seats},
             names=pagers,
             clock=next((each for _, each in attached if isinstance(each, Clock)), None),
-            device_map=getattr(model, "hf_device_map", {}),
+            device_map=device_map,
             units=frozenset(block.name for block in blocks),
         )
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.integrations.accelerate import expand_device_map
 
 from shardkit.errors import LoadError, OverBudget
-from shardkit.load.device_maps import check_device_map, clean_device_map, device_of, refuse_disk
+from shardkit.load.budgets import Device
+from shardkit.load.device_maps import check_device_map, clean_device_map, device_of, inside, refuse_disk
 
 LEAVES = st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map(".".join), min_size=1, max_size=12, unique=True)
 
@@ -101,3 +102,18 @@ def test_nothing_lands_on_disk_in_silence() -> None:
     with pytest.raises(OverBudget, match=r"400 B would land .* 'mps' would have to hold 800 B, and may hold 500 B") as caught:
         refuse_disk(made, {"0": "mps", "1": "mps", "2": "disk", "3": "disk"}, {"mps": 500}, dtype="bf16")
     assert (caught.value.needed, caught.value.available) == (800, 500)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "found"),
+    [
+        ({"": "cpu"}, {"": "cpu"}),
+        ({"unet": "disk", "vae": 0}, {"": "disk"}),
+        ({"": "cpu", "unet": "disk", "unet.mid": 0, "unetted": 1}, {"": "disk", "mid": 0}),
+        ({"unet.mid": 0, "unet.up.0": 1}, {"mid": 0, "up.0": 1}),
+        ({"vae": 0}, {}),
+    ],
+    ids=str,
+)
+def test_the_map_of_a_part_says_what_the_whole_map_says_of_it(device_map: dict[str, Device], found: dict[str, Device]) -> None:
+    assert inside("unet", device_map) == found

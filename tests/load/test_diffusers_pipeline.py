@@ -14,11 +14,14 @@ import torch
 import transformers
 
 from shardkit.errors import FormatError, LoadError
-from shardkit.load import close, from_pretrained
+from shardkit.load import close, explain, from_pretrained
+from shardkit.load.account import PipelineExplanation
 from shardkit.load.arrangement import attachments
 from shardkit.load.moves import RoundTrip
 from shardkit.load.pager import Pager, Streamed
+from shardkit.load.rates import Rates
 from shardkit.load.sources import Sources
+from shardkit.sizes import format_size
 
 diffusers = pytest.importorskip("diffusers", reason="its pipelines are loaded here")
 pytestmark = [
@@ -132,6 +135,30 @@ def test_images_are_those_of_the_pipeline_that_diffusers_loads(name: str, device
         assert torch.equal(images(ours), images(theirs))
     close(ours)
     assert torch.equal(images(ours), images(theirs))
+
+
+def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ring(folder: Path) -> None:
+    saved(folder)
+    pipe = from_pretrained(folder, {"": "cpu", "unet": "disk", "text_encoder": "disk"}, ring=2)
+    for _ in range(2):
+        images(pipe)
+    told = explain(pipe, rates=Rates(disk=1e9, compute=1e9))
+    assert isinstance(told, PipelineExplanation)
+    assert set(told.models) == {"text_encoder", "unet", "vae"}
+    assert {name for name, each in told.models.items() if each.predicted} == streaming(pipe) == {"text_encoder", "unet"}
+    assert told.ring == told.models["unet"].ring == told.models["text_encoder"].ring
+    assert {part.why for part in told.models["vae"].parts} == {"the map says so"}
+    assert {part.place for part in told.models["unet"].parts if part.why == "the map says so"} == {"disk"}
+    measured = told.models["unet"].measured
+    assert measured is not None
+    assert measured.forwards == 5  # of two images with three steps each, of which the first does not count
+    document = json.loads(json.dumps(told.as_dict(), allow_nan=False))
+    assert list(document) == ["pipeline", "ring", "models"]
+    lines = str(told).splitlines()
+    assert lines[0].startswith("StableDiffusionPipeline: 3 models, ")
+    assert lines[0].endswith(f"through one ring of {format_size(told.ring)}")
+    assert all(f"{name}: {each}".splitlines()[0] in lines for name, each in told.models.items())
+    close(pipe)
 
 
 def test_a_map_is_made_for_all_models_at_once_and_the_largest_comes_first(folder: Path) -> None:
