@@ -86,6 +86,12 @@ class Explanation:
         return sum(part.step.room for part in self.parts) <= self.ring
 
     @property
+    def host_ring(self) -> int:
+        """Bytes of main memory through which what is on disk comes to another device: as many as there."""
+        passing = any(part.streams and part.place == "disk" and part.runs_on != "cpu" for part in self.parts)
+        return self.ring if passing else 0
+
+    @property
     def held(self) -> dict[Device, int]:
         """Bytes of weights on each device; what has its place on disk is there and nowhere else, but for the ring."""
         held: dict[Device, int] = {}
@@ -123,6 +129,7 @@ class Explanation:
             "parts": [asdict(part) for part in self.parts],
             "bytes": {str(place): nbytes for place, nbytes in self.held.items()},
             "ring": self.ring,
+            "host_ring": self.host_ring,
             "depths": list(self.depths),
             "rows": self.rows,
             "read_per_forward": self.read,
@@ -181,6 +188,8 @@ class Explanation:
         if self.ring:
             runner = next(part.runs_on for part in self.parts if part.streams)
             yield runner, "", format_size(self.ring), "the ring that blocks stream through", "; ".join(self.depths)
+        if self.host_ring:
+            yield "cpu", "", format_size(self.host_ring), "its twin, for what is on disk", ""
 
     def _forward(self) -> Iterator[str]:
         if self.predicted is None or self.rates is None:

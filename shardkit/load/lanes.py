@@ -47,6 +47,11 @@ class Lane(Protocol):
         """The device."""
         ...
 
+    @property
+    def apart(self) -> bool:
+        """Whether its memory is other than main memory, and gets copies of what is kept there."""
+        ...
+
     def memory(self, nbytes: int) -> torch.Tensor:
         """Fresh memory there, as bytes; it begins at a page.
 
@@ -112,6 +117,10 @@ class CpuLane:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def apart(self) -> bool:
+        return False
+
     def memory(self, nbytes: int) -> torch.Tensor:
         return private(nbytes)
 
@@ -122,8 +131,6 @@ class CpuLane:
         return aligned(nbytes)
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        if host.data_ptr() != memory.data_ptr():
-            memory.copy_(host)
         return Done()
 
     def issued(self, memory: torch.Tensor) -> Ticket:
@@ -132,6 +139,8 @@ class CpuLane:
 
 class AcceleratorLane:
     """To the memory of an accelerator, by a stream of its own."""
+
+    apart = True
 
     def __init__(self, device: torch.device) -> None:
         """Hold no memory yet."""

@@ -11,6 +11,7 @@ import torch
 
 from shardkit.load.files import Files
 from shardkit.load.filling import read_into
+from shardkit.load.kept import Kept, memory_of_page
 from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
 from shardkit.load.memory import memory_of
 from shardkit.load.readers import Filling, Job
@@ -45,6 +46,7 @@ class Page:
     Attributes:
         pieces: its tensors.
         layout: how they lie in memory, and how they come there.
+        kept: the main memory that all of it is in, as it is to be sent; None if it must be read.
         place: where it is, or will be once it is read.
         reading: the read; None while the page is nowhere.
         holders: the visits that need it.
@@ -54,6 +56,7 @@ class Page:
 
     pieces: tuple[Piece, ...]
     layout: Layout
+    kept: torch.Tensor | None = None
     place: Place | None = None
     reading: Filling | None = None
     holders: set[Hashable] = field(default_factory=set)
@@ -61,10 +64,16 @@ class Page:
     asked: int = 0
 
     @classmethod
-    def of_each(cls, pages: Sequence[Sequence[Piece]]) -> list[Page]:
-        """Pages of one ring, which are nowhere yet."""
-        layouts = evened([Layout.of([piece.payload for piece in pieces]) for pieces in pages])
-        return [cls(tuple(pieces), layout) for pieces, layout in zip(pages, layouts, strict=True)]
+    def of_each(cls, pages: Sequence[Sequence[Piece]], *, apart: bool = False) -> list[Page]:
+        """Pages of one ring, which are nowhere yet; *apart* is whether that is in other than main memory."""
+        payloads = [[piece.payload for piece in pieces] for pieces in pages]
+        layouts = evened([Layout.of(each) for each in payloads])
+        kept = [memory_of_page(each, layout) if apart else None for each, layout in zip(payloads, layouts, strict=True)]
+        return [cls(tuple(pieces), layout, there) for pieces, layout, there in zip(pages, layouts, kept, strict=True)]
+
+    def nowhere(self) -> Page:
+        """The same page, as it is before it is read."""
+        return Page(self.pieces, self.layout, self.kept)
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +112,8 @@ class Page:
 
     def jobs(self, files: Files, host: torch.Tensor) -> Iterator[Job]:
         """What reads all of it into *host*, but for `settle`."""
+        if self.kept is not None:
+            return
         memory = memory_of(host)
         if self.layout.reads:
             yield partial(_expect, files, self.layout.reads)
@@ -184,7 +195,7 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
     """Fill *memory* with *payload*, out of files that are open."""
     if isinstance(payload, Extent):
         files.at(payload.path).read(memory, payload.start)
-    elif isinstance(payload, Buffer):
+    elif isinstance(payload, Buffer | Kept):
         _copy(memoryview(payload.memory), memory)
     else:
         read = files.read_once if isinstance(grounds(payload), Extent) else files.read

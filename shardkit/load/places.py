@@ -47,7 +47,7 @@ class Places:
         Raises:
             LoadError: there is no memory for it.
         """
-        return self._ring.beside(number, self._pages[number].layout)
+        return self._ring.beside(number, self._pages[number].layout, self._pages[number].kept)
 
     def occupy(self, place: Place, reading: Filling) -> None:
         """Let the page of *place* be there, as soon as *reading* is over."""
@@ -94,7 +94,7 @@ class Places:
                 else:
                     busy.add(each)
             if busy.isdisjoint(leaving):
-                self._ring.take(place)
+                self._ring.take(place, self._pages[number].kept)
                 return place
         return None
 

@@ -31,7 +31,7 @@ class Place:
         start: where in the ring it begins; -1 for a place beside it.
         nbytes: its length.
         memory: it, on the device.
-        host: the same in main memory; memory itself where that is main memory.
+        host: the same in main memory: memory itself where that is main memory, or what its page is kept in.
         before: what must be done before the host memory changes: copies out of it.
         after: what must be done before the memory of the device changes: the last that used it of each line of work.
         tensors: those of the page that is there.
@@ -108,18 +108,23 @@ class Ring:
         place = Place(number, start, layout.nbytes)
         return place, [each for each in self._places if each.overlaps(place)]
 
-    def take(self, place: Place) -> None:
+    def take(self, place: Place, kept: torch.Tensor | None = None) -> None:
         """Let *place* be taken; those that had to go for it have left.
+
+        Args:
+            place: the place.
+            kept: the main memory that its page is kept in, if it is. A ring that takes no others has none of its own.
 
         Raises:
             LoadError: there is no memory for the ring.
         """
         if self._memory is None:
-            memory = self._lane.memory(self.nbytes)
-            self._host, self._memory = self._lane.host(memory), memory
-        assert self._host is not None
+            self._memory = self._lane.memory(self.nbytes)
+        if self._host is None and kept is None:
+            self._host = self._lane.host(self._memory)
         stop = place.start + place.nbytes
-        place.memory, place.host = self._memory[place.start : stop], self._host[place.start : stop]
+        place.memory = self._memory[place.start : stop]
+        place.host = kept if self._host is None or kept is not None else self._host[place.start : stop]
         self._places.append(place)
         for old in self._left:
             if old.overlaps(place):
@@ -142,14 +147,14 @@ class Ring:
             if place not in places:
                 self.leave(place)
 
-    def beside(self, number: int, layout: Layout) -> Place:
-        """A place for a page that has memory of its own, and no place in the ring.
+    def beside(self, number: int, layout: Layout, kept: torch.Tensor | None = None) -> Place:
+        """A place for a page that has memory of its own, and no place in the ring; *kept* is as for `take`.
 
         Raises:
             LoadError: there is no memory for it.
         """
         memory = self._lane.memory(layout.nbytes)
-        return Place(number, -1, layout.nbytes, memory, self._lane.host(memory))
+        return Place(number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept)
 
     def drop(self) -> None:
         """Let go of the memory, which ends with the last tensor in it."""

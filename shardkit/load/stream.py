@@ -59,7 +59,7 @@ class Stream:
             OverBudget: a page does not fit into the ring.
         """
         self.lane = lane
-        self._pages = Page.of_each(pages)
+        self._pages = Page.of_each(pages, apart=lane.apart)
         self.room = room_for((page.nbytes for page in self._pages), ring)
         self._verify = verify
         self._tally = Tally()
@@ -138,7 +138,7 @@ class Stream:
         self._changed = threading.Condition(self.lock)
         self._readers = Readers(_READERS, self._tally.reading)
         self._files = Files()
-        self._pages = [Page(page.pieces, page.layout) for page in self._pages]
+        self._pages = [page.nowhere() for page in self._pages]
         self._places = Places(self._pages, Ring(self.lane, self.room))
         self._acting = self._torn = False
         self._inherited: dict[Hashable, Inherited] = {}
@@ -261,7 +261,7 @@ class Stream:
         if place.memory is None:
             return Done()  # it was taken back, and nobody waits for it
         page.settle(host)
-        sent = self.lane.send(host, memory, tuple(place.after.values()))
+        sent = self.lane.send(host, memory[: len(host)], tuple(place.after.values()))  # kept memory ends where its page does
         place.before, place.after = [sent], {}
         self._tally.read(disk=page.disk, memory=page.memory)
         self._verify()

@@ -25,6 +25,7 @@ from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.weights import Seat, weights_of
 from shardkit.payload import Buffer
 
+_CPU = torch.device("cpu")
 _SHARE = 2  # one part in so many of what is free may become the ring: what is computed needs room too
 
 Origin = tuple[torch.device | None, bool]
@@ -81,9 +82,9 @@ class StreamedBlock:
     def kept(self, lane: Lane) -> StreamedBlock:
         """The same in memory that *lane* sends from, if it is not there."""
         payloads = [piece.payload for piece in self.pieces]
-        if memory_of_page(payloads, Layout.of(payloads)) is not None:
-            return self
-        return replace(self, recipes=tuple(kept_recipes([self.recipes], lane)[0]))
+        there = memory_of_page(payloads, Layout.of(payloads)) is not None
+        recipes = self.recipes if there else kept_recipes([self.recipes], lane)[0]
+        return replace(self, recipes=recipes, origins=tuple((origin or _CPU, learned) for origin, learned in self.origins))
 
     def stand_in(self) -> None:
         """Put the addresses in the places of the weights."""

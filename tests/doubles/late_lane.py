@@ -37,6 +37,8 @@ class LateLane:
         sent: address and length of all that was sent, in order.
     """
 
+    apart = True
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.lock = threading.RLock()

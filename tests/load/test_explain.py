@@ -271,6 +271,15 @@ def test_names_that_differ_in_a_number_are_one(numbers: range, printed: str) -> 
     assert str(Explanation("Toy", parts)).endswith(f"  fits  {printed}")
 
 
+@pytest.mark.parametrize(
+    ("place", "runs_on", "twin"), [("disk", "cpu", 0), ("disk", "cuda:0", 100), ("cpu", "cuda:0", 0)], ids=str
+)
+def test_the_ring_has_a_twin_in_main_memory_where_a_device_gets_weights_from_disk(place: str, runs_on: str, twin: int) -> None:
+    told = Explanation("Toy", (Part("h.0", place, runs_on, 50, "the map says so", Step(room=64)),), ring=100, depths=("2, why",))
+    assert told.host_ring == told.as_dict()["host_ring"] == twin
+    assert (str(told).count("its twin, for what is on disk") == 1) == bool(twin)
+
+
 def test_rows_are_tokens_or_vectors() -> None:
     model, clock = nn.Linear(3, 4), Clock((), chosen=False)
     clock.attach(model)

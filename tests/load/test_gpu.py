@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,9 @@ from shardkit.load import (
     remove_hooks,
     save,
 )
+from shardkit.load.kept import Kept
 from shardkit.load.lanes import AcceleratorLane, lane_to
+from shardkit.load.pager import Streamed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,6 +178,36 @@ def test_copies_go_out_of_pinned_memory() -> None:
         sent.precede()
         assert (memory == value).all()
         sent.finish()
+
+
+@pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
+def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int) -> None:
+    lane = lane_to(torch.device("cuda", 0))
+    kept, there = lane.kept(nbytes), lane.memory(nbytes)
+    mine = torch.arange(nbytes).to(torch.uint8)
+    assert kept.is_pinned()
+    assert len(kept.untyped_storage()) == nbytes
+    kept.copy_(mine)
+    lane.send(kept, there, [lane.issued(there)])
+    del kept  # while it may be copied
+    gc.collect()
+    lane.send(lane.kept(64), there[:64], []).finish()
+    assert torch.equal(there[64:].cpu(), mine[64:])
+
+
+def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: torch.Tensor) -> None:
+    pinned_by_torch = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    model = loaded(file, MAPS["cpu"], ring=2)
+    for _ in range(3):
+        assert torch.equal(model(IDS), expected)
+    storages = [each.recipe.storage for each in model.parameters() if isinstance(each, Streamed)]
+    blocks = {each.block for each in storages if isinstance(each, Kept)}
+    assert len(blocks) == LAYERS
+    assert all(block.memory.is_pinned() and len(block.memory) == BLOCK for block in blocks)
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) <= pinned_by_torch
+    os.remove(file)
+    assert torch.equal(model(IDS), expected)
+    close(model)
 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])

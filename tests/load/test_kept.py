@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import pickle
@@ -20,7 +21,16 @@ from late_lane import LateLane
 from shardkit.casting import Cast
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import FormatError, LoadError
-from shardkit.load import arrangement, close, cpu_offload, dispatch_model, explain, load_checkpoint_and_dispatch, remove_hooks
+from shardkit.load import (
+    arrangement,
+    close,
+    cpu_offload,
+    dispatch_model,
+    explain,
+    load_checkpoint_and_dispatch,
+    remove_hooks,
+    save,
+)
 from shardkit.load.arrangement import Wish
 from shardkit.load.device_maps import device_of
 from shardkit.load.empty import init_empty_weights
@@ -333,3 +343,26 @@ def test_kept_memory_is_gone_with_the_model(file: Path, device: LateLane) -> Non
     device.run_until(device.count)  # what was sent ahead, and nobody waited for
     gc.collect()
     assert all(each() is None for each in blocks_of)
+
+
+@torch.no_grad()
+def test_without_hooks_a_checkpoint_that_was_kept_is_in_memory_like_any_other(file: Path, device: LateLane) -> None:
+    expected, model = blocks()(X), loaded(file, {"": "cpu", "2": "disk"})
+    model(X)
+    remove_hooks(model)
+    assert {name.split(".")[0] for name, each in model.named_parameters() if isinstance(each, Streamed)} == {"2"}
+    assert all(each.requires_grad for each in model.parameters() if not isinstance(each, Streamed))
+    assert torch.equal(model(X), expected)
+
+
+@torch.no_grad()
+def test_a_model_whose_weights_are_kept_can_be_saved_and_copied(file: Path, device: LateLane, tmp_path: Path) -> None:
+    expected, model = blocks()(X), loaded(file, {"": "cpu", "2": "disk"})
+    twin = copy.deepcopy(model)
+    save(model, tmp_path / "saved")
+    again = load_checkpoint_and_dispatch(blocks(seed=1), tmp_path / "saved", {"": "disk"}, strict=True)
+    for each in (twin, again, model):
+        assert torch.equal(each(X), expected)
+    assert device.kept_bytes == (LAYERS - 1) * BLOCK
+    close(again)
+    close(model)

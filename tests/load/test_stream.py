@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from children import forks, in_a_child, threaded
 from interruption import interrupted
 from late_lane import LateLane
-
 from shardkit.casting import Cast
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
