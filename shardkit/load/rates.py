@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn.functional import linear
@@ -191,7 +192,10 @@ def _compute_rate(device: torch.device, product: Product) -> float:
 
 
 def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """How often *work* is done in a second, the first time left out; by *device*, if that is none that is waited for anyway."""
+    """How often *work* is done in a second, by *device*, if that is none that is waited for anyway.
+
+    The first time is left out, and the median of the others taken: what else the machine does strikes some of them, and hard.
+    """
 
     def finish() -> None:
         if device is not None and device.type != "cpu":
@@ -199,10 +203,10 @@ def _per_second(work: Callable[[], object], device: torch.device | None = None) 
 
     work()
     finish()
-    begun = time.perf_counter()
-    count, seconds = 0, 0.0
-    while seconds < _SECONDS:
+    times: list[float] = []
+    while sum(times) < _SECONDS:
+        begun = time.perf_counter()
         work()
         finish()
-        count, seconds = count + 1, time.perf_counter() - begun
-    return count / seconds
+        times.append(time.perf_counter() - begun)
+    return 1 / median(times)
