@@ -17,7 +17,7 @@ from torch import nn
 
 from shardkit.load.weights import Seat, Weight, named_modules
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -117,12 +117,12 @@ class _Walk:
             return
         for step, child in module._modules.items():
             if child is not None:
-                yield from self.blocks(child, f"{name}.{step}" if name else step, listed=isinstance(module, _CONTAINERS))
+                yield from self.blocks(child, f"{name}.{step}" if name else step, listed=isinstance(module, CONTAINERS))
 
     def _is_block(self, module: nn.Module, *, listed: bool) -> bool:
         if module in self._whole:
             return True
-        if module in self._around or isinstance(module, _CONTAINERS):
+        if module in self._around or isinstance(module, CONTAINERS):
             return False
         return listed or not module._modules
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardkit.load.blocks import CONTAINERS
+from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import eager
 from shardkit.load.together import called
 
@@ -148,14 +150,38 @@ def attach_movers(
         skip: keys of arguments that stay where they are.
     """
     callees = called(model)
-    devices = {runs_on(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    if any(device.type != "cpu" for device in devices):  # else only a model's own inputs can be elsewhere
-        for prefix, module in model.named_modules():
-            direct = next((name for name in (*module._parameters, *module._buffers)), None)
-            if direct is not None and module not in callees:
-                Mover(runs_on(f"{prefix}.{direct}"), skip).attach(module)
+    runners = _runners(model, runs_on)
+    if any(device.type != "cpu" for device in runners.get("", ())):  # else only a model's own inputs can be elsewhere
+        inner = ((name, module) for name, module in model.named_modules() if module not in callees)
+        for name, module in inner:
+            own = next((each for each in (*module._parameters, *module._buffers)), None)
+            device = _entered_on(name, model, runners) if own is None else runs_on(f"{name}.{own}")
+            if device is not None:
+                Mover(device, skip).attach(module)
     for callee in callees:
         RoundTrip(main, skip).attach(callee)
+
+
+def _runners(model: nn.Module, runs_on: Callable[[str], torch.device]) -> dict[str, set[torch.device]]:
+    """The devices that run the weights in each part of *model*, by the names of the parts."""
+    runners: dict[str, set[torch.device]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        device = runs_on(name)
+        for around in prefixes(name):
+            runners.setdefault(around, set()).add(device)
+    return runners
+
+
+def _entered_on(name: str, model: nn.Module, runners: Mapping[str, Collection[torch.device]]) -> torch.device | None:
+    """Where the part *name*, which has only parts itself, gets its inputs; None if it has them there, or one place is not right.
+
+    It needs them as its parts do: it may add them to what they make. Where what is around it runs on one device, they are there;
+    but for a container, which nobody calls.
+    """
+    around = name.rpartition(".")[0]
+    comes_in = len(runners.get(around, ())) > 1 or isinstance(model.get_submodule(around), CONTAINERS)
+    devices = runners.get(name, ())
+    return next(iter(devices)) if comes_in and len(devices) == 1 else None
 
 
 def _like(value: tuple[Any, ...] | list[Any], parts: list[Any]) -> Any:

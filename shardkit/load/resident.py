@@ -143,7 +143,7 @@ def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return old
     if not isinstance(old, nn.Parameter):
         return value
-    if plain or paged:
+    if plain or type(value) is not torch.Tensor:  # Paged, or the tensors of an accelerator that is made in Python
         return nn.Parameter(value, requires_grad=trains)
     made: torch.Tensor = torch.Tensor._make_subclass(type(old), value, trains)
     if old.__dict__:
