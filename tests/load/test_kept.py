@@ -8,7 +8,7 @@ import os
 import pickle
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from late_lane import LateLane
+from shardkit import load
 from shardkit.casting import Cast
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import FormatError, LoadError
@@ -320,6 +321,27 @@ def test_a_model_in_memory_moves_into_kept_memory_block_by_block(
     remove_hooks(model)
     assert not any(isinstance(each, Streamed) for each in model.parameters())
     assert torch.equal(model(X), expected)
+
+
+@torch.no_grad()
+def test_addresses_are_read_into_kept_memory_and_nowhere_else(
+    file: Path, device: LateLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with init_empty_weights():
+        model = blocks()
+    model.load_state_dict(load.tensors(file), assign=True)
+    read: list[object] = []
+
+    def materialise(items: Iterable[object], **_: object) -> list[torch.Tensor]:
+        read.extend(items)
+        return []
+
+    monkeypatch.setattr("shardkit.load.resident.materialise", materialise)
+    dispatch_model(model, {"": "cpu"}, "cpu")
+    os.remove(file)
+    assert torch.equal(model(X), blocks()(X))
+    assert (device.kept_bytes, device.host_bytes, read) == (LAYERS * BLOCK, 0, [])
+    close(model)
 
 
 @torch.no_grad()
