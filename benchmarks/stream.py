@@ -1,7 +1,7 @@
 """How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG [--only CASE …]``.
 
 For 500 forwards of one token, which take a while and are run only if they are asked for, and for fewer:
-``python benchmarks/stream.py --folder BIG --only endurance [--forwards N]``.
+``python benchmarks/stream.py --folder BIG --only endurance "endurance, 0.8 GB" [--forwards N]``.
 
 The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has such arithmetic and in fp32 where
 it has not. 4.2 GB of it, the layers and the head, stream from disk in each forward. Accelerate, the floor (the same blocks into
@@ -111,8 +111,9 @@ CASES: dict[str, dict[str, Contender]] = {
         "shardkit": Contender("shardkit", resident=20, tokens=1, limit=HALF),
     },
     "endurance": {"shardkit, plain .bin": Contender("shardkit", plain=True, tokens=1)},
+    "endurance, 0.8 GB": {"shardkit, plain .bin": Contender("shardkit", plain=True, ring=2, tokens=1, limit=LITTLE)},
 }
-LONG = {"endurance": 500}  # forwards of what is run only if it is asked for, and once
+LONG = {"endurance": 500, "endurance, 0.8 GB": 500}  # forwards of what is run only if it is asked for, and once
 
 
 def main() -> None:
@@ -134,7 +135,8 @@ def main() -> None:
         forwards = asked.forwards or LONG.get(name, 3)
         found[name] = race(CASES[name], llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
         for who, result in found[name].items():
-            print(f"  {who:22}{result}", flush=True)
+            limit = CASES[name][who].limit
+            print(f"  {who:22}{result}  {f'of {limit / 1e6:.0f} MB' if limit else ''}".rstrip(), flush=True)
         for line in (*ratios(found[name]), *(flatness(found[name]) if name in LONG else ())):
             print(f"  {line}", flush=True)
     if asked.plot:
