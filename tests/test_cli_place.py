@@ -152,6 +152,9 @@ def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys
     assert predicted["busy"] == pytest.approx({"disk": on_disk / 1e6, "host copy": 0, "link": 0, "compute": 0.01})
     assert predicted["first"] >= predicted["seconds"] >= document["forecast"]["least"] == on_disk / 1e6
     assert predicted["limit"] == "disk"
+    ring = document["forecast"]["ring"]
+    assert ring["lacking"] == max(0, ring["nbytes"] - document["left"]["cpu"])
+    assert any(line.startswith("ring") and line.endswith("more than is left for it") for line in lines) == bool(ring["lacking"])
 
 
 def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(matrices: Path, capsys: Capture) -> None:

@@ -185,7 +185,8 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
             f"{predicted.seconds:.3g} s, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
         )
     if forecast.ring:
-        yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}"
+        lacking = f"; {format_size(forecast.lacking)} more than is left for it" if forecast.lacking else ""
+        yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
     yield "rates", f"{forecast.rates}" or "none"
 
 

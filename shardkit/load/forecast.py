@@ -32,6 +32,7 @@ class Forecast:
         least: seconds that bringing the weights takes, whatever is computed meanwhile; None if no rate of it is known.
         ring: bytes of the memory that blocks stream through.
         depth: how many they are, and why.
+        lacking: bytes that it is larger than the room that is left for it.
         predicted: what it takes; None where no rate of computing is known.
     """
 
@@ -39,6 +40,7 @@ class Forecast:
     least: float | None
     ring: int
     depth: Depth
+    lacking: int
     predicted: Prediction | None
 
     def as_dict(self) -> dict[str, object]:
@@ -47,7 +49,7 @@ class Forecast:
         return {
             "rates": asdict(self.rates),
             "least": self.least,
-            "ring": {"nbytes": self.ring, **asdict(self.depth)},
+            "ring": {"nbytes": self.ring, "lacking": self.lacking, **asdict(self.depth)},
             "predicted": predicted
             and {
                 "seconds": predicted.seconds,
@@ -76,7 +78,8 @@ def forecast(blocks: Sequence[Block], homes: Mapping[str, str], room: int, rates
     found = predict(steps, rates, ring)
     known = [stage for stage, rate in zip(STAGES[:-1], (rates.disk, rates.copy, rates.link), strict=True) if rate]
     least = max((found.busy[STAGES.index(stage)] for stage in known), default=None)
-    return Forecast(rates, least if sizes else 0.0, ring, depth, found if rates.compute else None)
+    lacking = max(0, ring - room)
+    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None)
 
 
 def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
