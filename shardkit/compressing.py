@@ -1,6 +1,6 @@
 """Write a file compressed: its frames made side by side, put down in their order, and listed at the end.
 
-Memory is that of the frames under way, a few for each processor.
+Memory is that of the frames under way, a few for each processor; it is used again for those that follow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from shardkit.codec import Codec, Frame
@@ -62,7 +63,7 @@ def write_compressed(
     assert file.codec.compress is not None
     frames: list[Frame] = []
     at = 0
-    for made, expanded in _in_order(file.codec.compress, _seen(_contents(file), see), pool, ahead):
+    for made, expanded in _in_order(file.codec.compress, _seen(_contents(file, ahead), see), pool, ahead):
         at = _put(made, output, at, see_stored)
         frames.append(Frame(at - len(made), len(made), expanded))
         on_bytes(expanded)
@@ -91,14 +92,17 @@ def _rate(file: Payload, frames: Sequence[Frame], codec: Codec) -> int:
     return int(sampled / max(time.thread_time() - begun, 1e-6))
 
 
-def _contents(file: OutputFile) -> Iterator[bytearray]:
-    """What each frame of *file* is to hold."""
-    chunks = (chunk for part in file.parts for chunk in _payload(part).chunks())
-    rest = memoryview(b"")
-    for nbytes in file.frames:
-        content, filled = bytearray(nbytes), 0
+def _contents(file: OutputFile, ahead: int) -> Iterator[memoryview]:
+    """What each frame of *file* is to hold; its memory is used again for that which comes *ahead* frames later."""
+    chunks = chain.from_iterable(_payload(part).chunks() for part in file.parts)
+    ring = [memoryview(bytearray(max(file.frames, default=0))) for _ in range(ahead)]
+    rest = nothing = memoryview(b"")
+    for number, nbytes in enumerate(file.frames):
+        content, filled = ring[number % ahead][:nbytes], 0
         while filled < nbytes:
-            rest = rest or next(chunks)
+            if not rest:
+                rest = taken = nothing  # which lets go of a chunk before the next one is made
+                rest = next(chunks)
             taken = rest[: nbytes - filled]
             content[filled : filled + len(taken)] = taken
             rest = rest[len(taken) :]
@@ -111,21 +115,21 @@ def _payload(part: Part) -> Payload:
     return part
 
 
-def _seen(contents: Iterable[bytearray], see: Sequence[See]) -> Iterator[bytearray]:
+def _seen(contents: Iterable[memoryview], see: Sequence[See]) -> Iterator[memoryview]:
     for content in contents:
         for each in see:
-            each(memoryview(content))
+            each(content)
         yield content
 
 
 def _in_order(
-    compress: Callable[[memoryview], bytes], contents: Iterable[bytearray], pool: Executor, ahead: int
+    compress: Callable[[memoryview], bytes], contents: Iterable[memoryview], pool: Executor, ahead: int
 ) -> Iterator[tuple[bytes, int]]:
     """What each of *contents* becomes, and its length, as many made at a time as *ahead* says."""
     under_way: deque[tuple[Future[bytes], int]] = deque()
     try:
         for content in contents:
-            under_way.append((pool.submit(compress, memoryview(content)), len(content)))
+            under_way.append((pool.submit(compress, content), len(content)))
             if len(under_way) == ahead:
                 made, nbytes = under_way.popleft()
                 yield made.result(), nbytes

@@ -7,6 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import shardkit
 from shardkit.cli import main
+from shardkit.codec import Codec
 from shardkit.codecs.zstd import CODEC, frames
-from shardkit.compressing import Saving
+from shardkit.compressing import Saving, write_compressed
 from shardkit.edits import Edits
 from shardkit.errors import Malformed, PlanError
 from shardkit.framing import FRAME, cut
-from shardkit.payload import Extent
+from shardkit.payload import Extent, Literal
+from shardkit.plan import OutputFile
 from shardkit.preparation import prepare
 from truth import values
 
@@ -230,6 +234,20 @@ def test_verify_says_that_frames_were_held_against_their_checksums(source: Path,
     (note,) = shardkit.verify(tmp_path / "out").notes
     held = sum(tensor.nbytes > 0 for tensor in state().values())
     assert note == f"{held} tensors were expanded, and held against the checksums in their frames, where these have any"
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_frame_keeps_its_bytes_while_it_is_compressed(ahead: int, tmp_path: Path) -> None:
+    def late(frame: memoryview) -> bytes:
+        time.sleep(0.01)
+        return bytes(frame)
+
+    whole = bytes(range(40))
+    codec = Codec(name="late", suffix=".late", sniff=lambda head: False, decompress=lambda pieces: iter(()), compress=late)
+    file = OutputFile("file.late", (Literal(whole[:7]), Literal(whole[7:])), codec, (3, 10, 1, 9, 10, 7))
+    with open(tmp_path / file.name, "wb") as output, ThreadPoolExecutor(ahead) as pool:
+        write_compressed(file, output.fileno(), pool, ahead=ahead, see=[], see_stored=[], on_bytes=lambda count: None)
+    assert (tmp_path / file.name).read_bytes() == whole
 
 
 def test_an_output_is_replaced_by_a_plain_one(source: Path, tmp_path: Path) -> None:
