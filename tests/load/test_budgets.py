@@ -17,6 +17,7 @@ from shardkit.load import budgets
 from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import get_max_memory
 from shardkit.load.module_sizes import module_sizes
+from shardkit.load.placement import infer_auto_device_map
 
 GIB = 1 << 30
 
@@ -165,6 +166,14 @@ class Machine:
 def test_what_a_machine_has_is_found(monkeypatch: pytest.MonkeyPatch, machine: Machine, there: dict[object, int]) -> None:
     machine.install(monkeypatch)
     assert get_max_memory() == there
+
+
+def test_what_is_left_out_has_no_budget_but_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine((100, 0, 0), (200, 0, 0)).install(monkeypatch)
+    assert get_max_memory({1: 50}) == {1: 50, "cpu": 7}
+    assert get_max_memory({"cpu": 5}) == {"cpu": 5}
+    assert get_balanced_memory(layers(), {0: 10**6, "cpu": 0}) == {0: 10**6, "cpu": 0}
+    assert infer_auto_device_map(layers(), {1: 10**6, "cpu": 0}) == {"": 1}
 
 
 def test_on_one_accelerator_some_room_is_left_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYER_MAP: dict[str, int] = {"embed": 0} | {f"layers.{number}": number // 2 % 2 for number in range(LAYERS)} | {"head": 1}
-MAPS: list[Any] = [LAYER_MAP, {"": 0, "layers": 1}, {"": 1, "layers.3.up": 0}, "balanced", "sequential"]
+MAPS: list[Any] = [LAYER_MAP, {"": 0, "layers": 1}, {"": 1, "layers.3.up": 0}, "auto", "balanced", "sequential"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_nothing_moves_but_where_the_device_changes_and_the_output_comes_back(fo
 
 def test_a_map_that_is_given_is_kept_and_one_that_is_made_uses_both(found: list[Any]) -> None:
     assert found[1]["map"] == {name: str(device) for name, device in LAYER_MAP.items()}
+    assert found[4]["map"] == found[5]["map"]
     for run in found[4:]:
         assert set(run["map"].values()) == {"0", "1"}
         assert all(name.count(".") < 2 for name in run["map"])  # no layer is cut
