@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -74,14 +73,13 @@ def test_names_that_take_too_much_room_hit_the_limit() -> None:
     assert caught.value.limit == "held_bytes"
 
 
+@pytest.mark.timeout(60)  # to go them all would take for ever
 @pytest.mark.parametrize("leaf", [TENSOR, 1], ids=["with a tensor", "without"])
 def test_billions_of_paths_to_a_few_objects_take_no_time(leaf: object) -> None:
     laughs: object = leaf
     for _ in range(100):
         laughs = (laughs,) * 10
-    start = time.monotonic()
     found = walked(table(a=laughs, b=TENSOR))
-    assert time.monotonic() - start < 5
     assert len(found.tensors) == (11 if leaf is TENSOR else 1)
 
 

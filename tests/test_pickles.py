@@ -6,7 +6,6 @@ import pickle
 import pickletools
 import struct
 import sys
-import time
 import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
@@ -177,6 +176,7 @@ def laughs(levels: int) -> bytes:
     return b"K\1" + b"".join(b"q\0" + b"0" + b"(" + b"h\0" * 10 + b"t" for _ in range(levels))
 
 
+@pytest.mark.timeout(60)  # to go them all would take for ever
 @pytest.mark.parametrize(
     "content",
     [
@@ -191,20 +191,18 @@ def laughs(levels: int) -> bytes:
     ids=["value", "key", "key beside others", "in a set", "in a frozen set", "arguments", "called"],
 )
 def test_a_structure_with_more_paths_than_atoms_takes_no_time(content: bytes) -> None:
-    start = time.monotonic()
     read(content)
-    assert time.monotonic() - start < 2
 
 
+@pytest.mark.timeout(60)  # a dict of those would take minutes
 @pytest.mark.parametrize(("begin", "value", "end"), [(b"}(", b"N", b"u."), (b"\x8f(", b"", b"\x90.")], ids=["dict", "set"])
 def test_keys_that_were_chosen_to_have_one_hash_take_no_time(begin: bytes, value: bytes, end: bytes) -> None:
     keys = [number * sys.hash_info.modulus for number in range(1, 100_001)]
     assert len({hash(key) for key in keys}) == 1
-    start = time.monotonic()
     read(begin + b"".join(b"\x8a\x0b" + key.to_bytes(11, "little") + value for key in keys) + end)
-    assert time.monotonic() - start < 5  # a dict of those would take minutes
 
 
+@pytest.mark.timeout(60)  # likewise
 @pytest.mark.parametrize(
     "content",
     [
@@ -217,10 +215,8 @@ def test_keys_that_were_chosen_to_have_one_hash_take_no_time(begin: bytes, value
     ids=["append", "set item", "global", "rebuild", "rebuild arguments"],
 )
 def test_neither_does_a_message_about_one(content: bytes) -> None:
-    start = time.monotonic()
     with pytest.raises(Malformed):
         read(content)
-    assert time.monotonic() - start < 2
 
 
 FAULTS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable
 
@@ -293,10 +292,8 @@ def test_tensors_of_other_kinds_are_moved_by_their_own_operations() -> None:
     assert weight.a.device == weight.b.device == META
 
 
-def test_a_hundred_billion_parameters_take_a_second_and_no_memory() -> None:
+def test_a_hundred_billion_parameters_take_no_memory() -> None:
     with init_empty_weights():
-        begun = time.thread_time()
         model = nn.Sequential(*[nn.Linear(10_000, 10_000) for _ in range(1000)])
-        assert time.thread_time() - begun < 1
     assert sum(parameter.numel() for parameter in model.parameters()) > 10**11
     assert {parameter.device for parameter in model.parameters()} == {META}

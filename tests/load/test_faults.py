@@ -609,10 +609,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("last", EXITS)
 def test_a_process_ends_with_reads_in_flight(last: str, folder: Path) -> None:
-    started = time.monotonic()
     done = program(SLOW + EXITS[last], folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - started < 60
 
 
 NO_MEMORY = """
