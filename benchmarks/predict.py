@@ -78,7 +78,6 @@ def told(llama: Llama, source: Path, device_map: DeviceMap, tokens: int, forward
     model = load_checkpoint_and_dispatch(llama.empty(), source, device_map, **options)
     ids = (torch.arange(tokens) * 7 % VOCABULARY)[None]
     seconds = [timed(lambda: model(ids, use_cache=False, logits_to_keep=1), source) for _ in range(forwards + 1)]
-    time.sleep(1)  # what is read ahead for the next forward shares the disk with the probe until it is there
     explanation = explain(model)
     print(explanation, file=sys.stderr)
     return {**explanation.as_dict(), "seconds": median(seconds[1:])}

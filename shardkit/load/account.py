@@ -123,7 +123,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
-        predicted, measured = self.predicted, self.measured
+        measured = self.measured
         return {
             "model": self.model,
             "parts": [asdict(part) for part in self.parts],
@@ -134,14 +134,7 @@ class Explanation:
             "rows": self.rows,
             "read_per_forward": self.read,
             "rates": asdict(self.rates) if self.rates else None,
-            "predicted": predicted
-            and {
-                "seconds": predicted.seconds,
-                "first": predicted.first,
-                "busy": dict(zip(STAGES, predicted.busy, strict=True)),
-                "limit": predicted.limit,
-                "hidden": predicted.hidden,
-            },
+            "predicted": self.predicted and self.predicted.as_dict(),
             "measured": measured
             and {
                 "seconds": self.seconds,

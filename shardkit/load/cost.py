@@ -93,6 +93,16 @@ class Prediction:
         waited = self.seconds - self.busy[-1]
         return min(1.0, max(0.0, 1 - waited / self.reading)) if self.reading else 1.0
 
+    def as_dict(self) -> dict[str, object]:
+        """The same for JSON."""
+        return {
+            "seconds": self.seconds,
+            "first": self.first,
+            "busy": dict(zip(STAGES, self.busy, strict=True)),
+            "limit": self.limit,
+            "hidden": self.hidden,
+        }
+
 
 def predict(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
     """What a forward of *steps* takes, one behind the other.

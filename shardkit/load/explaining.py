@@ -24,14 +24,13 @@ from shardkit.load.budgets import Device, device_key
 from shardkit.load.cost import predict, step_of
 from shardkit.load.device_maps import device_of, inside
 from shardkit.load.forwards import Clock
+from shardkit.load.layouts import ALIGNMENT
 from shardkit.load.module_sizes import prefixes
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.rates import Product, Rates, common_product, measure
 from shardkit.load.together import Pipeline
 from shardkit.load.weights import Seat, Weight, weights_of
 from shardkit.payload import Extent, Payload
-
-_ALIGNMENT = 64
 
 
 @overload
@@ -72,8 +71,12 @@ def _explained(found: _Found, rows: int | None, rates: Rates | None) -> Explanat
     rows = rows or (series.rows if series else 0) or 1
     if not found.pagers:
         return Explanation(name, parts, rows=rows)
-    ring = sum(stream.room for stream in {pager.stream for pager in found.pagers.values()})
-    rates = rates or measure(found.extents(), found.runner, replace(found.product(), rows=rows))
+    streams = {pager.stream for pager in found.pagers.values()}
+    ring = sum(stream.room for stream in streams)
+    if rates is None:
+        for stream in streams:  # else what is read for the next forward shares the disk with the probe
+            stream.rest()
+        rates = measure(found.extents(), found.runner, replace(found.product(), rows=rows))
     predicted = predict([part.step for part in parts], rates, ring)
     measured = series if series and series.forwards and series.rows == rows else None
     return Explanation(name, parts, ring, rows, rates, predicted, measured, found.clock.depths if found.clock else ())
@@ -197,7 +200,7 @@ class _Found:
             step=step_of(streamed, compute=_multiplied(draft.weights, self.model), linked=runs_on.type != "cpu"),
             cast=sum(payload.nbytes for payload in streamed if any(isinstance(each, Cast) for each in _layers(payload))),
             compressed=sum(payload.nbytes for payload in streamed if any(isinstance(each, Framed) for each in _layers(payload))),
-            askew=sum(isinstance(payload, Extent) and payload.start % _ALIGNMENT > 0 for payload in streamed),
+            askew=sum(isinstance(payload, Extent) and payload.start % ALIGNMENT > 0 for payload in streamed),
         )
 
 

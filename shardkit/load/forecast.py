@@ -45,19 +45,11 @@ class Forecast:
 
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
-        predicted = self.predicted
         return {
             "rates": asdict(self.rates),
             "least": self.least,
             "ring": {"nbytes": self.ring, "lacking": self.lacking, **asdict(self.depth)},
-            "predicted": predicted
-            and {
-                "seconds": predicted.seconds,
-                "first": predicted.first,
-                "busy": dict(zip(STAGES, predicted.busy, strict=True)),
-                "limit": predicted.limit,
-                "hidden": predicted.hidden,
-            },
+            "predicted": self.predicted and self.predicted.as_dict(),
         }
 
 

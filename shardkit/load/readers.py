@@ -72,14 +72,18 @@ class Filling:
         Raises:
             Exception: what went wrong.
         """
-        with self._flying:
-            pass
+        self.wait()
         if self._ticket is not None:
             return self._ticket
         try:
             raise self._error or _stopped(None)
         finally:
             del self  # a frame that holds what was raised in it is a circle, and would keep memory
+
+    def wait(self) -> None:
+        """Return when it is over, whatever came of it."""
+        with self._flying:
+            pass
 
     def give_up(self) -> bool:
         """See to it that no reader works on it; False if one does."""

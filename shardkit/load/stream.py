@@ -120,6 +120,13 @@ class Stream:
         if inherited is not None and inherited.error is not None:
             raise inherited.error
 
+    def rest(self) -> None:
+        """Return when all is over that is being read now."""
+        with self.lock:
+            readings = [page.reading for page in self._pages if page.reading is not None]
+        for reading in readings:
+            reading.wait()
+
     def close(self) -> None:
         """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
         with self.lock:

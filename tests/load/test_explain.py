@@ -21,6 +21,7 @@ from shardkit.load.cost import Step
 from shardkit.load.forwards import Clock
 from shardkit.load.module_sizes import module_sizes
 from shardkit.load.rates import Rates
+from shardkit.load.stream import Stream
 
 WIDTH, LAYERS = 64, 6
 RATES = Rates(disk=1e6, copy=1e9, compute=1e9)
@@ -290,3 +291,22 @@ def test_rows_are_tokens_or_vectors() -> None:
     clock.attach(embedding)
     embedding(input=torch.ones(2, 7, dtype=torch.int64))
     assert clock.series.rows == 14
+
+
+def test_rates_are_measured_when_nothing_is_being_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with init_empty_weights():
+        empty = Toy()
+    model = load_checkpoint_and_dispatch(empty, file, {"": "disk"}, ring=3)
+    told: list[str] = []
+    monkeypatch.setattr(Stream, "rest", lambda stream: told.append("at rest"))
+
+    def measure(*_: object) -> Rates:
+        told.append("measured")
+        return RATES
+
+    monkeypatch.setattr("shardkit.load.explaining.measure", measure)
+    model(IDS)
+    explain(model)
+    explain(model, rates=RATES)
+    assert told == ["at rest", "measured"]
+    close(model)

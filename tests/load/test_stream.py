@@ -399,6 +399,23 @@ def test_a_reader_that_is_slow_holds_up_nobody_who_needs_another_page(file: Path
     use(stream, 2)
 
 
+def test_a_rest_is_when_what_is_read_ahead_has_come_or_failed(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    payloads[1].go.clear()
+    payloads[2].fails = True
+    use(stream, 0)  # behind which these two are read ahead
+    assert eventually(lambda: payloads[1].reads == payloads[2].reads == 1)
+    resting = threading.Thread(target=stream.rest)
+    resting.start()
+    resting.join(0.05)
+    assert resting.is_alive()
+    payloads[1].go.set()
+    resting.join(20)
+    assert not resting.is_alive()
+    assert stream._pages[1].there
+    assert stream._pages[2].failed
+
+
 def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
     stream, payloads = counted(file, ring=8)
     for payload in payloads:
