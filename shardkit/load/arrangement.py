@@ -3,7 +3,8 @@
 1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
 2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
    the model runs on an accelerator, which copies it out of memory that is made for that (see `kept`). What it sends to the disk
-   streams from where it lies.
+   streams from where it lies. Tensors that are the model's own, and of none of its parts, go to its main device rather than to
+   another, as in Accelerate: that is where its inputs come.
 3. A weight that should stream and is in no block stays in the memory of the device that it is needed on, as do buffers unless
    they are to be offloaded; those that no checkpoint holds always do.
 """
@@ -32,7 +33,7 @@ from shardkit.load.moves import Mover, attach_movers
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.recipe import Recipe
-from shardkit.load.resident import place
+from shardkit.load.resident import place, renew
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
@@ -68,9 +69,9 @@ class Wish:
     chosen: bool = False
 
     def runs_on(self, name: str) -> torch.device:
-        """The device on which the part *name* runs."""
+        """The device that uses the tensor *name*."""
         device = device_of(name, self.device_map)
-        return self.main if device in ("cpu", "disk") else torch_device(device)
+        return self.main if device in ("cpu", "disk") or "." not in name else torch_device(device)
 
     def lies_on(self, name: str) -> torch.device:
         """The device that has the part *name* in its memory, if it has memory."""
@@ -172,7 +173,7 @@ def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
         put(weight, placed.as_strided(tensor.shape, strides))
     for weight, device in places:
         if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
-            weight.tensor.data = weight.tensor.data.to(device)
+            renew(weight.seats, weight.tensor.detach().to(device))
 
 
 def put(weight: Weight, tensor: torch.Tensor) -> None:

@@ -95,7 +95,7 @@ def install(
     for home in homes:
         value = values.get(home.names[0])
         if value is not None:
-            _put(home.seats, value)
+            renew(home.seats, value)
 
 
 def _staged(items: Sequence[tuple[Item, torch.device]]) -> Iterator[list[int]]:
@@ -122,7 +122,8 @@ def _shape(entry: TensorEntry) -> tuple[int, ...]:
     return (*entry.shape[:-1], entry.shape[-1] // entry.dtype.packed) if entry.shape else ()
 
 
-def _put(seats: Sequence[Seat], value: torch.Tensor) -> None:
+def renew(seats: Sequence[Seat], value: torch.Tensor) -> None:
+    """Let what is in all of *seats* have *value* for its memory, and be the same object as far as torch can do that."""
     old = seats[0].tensor
     assert old is not None
     new = _renewed(old, value)

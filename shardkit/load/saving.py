@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from shardkit.edits import Edited, fold_ties
 from shardkit.errors import LoadError, shown
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import dtype_of
-from shardkit.payload import Buffer, Payload
+from shardkit.payload import CHUNK, Buffer, Extent, Payload, check_range
 from shardkit.plan import plan_folder
 from shardkit.preparation import Conversion
 from shardkit.sizes import parse_size
@@ -30,8 +31,8 @@ def save(
 ) -> Report:
     """Write the state dict of *model* to *folder*, as safetensors shards and an index.
 
-    Weights that are addresses go from their files to the output without being held; those on an accelerator are copied to
-    main memory first. A weight under several names is written once, and its other names recorded.
+    Weights that are addresses go from their files to the output without being held, and those on an accelerator by way of main
+    memory, a few MB at a time. A weight under several names is written once, and its other names recorded.
 
     Args:
         model: its configuration, where it has one, is saved by its own library.
@@ -60,12 +61,48 @@ def save(
     return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
 
 
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The memory of an accelerator, of which each chunk is copied to main memory when it is asked for.
+
+    Equal are the same runs of one storage, which all of them keep; so its address tells it from others.
+
+    Attributes:
+        memory: uint8, of one axis.
+        origin: device and address of the storage.
+        start: where in the storage the run begins.
+    """
+
+    memory: torch.Tensor = field(compare=False, repr=False)
+    origin: tuple[str, int]
+    start: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", len(self.memory))
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return ()
+
+    def narrow(self, start: int, nbytes: int) -> Remote:
+        check_range(start, nbytes, self.nbytes)
+        return Remote(self.memory[start : start + nbytes], self.origin, self.start + start)
+
+    def chunks(self) -> Iterator[memoryview]:
+        return (self.memory[at : at + CHUNK].cpu().numpy().data for at in range(0, self.nbytes, CHUNK))
+
+
+_Held = dict[tuple[str, int], Buffer | Remote]
+"""The storages of tensors in memory, by device and address."""
+
+
 def _entries(state: Mapping[str, object]) -> list[TensorEntry]:
-    storages: dict[int, Buffer] = {}
+    storages: _Held = {}
     return [_entry(name, value, storages) for name, value in state.items()]
 
 
-def _entry(name: str, value: object, storages: dict[int, Buffer]) -> TensorEntry:
+def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
     if not isinstance(value, torch.Tensor):
         raise LoadError(f"{shown(name)} is {shown(value)} and no tensor, which safetensors cannot hold")
     dtype = dtype_of(value)
@@ -74,18 +111,21 @@ def _entry(name: str, value: object, storages: dict[int, Buffer]) -> TensorEntry
     if value.is_meta:
         raise LoadError(f"{shown(name)} is on the meta device, where it has no value", hint="load the model before it is saved")
     shape = (*value.shape[:-1], value.shape[-1] * dtype.packed) if value.ndim else ()
-    payload = value.payload if isinstance(value, Paged) else _held(value.detach().to("cpu"), dtype, storages)
+    payload = value.payload if isinstance(value, Paged) else _held(value.detach(), dtype, storages)
     return TensorEntry((name,), dtype, shape, payload)
 
 
-def _held(tensor: torch.Tensor, dtype: DType, storages: dict[int, Buffer]) -> Payload:
-    """The memory of *tensor*; tensors that share a storage share one Buffer in *storages*, by its address."""
+def _held(tensor: torch.Tensor, dtype: DType, storages: _Held) -> Payload:
+    """The memory of *tensor*; tensors that share a storage share what stands for it in *storages*."""
     storage = tensor.untyped_storage()
-    if storage.data_ptr() not in storages:
-        whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
-        storages[storage.data_ptr()] = Buffer(whole.numpy().data)  # which keeps the storage
+    origin = str(tensor.device), storage.data_ptr()
+    if origin not in storages:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        storages[origin] = (
+            Buffer(whole.numpy().data) if whole.device.type == "cpu" else Remote(whole, origin)
+        )  # keeps the storage
     return strided(
-        storages[storage.data_ptr()],
+        storages[origin],
         dtype=dtype,
         offset=int(tensor.storage_offset()),
         shape=tensor.shape,

@@ -44,10 +44,11 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(32, 16)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.register_buffer("scale", torch.full((16,), 0.5))
         self.head = nn.Linear(16, 32, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
+        x = self.embed(ids) * self.scale
         for layer in self.layers:
             x = layer(x)
         logits: torch.Tensor = self.head(x)

@@ -31,11 +31,14 @@ from shardkit.load.kept import Kept
 from shardkit.load.lanes import AcceleratorLane, lane_to
 from shardkit.load.pager import Streamed
 
+KIND = found.type if (found := torch.accelerator.current_accelerator(check_available=True)) else ""  # such as "cuda"
+device: Any = torch.get_device_module(KIND)  # Any: each kind of accelerator has a module of its own
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(KIND == "", reason="there is no accelerator"),
 ]
-several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+several = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="there are no two accelerators")
 
 WIDTH, LAYERS = 512, 12
 BLOCK = 2 * (WIDTH * WIDTH + WIDTH) * 4  # bytes of its weights
@@ -89,7 +92,7 @@ def resident() -> Model:
 def expected(resident: Model) -> torch.Tensor:
     """What the model computes that is wholly on the device."""
     with torch.no_grad():
-        logits: torch.Tensor = copy.deepcopy(resident).to("cuda")(IDS.to("cuda")).cpu()
+        logits: torch.Tensor = copy.deepcopy(resident).to(KIND)(IDS.to(KIND)).cpu()
     return logits
 
 
@@ -104,7 +107,7 @@ def file(resident: Model, tmp_path: Path) -> Path:
 def _device_is_left_clean() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.cuda.synchronize()
+    device.synchronize()
 
 
 def empty() -> Model:
@@ -121,18 +124,18 @@ MAPS: dict[str, Map] = {
     "cpu": {"": "cpu", "embed": 0},
     "disk": {"": "disk", "embed": 0},
     "all": {"": 0, "layers.0": "cpu", "layers.1": "cpu", "layers.3": "cpu", "layers.5": "disk", "layers.9": "disk"},
-    "words": {"": "cuda:0", "layers": torch.device("cuda", 0), "layers.10": "disk"},
+    "words": {"": f"{KIND}:0", "layers": torch.device(KIND, 0), "layers.10": "disk"},
 }
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_every_map_computes_the_same_bits(name: str, file: Path, expected: torch.Tensor) -> None:
-    model = loaded(file, MAPS[name], ring=2)
+    model = loaded(file, MAPS[name], ring=2, force_hooks=True)  # which tells only where all is on one device
     for _ in range(3):
         found = model(IDS)
         assert found.device.type == "cpu"  # where the input came from
         assert torch.equal(found, expected)
-    assert torch.equal(model(IDS.to("cuda")).cpu(), expected)
+    assert torch.equal(model(IDS.to(KIND)).cpu(), expected)
 
 
 def test_the_numbers_are_those_of_the_cpu(file: Path, resident: Model) -> None:
@@ -150,14 +153,14 @@ def test_the_guide_runs_over_all_three_tiers(file: Path, expected: torch.Tensor)
 def test_a_checkpoint_comes_into_the_memory_of_the_device(file: Path, resident: Model) -> None:
     model = empty()
     load_checkpoint_in_model(model, file, {"": 0})
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {KIND}
     assert model.head.weight is model.embed.weight
     assert all(torch.equal(tensor.cpu(), resident.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Model, tmp_path: Path) -> None:
     model = loaded(file, MAPS["all"])
-    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    assert {parameter.device.type for parameter in model.parameters()} == {KIND}
     weight = model.get_parameter("layers.5.up.weight")
     assert torch.equal((weight + 0).cpu(), resident.get_parameter("layers.5.up.weight"))
     save(model, tmp_path / "out")
@@ -167,7 +170,7 @@ def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Mode
 
 
 def test_copies_go_out_of_pinned_memory() -> None:
-    lane = lane_to(torch.device("cuda", 0))
+    lane = lane_to(torch.device(KIND, 0))
     assert isinstance(lane, AcceleratorLane)
     memory = lane.memory(1 << 20)
     host = lane.host(memory)
@@ -182,7 +185,7 @@ def test_copies_go_out_of_pinned_memory() -> None:
 
 @pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
 def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int) -> None:
-    lane = lane_to(torch.device("cuda", 0))
+    lane = lane_to(torch.device(KIND, 0))
     kept, there = lane.kept(nbytes), lane.memory(nbytes)
     mine = torch.arange(nbytes).to(torch.uint8)
     assert kept.is_pinned()
@@ -196,7 +199,7 @@ def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int) ->
 
 
 def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: torch.Tensor) -> None:
-    pinned_by_torch = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    pinned_by_torch = host_bytes()
     model = loaded(file, MAPS["cpu"], ring=2)
     for _ in range(3):
         assert torch.equal(model(IDS), expected)
@@ -204,43 +207,49 @@ def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: t
     blocks = {each.block for each in storages if isinstance(each, Kept)}
     assert len(blocks) == LAYERS
     assert all(block.memory.is_pinned() and len(block.memory) == BLOCK for block in blocks)
-    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) <= pinned_by_torch
+    assert host_bytes() <= pinned_by_torch
     os.remove(file)
     assert torch.equal(model(IDS), expected)
     close(model)
 
 
+def host_bytes() -> int:
+    """What torch itself has pinned; CUDA alone pins memory in exact size, and says what it has."""
+    pinned: int = device.host_memory_stats().get("allocated_bytes.current", 0) if KIND == "cuda" else 0
+    return pinned
+
+
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 @pytest.mark.parametrize("ring", [2, 4])
 def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Path) -> None:
-    before = torch.cuda.memory_allocated()
+    before = device.memory_allocated()
     model = loaded(file, {"": tier, "embed": 0}, ring=ring)
-    torch.cuda.reset_peak_memory_stats()
+    device.reset_peak_memory_stats()
     for _ in range(3):
         model(IDS)
-    torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= ring * BLOCK + SLACK
+    device.synchronize()
+    assert device.max_memory_allocated() - before <= ring * BLOCK + SLACK
     close(model)
 
 
 def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(file: Path, expected: torch.Tensor) -> None:
-    before = torch.cuda.memory_allocated()
+    before = device.memory_allocated()
     model = loaded(file, MAPS["disk"], ring=2)
     assert torch.equal(model(IDS), expected)
-    held = torch.cuda.memory_allocated()
+    held = device.memory_allocated()
     model.fails = True
     for _ in range(5):
         with pytest.raises(ValueError, match="as it was told"):
             model(IDS)
     model.fails = False
     assert torch.equal(model(IDS), expected)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= held
+    device.synchronize()
+    assert device.memory_allocated() <= held
     close(model)
     assert torch.equal(model(IDS), expected)
     del model
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before
+    device.synchronize()
+    assert device.memory_allocated() <= before
 
 
 def test_four_threads_share_a_ring_of_two(file: Path, expected: torch.Tensor) -> None:
@@ -260,8 +269,8 @@ def test_four_threads_share_a_ring_of_two(file: Path, expected: torch.Tensor) ->
 
 
 def test_work_on_a_stream_of_the_caller_waits_for_its_weights(file: Path, expected: torch.Tensor) -> None:
-    model, stream = loaded(file, MAPS["all"], ring=2), torch.Stream(device="cuda")
-    ids = IDS.to("cuda")
+    model, stream = loaded(file, MAPS["all"], ring=2), torch.Stream(device=KIND)
+    ids = IDS.to(KIND)
     for _ in range(5):
         stream.wait_stream(torch.accelerator.current_stream())
         with stream:
@@ -279,10 +288,10 @@ def test_a_backward_that_comes_too_late_raises(file: Path) -> None:
 
 
 def test_autocast_computes_the_same_bits(file: Path, resident: Model) -> None:
-    model, same = loaded(file, MAPS["all"], ring=2), copy.deepcopy(resident).to("cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    model, same = loaded(file, MAPS["all"], ring=2), copy.deepcopy(resident).to(KIND)
+    with torch.autocast(KIND, dtype=torch.bfloat16):
         for _ in range(2):
-            assert torch.equal(model(IDS), same(IDS.to("cuda")).cpu())
+            assert torch.equal(model(IDS), same(IDS.to(KIND)).cpu())
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk", "dispatch"])
@@ -297,7 +306,7 @@ def test_a_model_in_memory_streams_to_the_device_and_comes_back(
             disk_offload(model, tmp_path / "out", 0)
         case _:
             dispatch_model(model, MAPS["all"], offload_dir=tmp_path / "out")
-    assert torch.equal(model(IDS.to("cuda")).cpu(), expected)
+    assert torch.equal(model(IDS.to(KIND)).cpu(), expected)
     remove_hooks(model)
     streamed = [f"layers.{number}." for number in (0, 5)]
     here = {parameter.device.type for name, parameter in model.named_parameters() if name.startswith(tuple(streamed))}
@@ -319,14 +328,15 @@ def test_generation_with_a_cache_gives_the_same_tokens(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
     torch.manual_seed(3)
-    same = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    config = transformers.LlamaConfig(**sizes, eos_token_id=None, attn_implementation="eager")
+    same = transformers.LlamaForCausalLM(config).eval()
     same.save_pretrained(tmp_path / "llama")
     with init_empty_weights():
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+        model = transformers.LlamaForCausalLM(config).eval()
     device_map: Map = {"": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}
     load_checkpoint_and_dispatch(model, tmp_path / "llama", device_map, skip_keys="past_key_values", ring=2)
-    prompt: dict[str, Any] = {"input_ids": torch.arange(2, 8)[None].to("cuda"), "max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(**prompt), same.to("cuda").generate(**prompt))
+    prompt: dict[str, Any] = {"input_ids": torch.arange(2, 8)[None].to(KIND), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**prompt), same.to(KIND).generate(**prompt))
 
 
 def devices_of(model: Model, names: Sequence[str]) -> list[int | None]:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
     reason="this torch takes no devices that are made in Python",
 )
 
-LAYER_MAP: dict[str, int] = {"embed": 0} | {f"layers.{number}": number // 2 % 2 for number in range(LAYERS)} | {"head": 1}
+LAYER_MAP: dict[str, int] = {f"layers.{number}": number // 2 % 2 for number in range(LAYERS)}
+LAYER_MAP |= {"embed": 0, "head": 1, "scale": 1}
 MAPS: list[Any] = [LAYER_MAP, {"": 0, "layers": 1}, {"": 1, "layers.3.up": 0}, "auto", "balanced", "sequential"]
 
 

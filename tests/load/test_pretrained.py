@@ -19,64 +19,9 @@ from torch import nn
 from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget
 from shardkit.load import close, from_pretrained
 from shardkit.load.pager import Streamed
+from small_models import IDS, MODELS, TOKENS, half, llama, logits, mixtral
 
 pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5")
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
-}
-IDS = torch.arange(14).reshape(2, 7)
-TOKENS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-def llama(**options: Any) -> Any:  # Any, here and below: Transformers leaves its models untyped
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **SIZES, **options))
-
-
-def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64))
-
-
-def t5() -> Any:
-    config: Any = transformers.T5Config
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(config(**sizes))
-
-
-def bert() -> Any:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
-
-
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **SIZES))
-
-
-def vit() -> Any:
-    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": llama,
-    "llama-tied": lambda: llama(tie_word_embeddings=True),
-    "gpt2": gpt2,
-    "t5": t5,
-    "bert": bert,
-    "mixtral": mixtral,
-    "vit": vit,
-}
-
-
-def half(model: nn.Module) -> dict[str, str]:
-    """Every second layer on disk."""
-    layers = [name for name, module in model.named_modules() if type(module).__name__.endswith(("Layer", "Block"))]
-    outermost = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
-    return {"": "cpu"} | dict.fromkeys(outermost[::2], "disk")
-
 
 DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
     "none": lambda model: None,
@@ -84,17 +29,6 @@ DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
     "half": half,
     "disk": lambda model: {"": "disk"},
 }
-
-
-def logits(model: Any) -> torch.Tensor:
-    given: dict[str, torch.Tensor] = {"input_ids": IDS}
-    if model.main_input_name == "pixel_values":
-        given = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=model.dtype).reshape(2, 3, 32, 32)}
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = IDS[:, :3]
-    with torch.no_grad():
-        found: torch.Tensor = model(**given).logits
-    return found
 
 
 def saved(folder: Path, model: Any = None) -> Any:
