@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import UnionType
 
 import torch
 from torch import nn
@@ -93,12 +94,7 @@ class Wish:
         return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
 
 
-def arrange(
-    model: nn.Module,
-    wish: Wish,
-    *,
-    addresses: Mapping[str, Recipe] | None = None,
-) -> None:
+def arrange(model: nn.Module, wish: Wish, *, addresses: Mapping[str, Recipe] | None = None) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
 
     Args:
@@ -214,17 +210,19 @@ def remove_hooks(model: nn.Module) -> None:
 def close(model: nn.Module | Pipeline) -> None:
     """Give back the threads and the memory that streaming took, for *model* and all copies of it, or the models of a pipeline.
 
-    The model still runs, and reads each weight whenever it is used.
+    The model still runs where it ran, and reads each weight whenever it is used.
     """
-    for pager in (pager for each in models_of(model) for pager in _detach(each)):
+    for pager in (pager for each in models_of(model) for pager in _detach(each, Pager | Sources | Clock)):
         pager.let_go()
         pager.stream.close()
 
 
-def _detach(model: nn.Module) -> list[Pager]:
-    """Take all hooks of `arrange` away from *model*, and give the pagers among what was attached."""
+def _detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
+    """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers among what was attached."""
     pagers: dict[Pager, None] = {}
     for module, table, key, attached in list(attachments(model)):
+        if not isinstance(attached, kinds):
+            continue
         if isinstance(attached, Pager):
             pagers[attached] = None
         flags = [module._forward_pre_hooks_with_kwargs] if table is module._forward_pre_hooks else []

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch
 
 IDS = torch.arange(7)
 LAYERS = 6
@@ -150,13 +150,16 @@ def run(checkpoint: Path, device_map: str | dict[str, int | str]) -> dict[str, o
             module.register_forward_pre_hook(lambda module, args, name=name: ran.append((name, str(args[0].device))))
     moves.clear()
     with torch.no_grad():
-        logits = model(IDS)
+        logits, moved, running = model(IDS), list(moves), list(ran)
+        close(model)
+        closed = model(IDS)
     return {
         "logits": logits.tolist(),
+        "closed": closed.tolist(),
         "map": {name: str(device) for name, device in vars(model)["hf_device_map"].items()},
         "weights": {name: str(tensor.device) for name, tensor in model.named_parameters()},
-        "ran": ran,
-        "moves": list(moves),
+        "ran": running,
+        "moves": moved,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the loader promises, on a CUDA device: the guide, maps over all tiers, offload hooks, pinned copies, bounded memory."""
+"""What the loader promises, on an accelerator: the guide, maps over all tiers, offload hooks, pinned copies, bounded memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from accelerators import KIND, device, needs_one, needs_two
 from shardkit.load import (
     close,
     cpu_offload,
@@ -31,14 +32,7 @@ from shardkit.load.kept import Kept
 from shardkit.load.lanes import AcceleratorLane, lane_to
 from shardkit.load.pager import Streamed
 
-KIND = found.type if (found := torch.accelerator.current_accelerator(check_available=True)) else ""  # such as "cuda"
-device: Any = torch.get_device_module(KIND)  # Any: each kind of accelerator has a module of its own
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(KIND == "", reason="there is no accelerator"),
-]
-several = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="there are no two accelerators")
+pytestmark = needs_one
 
 WIDTH, LAYERS = 512, 12
 BLOCK = 2 * (WIDTH * WIDTH + WIDTH) * 4  # bytes of its weights
@@ -343,7 +337,7 @@ def devices_of(model: Model, names: Sequence[str]) -> list[int | None]:
     return [model.get_parameter(name).device.index for name in names]
 
 
-@several
+@needs_two
 def test_several_devices_are_a_pipeline_in_one_process(file: Path, expected: torch.Tensor) -> None:
     second: Map = {f"layers.{number}": 1 for number in range(6, LAYERS)}
     model = loaded(file, {"": 0} | second)
@@ -355,7 +349,7 @@ def test_several_devices_are_a_pipeline_in_one_process(file: Path, expected: tor
         torch.testing.assert_close(model(IDS), expected)
 
 
-@several
+@needs_two
 def test_balanced_spreads_a_model_over_the_devices(file: Path, expected: torch.Tensor) -> None:
     model = loaded(file, "balanced", max_memory={0: 10 * BLOCK, 1: 10 * BLOCK}, no_split_module_classes=["Block"])
     assert isinstance(model.hf_device_map, dict)

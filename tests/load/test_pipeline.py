@@ -50,6 +50,7 @@ def test_the_twins_refuse_what_lies_on_both(found: list[Any]) -> None:
 def test_each_part_runs_where_its_weights_are_in_the_order_of_the_model(model: Model, found: list[Any], number: int) -> None:
     run = found[1 + number]
     assert torch.equal(torch.tensor(run["logits"]), model(IDS))
+    assert run["closed"] == run["logits"]
     places = dict(run["ran"])
     assert list(places) == [name for name, module in model.named_modules() if not list(module.children())]
     assert {name: places[name.rpartition(".")[0]] for name in run["weights"]} == run["weights"]

@@ -14,6 +14,8 @@ from torch import nn
 import shardkit
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
 from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, save, tensors
+from shardkit.load.saving import Remote
+from shardkit.payload import CHUNK
 from truth import values
 
 
@@ -144,3 +146,17 @@ def test_a_model_that_streams_from_disk_is_written_without_being_read(tmp_path: 
         assert torch.equal(streamed(torch.ones(2, 6)), source(torch.ones(2, 6)))
     finally:
         close(streamed)
+
+
+def test_the_memory_of_an_accelerator_is_copied_chunk_by_chunk_and_known_by_its_address() -> None:
+    memory = torch.arange(2 * CHUNK + 100).to(torch.uint8)
+    whole = Remote(memory, ("cuda:0", 64))
+    chunks = [bytes(chunk) for chunk in whole.chunks()]
+    assert [len(chunk) for chunk in chunks] == [CHUNK, CHUNK, 100]
+    assert b"".join(chunks) == memory.numpy().tobytes()
+    part = whole.narrow(CHUNK - 3, 7).narrow(1, 5)
+    assert b"".join(map(bytes, part.chunks())) == memory[CHUNK - 2 : CHUNK + 3].numpy().tobytes()
+    assert part == Remote(memory[:5], ("cuda:0", 64), CHUNK - 2)
+    assert part != Remote(memory[:5], ("cuda:1", 64), CHUNK - 2)
+    with pytest.raises(ValueError, match="lies outside"):
+        whole.narrow(CHUNK, CHUNK + 101)
