@@ -28,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is made")
     asked = parser.parse_args()
-    if not torch.accelerator.is_available():
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
         sys.exit("there is no accelerator here, and nothing to measure")
-    source, device = made(asked.folder, "big.safetensors"), torch.device("cuda:0" if torch.cuda.is_available() else "xpu:0")
+    source, device = made(asked.folder, "big.safetensors"), torch.device(kind.type, 0)
     link = pinned_rate(device)
     print(f"copies out of pinned memory     {link / 1e9:6.1f} GB/s")
     for tier in ("cpu", "disk"):
