@@ -21,7 +21,7 @@ from shardkit.errors import LimitExceeded, Malformed, NoRoom
 from shardkit.integrity import refuse_changed, refuse_damaged
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
-from shardkit.preparation import Conversion, prepare, scratch_beside
+from shardkit.preparation import Conversion, Terms, prepare, scratch_beside
 from shardkit.roots import LeftOut
 from shardkit.writer import bytes_to_store, write
 
@@ -130,17 +130,8 @@ def convert(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    conversion = prepare(
-        src,
-        out,
-        edits,
-        max_shard=max_shard,
-        format=format,
-        with_companions=with_companions,
-        checksum=checksum,
-        compress=compress,
-        limits=limits,
-    )
+    terms = Terms(max_shard, format, with_companions, checksum, compress, limits)
+    conversion = prepare(src, out, edits, terms)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
 

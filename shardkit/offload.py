@@ -29,7 +29,7 @@ from shardkit.named_blocks import Block, named_blocks
 from shardkit.offload_record import Origin
 from shardkit.payload import unreadable
 from shardkit.plan import OutputFile, Plan, plan_blocks
-from shardkit.preparation import Conversion, prepare
+from shardkit.preparation import Conversion, Terms, prepare
 from shardkit.sizes import format_size
 
 _DIGESTS = "xxh3"  # of blocks, where no checksum is asked for: the one that keeps up with a copy
@@ -97,19 +97,8 @@ def offload_prep(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    conversion = prepare_offload(
-        src,
-        out,
-        edits,
-        blocks=blocks,
-        order=order,
-        max_shard=max_shard,
-        format=format,
-        with_companions=with_companions,
-        checksum=checksum,
-        compress=compress,
-        limits=limits,
-    )
+    terms = Terms(max_shard, format, with_companions, checksum, compress, limits)
+    conversion = prepare_offload(src, out, edits, terms, blocks=blocks, order=order)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
 
@@ -118,15 +107,10 @@ def prepare_offload(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
+    terms: Terms = Terms(),
     *,
     blocks: str | re.Pattern[str] | None = None,
     order: Sequence[str] | None = None,
-    max_shard: str | int | None = "5GB",
-    format: str | None = None,  # noqa: A002 - the word of the command line
-    with_companions: bool = True,
-    checksum: str | None = None,
-    compress: str | None = None,
-    limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `offload_prep` would do with these arguments, and write nothing.
 
@@ -140,20 +124,10 @@ def prepare_offload(
         raise PlanError(
             f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
         )
-    algorithm = checksum or _DIGESTS
+    algorithm = terms.checksum or _DIGESTS
     check_algorithm(algorithm)
-    return prepare(
-        src,
-        out,
-        edits,
-        planner=_ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm),
-        max_shard=max_shard,
-        format=format,
-        with_companions=with_companions,
-        checksum=checksum,
-        compress=compress,
-        limits=limits,
-    )
+    by_block = _ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm)
+    return prepare(src, out, edits, terms, planner=by_block)
 
 
 def read_order(path: str | PathLike[str]) -> tuple[str, ...]:

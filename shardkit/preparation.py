@@ -51,6 +51,27 @@ class Conversion:
     limits: Limits = Limits()
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a source is read and its output laid out, whatever is edited.
+
+    Attributes:
+        max_shard: bound on each file, as ``"2GB"`` or bytes; None for one shard.
+        format: name of the format to read the source as; None to recognise it.
+        with_companions: whether the small files of a source folder come along.
+        checksum: algorithm of the digests of a manifest; None for no manifest.
+        compress: name of the codec that compresses the shards; None for plain ones.
+        limits: what the source may ask for.
+    """
+
+    max_shard: str | int | None = "5GB"
+    format: str | None = None
+    with_companions: bool = True
+    checksum: str | None = None
+    compress: str | None = None
+    limits: Limits = Limits()
+
+
 class Planner(Protocol):
     """What makes a plan for a folder of shards."""
 
@@ -91,14 +112,9 @@ def prepare(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
+    terms: Terms = Terms(),
     *,
     planner: Planner = plan_by_size,
-    max_shard: str | int | None = "5GB",
-    format: str | None = None,  # noqa: A002 - the word of the command line
-    with_companions: bool = True,
-    checksum: str | None = None,
-    compress: str | None = None,
-    limits: Limits = Limits(),
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
 
@@ -106,13 +122,8 @@ def prepare(
         src: what to read.
         out: what to write; None for a folder beside *src*.
         edits: what to change.
+        terms: how to read it and lay it out.
         planner: cuts what is written to a folder into shards.
-        max_shard: bound on each file.
-        format: name of the format to read *src* as.
-        with_companions: whether the small files of a source folder come along.
-        checksum: algorithm of the digests of a manifest.
-        compress: name of the codec that compresses the shards.
-        limits: what the source may ask for.
 
     Raises:
         FormatError: *src* cannot be read.
@@ -120,12 +131,13 @@ def prepare(
     """
     src = Path(src)
     out = followed(Path(out)) if out is not None else default_output(src)
-    limit = None if max_shard is None else parse_size(max_shard)
+    checksum, limits = terms.checksum, terms.limits
+    limit = None if terms.max_shard is None else parse_size(terms.max_shard)
     if checksum is not None:
         check_algorithm(checksum)
-    codec = None if compress is None else registry.compressor_named(compress)
+    codec = None if terms.compress is None else registry.compressor_named(terms.compress)
     with source.failures_told(src):
-        checkpoint = source.open(src, format=format, limits=limits, scratch=scratch_beside(out))
+        checkpoint = source.open(src, format=terms.format, limits=limits, scratch=scratch_beside(out))
         config = ModelConfig.beside(src if src.is_dir() else src.parent)
         if not config.ties_embeddings:
             edits = replace(edits, ties="copy")
@@ -139,7 +151,7 @@ def prepare(
             plan = plan_file(edited, layout, name=plain_name(out, codec), metadata=checkpoint.metadata)
         else:
             folder = _folder(src)
-            beside = companions(folder, checkpoint) if with_companions and folder else ()
+            beside = companions(folder, checkpoint) if terms.with_companions and folder else ()
             files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
             plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
         plan = compressed(plan, codec) if codec else plan

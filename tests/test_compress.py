@@ -29,7 +29,7 @@ from shardkit.errors import Malformed, PlanError
 from shardkit.framing import FRAME, cut
 from shardkit.payload import Extent, Literal
 from shardkit.plan import OutputFile
-from shardkit.preparation import prepare
+from shardkit.preparation import Terms, prepare
 from truth import values
 
 INDEX = "model.safetensors.index.json"
@@ -175,7 +175,7 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(source: Path, tmp_path: 
 def test_progress_is_that_of_what_is_compressed(source: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     shardkit.convert(source, tmp_path / "out", compress="zstd", on_bytes=counts.append)
-    assert sum(counts) == prepare(source, tmp_path / "other", Edits(), compress="zstd").plan.nbytes
+    assert sum(counts) == prepare(source, tmp_path / "other", Edits(), Terms(compress="zstd")).plan.nbytes
 
 
 def test_one_file_may_be_compressed(source: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import click
 from shardkit.cli import options
 
 if TYPE_CHECKING:
-    from shardkit.dtypes import DType
-    from shardkit.edits import Ties
-    from shardkit.limits import Limits
+    from shardkit.cli.writing import Writing
+    from shardkit.edits import Edits
+    from shardkit.preparation import Terms
 
 
 @click.command(
@@ -42,24 +42,9 @@ def command(
     context: click.Context,
     source: Path,
     output: Path | None,
-    max_shard: int | None,
-    root: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rename: tuple[tuple[str, str], ...],
-    dtype: DType | None,
-    ties: Ties,
-    jobs: int | None,
-    no_fsync: bool,
-    checksum: str | None,
-    compress: str | None,
-    dry_run: bool,
-    overwrite: bool,
-    no_companions: bool,
-    format: str | None,  # noqa: A002 - the word of the command line
-    limits: Limits,
-    as_json: bool,
-    quiet: bool,
+    edits: Edits,
+    terms: Terms,
+    writing: Writing,
 ) -> None:
     """Write the checkpoint SRC as safetensors shards of bounded size.
 
@@ -69,42 +54,20 @@ def command(
     The edits are applied in the order in which they are listed below: root, include and exclude, rename, dtype, ties.
     """
     from shardkit.cli.writing import write
-    from shardkit.edits import Edits
     from shardkit.preparation import prepare
 
     begun = time.monotonic()
-    _refuse_shards_of_one_file(context, output, max_shard)
-    edits = Edits(root, include, exclude, rename, dtype, ties)
-    conversion = prepare(
-        source,
-        output,
-        edits,
-        max_shard=max_shard,
-        format=format,
-        with_companions=not no_companions,
-        checksum=checksum,
-        compress=compress,
-        limits=limits,
-    )
-    write(
-        conversion,
-        begun,
-        jobs=jobs,
-        sync=not no_fsync,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        as_json=as_json,
-        quiet=quiet,
-    )
+    _refuse_shards_of_one_file(context, output, terms)
+    write(prepare(source, output, edits, terms), begun, writing)
 
 
-def _refuse_shards_of_one_file(context: click.Context, output: Path | None, max_shard: int | None) -> None:
+def _refuse_shards_of_one_file(context: click.Context, output: Path | None, terms: Terms) -> None:
     from click.core import ParameterSource
 
     from shardkit import registry
 
     asked = context.get_parameter_source("max_shard") is ParameterSource.COMMANDLINE
-    if asked and max_shard is not None and output and not output.is_dir() and registry.writer_for(output.suffix):
+    if asked and terms.max_shard is not None and output and not output.is_dir() and registry.writer_for(output.suffix):
         raise click.UsageError(
             f"-o {output} is one file, which has no shards: leave out --max-shard, or name a folder, as in -o {output.stem}",
             context,

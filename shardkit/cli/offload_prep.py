@@ -12,9 +12,9 @@ import click
 from shardkit.cli import options
 
 if TYPE_CHECKING:
-    from shardkit.dtypes import DType
-    from shardkit.edits import Ties
-    from shardkit.limits import Limits
+    from shardkit.cli.writing import Writing
+    from shardkit.edits import Edits
+    from shardkit.preparation import Terms
 
 
 @click.command(
@@ -60,27 +60,12 @@ def command(
     context: click.Context,
     source: Path,
     output: Path | None,
-    max_shard: int | None,
     blocks: re.Pattern[str] | None,
     model_class: bool,
     order: Path | None,
-    root: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rename: tuple[tuple[str, str], ...],
-    dtype: DType | None,
-    ties: Ties,
-    jobs: int | None,
-    no_fsync: bool,
-    checksum: str | None,
-    compress: str | None,
-    dry_run: bool,
-    overwrite: bool,
-    no_companions: bool,
-    format: str | None,  # noqa: A002 - the word of the command line
-    limits: Limits,
-    as_json: bool,
-    quiet: bool,
+    edits: Edits,
+    terms: Terms,
+    writing: Writing,
 ) -> None:
     """Write the checkpoint SRC as a folder from which a model larger than memory streams with one read per block.
 
@@ -92,7 +77,6 @@ def command(
     SRC may be anything that convert reads; no class of a model is needed, and nothing in a pickle is run.
     """
     from shardkit.cli.writing import write
-    from shardkit.edits import Edits
     from shardkit.offload import prepare_offload, read_order
 
     begun = time.monotonic()
@@ -101,26 +85,12 @@ def command(
     conversion = prepare_offload(
         source,
         output,
-        Edits(root, include, exclude, rename, dtype, ties),
+        edits,
+        terms,
         blocks=_pattern_of_class(source) if model_class else blocks,
         order=None if order is None else read_order(order),
-        max_shard=max_shard,
-        format=format,
-        with_companions=not no_companions,
-        checksum=checksum,
-        compress=compress,
-        limits=limits,
     )
-    write(
-        conversion,
-        begun,
-        jobs=jobs,
-        sync=not no_fsync,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        as_json=as_json,
-        quiet=quiet,
-    )
+    write(conversion, begun, writing)
 
 
 def _pattern_of_class(source: Path) -> re.Pattern[str]:

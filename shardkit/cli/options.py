@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -15,8 +16,12 @@ from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
 from shardkit.sizes import parse_size
 
+if TYPE_CHECKING:
+    from shardkit.edits import Ties
+
 Command = TypeVar("Command", bound=Callable[..., object])
 Parsed = TypeVar("Parsed")
+Option = Callable[[Callable[..., object]], Callable[..., object]]
 
 _NAMES = [field.name for field in fields(Limits)]
 
@@ -26,11 +31,25 @@ def path_argument(name: str, shown: str) -> Callable[[Command], Command]:
     return click.argument(name, metavar=shown, type=click.Path(path_type=Path))
 
 
-def edit_options(command: Command) -> Command:
-    """What changes on the way from source to output: --root, --include, --exclude, --rename, --dtype, --ties."""
-    for option in reversed(_EDITS):
-        command = option(command)
-    return command
+def edit_options(command: Callable[..., object]) -> Callable[..., object]:
+    """What changes on the way from source to output, from --root to --ties; the command gets it as *edits*."""
+
+    @wraps(command)
+    def gathered(
+        *args: object,
+        root: str | None,
+        include: tuple[str, ...],
+        exclude: tuple[str, ...],
+        rename: tuple[tuple[str, str], ...],
+        dtype: DType | None,
+        ties: Ties,
+        **others: object,
+    ) -> object:
+        from shardkit.edits import Edits
+
+        return command(*args, edits=Edits(root, include, exclude, rename, dtype, ties), **others)
+
+    return _with(_EDITS, gathered)
 
 
 def parse_limits(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> Limits:
@@ -80,11 +99,34 @@ def parse_pattern(context: click.Context, parameter: click.Parameter, word: str 
         raise click.BadParameter(f"{word!r} is no regular expression: {error}") from None
 
 
-def writing_options(command: Command) -> Command:
-    """How an output is written, from --jobs to --no-companions, how the source is read, and what is printed."""
-    for option in reversed(_WRITING):
-        command = option(command)
-    return command
+def writing_options(command: Callable[..., object]) -> Callable[..., object]:
+    """How the source is read and the output laid out, which the command gets as *terms*, and how it is written, as *writing*."""
+
+    @wraps(command)
+    def gathered(
+        *args: object,
+        max_shard: int | None,
+        format: str | None,  # noqa: A002 - the word of the command line
+        no_companions: bool,
+        checksum: str | None,
+        compress: str | None,
+        limits: Limits,
+        jobs: int | None,
+        no_fsync: bool,
+        dry_run: bool,
+        overwrite: bool,
+        as_json: bool,
+        quiet: bool,
+        **others: object,
+    ) -> object:
+        from shardkit.cli.writing import Writing
+        from shardkit.preparation import Terms
+
+        terms = Terms(max_shard, format, not no_companions, checksum, compress, limits)
+        writing = Writing(jobs, not no_fsync, dry_run, overwrite, as_json, quiet)
+        return command(*args, terms=terms, writing=writing, **others)
+
+    return _with(_WRITING, gathered)
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
@@ -167,6 +209,13 @@ _WRITING = (
     json_option("what was done"),
     quiet_option,
 )
+
+
+def _with(options: Sequence[Option], command: Callable[..., object]) -> Callable[..., object]:
+    """*command* with *options*, which stand in its help in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _or_usage(parse: Callable[[str], Parsed], word: str) -> Parsed:

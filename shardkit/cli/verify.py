@@ -13,8 +13,7 @@ from shardkit.progress import progress
 
 if TYPE_CHECKING:
     from shardkit.compare import Comparison
-    from shardkit.dtypes import DType
-    from shardkit.edits import Edits, Ties
+    from shardkit.edits import Edits
     from shardkit.limits import Limits
 
 
@@ -37,12 +36,7 @@ def command(
     context: click.Context,
     output: Path,
     against: Path | None,
-    root: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rename: tuple[tuple[str, str], ...],
-    dtype: DType | None,
-    ties: Ties,
+    edits: Edits,
     limits: Limits,
     as_json: bool,
     quiet: bool,
@@ -58,9 +52,7 @@ def command(
     """
     from shardkit.cli.comparison import report
     from shardkit.compare import verify
-    from shardkit.edits import Edits
 
-    edits = Edits(root, include, exclude, rename, dtype, ties)
     if against is None:
         _refuse_idle(context, edits)
     with progress("checking", quiet=quiet or as_json) as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,44 +18,54 @@ if TYPE_CHECKING:
     from shardkit.preparation import Conversion
 
 
-def write(
-    conversion: Conversion,
-    begun: float,
-    *,
-    jobs: int | None,
-    sync: bool,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How an output is written, and what is printed.
+
+    Attributes:
+        jobs: files written at a time; None for as many as pay.
+        sync: make every file last before the output appears.
+        dry_run: print the plan, and write nothing.
+        overwrite: replace an earlier output.
+        as_json: print what was done as JSON.
+        quiet: print nothing.
+    """
+
+    jobs: int | None
+    sync: bool
+    dry_run: bool
+    overwrite: bool
+    as_json: bool
+    quiet: bool
+
+
+def write(conversion: Conversion, begun: float, how: Writing) -> None:
     """Carry out *conversion*, or only show it, and say what was done since *begun*, on the clock of `time.monotonic`.
 
     Raises:
         FormatError: the source cannot be read.
         OutputError: the output cannot be written.
     """
-    if dry_run:
+    if how.dry_run:
         from shardkit.cli.dry_run import rehearse
 
-        rehearse(conversion, overwrite=overwrite, as_json=as_json)
+        rehearse(conversion, overwrite=how.overwrite, as_json=how.as_json)
         return
-    report = _written(conversion, jobs=jobs, overwrite=overwrite, sync=sync, quiet=quiet or as_json)
-    report = replace(report, seconds=time.monotonic() - begun)
-    if as_json:
+    report = replace(_written(conversion, how), seconds=time.monotonic() - begun)
+    if how.as_json:
         put_json(asdict(report))
-    elif not quiet:
+    elif not how.quiet:
         from shardkit.cli.summary import summary
 
         say("\n".join(summary(report)))
 
 
-def _written(conversion: Conversion, *, jobs: int | None, overwrite: bool, sync: bool, quiet: bool) -> Report:
+def _written(conversion: Conversion, how: Writing) -> Report:
     from shardkit.conversion import carry_out
 
-    with _resumable(conversion.out), progress("writing", quiet=quiet) as bar:
+    with _resumable(conversion.out), progress("writing", quiet=how.quiet or how.as_json) as bar:
         bar.expect(conversion.plan.nbytes)
-        return carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=bar.add, sync=sync)
+        return carry_out(conversion, jobs=how.jobs, overwrite=how.overwrite, on_bytes=bar.add, sync=how.sync)
 
 
 @contextmanager
