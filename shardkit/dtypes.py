@@ -28,6 +28,7 @@ class DType:
         word: bytes that are reversed together when the byte order changes (a complex number is two words).
         writable: whether the safetensors format has the type.
         itemsize: bytes of one element, and so its natural alignment; 1 for packed types.
+        packed: how many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`).
     """
 
     code: str
@@ -37,17 +38,14 @@ class DType:
     word: int
     writable: bool = True
     itemsize: int = field(init=False, compare=False, repr=False)
+    packed: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "itemsize", max(1, self.bits // 8))
+        object.__setattr__(self, "packed", 2 if self.code == "F4" else 1)
 
     def __hash__(self) -> int:
         return hash(self.code)  # which tells them apart, at a fifth of the price of all fields
-
-    @property
-    def packed(self) -> int:
-        """How many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`)."""
-        return 2 if self.code == "F4" else 1
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes that a dense tensor of *shape* takes.

@@ -108,7 +108,7 @@ class Source:
         Raises:
             Malformed: its local header is broken, or it is compressed in a way we do not know.
         """
-        stored = self.payload(data_start(self.path, member, self.read), member.compressed)
+        stored = self.content.narrow(data_start(self.path, member, self.read), member.compressed)
         if member.method == STORED:
             return stored
         return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch, member.nbytes), 0, member.nbytes)
@@ -138,7 +138,7 @@ class Source:
         Raises:
             Malformed: the file ends before.
         """
-        if start < 0 or nbytes < 0 or start + nbytes > self.size:
+        if start < 0 or nbytes < 0 or start + nbytes > self.content.nbytes:
             raise Malformed(self.path, f"{nbytes:,} bytes are needed at {start:,}, and the file has {self.size:,}")
         at = start - self._window_start
         if at < 0 or at + nbytes > len(self._window):

@@ -234,12 +234,11 @@ class _Walk:
         """Count one thing found, whose name takes *nbytes* to hold."""
         self._seen += 1
         self._held += nbytes
-        if self._seen > 4 * self.limits.tensors:
+        most = self.limits.tensors
+        if self._seen > 4 * most:
             raise LimitExceeded(self.path, f"holds more than {self._seen:,} names", limit="tensors", actual=self._seen)
-        if len(self.tensors) > self.limits.tensors:
-            raise LimitExceeded(
-                self.path, f"holds more than {self.limits.tensors:,} tensors", limit="tensors", actual=2 * self.limits.tensors
-            )
+        if len(self.tensors) > most:
+            raise LimitExceeded(self.path, f"holds more than {most:,} tensors", limit="tensors", actual=2 * most)
         if self._held > self.limits.held_bytes:
             raise LimitExceeded(
                 self.path, f"its names take more than {self._held:,} bytes", limit="held_bytes", actual=2 * self._held

@@ -67,11 +67,8 @@ class Dict(dict[PlainKey, object]):
         state: what is in its `__dict__`, as in the `_metadata` of a state dict; None if nothing is.
     """
 
-    __slots__ = ("pairs", "state")
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[object, object]] | None = None
-        self.state: object = None
+    pairs: list[tuple[object, object]] | None = None
+    state: object = None
 
     def put(self, key: object, value: object) -> None:
         """Set *key* to *value*; only a plain key is hashed."""

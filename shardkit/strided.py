@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardkit.dtypes import DType
+from shardkit.errors import shown
 from shardkit.gathering import Axis, Staging, count_of, memory_of, price_of, reach_of, reading
 from shardkit.payload import Extent, Payload, check_range, rechunked
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _SLAB = 4 << 20  # output made at once
 _TURNED = 32 << 10  # turned at once; stays in the processor's first cache
 _LINE = 64  # elements that are at least worth turning together
+_MOST = 1 << 63  # bytes that are nobody's memory
 _MOST_AXES = 32  # numpy 1 knows no more; after joining, each has at least two elements
 
 
@@ -49,8 +51,11 @@ def strided(
     Raises:
         ValueError: there is no such view of the storage.
     """
+    if len(shape) != len(strides):
+        raise ValueError(f"a view of shape {list(shape)} has {len(strides)} strides, and needs one for each axis")
     count, dense = 1, not (conj or neg)
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+    for axis in reversed(range(len(shape))):
+        length, stride = shape[axis], strides[axis]
         if length < 0 or stride < 0:
             raise ValueError(f"a view of shape {list(shape)} has strides {list(strides)}, and none may be negative")
         if stride != count and length != 1:
@@ -167,8 +172,10 @@ def _gathered(storage: Payload, dtype: DType, offset: int, axes: tuple[Axis, ...
         raise ValueError(f"the view is marked as conjugate, and its type is {dtype.code}, which is not complex")
     if neg and not _has_negatives(dtype):
         raise ValueError(f"the view is marked as negative, and its type is {dtype.code}, which cannot be negated")
-    span = _span(storage, dtype, offset, reach_of(axes))
-    return Strided(span, dtype, axes, 0, count_of(axes), conj, neg)
+    span, count = _span(storage, dtype, offset, reach_of(axes)), count_of(axes)
+    if count * dtype.itemsize >= _MOST:
+        raise ValueError(f"the view has {shown(count)} elements, which is larger than any memory")
+    return Strided(span, dtype, axes, 0, count, conj, neg)
 
 
 def _has_negatives(dtype: DType) -> bool:

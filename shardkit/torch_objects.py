@@ -7,7 +7,6 @@ None of these functions runs anything of torch's; they take the arguments apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from shardkit.checkpoint import OtherKind
 from shardkit.dtypes import BY_CODE, BY_TORCH, DType
@@ -53,7 +52,7 @@ def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
             raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
-    return cast("tuple[int, ...]", tuple(values))
+    return tuple(values)  # type: ignore[arg-type]  # mypy does not narrow by exact type
 
 
 def _rebuild_v1(args: tuple[object, ...]) -> Tensor:

@@ -97,7 +97,7 @@ class View:
         self._check()
         storage, itemsize = self.storage, self.storage.kind.dtype.itemsize
         content = record(storage)
-        if (storage.start, storage.length) != (0, storage.count):
+        if storage.length != storage.count:
             content = content.narrow(storage.start * itemsize, storage.length * itemsize)
         if big_endian and self.dtype.word > 1:
             content = Swapped(content, self.dtype.word)
@@ -106,15 +106,13 @@ class View:
         )
 
     def _check(self) -> None:
-        if len(self.shape) > _MOST_AXES or len(self.shape) != len(self.strides):
-            counts = f"{len(self.shape)} lengths and {len(self.strides)} strides"
+        shape, strides = self.shape, self.strides
+        if len(shape) > _MOST_AXES or len(shape) != len(strides):
+            counts = f"{len(shape)} lengths and {len(strides)} strides"
             raise ValueError(f"it has {counts}, and torch has as many of both, {_MOST_AXES} at most")
-        numbers = (self.offset, *self.shape, *self.strides)
-        if min(numbers) < 0 or max(numbers) >= _MOST:
-            number = next(each for each in numbers if not 0 <= each < _MOST)
-            raise ValueError(f"an axis, a stride or the offset is {shown(number)}, and torch counts from 0 to 2⁶³ - 1")
-        if prod(self.shape) * self.dtype.itemsize >= _MOST:
-            raise ValueError(f"its shape {list(self.shape)} is larger than any memory")
+        for number in (self.offset, *shape, *strides):
+            if not 0 <= number < _MOST:
+                raise ValueError(f"an axis, a stride or the offset is {shown(number)}, and torch counts from 0 to 2⁶³ - 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +135,15 @@ def storage_of(pid: object) -> Storage:
     """
     if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
         raise ValueError(f"the persistent id {shown(pid)} means no storage")
-    _, kind, key, _, count, *view = pid
+    kind, key, count = pid[1], pid[2], pid[4]
     if type(kind) is Global:
         raise ValueError(f"a storage is of the class {shown(kind.name)}, which torch does not have")
     if type(kind) is not StorageClass or type(key) is not str:
         raise ValueError(f"a storage is named by {shown(kind)} and {shown(key)}, where a class of torch and a text are needed")
     if type(count) is not int or not 0 <= count < _MOST:
         raise ValueError(f"storage {shown(key)} is said to have {shown(count)} elements, and torch counts from 0 to 2⁶³ - 1")
-    return (
-        Storage(kind, key, count, 0, count)
-        if not view or view[0] is None
-        else _viewed(Storage(kind, key, count, 0, count), view[0])
-    )
+    root = Storage(kind, key, count, 0, count)
+    return root if len(pid) == 5 or pid[5] is None else _viewed(root, pid[5])
 
 
 def _viewed(root: Storage, view: object) -> Storage:

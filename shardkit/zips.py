@@ -237,7 +237,8 @@ def _zip64_words(extra: bytes) -> Iterator[int]:
 
 def _check_names(path: Path, rows: list[_Row]) -> None:
     seen: set[str] = set()
-    for name, *_ in rows:
+    for row in rows:
+        name = row[0]
         if name in seen:
             raise _broken(path, f"two members are called {shown(name)}")
         seen.add(name)

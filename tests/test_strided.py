@@ -213,7 +213,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative stride": ({"offset": 3, "shape": (4,), "strides": (-1,)}, "none may be negative"),
     "negative lengths": ({"offset": 0, "shape": (-2, -3), "strides": (-3, 1)}, "none may be negative"),
     "a huge length": ({"offset": 0, "shape": (1 << 80,), "strides": (1 << 80,)}, "its storage, which has 48"),
-    "fewer strides than axes": ({"offset": 0, "shape": (2, 2), "strides": (1,)}, "zip"),
+    "fewer strides than axes": ({"offset": 0, "shape": (2, 2), "strides": (1,)}, "has 1 strides"),
+    "more than any memory": ({"offset": 0, "shape": (1 << 40, 1 << 40), "strides": (0, 0)}, "larger than any memory"),
     "conj of reals": ({"offset": 0, "shape": (2,), "strides": (1,), "conj": True}, "not complex"),
     "too many axes": ({"offset": 0, "shape": (2,) * 40, "strides": (1, 0) * 20}, "40 axes"),
 }

@@ -27,8 +27,7 @@ def sniff(source: Source) -> bool:
     """Whether it is a zip archive that `torch.jit.save` wrote."""
     if source.head[:2] != b"PK":
         return False
-    names = {member.name for member in source.members}
-    return has_member(names, "data.pkl") and has_member(names, "constants.pkl")
+    return has_member(source, "data.pkl") and has_member(source, "constants.pkl")
 
 
 def scan(source: Source) -> Checkpoint:

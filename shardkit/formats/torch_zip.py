@@ -18,8 +18,7 @@ def sniff(source: Source) -> bool:
     """Whether it is a zip archive that torch wrote, other than TorchScript."""
     if source.head[:2] != b"PK":
         return False
-    names = {member.name for member in source.members}
-    return has_member(names, "data.pkl") and not any(has_member(names, other) for other in _OTHERS)
+    return has_member(source, "data.pkl") and not has_member(source, *_OTHERS)
 
 
 def scan(source: Source) -> Checkpoint:
@@ -106,10 +105,10 @@ class Records:
 _OTHERS = ("constants.pkl", ".data/extern_modules")  # what TorchScript and torch.package have beside a data.pkl
 
 
-def has_member(names: set[str], name: str) -> bool:
-    """Whether there is a member *name* in the archive's root or in its only folder."""
-    below = f"/{name}"
-    return name in names or any(each.endswith(below) for each in names)
+def has_member(source: Source, *names: str) -> bool:
+    """Whether a member of the archive has one of *names*, in the root or in a folder."""
+    below = tuple(f"/{name}" for name in names)
+    return any(member.name.endswith(below) or member.name in names for member in source.members)
 
 
 FORMAT = Format(name="torch-zip", suffixes=(".bin", ".pt", ".pth", ".ckpt", ".pth.tar"), sniff=sniff, scan=scan)

@@ -130,7 +130,7 @@ class _Matching:
             self.wrong_shape[weight.names[0]] = (entry.shape, tuple(weight.tensor.shape))
             return
         declared = weight.tensor.dtype
-        target = self._target(weight, entry)
+        target = declared if self.dtype is None else self._target(weight, entry, self.dtype)
         change = change_of(entry.dtype, target, declared)
         if target is None or not change.possible:
             self.wrong_type[weight.names[0]] = f"{entry.dtype.code} as {target or declared}".replace("torch.", "")
@@ -141,16 +141,14 @@ class _Matching:
             self.other_kind.append(weight.names[0])
         self.homes.append(Home(weight.names, entry, target, shape, weight.is_buffer, weight.seats))
 
-    def _target(self, weight: Weight, entry: TensorEntry) -> torch.dtype | None:
-        """The type that *weight* gets; None where torch does not have the one that is stored and would be kept."""
-        if self.dtype is None:
-            return weight.tensor.dtype
+    def _target(self, weight: Weight, entry: TensorEntry, asked: torch.dtype) -> torch.dtype | None:
+        """The type of *weight* if *asked* is wanted; None where torch does not have the one that is stored and would be kept."""
         own, declared = torch_type(entry.dtype), weight.tensor.dtype
         if entry.dtype.kind != "float" or (entry.dtype.bits < 16 and own == declared):
             return own
-        if self.dtype.itemsize < 4 and any(_lies_in(name, module) for name in weight.names for module in self.keep_in_fp32):
+        if asked.itemsize < 4 and any(_lies_in(name, module) for name in weight.names for module in self.keep_in_fp32):
             return torch.float32
-        return self.dtype
+        return asked
 
     def check(self, *, strict: bool, stuck: Sequence[str], where: str) -> None:
         """Raise Mismatch with everything that is wrong, if anything is."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -17,7 +16,8 @@ from shardkit.load.weights import Seat, stored_type, torch_type
 from shardkit.payload import Payload
 
 
-class Home(NamedTuple):
+@dataclass(slots=True, unsafe_hash=True)
+class Home:
     """One weight of a model, and the tensor of the checkpoint that is to live there.
 
     Attributes:

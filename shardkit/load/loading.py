@@ -82,19 +82,8 @@ def load_checkpoint_in_model(
         assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
         if verify:
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
-        on_disk, resident = places.split(assignment.homes)
-        shared = share(home for home, device in resident if device.type == "cpu") if mmap else {}
-        values = shared | read((home, device) for home, device in resident if home.names[0] not in shared)
-        values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
-        extra = read_extra(assignment.extra)
-        opened.check_unchanged()
-        install(model, assignment.homes, values, extra)
-    notes = [
-        *opened.notes,
-        *assignment.notes,
-        *_objects(opened, assignment),
-        *_copied((home for home, _ in resident), shared, mmap),
-    ]
+        copied = _fill(model, opened, assignment, places, mmap=mmap)
+    notes = [*opened.notes, *assignment.notes, *_objects(opened, assignment), *_unshared(copied if mmap else ())]
     notes += map(_without_meaning, idle)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -216,6 +205,8 @@ class _Places:
 
     def split(self, homes: Iterable[Home]) -> tuple[list[Home], list[tuple[Home, torch.device]]]:
         """Those of *homes* that go to disk, and the others with their devices."""
+        if len(self.devices) == 1 and "disk" not in self.devices:
+            return [], [(home, self.main) for home in homes]
         on_disk: list[Home] = []
         resident: list[tuple[Home, torch.device]] = []
         for home in homes:
@@ -227,13 +218,26 @@ class _Places:
         return on_disk, resident
 
 
+def _fill(model: nn.Module, opened: Opened, assignment: Assignment, places: _Places, *, mmap: bool) -> list[Home]:
+    """Give *model* all that is assigned to it, shared with the files where *mmap* asks for it; what was read is returned."""
+    on_disk, resident = places.split(assignment.homes)
+    values = share(home for home, device in resident if device.type == "cpu") if mmap else {}
+    copied = [each for each in resident if each[0].name not in values] if values else resident
+    values |= read(copied)
+    values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
+    extra = read_extra(assignment.extra)
+    opened.check_unchanged()
+    install(model, assignment.homes, values, extra)
+    return [home for home, _ in copied]
+
+
 def _objects(opened: Opened, assignment: Assignment) -> Iterator[str]:
     names = [name for name in assignment.missing if name in opened.others]
     if names:
         yield f"{listed(names)}: an object of a pickle in {opened.where}, and no pickle is run here"
 
 
-def _copied(resident: Iterable[Home], shared: Mapping[str, torch.Tensor], mmap: bool) -> Iterator[str]:
-    names = [home.name for home in resident if home.name not in shared and home.nbytes]
-    if mmap and names:
+def _unshared(copied: Iterable[Home]) -> Iterator[str]:
+    names = [home.name for home in copied if home.nbytes]
+    if names:
         yield f"read into memory, since they do not lie in a file as they are in memory: {listed(names)}"

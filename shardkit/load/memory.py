@@ -113,29 +113,23 @@ def _is_mappable(extent: Extent, dtype: torch.dtype) -> bool:
 
 def _rooms(items: Iterable[Item]) -> Iterator[tuple[torch.Tensor, memoryview]]:
     """For each of *items* a fresh tensor and its memory."""
-    for group in _grouped(items):
-        sizes = [_padded(payload.nbytes) for payload, _, _ in group]
-        arena = Arena.of(max(1, sum(sizes)))
-        at = 0
-        for (payload, dtype, shape), size in zip(group, sizes, strict=True):
-            yield arena.tensor(at, dtype, shape), arena.memory(at, payload.nbytes)
-            at += size
+    for group, nbytes in _grouped(items):
+        arena = Arena.of(max(1, nbytes))
+        memory = arena.memory(0, nbytes)
+        for at, (payload, dtype, shape) in group:
+            yield arena.tensor(at, dtype, shape), memory[at : at + payload.nbytes]
 
 
-def _grouped(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """*items* as they share arenas."""
-    group: list[Item] = []
-    room = _ARENA
+def _grouped(items: Iterable[Item]) -> Iterator[tuple[list[tuple[int, Item]], int]]:
+    """*items* as they share arenas: each with the byte at which it begins, and how many the arena has."""
+    group: list[tuple[int, Item]] = []
+    at = 0
     for item in items:
-        size = _padded(item[0].nbytes)
-        if group and size > room:
-            yield group
-            group, room = [], _ARENA
-        group.append(item)
-        room -= size
+        size = -(-item[0].nbytes // _ALIGNMENT) * _ALIGNMENT
+        if group and at + size > _ARENA:
+            yield group, at
+            group, at = [], 0
+        group.append((at, item))
+        at += size
     if group:
-        yield group
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        yield group, at

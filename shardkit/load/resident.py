@@ -134,9 +134,11 @@ def renew(seats: Sequence[Seat], value: torch.Tensor) -> None:
 
 def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """*old* with the memory of *value*, or else its successor."""
-    paged = isinstance(value, Paged)
+    usual = type(old) is nn.Parameter and type(value) is torch.Tensor  # classes of torch are slow to ask for more
+    paged = not usual and isinstance(value, Paged)
     trains = old.requires_grad and not paged and (value.is_floating_point() or value.is_complex())
-    plain = is_lazy(old) or isinstance(old, Paged)  # stands for a parameter that had no memory, and is no class to keep
+    # Stands for a parameter that had no memory, and is no class to keep.
+    plain = not usual and (is_lazy(old) or isinstance(old, Paged))
     # Asked as Module._apply asks it before it does the same.
     if not (old.is_meta or plain or paged) and torch._has_compatible_shallow_copy_type(old, value):
         old.requires_grad_(trains)

@@ -1,13 +1,14 @@
 """What of a model a checkpoint fills: its weights, each physical one once with all its names.
 
-Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on the meta device.
+Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on the meta device. Seats and
+weights are not frozen, though nothing changes them: they are made for every tensor, and a frozen one takes three times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from shardkit.dtypes import BY_TORCH, DType
 _EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
-class Seat(NamedTuple):
+@dataclass(slots=True, unsafe_hash=True)
+class Seat:
     """Where a module keeps a tensor."""
 
     owner: nn.Module
@@ -26,8 +28,8 @@ class Seat(NamedTuple):
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there."""
-        owner = self.owner
-        return owner._parameters[self.name] if self.name in owner._parameters else owner._buffers.get(self.name)
+        found = self.owner._parameters.get(self.name)
+        return self.owner._buffers.get(self.name) if found is None else found
 
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
@@ -40,7 +42,8 @@ class Seat(NamedTuple):
             owner._buffers[self.name] = tensor
 
 
-class Weight(NamedTuple):
+@dataclass(slots=True, unsafe_hash=True)
+class Weight:
     """One physical tensor of a model.
 
     Attributes:
@@ -55,6 +58,11 @@ class Weight(NamedTuple):
     is_buffer: bool
     seats: tuple[Seat, ...]
 
+    def tied_to(self, other: Weight) -> Weight:
+        """The same with the names and seats of *other* too, which holds the same tensor."""
+        seats = tuple(dict.fromkeys((*self.seats, *other.seats)))
+        return Weight((*self.names, *other.names), self.tensor, self.is_buffer and other.is_buffer, seats)
+
 
 def weights_of(model: nn.Module) -> Iterator[Weight]:
     """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
@@ -64,12 +72,10 @@ def weights_of(model: nn.Module) -> Iterator[Weight]:
 def weights_in(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
     """The same of *modules* with all their names, of which each is as in `named_modules`."""
     found: dict[int, Weight] = {}
-    for name, tensor, is_buffer, seat in _named_tensors(modules):
-        weight = Weight((name,), tensor, is_buffer, (seat,))
-        first = found.setdefault(id(tensor), weight)
+    for weight in _one_by_one(modules):
+        first = found.setdefault(id(weight.tensor), weight)
         if first is not weight:
-            seats = tuple(dict.fromkeys((*first.seats, seat)))
-            found[id(tensor)] = Weight((*first.names, name), tensor, first.is_buffer and is_buffer, seats)
+            found[id(weight.tensor)] = first.tied_to(weight)
     return iter(found.values())
 
 
@@ -114,13 +120,13 @@ def torch_type(dtype: DType) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _named_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor, bool, Seat]]:
-    """Name, tensor, whether it is a buffer, and its place, for all that a state dict of *modules* holds, without making one."""
+def _one_by_one(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
+    """What a state dict of *modules* holds, without making one; what is tied comes once for each name."""
     for prefix, module in modules:
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield dotted + name, parameter, False, Seat(module, name)
+                yield Weight((dotted + name,), parameter, False, (Seat(module, name),))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dotted + name, buffer, True, Seat(module, name)
+                yield Weight((dotted + name,), buffer, True, (Seat(module, name),))
