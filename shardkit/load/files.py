@@ -196,7 +196,7 @@ def _may_ask(file: int) -> bool:
 
 @cache
 def _mincore() -> ctypes._NamedFuncPointer:
-    return ctypes.CDLL(None).mincore
+    return ctypes.PyDLL(None).mincore  # which keeps the GIL: to take it back takes ten times as long as the call
 
 
 def _opened_directly(path: Path) -> int | None:
