@@ -97,6 +97,7 @@ def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(kind: 
     assert torch.equal(logits(ours, KIND).cpu(), logits(theirs, KIND).cpu())
 
 
+@pytest.mark.filterwarnings("ignore:the buffers of what is offloaded take:UserWarning")  # of the map that is then dealt anew
 def test_a_model_that_does_not_fit_the_device_uses_what_there_is(tmp_path: Path) -> None:
     theirs = saved(tmp_path)
     size = sum(parameter.nbytes for parameter in theirs.parameters())
