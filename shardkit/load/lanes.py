@@ -149,7 +149,12 @@ class AcceleratorLane:
         self._sending = threading.Lock()
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        # Its allocator thinks of the stream that asks: for that one alone all is over that used this memory before, and only of
+        # what that one does it knows when the memory is let go.
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._stream.wait_stream(torch.accelerator.current_stream(self.device))
+        memory.record_stream(self._stream)
+        return memory
 
     def host(self, memory: torch.Tensor) -> torch.Tensor:
         return ring_memory(len(memory), self.device)

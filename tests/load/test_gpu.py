@@ -177,6 +177,34 @@ def test_copies_go_out_of_pinned_memory() -> None:
         sent.finish()
 
 
+def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read() -> None:
+    lane, size = lane_to(torch.device(KIND, 0)), 1024
+    zeros = lane.kept(4 * size * size).zero_()
+    for _ in range(10):
+        ones, busy = torch.ones(size, size, device=KIND), torch.full((size, size), 1e-3, device=KIND)
+        for _ in range(10):
+            busy = busy @ busy
+        total = ones.sum()  # when all before is done
+        del ones
+        memory = lane.memory(len(zeros))
+        lane.send(zeros, memory, [])
+        assert total.item() == size * size
+        del memory
+
+
+def test_memory_that_is_let_go_is_not_given_away_while_it_is_written() -> None:
+    lane, size = lane_to(torch.device(KIND, 0)), 16 << 20
+    zeros = lane.kept(size).zero_()
+    for _ in range(10):
+        memory = lane.memory(size)
+        for _ in range(4):
+            lane.send(zeros, memory, [])
+        del memory
+        ones = torch.ones(size, dtype=torch.uint8, device=KIND)
+        device.synchronize()
+        assert ones.sum(dtype=torch.int64).item() == size
+
+
 @pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
 def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int) -> None:
     lane = lane_to(torch.device(KIND, 0))
