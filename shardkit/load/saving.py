@@ -81,6 +81,12 @@ class Remote:
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", len(self.memory))
 
+    @classmethod
+    def of(cls, memory: torch.Tensor, origin: tuple[str, int]) -> Remote:
+        """All of *memory*, once what was issued to write it is done: other threads copy it, and on streams of their own."""
+        torch.accelerator.synchronize(memory.device)
+        return cls(memory, origin)
+
     @property
     def sources(self) -> tuple[Extent, ...]:
         return ()
@@ -116,14 +122,12 @@ def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
 
 
 def _held(tensor: torch.Tensor, dtype: DType, storages: _Held) -> Payload:
-    """The memory of *tensor*; tensors that share a storage share what stands for it in *storages*."""
+    """The memory of *tensor*; tensors that share a storage share what stands for it, and keeps it, in *storages*."""
     storage = tensor.untyped_storage()
     origin = str(tensor.device), storage.data_ptr()
     if origin not in storages:
         whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        storages[origin] = (
-            Buffer(whole.numpy().data) if whole.device.type == "cpu" else Remote(whole, origin)
-        )  # keeps the storage
+        storages[origin] = Buffer(whole.numpy().data) if whole.device.type == "cpu" else Remote.of(whole, origin)
     return strided(
         storages[origin],
         dtype=dtype,
