@@ -248,5 +248,5 @@ def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
     found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
     return AmbiguousRoot(
         f"several parts of the file could be the model: {found}",
-        hint=f"choose one with --root {candidates[0].name}, or take all with --root .",
+        hint=f"choose one with --root {max(candidates, key=lambda node: node.nbytes).name}, or take all with --root .",
     )

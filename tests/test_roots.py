@@ -73,11 +73,11 @@ def test_what_is_left_out_is_said_with_its_bytes() -> None:
     assert (left_out.name, left_out.nbytes, left_out.reason) == ("optimizer", 20, "optimizer state")
 
 
-def test_several_candidates_are_listed_with_their_sizes() -> None:
+def test_several_candidates_are_listed_with_their_sizes_and_the_largest_is_suggested() -> None:
     checkpoint = Checkpoint((tensor("generator", "w"), tensor("discriminator", "w", shape=(1000,))))
     with pytest.raises(AmbiguousRoot, match=re.escape("'generator' (8 B), 'discriminator' (4.00 kB)")) as caught:
         select_root(checkpoint, None)
-    assert caught.value.hint == "choose one with --root generator, or take all with --root ."
+    assert caught.value.hint == "choose one with --root discriminator, or take all with --root ."
 
 
 def test_a_sparse_weight_makes_a_subtree_a_candidate() -> None:
