@@ -57,7 +57,7 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
     """
     diffusers = library("diffusers", LEAST)
     _check_not_quantised(folder)
-    opened = Opened.at(folder.weights(_WEIGHTS, request.variant))
+    opened = Opened.at(folder.weights(_WEIGHTS, request))
     dtype = request.dtype or prevalent_dtype((entry.dtype, entry.nbytes) for entry in opened.entries.values())
     with told(folder, diffusers):
         model = _empty(folder, kind, request.trusted, dtype)

@@ -6,11 +6,12 @@
 3. The classes are those of Diffusers and Transformers, and code of other origin only where it is trusted.
 4. Where no type is asked for, each model has the type that its weights have, whatever its config.json says: the models of a
    pipeline must fit together.
+5. What is given for one of its parts stands in its place as it is, and where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,38 +28,46 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def addressed(folder: ModelFolder, request: Request) -> tuple[DiffusionPipeline, dict[str, Addressed]]:
+def addressed(
+    folder: ModelFolder, request: Request, given: Mapping[str, object]
+) -> tuple[DiffusionPipeline, dict[str, Addressed]]:
     """The pipeline in *folder*, and the models in it by their names, of which no weight has been read but by rule 2.
 
     Args:
         folder: where it is.
         request: how its models are made.
+        given: what is to be in place of parts of it, by their names.
 
     Raises:
         FormatError: weights cannot be read.
-        LoadError: Diffusers is not there, or makes no pipeline of the folder, or code is asked for that is not trusted.
+        LoadError: Diffusers is not there, or makes no pipeline of the folder, or code is asked for that is not trusted, or there
+            is no such part.
     """
     diffusers = library("diffusers", diffusers_model.LEAST)
+    _refuse_unknown(folder, given)
     if not request.trusted:
         _refuse_code(folder)
-    made = dict(_models(folder, replace(request, as_stored=True)))
+    made = dict(_models(folder, replace(request, as_stored=True), given))
     options: dict[str, Any] = {name: each.model for name, each in made.items()}  # Any: they have types of their own
+    options |= given
     options |= {"variant": request.variant} if request.variant else {}
     options |= {"trust_remote_code": True} if request.trusted else {}
+    options |= {} if request.use_safetensors is None else {"use_safetensors": request.use_safetensors}
     with told(folder, diffusers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.path, local_files_only=True, **options)
     pipeline.register_to_config(_name_or_path=folder.name)
-    others = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in made}
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    others = {name: part for name, part in models.items() if name not in made and name not in given}
     return pipeline, made | {name: _in_memory(part, request) for name, part in others.items()}
 
 
-def _models(folder: ModelFolder, request: Request) -> Iterator[tuple[str, Addressed]]:
-    """The models that are made here, by their names in the pipeline."""
+def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Iterator[tuple[str, Addressed]]:
+    """The models that are made here and not *given*, by their names in the pipeline."""
     import diffusers
 
     for name, home, class_name in _parts(folder):
         kind = getattr(_known(home), class_name, None)
-        if not isinstance(kind, type):
+        if not isinstance(kind, type) or name in given:
             continue
         if loads_as_all_do(kind, diffusers.ModelMixin):
             yield name, _of_variant(diffusers_model, folder.part(name), request, kind)
@@ -94,6 +103,17 @@ def _known(home: str) -> ModuleType | None:
         return library("transformers", transformers_model.LEAST)
     found = getattr(diffusers.pipelines, home, None)
     return found if isinstance(found, ModuleType) else None
+
+
+def _refuse_unknown(folder: ModelFolder, given: Iterable[str]) -> None:
+    """See that the pipeline in *folder* has a part of each name that is *given*."""
+    known = [name for name in folder.fields if not name.startswith("_")]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise LoadError(
+            f"the pipeline in {shown_path(folder.path)} has no part called {shown(unknown[0])}",
+            hint=f"its parts are {', '.join(map(shown, known))}",
+        )
 
 
 def _refuse_code(folder: ModelFolder) -> None:

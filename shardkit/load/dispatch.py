@@ -29,7 +29,7 @@ from shardkit.load.budgets import Device, MaxMemory, device_key
 from shardkit.load.depths import Ring
 from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
 from shardkit.load.homes import Home
-from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device
+from shardkit.load.loading import floating, load_checkpoint_in_model, main_device, match, torch_device, without_meaning
 from shardkit.load.modes import Terms
 from shardkit.load.module_sizes import class_names
 from shardkit.load.offloading import fill_empty, spill
@@ -107,7 +107,6 @@ def load_checkpoint_and_dispatch(
             verify=verify,
         )
         return model
-    _warn_of_idle(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
     target, no_split = floating(dtype), class_names(no_split_module_classes)
     opened = Opened.at(checkpoint)
     found = match(model, opened, dtype=target, strict=strict)
@@ -131,7 +130,8 @@ def load_checkpoint_and_dispatch(
     resident.install(model, found.homes, values, extra)
     arrange(model, wish, addresses=addresses)
     opened.check_unchanged()  # from here on, each forward sees to that
-    for note in (*opened.notes, *found.notes):
+    idle = without_meaning(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
+    for note in (*opened.notes, *found.notes, *idle):
         warnings.warn(note, UserWarning, stacklevel=2)
     return _mapped(model, device_map)
 
@@ -287,9 +287,3 @@ def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
 def _mapped(model: _Model, device_map: DeviceMap) -> _Model:
     model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # an attribute that no module declares
     return model
-
-
-def _warn_of_idle(**given: object) -> None:
-    for name, value in given.items():
-        if value:
-            warnings.warn(f"{name} has no meaning here: weights stream from the checkpoint itself", UserWarning, stacklevel=3)

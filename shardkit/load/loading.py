@@ -75,7 +75,6 @@ def load_checkpoint_in_model(
         LoadError: an argument cannot be met, or there is no room for the weights.
     """
     _refuse(offload_8bit_bnb=offload_8bit_bnb, full_state_dict=full_state_dict, broadcast_from_rank0=broadcast_from_rank0)
-    idle = [name for name, given in (("offload_folder", offload_folder), ("offload_state_dict", offload_state_dict)) if given]
     places = _Places.of(model, device_map, offload_buffers)
     with collector_paused():
         opened = Opened.at(checkpoint)
@@ -84,7 +83,7 @@ def load_checkpoint_in_model(
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
         copied = _fill(model, opened, assignment, places, mmap=mmap)
     notes = [*opened.notes, *assignment.notes, *_objects(opened, assignment), *_unshared(copied if mmap else ())]
-    notes += map(_without_meaning, idle)
+    notes += without_meaning(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return replace(assignment, notes=tuple(notes))
@@ -162,8 +161,10 @@ def _refuse(*, offload_8bit_bnb: bool, full_state_dict: bool, broadcast_from_ran
         raise LoadError(f"{name}: a checkpoint is loaded by one process, whole", hint="load it in each process")
 
 
-def _without_meaning(argument: str) -> str:
-    return f"{argument} has no meaning here: weights are read from the checkpoint itself, and nothing is written"
+def without_meaning(**given: object) -> list[str]:
+    """A sentence for each argument that Accelerate has a use for, and that is *given* here."""
+    why = "weights are read from the checkpoint itself when they are needed, and nothing is written"
+    return [f"{name} has no meaning here: {why}" for name, value in given.items() if value]
 
 
 @dataclass(frozen=True, slots=True)

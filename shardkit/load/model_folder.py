@@ -50,17 +50,26 @@ class ModelFolder:
     fields: Mapping[str, object]
 
     @classmethod
-    def at(cls, path: str | PathLike[str], subfolder: str = "") -> ModelFolder:
+    def at(
+        cls,
+        path: str | PathLike[str],
+        subfolder: str = "",
+        *,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+    ) -> ModelFolder:
         """What is in the folder *path*, or in the cache of the Hub under that name.
 
         Args:
             path: the folder, or the name of what is on the Hub.
             subfolder: the folder inside it that is meant.
+            revision: the branch, tag or commit of what is on the Hub; None for "main".
+            cache_dir: where the cache is; None for where huggingface_hub has it.
 
         Raises:
             LoadError: it does not say what it holds, or holds something else.
         """
-        folder, name = _local(path, subfolder), str(path)
+        folder, name = _local(path, subfolder, revision, cache_dir), str(path)
         if (folder / _PIPELINE).is_file():
             return cls(folder, name, "pipeline", _fields(folder / _PIPELINE))
         if (folder / "adapter_config.json").is_file():
@@ -79,19 +88,19 @@ class ModelFolder:
         inside = self.path / name
         return self._of_model(inside, f"{self.name}/{name}") if inside.is_dir() else self._of_model(self.path, self.name)
 
-    def weights(self, names: Sequence[str], variant: str | None = None) -> Path:
+    def weights(self, names: Sequence[str], request: Request) -> Path:
         """The first file with one of *names*; or else the folder, in which there may be one of another name.
 
         Args:
             names: as the library writes and reads them, in the order in which it looks for them.
-            variant: the word in them.
+            request: which of them will do.
 
         Raises:
-            LoadError: there is none of that variant.
+            LoadError: there is none of the variant or the kind that is asked for.
         """
-        wanted = [_varied(name, variant) for name in names]
+        wanted = [_varied(name, request.variant) for name in names if request.use_safetensors in (None, ".safetensors" in name)]
         found = next((self.path / name for name in wanted if (self.path / name).is_file()), None)
-        if found is None and variant:
+        if found is None and (request.variant or request.use_safetensors is not None):
             raise LoadError(f"{shown_path(self.path)} has no weights under any of these names: {listed(wanted)}")
         return found or self.path
 
@@ -116,6 +125,7 @@ class Request:
         attn_implementation: what Transformers calls by this name; None for what it chooses.
         variant: the word in the names of the weights.
         trusted: whether code that lies in the folder may be run.
+        use_safetensors: whether the weights are taken from safetensors; None for whatever there is, and those first.
         as_stored: whether the types are those of the weights if no *dtype* is given, and not what config.json says.
     """
 
@@ -123,6 +133,7 @@ class Request:
     attn_implementation: str | None
     variant: str | None
     trusted: bool
+    use_safetensors: bool | None = None
     as_stored: bool = False
 
 
@@ -204,20 +215,20 @@ def told(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
         ) from error
 
 
-def _local(path: str | PathLike[str], subfolder: str) -> Path:
+def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cache_dir: str | PathLike[str] | None) -> Path:
     given = Path(path)
     if given.is_dir():
         return given / subfolder
     if _REPOSITORY.fullmatch(str(path)) and not given.exists():
         from huggingface_hub import try_to_load_from_cache
 
-        files = (Path(subfolder, name).as_posix() for name in (_PIPELINE, _MODEL))
-        cached = next(
-            (file for file in (try_to_load_from_cache(str(path), name) for name in files) if isinstance(file, str)), None
-        )
-        if cached is not None:
-            return Path(cached).parent
-    what = "is a file" if given.exists() else "is no folder, and no model in the cache of the Hub"
+        cache = None if cache_dir is None else Path(cache_dir)
+        for name in (_PIPELINE, _MODEL):
+            file = try_to_load_from_cache(str(path), Path(subfolder, name).as_posix(), cache, revision)
+            if isinstance(file, str):
+                return Path(file).parent
+    meant = f" (revision {shown(revision)})" if revision else ""
+    what = "is a file" if given.exists() else f"is no folder, and no model in the cache of the Hub{meant}"
     raise LoadError(
         f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
         hint=f"download the model first; or {MAKE_IT}",

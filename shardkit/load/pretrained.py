@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError
+from shardkit.errors import LoadError, shown
 from shardkit.load import diffusers_model, diffusers_pipeline, transformers_model
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.assign import listed
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.depths import Ring
 from shardkit.load.device_maps import DeviceMap, check_device_map
-from shardkit.load.loading import floating, main_device, torch_device
+from shardkit.load.loading import floating, main_device, torch_device, without_meaning
 from shardkit.load.model_folder import Addressed, ModelFolder, Request
 from shardkit.load.modes import MODES, Terms
 from shardkit.load.module_sizes import module_sizes
@@ -43,15 +43,23 @@ def from_pretrained(
     device_map: AnyMap = None,
     dtype: str | torch.dtype = "auto",
     *,
+    torch_dtype: str | torch.dtype | None = None,
     max_memory: MaxMemory | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     subfolder: str = "",
     variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    use_safetensors: bool | None = None,
     output_loading_info: bool = False,
     quantization_config: object = None,
+    offload_folder: str | PathLike[str] | None = None,
+    offload_state_dict: bool | None = None,
+    low_cpu_mem_usage: bool | None = None,
     offload: Literal["allow", "never"] = "allow",
     ring: int | str | None = None,
+    **components: object,
 ) -> Any:  # Any: the folder says of which class it is
     """The model in a folder, or the pipeline of Diffusers, in evaluation mode.
 
@@ -61,18 +69,27 @@ def from_pretrained(
             "balanced", "balanced_low_0", "sequential". None for the CPU, with nothing attached.
         dtype: what floats are cast to, but for those that the model keeps in float32. "auto" for what config.json says, and
             with Diffusers, whose config.json says nothing, for what most of the weights are.
+        torch_dtype: the older name of *dtype*, which Diffusers has.
         max_memory: what each device may hold, where *device_map* says how to make a map.
         trust_remote_code: run the code that lies in the folder, where it asks for it.
         attn_implementation: "eager", "sdpa" or what else Transformers has, for models of Transformers.
         subfolder: the folder inside *path* that is meant.
         variant: the word in the names of the weights, as "fp16" in ``model.fp16.safetensors``. In a pipeline it is for those
             models that have it.
+        revision: the branch, tag or commit of what is on the Hub; None for "main".
+        cache_dir: where the cache of the Hub is; None for where huggingface_hub has it.
+        use_safetensors: True or False to take the weights from safetensors, or from what torch saved, and from nothing else.
         output_loading_info: also give what is said of missing and unexpected weights; of a pipeline, by the names of its models.
         quantization_config: weights are not quantised while they are loaded; anything but None is an error.
+        offload_folder: has no meaning, since weights stream from *path* itself; a warning says so.
+        offload_state_dict: likewise.
+        low_cpu_mem_usage: likewise: weights are never in memory twice.
         offload: "never" to fail rather than let weights stream from disk.
         ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
             "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
             as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
+        components: what a pipeline has in place of the parts of these names, as in ``scheduler=…`` or ``safety_checker=None``;
+            it is taken as it is, and stays where it is.
 
     Raises:
         FormatError: the weights cannot be read.
@@ -83,10 +100,13 @@ def from_pretrained(
     if quantization_config is not None:
         raise LoadError("quantization_config: weights are not quantised when they are loaded", hint="load a quantised checkpoint")
     given = _given(device_map)
-    floats = None if dtype == "auto" else floating(dtype)
-    folder = ModelFolder.at(path, subfolder)
-    made, models = _made(folder, Request(floats, attn_implementation, variant, trust_remote_code))
-    for note in (note for model in models.values() for note in model.notes):
+    request = Request(_floats(dtype, torch_dtype), attn_implementation, variant, trust_remote_code, use_safetensors)
+    made, models = _made(ModelFolder.at(path, subfolder, revision=revision, cache_dir=cache_dir), request, components)
+    notes = [note for model in models.values() for note in model.notes]
+    notes += without_meaning(
+        offload_folder=offload_folder, offload_state_dict=offload_state_dict, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     tree = _tree(models)
     whole = frozenset[str]().union(*(model.whole for model in models.values()))
@@ -110,10 +130,22 @@ def _given(device_map: AnyMap) -> dict[str, Device] | None:
     return devices
 
 
-def _made(folder: ModelFolder, request: Request) -> tuple[Any, dict[str, Addressed]]:  # Any: as above
+def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """What floats are cast to, whichever name it is given by; None for "auto"."""
+    if torch_dtype is not None and dtype != "auto":
+        raise LoadError("dtype and torch_dtype are two names of one argument, and both are given", hint="leave out torch_dtype")
+    asked = dtype if torch_dtype is None else torch_dtype
+    return None if asked == "auto" else floating(asked)
+
+
+def _made(
+    folder: ModelFolder, request: Request, components: Mapping[str, object]
+) -> tuple[Any, dict[str, Addressed]]:  # Any: as above
     """What is in *folder*, and the models that it consists of by their names; a model that is all of it has none."""
     if folder.kind == "pipeline":
-        return diffusers_pipeline.addressed(folder, request)
+        return diffusers_pipeline.addressed(folder, request, components)
+    if components:
+        raise LoadError(f"{shown(next(iter(components)))} is no argument of from_pretrained where a model is loaded")
     if folder.kind == "diffusers" and request.attn_implementation:
         raise LoadError(
             "attn_implementation is for models of Transformers, and this is one of Diffusers",

@@ -45,7 +45,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     with told(folder, transformers):
         kind = kind or _class(folder, request.trusted)
         config = _configuration(folder, kind, request.trusted)
-    weights = tensors(_weights(folder, request.variant, config))
+    weights = tensors(_weights(folder, request, config))
     dtype = request.dtype or (
         prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values()) if request.as_stored else "auto"
     )
@@ -129,7 +129,7 @@ def _configuration(folder: ModelFolder, kind: type[PreTrainedModel], trusted: bo
     return load(folder.path, local_files_only=True, **({} if own else {"trust_remote_code": trusted}))
 
 
-def _weights(folder: ModelFolder, variant: str | None, config: PreTrainedConfig) -> Path:
+def _weights(folder: ModelFolder, request: Request, config: PreTrainedConfig) -> Path:
     extra = [name for name in getattr(type(config), "extra_files", ()) if (folder.path / name).exists()]
     if extra:
         raise LoadError(
@@ -137,7 +137,7 @@ def _weights(folder: ModelFolder, variant: str | None, config: PreTrainedConfig)
         )
     named = getattr(config, "transformers_weights", None)
     if not isinstance(named, str):
-        return folder.weights(_WEIGHTS, variant)
+        return folder.weights(_WEIGHTS, request)
     if ".." in Path(named).parts or Path(named).is_absolute():
         raise LoadError(f"{shown_path(folder.path)}: config.json has its weights elsewhere, in {shown(named)}")
     if not (folder.path / named).is_file():

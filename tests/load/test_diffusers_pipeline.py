@@ -191,10 +191,25 @@ def test_a_name_that_no_model_has_is_a_warning(folder: Path) -> None:
         from_pretrained(folder, {"unet": "disk", "text_encoder": "cpu"})
 
 
+def test_what_is_given_for_a_part_is_taken_as_it_is(folder: Path) -> None:
+    theirs = saved(folder)
+    unet = from_pretrained(folder, "disk", "bf16", subfolder="unet")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=20)
+    ours = from_pretrained(folder, "cpu", unet=unet, scheduler=scheduler, tokenizer=None)
+    assert ours.unet is unet
+    assert streaming(ours) == {"unet"}
+    assert ours.scheduler.__dict__ == scheduler.__dict__
+    assert ours.tokenizer is None
+    assert torch.equal(ours.vae.encoder.conv_in.weight, theirs.vae.encoder.conv_in.weight)
+    with pytest.raises(LoadError, match="no part called 'unett'") as refused:
+        from_pretrained(folder, unett=unet)
+    assert "'unet'" in str(refused.value.hint)
+
+
 def test_a_type_is_given_to_all_models(folder: Path) -> None:
     saved(folder)
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    ours = from_pretrained(folder, "disk", "bfloat16")
+    ours = from_pretrained(folder, "disk", torch_dtype=torch.bfloat16, use_safetensors=True)
     assert {ours.unet.dtype, ours.vae.dtype, ours.text_encoder.dtype} == {torch.bfloat16}
     assert torch.equal(images(ours), images(theirs))
 

@@ -162,6 +162,42 @@ def test_a_variant_in_a_subfolder_is_found_by_its_name(size: str, tmp_path: Path
         from_pretrained(tmp_path, subfolder="part", variant="int8")
 
 
+def test_weights_are_taken_from_safetensors_or_from_what_torch_saved_as_is_asked_for(tmp_path: Path) -> None:
+    first = saved(tmp_path)
+    with pytest.raises(LoadError, match=r"no weights under .*'pytorch_model.bin'"):
+        from_pretrained(tmp_path, use_safetensors=False)
+    other = llama()
+    torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
+    for use_safetensors, model in ((None, first), (True, first), (False, other.eval())):
+        assert torch.equal(logits(from_pretrained(tmp_path, use_safetensors=use_safetensors)), logits(model))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"no weights under .*'model.safetensors'"):
+        from_pretrained(tmp_path, use_safetensors=True)
+
+
+def test_a_type_goes_by_either_of_its_names_and_not_by_both(tmp_path: Path) -> None:
+    saved(tmp_path)
+    assert from_pretrained(tmp_path, "disk", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert from_pretrained(tmp_path, torch_dtype="auto").dtype == torch.float32
+    with pytest.raises(LoadError, match="two names of one argument"):
+        from_pretrained(tmp_path, dtype="bf16", torch_dtype="bf16")
+
+
+@pytest.mark.parametrize("name", ["offload_folder", "offload_state_dict", "low_cpu_mem_usage"])
+def test_an_argument_that_has_no_meaning_here_is_told(name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    idle: dict[str, Any] = {name: "offload" if name == "offload_folder" else True}
+    with pytest.warns(UserWarning, match=f"{name} has no meaning here"):
+        from_pretrained(tmp_path / "model", "disk", **idle)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_argument_that_there_is_not_is_refused_by_name(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(LoadError, match="'tokken' is no argument"):
+        from_pretrained(tmp_path, tokken="secret")
+
+
 def test_a_stale_index_beside_one_file_is_passed_over_as_by_transformers(tmp_path: Path) -> None:
     model = saved(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
@@ -181,20 +217,38 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(cache: Path, tmp_path: Path) -> None:
-    model = saved(tmp_path / "plain")
-    repository, commit = cache / "models--someone--tiny", "f" * 40
-    for file in (tmp_path / "plain").iterdir():
+def cached(folder: Path, cache: Path, commit: str, branch: str) -> None:
+    """Move what is in *folder* to the *cache* of the Hub, as a *commit* of someone/tiny."""
+    repository = cache / "models--someone--tiny"
+    for file in folder.iterdir():
         link = repository / "snapshots" / commit / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         (repository / "blobs").mkdir(exist_ok=True)
-        shutil.move(file, repository / "blobs" / file.stem)
-        link.symlink_to(Path("../../blobs") / file.stem)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+        shutil.move(file, repository / "blobs" / f"{commit}-{file.stem}")
+        link.symlink_to(Path("../../blobs") / f"{commit}-{file.stem}")
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / branch).write_text(commit)
+
+
+def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(cache: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "plain")
+    cached(tmp_path / "plain", cache, "f" * 40, "main")
     assert torch.equal(logits(from_pretrained("someone/tiny", "disk")), logits(model))
     with pytest.raises(LoadError, match="someone/other is no folder, and no model in the cache"):
         from_pretrained("someone/other")
+
+
+def test_a_revision_is_found_in_whichever_cache_is_meant(cache: Path, tmp_path: Path) -> None:
+    first, second = (saved(tmp_path / name, llama()) for name in ("first", "second"))
+    cached(tmp_path / "first", tmp_path / "own", "a" * 40, "main")
+    cached(tmp_path / "second", tmp_path / "own", "b" * 40, "tuned")
+    for revision, model in ((None, first), ("tuned", second), ("a" * 40, first)):
+        ours = from_pretrained("someone/tiny", "disk", revision=revision, cache_dir=tmp_path / "own")
+        assert torch.equal(logits(ours), logits(model))
+    with pytest.raises(LoadError, match=r"no model in the cache of the Hub \(revision 'other'\)"):
+        from_pretrained("someone/tiny", revision="other", cache_dir=tmp_path / "own")
+    with pytest.raises(LoadError, match="no model in the cache of the Hub;"):
+        from_pretrained("someone/tiny")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
