@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,14 @@ def begin_again_in_children(owner: _Owner, begin: Callable[[_Owner], object]) ->
     """Call *begin* with *owner* first of all in every child of a fork, as long as *owner* is there; who came first is first."""
     number = next(_NUMBERS)
     _LIVING[number] = partial(_begin, weakref.ref(owner, lambda _: _LIVING.pop(number)), begin)
+
+
+def never_free(owner: object) -> None:
+    """Keep *owner*, and what it has, until the process is gone: not even at its end does the interpreter let go of it.
+
+    That is for what only the parent can give back, such as the memory of its device: the attempt would end the child.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def _begin(found: weakref.ref[_Owner], begin: Callable[[_Owner], object]) -> None:

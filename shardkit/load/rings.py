@@ -119,7 +119,7 @@ class Ring:
             LoadError: there is no memory for the ring.
         """
         if self._memory is None:
-            self._memory = self._lane.memory(self.nbytes)
+            self._memory = self._made(self.nbytes)
         if self._host is None and kept is None:
             self._host = self._lane.host(self._memory)
         stop = place.start + place.nbytes
@@ -153,13 +153,17 @@ class Ring:
         Raises:
             LoadError: there is no memory for it.
         """
-        memory = self._lane.memory(layout.nbytes)
+        memory = self._made(layout.nbytes)
         return Place(number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept)
 
     def drop(self) -> None:
         """Let go of the memory, which ends with the last tensor in it."""
         self._memory = self._host = None
         self._left.clear()
+
+    def _made(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # what is made in that mode, others than this thread could not write
+            return self._lane.memory(nbytes)
 
     def _start(self, nbytes: int, grain: int, stays: list[Place]) -> int | None:
         fitting = [gap for gap in self._gaps(stays) if _up(gap[0], grain) + nbytes <= gap[1]]

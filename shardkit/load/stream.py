@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import torch
 
-from shardkit.forks import begin_again_in_children
+from shardkit.forks import begin_again_in_children, never_free
 from shardkit.load.counts import Counts, Tally
 from shardkit.load.files import Files
 from shardkit.load.lanes import Done, Lane, Ticket
@@ -283,6 +283,8 @@ class Stream:
             if page.place is not None and page.place.tensors
             for visit in page.holders
         }
+        if self.lane.apart:
+            never_free(self._places)  # a device is its parent's, and that alone can let go of what is there
         thread = self.thread  # which has what this thread holds, and no more what the others did
         self._tally = self._tally.inherited()
         self._begin()

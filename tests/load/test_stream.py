@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -238,12 +239,18 @@ def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
         stream.release(number, "visit")
 
 
-def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
     with torch.inference_mode():
         tensors = stream.claim(0, "visit")
-    assert tensors is not None
-    assert not tensors[0].is_inference()
+        beside = [stream.claim(number, "visit", holding=True) for number in range(1, 4)]
+    for number, each in enumerate([tensors, *beside]):
+        assert each is not None
+        assert torch.equal(each[0], value(number))
+        assert not each[0].is_inference()
+        stream.release(number, "visit")
+    for number in range(8):
+        use(stream, number)
 
 
 def test_pages_of_many_sizes_share_one_ring(tmp_path: Path) -> None:
@@ -321,6 +328,48 @@ def test_the_child_of_a_fork_has_what_is_held_while_it_forks(file: Path) -> None
     assert in_a_child(lambda: torch.equal(tensors[0], value(3)))
     assert torch.equal(tensors[0], value(3))
     stream.release(3, "visit")
+
+
+class WatchedLane(LateLane):
+    """One that knows which of its memory is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        memory = super().memory(nbytes)
+        self.made.append(weakref.ref(memory))
+        return memory
+
+    @property
+    def left(self) -> list[bool]:
+        gc.collect()
+        return [memory() is not None for memory in self.made]
+
+
+@forks
+@threaded
+def test_the_child_of_a_fork_lets_go_of_nothing_that_is_on_the_device_of_its_parent(file: Path) -> None:
+    lane = WatchedLane()
+    streams = [streaming(file, lane)]
+    for number in range(3):
+        use(streams[0], number)
+    tensors = [streams[0].claim(number, "visit", holding=number > 3) for number in range(3, 6)]
+
+    def check() -> bool:
+        for number in range(3, 6):
+            streams[0].release(number, "visit")
+        streams.pop().close()
+        tensors.clear()
+        return lane.left == [True, True]
+
+    assert in_a_child(check)
+    for number in range(3, 6):
+        streams[0].release(number, "visit")
+    tensors.clear()
+    streams.pop().close()
+    assert lane.left == [False, False]
 
 
 LARGE = (300 << 10) + 40
