@@ -183,6 +183,17 @@ def test_the_rates_of_this_machine_are_measured_and_given_ones_overrule_them(lla
     assert forecast["predicted"]["seconds"] > 0
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_an_accelerator_that_torch_is_made_for_and_that_is_not_here_has_no_rates(
+    matrices: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    (line,) = placed(capsys, matrices, "--max-memory", "0=6MB,cpu=4MB", "--predict", "--json")
+    forecast = json.loads(line)["forecast"]
+    assert (forecast["rates"]["link"], forecast["rates"]["compute"]) == (None, None)
+    assert forecast["rates"]["disk"] > 0
+
+
 def test_without_being_asked_nothing_is_predicted(llama: Path, capsys: Capture) -> None:
     (line,) = placed(capsys, llama, "--max-memory", "cpu=9MB", "--json")
     assert json.loads(line)["forecast"] is None

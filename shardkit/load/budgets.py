@@ -63,6 +63,11 @@ def device_key(device: object) -> Device:
     raise LoadError(f"{shown(device)} is no device", hint=_HINT)
 
 
+def accelerator() -> torch.device | None:
+    """The kind of accelerator that is there; None where there is none, though torch may be made for one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def free_memory(device: Device) -> int | None:
     """Bytes that *device* has free now; None if it does not say."""
     if device in ("cpu", "mps"):
@@ -85,7 +90,8 @@ def _key_of(device: torch.device) -> Device:
     _, numbered, number = str(device).partition(":")
     if numbered:
         return int(number)
-    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+    there = accelerator()
+    return int(torch.get_device_module(there).current_device()) if there is not None else 0
 
 
 def _rank(device: Device) -> tuple[int, int]:
@@ -113,7 +119,7 @@ def _free(device: Device) -> int:
 
 
 def _all_there_is() -> dict[Device, int]:
-    if torch.accelerator.is_available() and _accelerator_type() == "mps":
+    if _accelerator_type() == "mps":
         return {"mps": available_memory()}
     budgets: dict[Device, int] = {}
     for index in range(torch.accelerator.device_count()):
@@ -126,8 +132,8 @@ def _all_there_is() -> dict[Device, int]:
 
 
 def _accelerator_type() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None else ""
+    there = accelerator()
+    return there.type if there is not None else ""
 
 
 def _free_on_accelerator(index: int) -> int | None:

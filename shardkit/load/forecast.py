@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from shardkit.load.budgets import accelerator
 from shardkit.load.cost import STAGES, Prediction, Step, predict, step_of
 from shardkit.load.dealing import ring_bytes
 from shardkit.load.depths import Depth, depth_for
@@ -80,7 +81,7 @@ def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, run
     Raises:
         FormatError: a file cannot be read.
     """
-    device = torch.device("cpu") if runner == "cpu" else torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if runner == "cpu" else accelerator()
     entries = [entry for block in blocks for entry in block.entries]
     types = ((torch_type(entry.dtype), entry.shape) for entry in entries if not _TABLE.search(entry.name))
     product = common_product((dtype, shape) for dtype, shape in types if dtype)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from shardkit.load.budgets import device_key
+from shardkit.load.budgets import accelerator, device_key
 from shardkit.load.loading import torch_device
 from shardkit.load.moves import moved
 from shardkit.load.pager import eager
@@ -68,7 +68,7 @@ def cpu_offload_with_hook(
         LoadError: there is no such device.
     """
     if execution_device is None:
-        execution_device = torch.accelerator.current_accelerator() or "cpu"
+        execution_device = accelerator() or "cpu"
     hook = UserCpuOffloadHook(model, torch_device(device_key(execution_device)), prev_module_hook)
     hook.offload()
     return model, hook

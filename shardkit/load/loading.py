@@ -13,7 +13,7 @@ from torch import nn
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import LoadError, Mismatch, shown
 from shardkit.load.assign import Assignment, assign, listed
-from shardkit.load.budgets import Device, device_key
+from shardkit.load.budgets import Device, accelerator, device_key
 from shardkit.load.device_maps import DeviceMap, check_device_map
 from shardkit.load.device_maps import device_of as mapped_device
 from shardkit.load.homes import Home
@@ -147,10 +147,10 @@ def torch_device(device: Device) -> torch.device:
     """
     if isinstance(device, str):
         return device_of(device)
-    if not torch.accelerator.is_available():
+    there = accelerator()
+    if there is None:
         raise LoadError(f"there is no accelerator {device}, nor any other", hint='use "cpu" and "disk" only')
-    kind = torch.accelerator.current_accelerator()
-    return device_of(f"{kind.type if kind else 'cuda'}:{device}")
+    return device_of(f"{there.type}:{device}")
 
 
 def _refuse(*, offload_8bit_bnb: bool, full_state_dict: bool, broadcast_from_rank0: bool) -> None:

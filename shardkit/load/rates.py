@@ -171,7 +171,7 @@ def _copy_rate() -> float:
 
 @cache
 def _link_rate(device: torch.device) -> float:
-    pinned = torch.empty(_MEMORY, dtype=torch.uint8, pin_memory=True)
+    pinned = torch.empty(_MEMORY, dtype=torch.uint8, device="cpu", pin_memory=True)  # whatever the default device
     target = torch.empty(_MEMORY, dtype=torch.uint8, device=device)
     return _MEMORY * _per_second(lambda: target.copy_(pinned, non_blocking=True), device)
 

@@ -38,6 +38,13 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         cpu_offload_with_hook(nn.Linear(2, 2), 0)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_where_torch_is_made_for_a_device_that_is_not_there_the_cpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    model, _ = cpu_offload_with_hook(nn.Linear(2, 2))
+    assert model(torch.ones(1, 2)).device.type == "cpu"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
 def test_models_take_turns_on_an_accelerator() -> None:
