@@ -18,8 +18,10 @@ from typing import Protocol
 
 import torch
 
+from shardkit.errors import LoadError
 from shardkit.load.memory import aligned, private
 from shardkit.load.pinned import kept_memory, ring_memory
+from shardkit.sizes import format_size
 
 
 class Ticket(Protocol):
@@ -151,7 +153,7 @@ class AcceleratorLane:
     def memory(self, nbytes: int) -> torch.Tensor:
         # Its allocator thinks of the stream that asks: for that one alone all is over that used this memory before, and only of
         # what that one does it knows when the memory is let go.
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        memory = self._fresh(nbytes)
         self._stream.wait_stream(torch.accelerator.current_stream(self.device))
         memory.record_stream(self._stream)
         return memory
@@ -167,7 +169,7 @@ class AcceleratorLane:
             for ticket in after:
                 assert isinstance(ticket, _Event)
                 self._stream.wait_event(ticket.event)
-            with self._stream:
+            with torch.get_device_module(self.device).stream(self._stream):  # which itself is no context before torch 2.7
                 memory.copy_(host, non_blocking=True)
             return _Event.after(self._stream)
 
@@ -175,6 +177,13 @@ class AcceleratorLane:
         stream = torch.accelerator.current_stream(self.device)
         memory.record_stream(stream)  # its allocator must not give the memory away while that work may run
         return _Event.after(stream)
+
+    def _fresh(self, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            hint = "let fewer weights stay there, or give a smaller ring"
+            raise LoadError(f"no memory on {self.device} for {format_size(nbytes)} of weights", hint=hint) from error
 
 
 @dataclass(frozen=True, slots=True)
