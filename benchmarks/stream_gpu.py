@@ -1,8 +1,8 @@
 """How fast weights come to an accelerator, beside what its link can: ``python benchmarks/stream_gpu.py --folder BIG``.
 
 The model is that of stream.py; its layers and head lie in main memory or on disk, and run on the accelerator. Each figure has its
-limit beside it: copies out of pinned memory, measured in the same minute, or the disk as `floor` of streaming.py reads it. Where
-there is no accelerator it says so.
+limit beside it: copies out of pinned memory, measured in the same minute, or the disk as `floor` of streaming.py reads it, turn
+and turn about and with nothing in the page cache. Where there is no accelerator it says so.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from llama import VOCABULARY, WIDE
-from measuring import made
-from streaming import floor, where
+from measuring import made, settle
+from streaming import drop, floor, where
 
 LONG = 8192  # tokens of a prefill that computes for longer than its weights take to come
+TIMES = 5
+COLD = 3  # the same for a disk, which may be slow
 
 
 def main() -> None:
@@ -28,29 +30,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is made")
     asked = parser.parse_args()
-    kind = torch.accelerator.current_accelerator(check_available=True)
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
         sys.exit("there is no accelerator here, and nothing to measure")
     source, device = made(asked.folder, "big.safetensors"), torch.device(kind.type, 0)
+    settle()
+    print(f"torch {torch.__version__} on {torch.get_device_module(device).get_device_name(0)}")
+    from_memory(source, device)
+    from_disk(source, device)
+
+
+def from_memory(source: Path, device: torch.device) -> None:
+    """The CPU tier, beside the link and Accelerate; and a prefill beside what it computes."""
     link = pinned_rate(device)
-    print(f"copies out of pinned memory     {link / 1e9:6.1f} GB/s")
-    for tier in ("cpu", "disk"):
-        model, streamed = ours(source, tier), streamed_bytes()
-        seconds = timed(model, device, 16)
-        print(
-            f"{tier:4} tier, 16 tokens            {streamed / seconds / 1e9:6.1f} GB/s, {streamed / seconds / link:.0%} of that"
-        )
-        if tier == "cpu":
-            theirs = timed(accelerated(source), device, 16)
-            print(f"Accelerate, the same memory     {streamed / theirs / 1e9:6.1f} GB/s: {theirs / seconds:.1f} x as long")
-            long, compute = timed(model, device, LONG), timed(resident(source, device), device, LONG)
-            copying = streamed / link
-            print(f"prefill of {LONG} tokens: {(compute + copying - long) / min(compute, copying):.0%} of the shorter is hidden")
-        close(model)
+    say("copies out of pinned memory", link)
+    model = ours(source, "cpu")
+    seconds = median(forward(model, device, 16))
+    say("CPU tier, 16 tokens", streamed_bytes() / seconds, f"{streamed_bytes() / seconds / link:.0%} of that")
+    theirs = median(forward(accelerated(source), device, 16))
+    say("Accelerate, the same memory", streamed_bytes() / theirs, f"{theirs / seconds:.1f} x as long")
+    long, compute = median(forward(model, device, LONG)), median(forward(resident(source, device), device, LONG))
+    copying = streamed_bytes() / link
+    hidden = (compute + copying - long) / min(compute, copying)
+    print(f"prefill of {LONG} tokens {long:.3f} s: computing {compute:.3f} s, copying {copying:.3f} s, {hidden:.0%} hidden")
+    close(model)
+
+
+def from_disk(source: Path, device: torch.device) -> None:
+    """The disk tier, beside the disk."""
+    model = ours(source, "disk")
+    stream, run = stream_of(model), forward(model, device, 16)
     once = floor(WIDE, source, 0, 4, 16)
-    begun = time.perf_counter()
-    once()
-    print(f"the disk, read and left         {streamed_bytes() / (time.perf_counter() - begun) / 1e9:6.1f} GB/s")
+    rates, limits = [], []
+    for _ in range(COLD + 1):
+        drop(source)
+        before = stream.counts.disk
+        seconds = timed(run)
+        rates.append((stream.counts.disk - before) / seconds)  # but for what was read ahead since the last one
+        stream.rest()
+        drop(source)
+        limits.append(streamed_bytes() / timed(once))
+    close(model)
+    ratios = [rate / limit for rate, limit in zip(rates[1:], limits[1:], strict=True)]
+    say("the disk, read and left", statistics.median(limits[1:]))
+    say("disk tier, 16 tokens", statistics.median(rates[1:]), f"{statistics.median(ratios):.0%} of that")
+
+
+def say(what: str, rate: float, more: str = "") -> None:
+    """Print a line of the table."""
+    print(f"{what:30} {rate / 1e9:6.1f} GB/s{', ' if more else ''}{more}", flush=True)
 
 
 def streamed_bytes() -> int:
@@ -78,6 +106,14 @@ def ours(source: Path, tier: str) -> Any:  # Any: a model of transformers
     return load_checkpoint_and_dispatch(WIDE.empty(), source, places(tier), no_split_module_classes=["LlamaDecoderLayer"])
 
 
+def stream_of(model: Any) -> Any:  # Any: likewise; what brings its weights
+    """What counts the bytes that are read for *model*."""
+    from shardkit.load.arrangement import attachments
+    from shardkit.load.pager import Pager
+
+    return next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
+
+
 def accelerated(source: Path) -> Any:  # Any: likewise
     """The same with Accelerate, from main memory."""
     from accelerate import load_checkpoint_and_dispatch  # type: ignore[import-untyped]  # as it comes
@@ -97,27 +133,30 @@ def places(tier: str) -> dict[str, str | int]:
     return {name: tier if device == "disk" else 0 for name, device in where(0).items()}
 
 
-def timed(model: Any, device: torch.device, tokens: int) -> float:  # Any: likewise
-    """Seconds of a forward."""
+def forward(model: Any, device: torch.device, tokens: int) -> Callable[[], object]:  # Any: likewise
+    """A forward of *model*."""
     ids = (torch.arange(tokens) * 7 % VOCABULARY)[None].to(device)
 
-    def forward() -> None:
+    def run() -> None:
         with torch.no_grad():
             model(ids, use_cache=False, logits_to_keep=1)
 
-    return median(forward)
+    return run
 
 
-def median(run: Callable[[], None]) -> float:
-    """Seconds until the accelerator has done what *run* issues, of five after one that does not count."""
-    seconds = []
-    for _ in range(6):
-        torch.accelerator.synchronize()
-        begun = time.perf_counter()
-        run()
-        torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[1:])
+def median(run: Callable[[], object]) -> float:
+    """Seconds of *run*, of several after one that does not count."""
+    timed(run)
+    return statistics.median(timed(run) for _ in range(TIMES))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds until the accelerator has done what *run* issues."""
+    torch.accelerator.synchronize()
+    begun = time.perf_counter()
+    run()
+    torch.accelerator.synchronize()
+    return time.perf_counter() - begun
 
 
 def close(model: Any) -> None:  # Any: likewise
