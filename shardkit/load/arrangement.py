@@ -119,9 +119,9 @@ def arrange(model: nn.Module, wish: Wish, *, addresses: Mapping[str, Recipe] | N
     _settle_other_buffers(model, wish)
     blocks = list(parts.blocks)
     del parts  # as what is copied from here on shall go, block by block
-    _stream(blocks, model, wish, addresses)
     if wish.hooks:
         attach_movers(model, wish.runs_on, wish.main, wish.skip)
+    _stream(blocks, model, wish, addresses)  # whose hooks are behind those: a forward ends when its output is where it goes
 
 
 def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:

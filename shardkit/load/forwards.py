@@ -1,14 +1,15 @@
 """How long the forwards of a model that streams take, and what its streams did meanwhile.
 
 1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring what another left there.
-2. A clock costs a few microseconds for each forward, and nothing for each block.
+2. A forward takes from when its device comes to it until it is done there, which may be long after it was issued.
+3. A clock costs a few microseconds for each forward, and nothing for each block.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from shardkit.forks import begin_again_in_children
+from shardkit.forks import begin_again_in_children, never_free
 from shardkit.load.counts import Counts
+from shardkit.load.lanes import CpuLane, Moment
 from shardkit.load.pager import eager
 
 if TYPE_CHECKING:
@@ -55,16 +57,18 @@ class Clock:
         self.chosen = chosen
         self.depths = tuple(depths)
         self._streams = tuple(streams)
+        self._lanes = [stream.lane for stream in self._streams] or [CpuLane()]
         self._thread = threading.local()
         self._series = Series(0)
         self._before = Counts()
-        self._unlock()
-        begin_again_in_children(self, Clock._unlock)
+        self._begin()
+        begin_again_in_children(self, Clock._forked)
 
     @property
     def series(self) -> Series:
         """The forwards since the last one of another size."""
         with self._lock:
+            self._count(lambda _: True)
             return Series(self._series.rows, self._series.forwards, self._series.seconds, self._now().since(self._before))
 
     def attach(self, model: nn.Module) -> None:
@@ -80,7 +84,7 @@ class Clock:
         kwargs: dict[str, Any],  # Any: whatever a model takes
     ) -> None:
         """The hook before a forward."""
-        self._thread.begun = time.perf_counter(), _rows((args, kwargs)) or 1
+        self._thread.begun = self._moments(), _rows((args, kwargs)) or 1
 
     @eager
     def stop(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -88,18 +92,37 @@ class Clock:
         begun, self._thread.begun = getattr(self._thread, "begun", None), None
         if begun is None:
             return
-        seconds, rows = time.perf_counter() - begun[0], begun[1]
+        (moments, rows), ended = begun, self._moments()
         with self._lock:
             if rows != self._series.rows:
                 self._series, self._before = Series(rows), self._now()
+                self._issued.clear()
             else:
-                self._series = Series(rows, self._series.forwards + 1, self._series.seconds + seconds)
+                self._issued.append((moments, ended))
+            self._count(lambda moment: moment.passed)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
         return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths)
 
-    def _unlock(self) -> None:
+    def _begin(self) -> None:
         self._lock = threading.Lock()
+        self._issued: deque[tuple[list[Moment], list[Moment]]] = deque()
+
+    def _forked(self) -> None:
+        if self._issued:
+            never_free(self._issued)  # what they are told from is on the device of the parent
+        self._begin()
+
+    def _moments(self) -> list[Moment]:
+        """Those of now, for each device that something streams to."""
+        return [lane.moment() for lane in self._lanes]
+
+    def _count(self, may: Callable[[Moment], bool]) -> None:
+        """Add the forwards that were issued to the series, as long as one *may* be looked at; under the lock."""
+        while self._issued and all(map(may, self._issued[0][1])):
+            begun, ended = self._issued.popleft()
+            seconds = max(end.seconds_since(begin) for begin, end in zip(begun, ended, strict=True))
+            self._series = Series(self._series.rows, self._series.forwards + 1, self._series.seconds + seconds)
 
     def _now(self) -> Counts:
         counts = [stream.counts for stream in self._streams]

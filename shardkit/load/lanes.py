@@ -5,13 +5,15 @@
    pinned memory, on a stream of its own, which nobody waits for but who needs them.
 2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so on the ticket: either the
    work that this thread issues next comes after it (`precede`), or the thread itself waits (`finish`).
-3. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to memory passes the tickets of all
+3. A moment stands for when such work is done, and is there to be looked at later: nobody waits for a clock.
+4. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to memory passes the tickets of all
    that used that; whoever uses it lets the ticket of the sending precede.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +40,19 @@ class Ticket(Protocol):
 
     def finish(self) -> None:
         """Return when it is done."""
+        ...
+
+
+class Moment(Protocol):
+    """When a device has done all that one thread had issued."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it has."""
+        ...
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """The time from *earlier*, which is of the same device, to here; returns when this has passed."""
         ...
 
 
@@ -92,6 +107,10 @@ class Lane(Protocol):
         """All that this thread has issued so far, which may use *memory*."""
         ...
 
+    def moment(self) -> Moment:
+        """When all is done that this thread has issued so far."""
+        ...
+
 
 def lane_to(device: torch.device) -> Lane:
     """The lane to *device*."""
@@ -109,6 +128,21 @@ class Done:
 
     def finish(self) -> None:
         return
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """A moment of this processor, *at* so many seconds: it has passed when it is there."""
+
+    at: float
+
+    @property
+    def passed(self) -> bool:
+        return True
+
+    def seconds_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, Instant)
+        return self.at - earlier.at
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +171,9 @@ class CpuLane:
 
     def issued(self, memory: torch.Tensor) -> Ticket:
         return Done()
+
+    def moment(self) -> Moment:
+        return Instant(time.perf_counter())
 
 
 class AcceleratorLane:
@@ -178,6 +215,11 @@ class AcceleratorLane:
         memory.record_stream(stream)  # its allocator must not give the memory away while that work may run
         return _Event.after(stream)
 
+    def moment(self) -> Moment:
+        event = torch.Event(device=self.device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self.device))
+        return _Mark(event)
+
     def _fresh(self, nbytes: int) -> torch.Tensor:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -203,3 +245,17 @@ class _Event:
 
     def finish(self) -> None:
         self.event.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    event: torch.Event
+
+    @property
+    def passed(self) -> bool:
+        return self.event.query()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, _Mark)
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000

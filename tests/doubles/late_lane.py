@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from shardkit.load.lanes import Ticket
+from shardkit.load.lanes import Instant, Moment, Ticket
 from shardkit.load.memory import aligned, private
 
 
@@ -76,6 +77,9 @@ class LateLane:
 
     def issued(self, memory: torch.Tensor) -> Ticket:
         return LateTicket(self, 0)
+
+    def moment(self) -> Moment:
+        return Instant(time.perf_counter())
 
     def run_until(self, number: int) -> None:
         with self.lock:

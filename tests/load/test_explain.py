@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shardkit
+from late_lane import LateLane
 from shardkit.load import close, disk_offload, dispatch_model, explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.account import Explanation, Part
 from shardkit.load.arrangement import Wish, arrange
 from shardkit.load.cost import Step
 from shardkit.load.forwards import Clock
+from shardkit.load.lanes import Moment
 from shardkit.load.module_sizes import module_sizes
+from shardkit.load.pages import Piece
 from shardkit.load.rates import Rates
 from shardkit.load.stream import Stream
+from shardkit.payload import Buffer
 
 WIDTH, LAYERS = 64, 6
 RATES = Rates(disk=1e6, copy=1e9, compute=1e9)
@@ -291,6 +296,61 @@ def test_rows_are_tokens_or_vectors() -> None:
     clock.attach(embedding)
     embedding(input=torch.ones(2, 7, dtype=torch.int64))
     assert clock.series.rows == 14
+
+
+class Plodding(LateLane):
+    """A device that takes a second for each step, and is no further than somebody waits for.
+
+    Attributes:
+        given: how many it was given.
+        steps: how many it has done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = self.steps = 0
+
+    def issue(self, steps: int) -> None:
+        self.given += steps
+
+    def moment(self) -> Moment:
+        return Reached(self, self.given)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When so many steps are done."""
+
+    lane: Plodding
+    steps: int
+
+    @property
+    def passed(self) -> bool:
+        return self.lane.steps >= self.steps
+
+    def seconds_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, Reached)
+        self.lane.steps = max(self.lane.steps, self.steps)
+        return self.steps - earlier.steps
+
+
+def test_a_forward_takes_what_its_device_takes_and_is_not_waited_for() -> None:
+    lane = Plodding()
+    stream = Stream([[Piece(Buffer(bytes(64)), torch.uint8, (64,), (1,))]], lane)
+    model, clock = nn.Linear(3, 4), Clock([stream], chosen=False)
+    clock.attach(model)
+    for steps in (7, 2, 5, 3):
+        hook = model.register_forward_pre_hook(lambda *_, steps=steps: lane.issue(steps))
+        model(torch.ones(3))
+        hook.remove()
+        lane.issue(100)  # what the caller does between forwards
+    assert lane.steps == 0
+    series = clock.series
+    assert (series.forwards, series.seconds, lane.steps) == (3, 10.0, 317)
+    copy.deepcopy(clock)
+    model(torch.ones(2, 3))
+    assert clock.series.forwards == 0
+    stream.close()
 
 
 def test_rates_are_measured_when_nothing_is_being_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
