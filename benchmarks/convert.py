@@ -8,28 +8,18 @@ The checkpoints are made once in FOLDER, which needs 45 GB with the outputs.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from measuring import Contender, Medians, in_page_cache, made, race, settle
+from measuring import Benching, Contender, Medians, in_page_cache, race, run_those_asked_for, settle
 from reflink import reshard
 
 PEERS = str(Path(__file__).parent / "peers.py")
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """Where things lie, and how often each contender runs."""
-
-    folder: Path
-    rounds: int
-
-    def source(self, name: str) -> Path:
-        return made(self.folder, name)
+class Bench(Benching):
+    """What is run, and on what."""
 
     def shardkit(self, command: str, source: Path, *options: str) -> Contender:
         out = self.folder / "out-shardkit"
@@ -156,17 +146,5 @@ BENCHES: dict[str, Callable[[Bench], object]] = {
 }
 
 
-def main() -> None:
-    """Run the benchmarks that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "shardkit-benchmarks"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=BENCHES, default=list(BENCHES))
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only:
-        BENCHES[name](Bench(arguments.folder, arguments.rounds))
-
-
 if __name__ == "__main__":
-    main()
+    run_those_asked_for(__doc__, BENCHES, Bench)

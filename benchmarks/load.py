@@ -9,31 +9,21 @@ process takes as much memory and returns it: the host of a virtual machine is sl
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from llama import LAYERS, VOCABULARY, WIDE
-from measuring import Contender, in_page_cache, made, race
+from measuring import Benching, Contender, in_page_cache, race, run_those_asked_for
 
 _BESIDE = 500_000_000  # what a process with torch takes beside the weights
 LOADERS = str(Path(__file__).parent / "loaders.py")
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """Where things lie, and how often each contender runs."""
-
-    folder: Path
-    rounds: int
-
-    def source(self, name: str) -> Path:
-        return made(self.folder, name)
+class Bench(Benching):
+    """What is run, and on what."""
 
     def model_folder(self) -> Path:
         """big.safetensors as transformers takes it."""
@@ -106,17 +96,5 @@ def report(title: str, contenders: Mapping[str, Contender], bench: Bench, *, war
 BENCHES: dict[str, Callable[[Bench], None]] = {"safetensors": safetensors, "zip": torch_zip, "tiny": tiny}
 
 
-def main() -> None:
-    """Run the benchmarks that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "shardkit-benchmarks"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=BENCHES, default=list(BENCHES))
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only:
-        BENCHES[name](Bench(arguments.folder, arguments.rounds))
-
-
 if __name__ == "__main__":
-    main()
+    run_those_asked_for(__doc__, BENCHES, Bench)

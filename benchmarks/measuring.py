@@ -6,15 +6,44 @@ stays small: a child counts the memory of the process that started it into its o
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class Benching:
+    """Where things lie, and how often each contender runs."""
+
+    folder: Path
+    rounds: int
+
+    def source(self, name: str) -> Path:
+        return made(self.folder, name)
+
+
+_Bench = TypeVar("_Bench", bound=Benching)
+
+
+def run_those_asked_for(told: str, benches: Mapping[str, Callable[[_Bench], object]], kind: type[_Bench]) -> None:
+    """Be the program that runs *benches*, or some of them; the first line of *told* says what it is."""
+    parser = argparse.ArgumentParser(description=told.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "shardkit-benchmarks"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=benches, default=list(benches))
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    for name in asked.only:
+        benches[name](kind(asked.folder, asked.rounds))
 
 
 @dataclass(frozen=True, slots=True)
