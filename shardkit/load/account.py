@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from shardkit.load.budgets import Device
@@ -112,7 +112,14 @@ class Explanation:
 
     @property
     def hidden(self) -> float | None:
-        """Which share of the reading no forward waited for, as measured."""
+        """Which share of the reading no forward waited for, as measured.
+
+        An accelerator is given work before the weights are there, and nobody sees it wait: there, what a forward took is held
+        against what computing should take.
+        """
+        if any(part.streams and part.runs_on != "cpu" for part in self.parts):
+            taken = None if self.predicted is None or self.seconds is None else replace(self.predicted, seconds=self.seconds)
+            return taken.hidden if taken else None
         counts = self.measured.counts if self.measured else None
         return max(0.0, 1 - counts.waited / counts.reading) if counts and counts.reading else None
 

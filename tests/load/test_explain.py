@@ -19,8 +19,9 @@ from late_lane import LateLane
 from shardkit.load import close, disk_offload, dispatch_model, explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.account import Explanation, Part
 from shardkit.load.arrangement import Wish, arrange
-from shardkit.load.cost import Step
-from shardkit.load.forwards import Clock
+from shardkit.load.cost import Prediction, Step
+from shardkit.load.counts import Counts
+from shardkit.load.forwards import Clock, Series
 from shardkit.load.lanes import Moment
 from shardkit.load.module_sizes import module_sizes
 from shardkit.load.pages import Piece
@@ -284,6 +285,16 @@ def test_the_ring_has_a_twin_in_main_memory_where_a_device_gets_weights_from_dis
     told = Explanation("Toy", (Part("h.0", place, runs_on, 50, "the map says so", Step(room=64)),), ring=100, depths=("2, why",))
     assert told.host_ring == told.as_dict()["host_ring"] == twin
     assert (str(told).count("its twin, for what is on disk") == 1) == bool(twin)
+
+
+@pytest.mark.parametrize(("runs_on", "hidden"), [("cpu", 0.25), ("cuda:0", 0.4)])
+def test_what_is_hidden_is_told_by_waiting_or_where_a_forward_is_only_issued_by_the_time_it_took(
+    runs_on: str, hidden: float
+) -> None:
+    part = Part("h.0", "cpu", runs_on, 50, "the map says so", Step(link=50, room=64))
+    measured = Series(1, forwards=2, seconds=4.4, counts=Counts(reading=4.0, waited=3.0))
+    told = Explanation("Toy", (part,), predicted=Prediction(2.0, 2.0, (0.0, 0.0, 2.0, 1.0)), measured=measured)
+    assert told.hidden == pytest.approx(hidden)
 
 
 def test_rows_are_tokens_or_vectors() -> None:
