@@ -28,6 +28,7 @@ from shardkit.errors import LoadError, ShardkitError
 from shardkit.forks import begin_again_in_children
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
+from shardkit.load.recording import device_of
 from shardkit.load.stream import Stream
 from shardkit.load.weights import Seat
 
@@ -66,7 +67,7 @@ class Streamed(Paged):
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
         device: torch.device | None = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is not None and device.type != self.device.type:
+        if device is not None and (device.type != self.device.type or device_of(device) != self.device):
             raise _immovable()
         moved: torch.Tensor = super().to(*args, **kwargs)
         return moved
@@ -74,11 +75,11 @@ class Streamed(Paged):
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.to("cpu")
 
-    def cuda(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to("cuda")
+    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to(_one_of("cuda", device))
 
-    def xpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to("xpu")
+    def xpu(self, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to(_one_of("xpu", device))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Streamed:
         if id(self) not in memo:
@@ -88,6 +89,11 @@ class Streamed(Paged):
         found = memo[id(self)]
         assert isinstance(found, Streamed)
         return found
+
+
+def _one_of(kind: str, device: object) -> torch.device:
+    """*device*, which may be a number among those of its *kind*, or None for the current one."""
+    return torch.device(kind, device) if isinstance(device, int) else torch.device(str(device or kind))
 
 
 def _immovable() -> LoadError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import nn
+
+transformers: Any = pytest.importorskip("transformers", reason="its models are made here")  # it leaves them untyped
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -16,11 +18,12 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 64,
 }
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # the same operations, whatever the device has of its own
 IDS = torch.arange(14).reshape(2, 7)
 TOKENS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
-def llama(**options: Any) -> Any:  # Any, here and below: Transformers leaves its models untyped
+def llama(**options: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **SIZES, **options))
 
 
@@ -67,6 +70,12 @@ def layers(model: nn.Module) -> list[str]:
 def half(model: nn.Module) -> dict[str, str]:
     """Every second layer on disk."""
     return {"": "cpu"} | dict.fromkeys(layers(model)[::2], "disk")
+
+
+def by_turns(model: nn.Module) -> dict[str, int | str]:
+    """The layers on the accelerator, in main memory and on disk, by turns."""
+    places: list[int | str] = [0, "cpu", "disk"]
+    return {"": 0} | {name: places[number % 3] for number, name in enumerate(layers(model))}
 
 
 def logits(model: Any, device: str = "cpu") -> torch.Tensor:

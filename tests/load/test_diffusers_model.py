@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from accelerators import needs_one
 from shardkit.errors import LoadError, Mismatch
 from shardkit.load import close, diffusers_model, from_pretrained
 from shardkit.load.model_folder import ModelFolder, Request
@@ -96,12 +97,19 @@ def half(model: nn.Module) -> dict[str, str]:
     return {"": "cpu"} | dict.fromkeys([name for name, _ in model.named_children()][::2], "disk")
 
 
+def by_turns(model: nn.Module) -> dict[str, int | str]:
+    """Its outermost parts on the accelerator, in main memory and on disk, by turns."""
+    places: list[int | str] = [0, "cpu", "disk"]
+    return {"": 0} | {name: places[number % 3] for number, (name, _) in enumerate(model.named_children())}
+
+
 DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
     "none": lambda model: None,
     "cpu": lambda model: "cpu",
     "half": half,
     "disk": lambda model: {"": "disk"},
 }
+WITH_ACCELERATOR: dict[str, Callable[[nn.Module], Any]] = {"all there": lambda model: 0, "by turns": by_turns}
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +126,14 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def output(model: Any, given: Given | None = None) -> torch.Tensor:
-    floats = {
-        key: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in (given or MODELS["unet"][1]()).items()
-    }
+    def there(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
     with torch.no_grad():
-        found: torch.Tensor = model(**floats).sample
-    return found
+        found: torch.Tensor = model(**{key: there(value) for key, value in (given or MODELS["unet"][1]()).items()}).sample
+    return found.cpu()
 
 
 def saved(folder: Path, model: Any = None, **options: Any) -> Any:
@@ -143,7 +152,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+@pytest.mark.parametrize("device_map", [*DEVICE_MAPS, *(pytest.param(each, marks=needs_one) for each in WITH_ACCELERATOR)])
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_those_of_the_model_that_diffusers_loads(
     name: str, device_map: str, dtype: torch.dtype, tmp_path: Path
@@ -151,10 +160,11 @@ def test_outputs_are_those_of_the_model_that_diffusers_loads(
     make, given = MODELS[name]
     kind = type(saved(tmp_path, make()))
     theirs = kind.from_pretrained(str(tmp_path), torch_dtype=dtype)
-    ours = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), dtype, ring=2)
+    ours = from_pretrained(tmp_path, (DEVICE_MAPS | WITH_ACCELERATOR)[device_map](theirs), dtype, ring=2)
     assert type(ours) is kind
     assert not ours.training
-    assert any(isinstance(weight, Streamed) for weight in ours.parameters()) == (device_map in ("half", "disk"))
+    assert any(isinstance(weight, Streamed) for weight in ours.parameters()) == (device_map in ("half", "disk", "by turns"))
+    theirs.to(ours.device)
     assert {name: each.dtype for name, each in ours.state_dict().items()} == {n: e.dtype for n, e in theirs.state_dict().items()}
     for _ in range(2):
         assert torch.equal(output(ours, given()), output(theirs, given()))

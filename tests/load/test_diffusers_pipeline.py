@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from accelerators import needs_one
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import close, explain, from_pretrained
 from shardkit.load.account import PipelineExplanation
@@ -88,6 +89,12 @@ DEVICE_MAPS: dict[str, Any] = {
     "part": {"": "disk", "unet.mid_block": "cpu"},
     "disk": {"": "disk"},
 }
+WITH_ACCELERATOR: dict[str, Any] = {
+    "all there": {"": 0},
+    "unet there": {"": "cpu", "unet": 0},
+    "all but a part there": {"": 0, "unet.mid_block": "disk"},
+    "a part there": {"": "disk", "unet.mid_block": "cpu", "unet.conv_in": 0},
+}
 
 
 def saved(folder: Path, make: Callable[[Path], Any] = stable_diffusion, **options: Any) -> Any:
@@ -122,15 +129,16 @@ def streaming(pipe: Any) -> set[str]:
     return {name for name, model in models.items() if any(isinstance(weight, Streamed) for weight in model.parameters())}
 
 
-@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+@pytest.mark.parametrize("device_map", [*DEVICE_MAPS, *(pytest.param(each, marks=needs_one) for each in WITH_ACCELERATOR)])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_images_are_those_of_the_pipeline_that_diffusers_loads(name: str, device_map: str, folder: Path) -> None:
-    theirs = saved(folder, PIPELINES[name])
-    ours = from_pretrained(folder, DEVICE_MAPS[device_map], ring=2)
+    theirs, asked = saved(folder, PIPELINES[name]), (DEVICE_MAPS | WITH_ACCELERATOR)[device_map]
+    ours = from_pretrained(folder, asked, ring=2)
     assert type(ours) is type(theirs)
     assert {name: type(part) for name, part in ours.components.items()} == {n: type(p) for n, p in theirs.components.items()}
-    assert ("unet" in streaming(ours)) == (device_map in ("unet", "part", "disk"))
-    assert ours.hf_device_map == ({"": "cpu"} if device_map == "cpu" else DEVICE_MAPS[device_map])
+    assert ("unet" in streaming(ours)) == (device_map not in ("none", "cpu", "all there", "unet there"))
+    assert ours.hf_device_map == ({"": "cpu"} if device_map == "cpu" else asked)
+    theirs.to(ours.device)
     for _ in range(2):
         assert torch.equal(images(ours), images(theirs))
     close(ours)

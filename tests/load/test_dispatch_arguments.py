@@ -1,8 +1,9 @@
-"""What the arguments of dispatching mean, where a machine without accelerators can show it; the meta device stands for one."""
+"""What the arguments of dispatching mean, on the CPU and on an accelerator; without one, the meta device stands for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from accelerators import KIND, RUNNERS, TIERS, needs_one
 from shardkit.errors import Mismatch
 from shardkit.load import dispatch
 from shardkit.load.arrangement import attachments
@@ -80,44 +82,63 @@ def streamed(model: nn.Module) -> set[str]:
     return {name for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Streamed)}
 
 
-def ways(model: Model, file: Path, folder: Path, **options: Any) -> Iterator[Model]:
-    """*model*, all of it on disk, by every function that takes it there."""
-    yield load_checkpoint_and_dispatch(Model().eval(), file, {"": "disk"}, **options)
-    yield dispatch_model(model, {"": "disk"}, offload_dir=folder / "of dispatch_model", **options)
+@pytest.fixture(params=RUNNERS)
+def device(request: pytest.FixtureRequest) -> str:
+    """What the model runs on."""
+    runner: str = request.param
+    return runner
 
 
-def test_classes_to_preload_stream_as_one(model: Model, file: Path, tmp_path: Path) -> None:
-    expected = model(X)
-    for each in ways(model, file, tmp_path):
+@pytest.fixture
+def expected(model: Model, device: str) -> torch.Tensor:
+    logits: torch.Tensor = copy.deepcopy(model).to(device)(X.to(device))
+    return logits.cpu()
+
+
+@pytest.fixture
+def ways(file: Path, device: str, tmp_path: Path) -> Callable[..., Iterator[Model]]:
+    def ways(**options: Any) -> Iterator[Model]:
+        """The model, all of it on disk but for what says where it runs, by every function that takes it there."""
+        device_map = {"": "disk"} | ({} if device == "cpu" else {"out.bias": device})
+        yield load_checkpoint_and_dispatch(Model().eval(), file, device_map, **options)
+        in_memory = load_checkpoint_and_dispatch(Model().eval(), file)
+        yield dispatch_model(in_memory, device_map, offload_dir=tmp_path / "-".join(["offloaded", *options]), **options)
+
+    return ways
+
+
+Ways = Callable[..., Iterator[Model]]
+
+
+def test_classes_to_preload_stream_as_one(ways: Ways, file: Path, device: str, expected: torch.Tensor, tmp_path: Path) -> None:
+    for each in ways():
         assert paged(each) == {"pair.first", "pair.second", "pair.norm", "out"}
         assert torch.equal(each(X), expected)
-    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path, preload_module_classes=["Pair"]):
+    for each in ways(preload_module_classes=["Pair"]):
         assert paged(each) == {"pair", "out"}
         assert torch.equal(each(X), expected)
     for preloaded in ("Pair", ["Pair"]):
         offloaded = disk_offload(
-            load_checkpoint_and_dispatch(Model().eval(), file), tmp_path / "disk_offload", preload_module_classes=preloaded
+            load_checkpoint_and_dispatch(Model().eval(), file), tmp_path / "offload", device, preload_module_classes=preloaded
         )
         assert paged(offloaded) == {"pair", "out"}
         assert torch.equal(offloaded(X), expected)
 
 
-def test_buffers_stay_unless_they_are_to_go(model: Model, file: Path, tmp_path: Path) -> None:
-    expected = model(X)
+def test_buffers_stay_unless_they_are_to_go(ways: Ways, model: Model, expected: torch.Tensor) -> None:
     buffers = {name for name, _ in model.named_buffers()}
-    for each in ways(model, file, tmp_path):
+    for each in ways():
         assert not streamed(each) & buffers
-    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path / "too", offload_buffers=True):
+    for each in ways(offload_buffers=True):
         assert buffers < streamed(each)
         assert torch.equal(each(X), expected)
 
 
-def test_keys_that_are_skipped_stay_where_they_are(model: Model, file: Path, tmp_path: Path) -> None:
-    expected = model(X)
+def test_keys_that_are_skipped_stay_where_they_are(ways: Ways, expected: torch.Tensor) -> None:
     past = {"key": [torch.ones(1, device="meta")]}
-    for each in ways(model, file, tmp_path, skip_keys="past"):
+    for each in ways(skip_keys="past"):
         assert torch.equal(each(X, past=past), expected)
-    for each in ways(load_checkpoint_and_dispatch(Model().eval(), file), file, tmp_path / "moved"):
+    for each in ways():
         with pytest.raises(NotImplementedError, match="meta"):  # what has no values cannot come to where the model runs
             each(X, past=past)
 
@@ -133,17 +154,32 @@ def test_the_main_device_runs_what_no_accelerator_has(monkeypatch: pytest.Monkey
     assert not list(attachments(dispatch_model(Elsewhere(), {"": "cpu"}, 0)))
 
 
-def test_strict_means_both_directions_before_a_weight_is_touched(model: Model, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("main", [pytest.param(main, marks=needs_one) for main in (0, f"{KIND}:0", torch.device(KIND, 0))])
+def test_a_main_device_that_is_there_runs_what_lies_on_cpu_and_disk(
+    main: int | str | torch.device, model: Model, tmp_path: Path
+) -> None:
+    expected = copy.deepcopy(model).to(KIND)(X.to(KIND)).cpu()
+    run = dispatch_model(model, {"": "cpu", "pair": "disk"}, main, offload_dir=tmp_path / "out")
+    assert paged(run) == {"pair.first", "pair.second", "pair.norm", "out"}
+    assert {tensor.device.type for tensor in run.state_dict().values()} == {KIND}
+    for _ in range(2):
+        assert torch.equal(run(X), expected)
+
+
+@pytest.mark.parametrize("device_map", [*TIERS, "auto", None])
+def test_strict_means_both_directions_before_a_weight_is_touched(device_map: Any, model: Model, tmp_path: Path) -> None:
+    device_map = {"": device_map} if device_map in ("cpu", "disk", 0) else device_map
     state = model.state_dict()
     save_file({name: tensor for name, tensor in state.items() if name != "out.bias"}, tmp_path / "less.safetensors")
     save_file(state | {"more": torch.ones(1)}, tmp_path / "more.safetensors")
     for name in ("less", "more"):
-        for device_map in ({"": "cpu"}, {"": "disk"}, "auto", None):
-            fresh = Model()
-            before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-            with pytest.raises(Mismatch, match=r"out\.bias" if name == "less" else "more"):
-                load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map, strict=True)
-            assert all(torch.equal(tensor, before[each]) for each, tensor in fresh.state_dict().items())
-            assert not list(attachments(fresh))
-            with pytest.warns(UserWarning, match=r"out\.bias" if name == "less" else "more"):
-                load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map)
+        fresh = Model()
+        before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+        with pytest.raises(Mismatch, match=r"out\.bias" if name == "less" else "more"):
+            load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map, strict=True)
+        assert all(torch.equal(tensor, before[each]) for each, tensor in fresh.state_dict().items())
+        assert not list(attachments(fresh))
+        with pytest.warns(UserWarning, match=r"out\.bias" if name == "less" else "more"):
+            load_checkpoint_and_dispatch(fresh, tmp_path / f"{name}.safetensors", device_map)
+        assert torch.equal(fresh.out.bias.cpu(), before["out.bias"] if name == "less" else state["out.bias"])
+        assert len({tensor.device for tensor in fresh.state_dict().values()}) == 1

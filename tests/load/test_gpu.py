@@ -1,9 +1,11 @@
-"""What the loader promises, on an accelerator: the guide, maps over all tiers, offload hooks, pinned copies, bounded memory."""
+"""What only an accelerator has: memory of its own, pinned copies, streams, and others beside it.
+
+What holds on every device is in the tests that run on each, as those of forwards in `test_running` and `test_endings`.
+"""
 
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,20 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accelerators import KIND, device, needs_one, needs_two
+from shardkit.errors import LoadError
 from shardkit.load import (
     close,
-    cpu_offload,
     cpu_offload_with_hook,
-    disk_offload,
-    dispatch_model,
     init_empty_weights,
     load_checkpoint_and_dispatch,
     load_checkpoint_in_model,
-    remove_hooks,
     save,
 )
 from shardkit.load.kept import Kept
-from shardkit.load.lanes import AcceleratorLane, lane_to
 from shardkit.load.pager import Streamed
 
 pytestmark = needs_one
@@ -163,63 +161,6 @@ def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Mode
     assert all(torch.equal(tensor, resident.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_copies_go_out_of_pinned_memory() -> None:
-    lane = lane_to(torch.device(KIND, 0))
-    assert isinstance(lane, AcceleratorLane)
-    memory = lane.memory(1 << 20)
-    host = lane.host(memory)
-    assert host.is_pinned()
-    for value in range(20):
-        host.fill_(value)
-        sent = lane.send(host, memory, [lane.issued(memory)])
-        sent.precede()
-        assert (memory == value).all()
-        sent.finish()
-
-
-def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read() -> None:
-    lane, size = lane_to(torch.device(KIND, 0)), 1024
-    zeros = lane.kept(4 * size * size).zero_()
-    for _ in range(10):
-        ones, busy = torch.ones(size, size, device=KIND), torch.full((size, size), 1e-3, device=KIND)
-        for _ in range(10):
-            busy = busy @ busy
-        total = ones.sum()  # when all before is done
-        del ones
-        memory = lane.memory(len(zeros))
-        lane.send(zeros, memory, [])
-        assert total.item() == size * size
-        del memory
-
-
-def test_memory_that_is_let_go_is_not_given_away_while_it_is_written() -> None:
-    lane, size = lane_to(torch.device(KIND, 0)), 16 << 20
-    zeros = lane.kept(size).zero_()
-    for _ in range(10):
-        memory = lane.memory(size)
-        for _ in range(4):
-            lane.send(zeros, memory, [])
-        del memory
-        ones = torch.ones(size, dtype=torch.uint8, device=KIND)
-        device.synchronize()
-        assert ones.sum(dtype=torch.int64).item() == size
-
-
-@pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
-def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int) -> None:
-    lane = lane_to(torch.device(KIND, 0))
-    kept, there = lane.kept(nbytes), lane.memory(nbytes)
-    mine = torch.arange(nbytes).to(torch.uint8)
-    assert kept.is_pinned()
-    assert len(kept.untyped_storage()) == nbytes
-    kept.copy_(mine)
-    lane.send(kept, there, [lane.issued(there)])
-    del kept  # while it may be copied
-    gc.collect()
-    lane.send(lane.kept(64), there[:64], []).finish()
-    assert torch.equal(there[64:].cpu(), mine[64:])
-
-
 def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: torch.Tensor) -> None:
     pinned_by_torch = host_bytes()
     model = loaded(file, MAPS["cpu"], ring=2)
@@ -243,12 +184,12 @@ def host_bytes() -> int:
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 @pytest.mark.parametrize("ring", [2, 4])
-def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Path) -> None:
-    before = device.memory_allocated()
+def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Path, expected: torch.Tensor) -> None:
+    before = device.memory_allocated()  # when what the device needs to compute at all is there
     model = loaded(file, {"": tier, "embed": 0}, ring=ring)
     device.reset_peak_memory_stats()
     for _ in range(3):
-        model(IDS)
+        assert torch.equal(model(IDS), expected)
     device.synchronize()
     assert device.max_memory_allocated() - before <= ring * BLOCK + SLACK
     close(model)
@@ -274,13 +215,14 @@ def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(fi
     assert device.memory_allocated() <= before
 
 
-def test_four_threads_share_a_ring_of_two(file: Path, expected: torch.Tensor) -> None:
-    model = loaded(file, MAPS["disk"], ring=2)
+def test_four_threads_with_streams_of_their_own_share_a_ring_of_two(file: Path, expected: torch.Tensor) -> None:
+    model, ids = loaded(file, MAPS["disk"], ring=2), IDS.to(KIND)
     right: list[bool] = []
 
     def run() -> None:
-        with torch.no_grad():
-            right.extend(torch.equal(model(IDS), expected) for _ in range(50))
+        stream = torch.Stream(device=KIND)
+        with torch.no_grad(), stream:
+            right.extend(torch.equal(model(ids).cpu(), expected) for _ in range(50))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
@@ -301,64 +243,15 @@ def test_work_on_a_stream_of_the_caller_waits_for_its_weights(file: Path, expect
         assert torch.equal(found.cpu(), expected)
 
 
-def test_a_backward_that_comes_too_late_raises(file: Path) -> None:
-    model = loaded(file, MAPS["disk"], ring=2)
-    with torch.enable_grad():
-        loss = model(IDS).sum()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_autocast_computes_the_same_bits(file: Path, resident: Model) -> None:
-    model, same = loaded(file, MAPS["all"], ring=2), copy.deepcopy(resident).to(KIND)
-    with torch.autocast(KIND, dtype=torch.bfloat16):
-        for _ in range(2):
-            assert torch.equal(model(IDS), same(IDS.to(KIND)).cpu())
-
-
-@pytest.mark.parametrize("offload", ["cpu", "disk", "dispatch"])
-def test_a_model_in_memory_streams_to_the_device_and_comes_back(
-    offload: str, resident: Model, expected: torch.Tensor, tmp_path: Path
-) -> None:
-    model = copy.deepcopy(resident)
-    match offload:
-        case "cpu":
-            cpu_offload(model, 0)
-        case "disk":
-            disk_offload(model, tmp_path / "out", 0)
-        case _:
-            dispatch_model(model, MAPS["all"], offload_dir=tmp_path / "out")
-    assert torch.equal(model(IDS.to(KIND)).cpu(), expected)
-    remove_hooks(model)
-    streamed = [f"layers.{number}." for number in (0, 5)]
-    here = {parameter.device.type for name, parameter in model.named_parameters() if name.startswith(tuple(streamed))}
-    assert here == {"cpu"}
-    assert all(torch.equal(tensor.cpu(), resident.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
 def test_models_take_turns_on_the_device(resident: Model, expected: torch.Tensor) -> None:
     first, hook = cpu_offload_with_hook(copy.deepcopy(resident), 0)
-    second, _ = cpu_offload_with_hook(copy.deepcopy(resident), 0, prev_module_hook=hook)
+    second, _ = cpu_offload_with_hook(copy.deepcopy(resident), prev_module_hook=hook)  # to the one that there is
+    assert devices_of(first, ["embed.weight"]) == [None]
     assert torch.equal(first(IDS).cpu(), expected)
     assert devices_of(first, ["embed.weight"]) == [0]
     assert torch.equal(second(IDS).cpu(), expected)
     assert devices_of(first, ["embed.weight"]) == [None]
     assert devices_of(second, ["embed.weight"]) == [0]
-
-
-def test_generation_with_a_cache_gives_the_same_tokens(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(**sizes, eos_token_id=None, attn_implementation="eager")
-    same = transformers.LlamaForCausalLM(config).eval()
-    same.save_pretrained(tmp_path / "llama")
-    with init_empty_weights():
-        model = transformers.LlamaForCausalLM(config).eval()
-    device_map: Map = {"": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}
-    load_checkpoint_and_dispatch(model, tmp_path / "llama", device_map, skip_keys="past_key_values", ring=2)
-    prompt: dict[str, Any] = {"input_ids": torch.arange(2, 8)[None].to(KIND), "max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(**prompt), same.to(KIND).generate(**prompt))
 
 
 def devices_of(model: Model, names: Sequence[str]) -> list[int | None]:
@@ -383,3 +276,12 @@ def test_balanced_spreads_a_model_over_the_devices(file: Path, expected: torch.T
     assert isinstance(model.hf_device_map, dict)
     assert set(model.hf_device_map.values()) == {0, 1}
     torch.testing.assert_close(model(IDS), expected)
+
+
+@needs_two
+def test_what_streams_to_one_device_cannot_be_moved_to_the_other(file: Path, expected: torch.Tensor) -> None:
+    model = loaded(file, MAPS["disk"])
+    assert model.to(f"{KIND}:0") is model
+    with pytest.raises(LoadError, match="cannot be moved"):
+        model.layers[0].to(f"{KIND}:1")
+    assert torch.equal(model(IDS), expected)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import shardkit
 from accelerators import COUNT, KIND, device, needs_one, needs_two
 from shardkit.errors import OverBudget
 from shardkit.load import (
+    Paged,
     close,
     explain,
     from_pretrained,
@@ -29,26 +31,19 @@ from shardkit.load import (
     tensors,
 )
 from shardkit.load.pager import Streamed
-from small_models import IDS, MODELS, TOKENS, layers, llama, logits
+from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, layers, llama, logits
 
+transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
 pytestmark = [
     *needs_one,
     pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
 ]
-
-EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # the same operations, whatever the device has of its own
 
 
 @pytest.fixture(autouse=True)
 def _device_is_left_clean() -> Iterator[None]:
     yield
     device.synchronize()
-
-
-def by_turns(model: nn.Module) -> dict[str, int | str]:
-    """The layers on the device, in main memory and on disk, by turns."""
-    places: list[int | str] = [0, "cpu", "disk"]
-    return {"": 0} | {name: places[number % 3] for number, name in enumerate(layers(model))}
 
 
 def streaming(model: nn.Module) -> dict[str, int | str]:
@@ -112,15 +107,25 @@ def test_a_model_that_does_not_fit_the_device_uses_what_there_is(tmp_path: Path)
 
 
 def test_what_a_forward_costs_is_told_with_the_link_to_the_device(tmp_path: Path) -> None:
-    saved(tmp_path)
-    model: Any = from_pretrained(tmp_path, by_turns(llama()), ring=2, **EAGER)
-    logits(model, KIND)
+    layer = sum(parameter.nbytes for parameter in saved(tmp_path).model.layers[0].parameters())
+    device_map: dict[str, int | str] = {"": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    model: Any = from_pretrained(tmp_path, device_map, ring=2, **EAGER)
+    for _ in range(3):
+        logits(model, KIND)
     told = explain(model)
     assert {part.runs_on for part in told.parts} == {f"{KIND}:0"}
     assert {part.place for part in told.parts} == {0, "cpu", "disk"}
-    assert told.rates is not None
-    assert (told.rates.link or 0) > 0
+    assert told.read == {"disk": 2 * layer, "memory": layer}
     assert told.host_ring == told.ring
+    assert told.rates is not None
+    assert told.rates.link is not None
+    assert told.predicted is not None
+    _, _, link, compute = told.predicted.busy
+    assert link == pytest.approx(3 * layer / told.rates.link)
+    assert told.predicted.seconds >= max(link, compute) > 0
+    assert told.measured is not None
+    assert (told.measured.forwards, told.measured.rows) == (2, IDS.numel())
+    assert told.measured.counts.claims == 2 * 3
 
 
 def test_copies_of_a_model_stream_and_end_on_their_own(tmp_path: Path) -> None:
@@ -146,6 +151,15 @@ def test_what_is_cast_or_expanded_on_the_way_streams_as_well(dtype: str, compres
         assert torch.equal(logits(model, KIND).cpu(), logits(expected, KIND).cpu())
 
 
+def test_a_cache_that_is_not_moved_gives_the_same_tokens(tmp_path: Path) -> None:
+    same = saved(tmp_path)
+    with init_empty_weights():
+        model = llama(**EAGER).eval()
+    load_checkpoint_and_dispatch(model, tmp_path, by_turns(model), skip_keys="past_key_values", ring=2)
+    ids = IDS.to(KIND)
+    assert torch.equal(model.generate(ids, **TOKENS), same.generate(ids, **TOKENS))
+
+
 def test_a_model_on_the_device_is_saved_with_its_ties(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=True).to(KIND)
@@ -166,14 +180,51 @@ def test_a_view_on_the_device_is_saved_as_its_values(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], each.cpu()) for name, each in module.state_dict().items())
 
 
-def test_models_are_made_and_budgets_are_counted_on_the_device() -> None:
-    with init_on_device(torch.device(KIND)):
-        assert {parameter.device.type for parameter in llama().parameters()} == {KIND}
+def test_models_are_made_on_the_device_with_their_ties() -> None:
+    for place in (torch.device(KIND), f"{KIND}:0", 0):
+        with init_on_device(place):
+            model = llama(tie_word_embeddings=True)
+        assert {parameter.device for parameter in model.parameters()} == {torch.device(KIND, 0)}
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_budgets_are_what_the_devices_have_free() -> None:
     with init_empty_weights():
         model = llama()
-    assert list(get_max_memory()) == [*range(COUNT), "cpu"]
-    assert set(get_balanced_memory(model)) == {*range(COUNT), "cpu"}
-    assert set(infer_auto_device_map(model, no_split_module_classes=["LlamaDecoderLayer"]).values()) == {0}
+    found, shares = get_max_memory(), get_max_memory({0: "50%", "cpu": 0})
+    assert list(found) == [*range(COUNT), "cpu"]
+    assert 0 < shares[0] < found[0] <= device.mem_get_info(0)[1]
+    balanced = get_balanced_memory(model)
+    assert set(balanced) == set(found)
+    assert COUNT > 1 or balanced[0] < get_max_memory()[0]  # an only one keeps room for activations
+    assert infer_auto_device_map(model, no_split_module_classes=["LlamaDecoderLayer"]) == {"": 0}
+
+
+def test_a_model_that_is_larger_than_the_devices_goes_on_to_the_cpu_and_the_disk() -> None:
+    budgets = get_max_memory()
+    side = isqrt(budgets[0] // 4 // 4)  # so that no more than four layers of floats fit
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(40 * COUNT)))
+    found = infer_auto_device_map(model)
+    held = Counter(found.values())
+    order = [*range(COUNT), "cpu", "disk"]
+    assert list(held) == [place for place in order if place in held]
+    assert {0, "disk"} <= held.keys()
+    assert all(held[place] * 4 * side * side <= room for place, room in budgets.items())
+
+
+def test_a_checkpoint_is_a_mapping_of_tensors_on_the_device_that_are_read_when_they_are_used(tmp_path: Path) -> None:
+    state = saved(tmp_path).state_dict()
+    for found in (tensors(tmp_path, device=KIND), {name: each.to(KIND) for name, each in tensors(tmp_path).items()}):
+        assert found.keys() == state.keys()
+        for name, tensor in state.items():
+            assert isinstance(found[name], Paged)
+            assert found[name].device == tensor.device
+            assert torch.equal(found[name] + 0, tensor)
+            assert torch.equal(found[name][:3] * 2, tensor[:3] * 2)
+    model = llama(**EAGER).to(KIND)
+    model.load_state_dict(tensors(tmp_path))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @needs_two
@@ -201,19 +252,3 @@ def test_two_devices_main_memory_and_disk_hold_one_model(kind: Any, tmp_path: Pa
     found = tensors(tmp_path / "out")
     assert all(torch.equal(found[name], each) for name, each in theirs.state_dict().items())
     close(ours)
-
-
-def test_a_unet_of_diffusers_streams_to_the_device(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    sizes: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
-    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(down_block_types=down, up_block_types=up, attention_head_dim=8, **sizes)
-    unet.save_pretrained(tmp_path)
-    theirs, image = unet.eval().to(KIND), torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8).to(KIND)
-    device_maps: list[Any] = [KIND, {"": 0, "mid_block": "disk", "up_blocks": "cpu"}]
-    for device_map in device_maps:
-        ours: Any = from_pretrained(tmp_path, device_map, ring=2)
-        with torch.no_grad():
-            for _ in range(2):
-                assert torch.equal(ours(image, 3).sample.cpu(), theirs(image, 3).sample.cpu())

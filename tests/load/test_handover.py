@@ -43,16 +43,3 @@ def test_where_torch_is_made_for_a_device_that_is_not_there_the_cpu_runs_it(monk
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     model, _ = cpu_offload_with_hook(nn.Linear(2, 2))
     assert model(torch.ones(1, 2)).device.type == "cpu"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
-def test_models_take_turns_on_an_accelerator() -> None:
-    first, hook = cpu_offload_with_hook(nn.Linear(2, 2))
-    second, _ = cpu_offload_with_hook(nn.Linear(2, 2), prev_module_hook=hook)
-    x = torch.ones(1, 2)
-    assert first.weight.device.type == "cpu"
-    assert first(x).device.type != "cpu"
-    second(x)
-    assert first.weight.device.type == "cpu"
-    assert second.weight.device.type != "cpu"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shardkit
+from accelerators import TIERS, allocated, needs_one
 from shardkit.errors import BadDType, FormatError, LoadError, Mismatch
 from shardkit.load.assign import Assignment
 from shardkit.load.empty import init_empty_weights
@@ -81,7 +82,8 @@ SAVERS: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.detach(), b.detach())
+    """Whether they are alike bit by bit, wherever they are."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.detach().cpu(), b.detach().cpu())
 
 
 def assert_same_state(model: nn.Module, wanted: nn.Module) -> None:
@@ -103,8 +105,18 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "net.bin"
 
 
+IN_MEMORY = [each for each in TIERS if each != "disk"]
+DEVICE_MAPS: list[Any] = [
+    None,
+    {"": "cpu"},
+    {"embed": "disk", "": "cpu", "norm": "disk"},
+    {"": "disk"},
+    *(pytest.param(each, marks=needs_one) for each in ({"": 0}, {"embed": "disk", "": 0, "norm": "cpu", "head": 0})),
+]
+
+
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"embed": "disk", "": "cpu", "norm": "disk"}, {"": "disk"}])
+@pytest.mark.parametrize("device_map", DEVICE_MAPS)
 @pytest.mark.parametrize("skeleton", [empty, Net])
 @pytest.mark.parametrize("saver", SAVERS)
 def test_every_kind_of_checkpoint_comes_bit_for_bit_into_every_model(
@@ -118,6 +130,8 @@ def test_every_kind_of_checkpoint_comes_bit_for_bit_into_every_model(
     assert_same_state(model, wanted)
     assert model.head.weight is model.embed.weight
     assert (assignment.missing, assignment.unexpected) == ((), ())
+    if 0 in (device_map or {}).values():
+        return  # nothing moves inputs, and another device computes other bits
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert torch.equal(model(ids), wanted(ids))
@@ -169,8 +183,8 @@ def test_weights_on_disk_are_read_when_they_are_used_and_buffers_are_not_unless_
 
 
 @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", "bf16", torch.float64])
-@pytest.mark.parametrize("device", ["cpu", "disk"])
-def test_floats_are_cast_and_integers_kept_on_every_tier(checkpoint: Path, dtype: Any, device: str) -> None:
+@pytest.mark.parametrize("device", TIERS)
+def test_floats_are_cast_and_integers_kept_on_every_tier(checkpoint: Path, dtype: Any, device: str | int) -> None:
     model = empty()
     load(model, checkpoint, dtype=dtype, device_map={"": device})
     wanted = trained().to({"float16": torch.float16, torch.float64: torch.float64}.get(dtype, torch.bfloat16))
@@ -190,9 +204,9 @@ def test_without_a_type_the_model_says_which(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("skeleton", [empty, Net])
-@pytest.mark.parametrize("device", ["cpu", "disk"])
+@pytest.mark.parametrize("device", TIERS)
 def test_a_shape_that_differs_is_found_before_anything_is_touched(
-    tmp_path: Path, skeleton: Callable[[], Net], device: str
+    tmp_path: Path, skeleton: Callable[[], Net], device: str | int
 ) -> None:
     state = trained().state_dict() | {"norm.bias": torch.zeros(5)}
     torch.save(state, tmp_path / "net.bin")
@@ -216,20 +230,22 @@ def _assert_untouched(model: nn.Module, before: dict[str, tuple[int, Any]]) -> N
         assert tensor.is_meta if value is True else torch.equal(tensor, value)
 
 
+@pytest.mark.parametrize("device", IN_MEMORY)
 def test_a_load_that_fails_while_it_reads_leaves_the_model_and_the_folder_as_they_were(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Path, device: str | int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     truncated = checkpoint.read_bytes()
     opened = shardkit.open(checkpoint)
     monkeypatch.setattr("shardkit.source.open", lambda *args, **kwargs: opened)
+    monkeypatch.setattr("shardkit.load.resident._STAGED", 1)  # so that some weights are on an accelerator when one cannot be read
     checkpoint.write_bytes(truncated[: len(truncated) // 2])
     model = Net()
     before = {name: (id(tensor), tensor.clone()) for name, tensor in _all(model).items()}
-    files, threads = set(os.listdir(tmp_path)), threading.active_count()
+    left = set(os.listdir(tmp_path)), threading.active_count(), allocated()
     with pytest.raises(FormatError, match="ends before byte"):
-        load(model, checkpoint)
+        load(model, checkpoint, device_map={"": device})
     _assert_untouched(model, before)
-    assert (set(os.listdir(tmp_path)), threading.active_count()) == (files, threads)
+    assert (set(os.listdir(tmp_path)), threading.active_count(), allocated()) == left
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,31 +256,33 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoint: Path, monke
         load(Net(), checkpoint)
 
 
+@pytest.mark.parametrize("device", IN_MEMORY)
 @pytest.mark.parametrize("saver", ["zip", "safetensors", "legacy"])
-def test_overwriting_the_checkpoint_does_not_change_what_is_resident(tmp_path: Path, saver: str) -> None:
+def test_overwriting_the_checkpoint_does_not_change_what_is_resident(tmp_path: Path, saver: str, device: str | int) -> None:
     SAVERS[saver](trained().state_dict(), tmp_path / "net")
     model = empty()
-    load(model, tmp_path / "net", device_map={"": "cpu"})
+    load(model, tmp_path / "net", device_map={"": device})
     with (tmp_path / "net").open("r+b") as file:
         file.write(b"\xff" * (tmp_path / "net").stat().st_size)
     assert_same_state(model, trained())
 
 
-def test_missing_names_are_told_and_kept_and_strict_refuses_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", TIERS)
+def test_missing_names_are_told_and_kept_and_strict_refuses_them(device: str | int, tmp_path: Path) -> None:
     state = trained().state_dict()
     del state["norm.bias"]
     torch.save(state | {"more": torch.zeros(1)}, tmp_path / "net.bin")
     model = Net()
     with pytest.warns(UserWarning, match=r"net\.bin") as said:
-        assignment = load_checkpoint_in_model(model, tmp_path / "net.bin")
+        assignment = load_checkpoint_in_model(model, tmp_path / "net.bin", {"": device})
     assert (assignment.missing, assignment.unexpected) == (("norm.bias",), ("more",))
     assert [str(warning.message) for warning in said] == list(assignment.notes)
     assert {warning.filename for warning in said} == {__file__}
     assert torch.equal(model.norm.bias, torch.zeros(4))
     with pytest.raises(Mismatch, match=r"missing: 'norm\.bias'; not in the model: 'more'"):
-        load(Net(), tmp_path / "net.bin", strict=True)
+        load(Net(), tmp_path / "net.bin", device_map={"": device}, strict=True)
     with pytest.raises(Mismatch, match=r"with no values here to keep: 'norm\.bias'"):
-        load(empty(), tmp_path / "net.bin")
+        load(empty(), tmp_path / "net.bin", device_map={"": device})
 
 
 def test_arguments_without_a_meaning_are_not_accepted_in_silence(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from accelerators import TIERS
 from shardkit.errors import Malformed, Mismatch
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.loading import load_checkpoint_in_model
@@ -165,15 +166,15 @@ def test_buffers_on_disk_get_the_values_of_the_checkpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
-@pytest.mark.parametrize("device", ["cpu", "disk"])
-def test_a_file_with_one_name_of_a_tie_is_enough(tmp_path: Path, kept: str, device: str) -> None:
+@pytest.mark.parametrize("device", TIERS)
+def test_a_file_with_one_name_of_a_tie_is_enough(tmp_path: Path, kept: str, device: str | int) -> None:
     state = random_state(Tied())
     del state[({"embed.weight", "head.weight"} - {kept}).pop()]
     torch.save(state, tmp_path / "x.bin")
     model = empty(Tied)
     load_checkpoint_in_model(model, tmp_path / "x.bin", {"": device}, strict=True)
     assert model.get_parameter("embed.weight") is model.get_parameter("head.weight")
-    assert torch.equal(model.get_parameter("embed.weight"), state[kept])
+    assert torch.equal(model.get_parameter("embed.weight").cpu(), state[kept])
 
 
 def test_a_tied_model_in_memory_gets_the_values_of_the_one_name_that_the_file_has(tmp_path: Path) -> None:
@@ -199,8 +200,8 @@ def test_ties_survive_the_empty_model_of_theirs_only_if_tied_again(tmp_path: Pat
     assert empty(Tied).get_parameter("embed.weight") is not None
 
 
-@pytest.mark.parametrize("device", ["cpu", "disk"])
-def test_a_parameter_whose_name_holds_scb_is_loaded(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("device", TIERS)
+def test_a_parameter_whose_name_holds_scb_is_loaded(tmp_path: Path, device: str | int) -> None:
     def make() -> nn.Module:
         return nn.ModuleDict({"SCBlock": nn.Linear(2, 2)})
 
@@ -210,7 +211,7 @@ def test_a_parameter_whose_name_holds_scb_is_loaded(tmp_path: Path, device: str)
     assert not torch.equal(skipped.get_parameter("SCBlock.weight"), state["SCBlock.weight"])
     model = make()
     load_checkpoint_in_model(model, tmp_path / "x.safetensors", {"": device}, strict=True)
-    assert torch.equal(model.get_parameter("SCBlock.weight"), state["SCBlock.weight"])
+    assert torch.equal(model.get_parameter("SCBlock.weight").cpu(), state["SCBlock.weight"])
 
 
 def test_a_shape_that_differs_is_found_before_anything_is_touched(tmp_path: Path) -> None:
@@ -251,7 +252,8 @@ def test_the_file_changing_afterwards_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(model.get_parameter("weight"), torch.ones(2, 2)) != changes
 
 
-def test_codes_of_8_bits_do_not_become_wide_in_silence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", TIERS)
+def test_codes_of_8_bits_do_not_become_wide_in_silence(tmp_path: Path, device: str | int) -> None:
     save_file({"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors", {"format": "pt"})
 
     def make() -> nn.Module:
@@ -262,7 +264,11 @@ def test_codes_of_8_bits_do_not_become_wide_in_silence(tmp_path: Path) -> None:
         assert theirs(make(), tmp_path / "x.safetensors", device_map={"": "cpu"}).get_parameter("weight").dtype == torch.float32
     assert [str(each.message) for each in said if "8-bit" in str(each.message)] == []
     with pytest.warns(UserWarning, match="'weight' in 8-bit floats"):
-        load_checkpoint_in_model(make(), tmp_path / "x.safetensors", {"": "cpu"})
+        load_checkpoint_in_model(make(), tmp_path / "x.safetensors", {"": device})
+    narrow = make().to(torch.float8_e4m3fn)
+    load_checkpoint_in_model(narrow, tmp_path / "x.safetensors", {"": device})
+    assert narrow.get_parameter("weight").dtype == torch.float8_e4m3fn
+    assert torch.equal(narrow.get_parameter("weight").detach().cpu().float(), torch.ones(2, 2))
 
 
 def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_found(tmp_path: Path) -> None:

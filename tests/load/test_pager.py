@@ -20,7 +20,6 @@ from late_lane import LateLane
 from shardkit.errors import ShardkitError
 from shardkit.load import arrangement, close
 from shardkit.load.dispatch import load_checkpoint_and_dispatch
-from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, lane_to
 from shardkit.load.pager import Streamed, eager
 
 WIDTH = 8
@@ -232,44 +231,3 @@ def test_a_model_is_right_on_a_device_whose_copies_come_late(file: Path, monkeyp
         thread.join(60)
     assert right == [True] * 200
     assert lane.bytes <= 2 * 4 * (WIDTH * WIDTH + 2 * WIDTH)
-
-
-def test_the_cpu_needs_no_copy() -> None:
-    lane: Lane = lane_to(torch.device("cpu"))
-    assert isinstance(lane, CpuLane)
-    memory = lane.memory(64)
-    assert memory.data_ptr() % 64 == 0
-    assert lane.host(memory) is memory
-    memory.fill_(7)
-    lane.send(memory, memory, []).precede()
-    lane.issued(memory).finish()
-    assert memory.tolist() == [7] * 64
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
-def test_an_accelerator_gets_copies_on_a_stream_of_its_own() -> None:
-    device = torch.accelerator.current_accelerator()
-    assert device is not None
-    lane = lane_to(device)
-    assert isinstance(lane, AcceleratorLane)
-    memory = lane.memory(1 << 20)
-    host = lane.host(memory)
-    for value in range(20):
-        host.fill_(value)
-        ticket = lane.send(host, memory, [lane.issued(memory)])
-        ticket.precede()
-        assert (memory == value).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
-@pytest.mark.parametrize("device_map", [{"": 0, "1": "cpu", "3": "disk"}, {"": 0, "0": "disk"}, {"": "cpu", "5": 0}], ids=str)
-def test_a_model_runs_over_accelerator_cpu_and_disk(file: Path, device_map: dict[str, int | str]) -> None:
-    model = load_checkpoint_and_dispatch(nn.Sequential(*blocks()), file, device_map, ring=2)
-    there = torch.accelerator.current_accelerator()
-    same = nn.Sequential(*blocks()).to(there)
-    for _ in range(3):
-        found = model(X)
-        assert found.device.type == "cpu"
-        torch.testing.assert_close(found, same(X.to(there)).to("cpu"))

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 import transformers
 from torch import nn
 
+from accelerators import KIND, RUNNERS, needs_one
 from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget
 from shardkit.load import close, from_pretrained
 from shardkit.load.pager import Streamed
-from small_models import IDS, MODELS, TOKENS, half, llama, logits, mixtral
+from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, half, llama, logits, mixtral
 
 pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5")
 
@@ -122,20 +124,23 @@ def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> N
         from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000}, offload="never")
 
 
-def test_what_is_missing_and_unexpected_is_told_as_transformers_tells_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", RUNNERS)
+def test_what_is_missing_and_unexpected_is_told_as_transformers_tells_it(device: str, tmp_path: Path) -> None:
     state = saved(tmp_path).state_dict()
     del state["lm_head.weight"]
     (tmp_path / "model.safetensors").unlink()
     torch.save(state | {"extra.weight": torch.ones(3)}, tmp_path / "pytorch_model.bin")
     library: Any = transformers.LlamaForCausalLM
     _, theirs = library.from_pretrained(tmp_path, output_loading_info=True)
-    model, ours = from_pretrained(tmp_path, output_loading_info=True)
+    model, ours = from_pretrained(tmp_path, device, output_loading_info=True)
     assert ours == theirs
+    assert {weight.device for weight in model.parameters()} == {torch.device(device)}
     assert (ours["missing_keys"], ours["unexpected_keys"]) == ({"lm_head.weight"}, {"extra.weight"})
     assert not any(weight.is_meta for weight in model.parameters())
     with pytest.warns(UserWarning, match=r"in memory, and not streamed.*'lm_head.weight'"):
-        streamed = from_pretrained(tmp_path, "disk")
-    assert logits(streamed).shape == logits(model).shape
+        streamed = from_pretrained(tmp_path, {"": "disk", "model.norm": device})
+    assert {weight.device for weight in streamed.parameters()} == {torch.device(device)}
+    assert logits(streamed).shape == logits(model, device).shape
 
 
 def test_shards_of_pickles_are_read_as_well(tmp_path: Path) -> None:
@@ -251,29 +256,34 @@ def test_a_revision_is_found_in_whichever_cache_is_meant(cache: Path, tmp_path: 
         from_pretrained("someone/tiny")
 
 
+on_accelerator = partial(pytest.param, f"{KIND}:0", marks=needs_one)
+BASES = [("cpu", "cpu"), ("cpu", "half"), ("cpu", "disk"), *map(on_accelerator, [0, "by turns", "disk"])]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("device_map", ["cpu", "half", "disk"])
-def test_an_adapter_of_peft_stands_on_top_and_can_be_trained(device_map: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("device", "base"), BASES)
+def test_an_adapter_of_peft_stands_on_top_and_can_be_trained(device: str, base: str | int, tmp_path: Path) -> None:
     peft: Any = pytest.importorskip("peft", reason="its adapters are put on models here")
-    model = saved(tmp_path / "base")
-    where = DEVICE_MAPS[device_map](model)
+    model = saved(tmp_path / "base", llama(**EAGER)).to(device)
+    maps: dict[str | int, Any] = {"half": half(model), "by turns": by_turns(model), "disk": {"": "disk", "model.norm": device}}
     low_rank = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(model, low_rank)
     theirs.save_pretrained(tmp_path / "adapter")
-    base = from_pretrained(tmp_path / "base", where, ring=2)
-    ours = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
-    assert torch.equal(logits(ours), logits(theirs))
-    assert torch.equal(ours.generate(input_ids=IDS, **TOKENS), theirs.generate(input_ids=IDS, **TOKENS))
+    ours = from_pretrained(tmp_path / "base", maps.get(base, base), ring=2, **EAGER)
+    ours = peft.PeftModel.from_pretrained(ours, tmp_path / "adapter", is_trainable=True).eval()
+    ids = IDS.to(device)
+    assert torch.equal(logits(ours, device), logits(theirs, device))
+    assert torch.equal(ours.generate(input_ids=ids, **TOKENS), theirs.generate(input_ids=ids, **TOKENS))
     with ours.disable_adapter(), theirs.disable_adapter():
-        assert torch.equal(logits(ours), logits(theirs))
-    if device_map == "disk":  # each block has been refilled when its turn to go backward comes
+        assert torch.equal(logits(ours, device), logits(theirs, device))
+    if base == "disk":  # each block has been refilled when its turn to go backward comes
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            ours(input_ids=IDS, labels=IDS).loss.backward()
+            ours(input_ids=ids, labels=ids).loss.backward()
         with pytest.raises(LoadError, match="would write to a Paged"):
             ours.merge_and_unload()
         return
     for each in (ours, theirs):
-        each(input_ids=IDS, labels=IDS).loss.backward()
+        each(input_ids=ids, labels=ids).loss.backward()
     gradients = {name: each.grad for name, each in theirs.named_parameters() if each.requires_grad}
     assert len(gradients) == 2 * 2 * 3
     for name, each in ours.named_parameters():

@@ -1,0 +1,83 @@
+"""The seam to a device: the CPU needs no copy, and an accelerator gets copies that nobody needs to wait for."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from accelerators import KIND, device, needs_one
+from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, lane_to
+
+
+@pytest.fixture(params=[pytest.param(f"{KIND}:0", id="accelerator", marks=needs_one)])
+def lane(request: pytest.FixtureRequest) -> Lane:
+    return lane_to(torch.device(request.param))
+
+
+def test_the_cpu_needs_no_copy() -> None:
+    lane: Lane = lane_to(torch.device("cpu"))
+    assert isinstance(lane, CpuLane)
+    memory = lane.memory(64)
+    assert memory.data_ptr() % 64 == 0
+    assert lane.host(memory) is memory
+    memory.fill_(7)
+    lane.send(memory, memory, []).precede()
+    lane.issued(memory).finish()
+    assert memory.tolist() == [7] * 64
+
+
+def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
+    assert isinstance(lane, AcceleratorLane)
+    memory = lane.memory(1 << 20)
+    host = lane.host(memory)
+    assert host.is_pinned()
+    for value in range(20):
+        host.fill_(value)
+        sent = lane.send(host, memory, [lane.issued(memory)])
+        sent.precede()
+        assert (memory == value).all()
+        sent.finish()
+
+
+def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: Lane) -> None:
+    size = 1024
+    zeros = lane.kept(4 * size * size).zero_()
+    for _ in range(10):
+        ones, busy = torch.ones(size, size, device=KIND), torch.full((size, size), 1e-3, device=KIND)
+        for _ in range(10):
+            busy = busy @ busy
+        total = ones.sum()  # when all before is done
+        del ones
+        memory = lane.memory(len(zeros))
+        lane.send(zeros, memory, [])
+        assert total.item() == size * size
+        del memory
+
+
+def test_memory_that_is_let_go_is_not_given_away_while_it_is_written(lane: Lane) -> None:
+    size = 16 << 20
+    zeros = lane.kept(size).zero_()
+    for _ in range(10):
+        memory = lane.memory(size)
+        for _ in range(4):
+            lane.send(zeros, memory, [])
+        del memory
+        ones = torch.ones(size, dtype=torch.uint8, device=KIND)
+        device.synchronize()
+        assert ones.sum(dtype=torch.int64).item() == size
+
+
+@pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
+def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int, lane: Lane) -> None:
+    kept, there = lane.kept(nbytes), lane.memory(nbytes)
+    mine = torch.arange(nbytes).to(torch.uint8)
+    assert kept.is_pinned()
+    assert len(kept.untyped_storage()) == nbytes
+    kept.copy_(mine)
+    lane.send(kept, there, [lane.issued(there)])
+    del kept  # while it may be copied
+    gc.collect()
+    lane.send(lane.kept(64), there[:64], []).finish()
+    assert torch.equal(there[64:].cpu(), mine[64:])
