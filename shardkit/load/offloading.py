@@ -21,8 +21,8 @@ from shardkit.load.device_maps import device_of
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
-from shardkit.load.weights import Weight, stored_type, weights_of
-from shardkit.payload import Buffer
+from shardkit.load.saving import entries_of
+from shardkit.load.weights import Weight, weights_of
 from shardkit.plan import plan_folder
 from shardkit.preparation import Conversion
 
@@ -67,7 +67,7 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe
 
     Raises:
         FormatError: the folder holds something that cannot be read.
-        LoadError: it holds other weights; or there is no folder, and one is needed.
+        LoadError: it holds other weights; or there is no folder, and one is needed; or a weight is no dense tensor.
         OutputError: it cannot be written.
     """
     inside = [weight for block in wish.cut(model).blocks for weight in block.weights]
@@ -77,7 +77,7 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe
     names = [weight.names[0] for weight in weights]
     if folder is None:
         raise LoadError(f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to")
-    entries = tuple(_entry(weight) for weight in weights)
+    entries = tuple(entries_of({weight.names[0]: weight.tensor for weight in weights}))
     if folder.is_dir() and any(folder.iterdir()):
         _check_holds(folder, entries)
     else:
@@ -131,16 +131,6 @@ def _check_line(name: str, place: Mapping[str, Any], entry: TensorEntry, file: P
     if "safetensors_file" not in place and (tuple(shape), place.get("dtype")) != (entry.shape, entry.dtype.torch):
         found, said = f"{entry.dtype.torch} {list(entry.shape)}", f"{place.get('dtype')} {list(shape)}"
         raise LoadError(f"{shown_path(file)} holds {shown(name)} as {found}, and offload_index says {said}", hint=_HINT)
-
-
-def _entry(weight: Weight) -> TensorEntry:
-    tensor = weight.tensor.detach().to("cpu").contiguous()
-    dtype = stored_type(tensor.dtype)
-    if dtype is None:
-        raise LoadError(f"{shown(weight.names[0])} is {tensor.dtype}, which no format stores")
-    shape = (*tensor.shape[:-1], tensor.shape[-1] * dtype.packed) if tensor.ndim else ()
-    memory = Buffer(tensor.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
-    return TensorEntry((weight.names[0],), dtype, shape, memory)
 
 
 def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:

@@ -49,7 +49,7 @@ def save(
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
     """
-    entries = tuple(_entries(model.state_dict()))
+    entries = tuple(entries_of(model.state_dict()))
     kept, aliases = fold_ties(entries)
     checkpoint = Checkpoint(entries)
     files = tuple(SourceFile.of(path) for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources))
@@ -103,7 +103,12 @@ _Held = dict[tuple[str, int], Buffer | Remote]
 """The storages of tensors in memory, by device and address."""
 
 
-def _entries(state: Mapping[str, object]) -> list[TensorEntry]:
+def entries_of(state: Mapping[str, object]) -> list[TensorEntry]:
+    """The tensors of *state* as a checkpoint has them, where they are: those that share memory share what stands for it.
+
+    Raises:
+        LoadError: something in it is no dense tensor, or has no value.
+    """
     storages: _Held = {}
     return [_entry(name, value, storages) for name, value in state.items()]
 
