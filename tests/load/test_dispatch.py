@@ -22,7 +22,7 @@ from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, lo
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.stream import _READERS
-from toys import IDS, MAPS, WIDTH, Toy, empty, loaded, logits, saved, streamed, trained
+from toys import IDS, WIDTH, Toy, empty, loaded, logits, saved, trained
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,6 @@ def expected(resident: Toy) -> torch.Tensor:
 @pytest.fixture
 def file(resident: Toy, tmp_path: Path) -> Path:
     return saved(resident, tmp_path)
-
-
-def test_the_map_says_what_streams_and_a_prefix_is_a_module(file: Path) -> None:
-    names = streamed(loaded(file, "cpu", MAPS["one"]))
-    assert names == {
-        f"layers.1.{each}" for each in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
-    }
 
 
 def test_accelerate_gives_such_a_buffer_its_initial_value(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_every_map_of_every_format_computes_the_same_bits(
     assert os.listdir(tmp_path) == [checkpoint.name]
 
 
+def test_the_map_says_what_streams_and_a_prefix_is_a_module(load: Load, device: str) -> None:
+    names = streamed(load({"": device, "layers.1": "disk"}))
+    assert names == {
+        f"layers.1.{each}" for each in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
+    }
+
+
 def test_what_is_tied_or_owned_by_what_contains_blocks_stays_and_is_one(load: Load) -> None:
     model = load()
     assert model.embed.weight is model.head.weight
