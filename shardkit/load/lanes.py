@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -185,7 +184,6 @@ class AcceleratorLane:
         """Hold no memory yet."""
         self.device = device
         self._stream = torch.Stream(device=device)
-        self._sending = threading.Lock()
 
     def memory(self, nbytes: int) -> torch.Tensor:
         # Its allocator thinks of the stream that asks: for that one alone all is over that used this memory before, and only of
@@ -202,13 +200,13 @@ class AcceleratorLane:
         return kept_memory(nbytes, self.device)
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        with self._sending:  # so that the event stands behind this copy, and the waits before it
-            for ticket in after:
-                assert isinstance(ticket, _Event)
-                self._stream.wait_event(ticket.event)
-            with torch.get_device_module(self.device).stream(self._stream):  # which itself is no context before torch 2.7
-                memory.copy_(host, non_blocking=True)
-            return _Event.after(self._stream)
+        # Other threads may send in between: then this copy waits for more than it must, and so does who needs it.
+        for ticket in after:
+            assert isinstance(ticket, _Event)
+            self._stream.wait_event(ticket.event)
+        with torch.get_device_module(self.device).stream(self._stream):  # which itself is no context before torch 2.7
+            memory.copy_(host, non_blocking=True)
+        return _Event.after(self._stream)
 
     def issued(self, memory: torch.Tensor) -> Ticket:
         stream = torch.accelerator.current_stream(self.device)
@@ -216,6 +214,8 @@ class AcceleratorLane:
         return _Event.after(stream)
 
     def moment(self) -> Moment:
+        if self.device.type != "cuda":  # others may have no clock, and then the time is that of issuing
+            return Instant(time.perf_counter())
         event = torch.Event(device=self.device, enable_timing=True)
         event.record(torch.accelerator.current_stream(self.device))
         return _Mark(event)

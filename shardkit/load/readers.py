@@ -48,6 +48,15 @@ class Filling:
         self._flying = threading.Lock()
         self._flying.acquire()
 
+    @classmethod
+    def over_with(cls, ticket: Ticket) -> Filling:
+        """One that is over, and gave *ticket*."""
+        filling = cls((), lambda: ticket, _nothing)
+        filling._jobs.clear()
+        filling._begun, filling._ticket, filling._finish = True, ticket, None
+        filling._flying.release()
+        return filling
+
     @property
     def waiting(self) -> int:
         """How many of its jobs can be begun."""

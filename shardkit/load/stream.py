@@ -247,9 +247,14 @@ class Stream:
         page = self._pages[place.number]
         assert place.host is not None
         assert place.memory is not None
-        jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
         # The memory is named here, because a close takes it from the place, and it must outlive the reads.
-        filling = Filling(jobs, partial(self._finish, page, place, place.host, place.memory), self._landed)
+        finish = partial(self._finish, page, place, place.host, place.memory)
+        if page.kept is not None:  # nothing is read, and to wake a reader takes longer than to send it
+            with torch.inference_mode(False):  # as in a reader
+                self._places.occupy(place, Filling.over_with(finish()))
+            return
+        jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
+        filling = Filling(jobs, finish, self._landed)
         self._places.occupy(place, filling)
         self._readers.take(filling, first=first)
 
@@ -264,14 +269,15 @@ class Stream:
             self._changed.notify_all()
 
     def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
-        """Bring what was read to the device; in a reader's thread, which holds nothing."""
+        """Bring what was read, or is kept, to the device; what was read in a reader's thread, which holds nothing."""
         if place.memory is None:
             return Done()  # it was taken back, and nobody waits for it
         page.settle(host)
         sent = self.lane.send(host, memory[: len(host)], tuple(place.after.values()))  # kept memory ends where its page does
         place.before, place.after = [sent], {}
         self._tally.read(disk=page.disk, memory=page.memory)
-        self._verify()
+        if page.kept is None:
+            self._verify()
         place.tensors = tuple(page.tensors(memory))
         return sent
 

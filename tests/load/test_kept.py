@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from interruption import interrupted
 from late_lane import LateLane
 from shardkit import load
 from shardkit.casting import Cast
@@ -167,6 +168,43 @@ def test_a_thread_that_holds_kept_pages_gets_more_beside_the_ring(bytes_of_file:
     assert lane.host_bytes == 0
     for number in range(5):
         stream.release(number, number)
+
+
+@pytest.mark.parametrize("kept", [[*range(8)], [0, 2, 4, 6]], ids=str)
+def test_an_interrupt_between_any_two_calls_leaves_kept_pages_that_can_be_used(
+    bytes_of_file: tuple[Path, bytes], kept: list[int]
+) -> None:
+    path, content = bytes_of_file
+    lane = LateLane()
+    stream = Stream(pages_of(path, lane, kept=kept), lane, ring=2)
+    order = [0, 3, 1, 7, 7, 2]
+
+    def cycle() -> None:
+        for number in order:
+            tensors = stream.claim(number, "visit")
+            assert tensors is not None
+            assert bytes(memory_of(tensors[0])) == content[number * 4096 : (number + 1) * 4096]
+            stream.release(number, "visit")
+
+    moment = 0
+    while interrupted(cycle, moment):
+        for number in order:
+            stream.release(number, "visit")
+        cycle()
+        moment += 2
+    assert moment > 500
+    stream.close()
+    assert stream.nbytes == 0
+
+
+def test_kept_pages_are_sent_by_who_asks_for_them(bytes_of_file: tuple[Path, bytes]) -> None:
+    path, _ = bytes_of_file
+    lane = LateLane()
+    stream = Stream(pages_of(path, lane, kept=[*range(8)]), lane, ring=4)
+    stream.claim(0, "visit")
+    assert [nbytes for _, nbytes in lane.sent] == [4096] * 4  # what is needed, and what will be
+    assert not stream._readers._threads
+    stream.close()
 
 
 def test_threads_share_kept_pages_and_others(bytes_of_file: tuple[Path, bytes]) -> None:
