@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -204,7 +205,7 @@ class AcceleratorLane:
         for ticket in after:
             assert isinstance(ticket, _Event)
             self._stream.wait_event(ticket.event)
-        with torch.get_device_module(self.device).stream(self._stream):  # which itself is no context before torch 2.7
+        with _issuing_on(self._stream):
             memory.copy_(host, non_blocking=True)
         return _Event.after(self._stream)
 
@@ -226,6 +227,15 @@ class AcceleratorLane:
         except torch.OutOfMemoryError as error:
             hint = "let fewer weights stay there, or give a smaller ring"
             raise LoadError(f"no memory on {self.device} for {format_size(nbytes)} of weights", hint=hint) from error
+
+
+def _issuing_on(stream: torch.Stream) -> AbstractContextManager[object]:
+    """The context in which what this thread issues goes to *stream*."""
+    if not hasattr(stream, "__enter__"):  # before torch 2.7
+        context: AbstractContextManager[object] = torch.get_device_module(stream.device).stream(stream)
+        return context
+    # A twin, because the object remembers what to go back to: it is a context of one thread at a time.
+    return torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
 
 from accelerators import KIND, device, needs_one
-from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, lane_to
+from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, _issuing_on, lane_to
 
 
 @pytest.fixture(params=[pytest.param(f"{KIND}:0", id="accelerator", marks=needs_one)])
@@ -39,6 +40,31 @@ def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
         sent.precede()
         assert (memory == value).all()
         sent.finish()
+
+
+def test_threads_send_side_by_side_and_go_on_where_they_were(lane: Lane) -> None:
+    right: list[bool] = []
+
+    def run(value: int) -> None:
+        stream, host, memory = torch.accelerator.current_stream(), lane.kept(1 << 20).fill_(value), lane.memory(1 << 20)
+        for _ in range(100):
+            lane.send(host, memory, [lane.issued(memory)]).precede()
+        right.append(bool((memory == value).all()) and torch.accelerator.current_stream() == stream)
+
+    threads = [threading.Thread(target=run, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert right == [True] * 4
+
+
+@pytest.mark.skipif(not hasattr(torch.Stream, "__enter__"), reason="a stream is no context before torch 2.7")
+def test_each_context_of_a_stream_is_an_object_of_its_own() -> None:
+    stream = torch.Stream(stream_id=3, device_index=0, device_type=0)
+    first, second = _issuing_on(stream), _issuing_on(stream)
+    assert first is not second
+    assert first == second == stream
 
 
 def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: Lane) -> None:
