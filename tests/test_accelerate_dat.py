@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped] # it ships no types
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardkit
+from libraries import peer
 from shardkit.cli import main
 from shardkit.errors import LimitExceeded, LoadError, Malformed, Unwritable
 from shardkit.limits import Limits
 from shardkit.load import disk_offload, dispatch_model, init_empty_weights, load_checkpoint_and_dispatch
 from truth import values
+
+accelerate = peer("accelerate")
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "good" / "folder-accelerate-dat"
 NAMED = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "bool", "complex64"]

@@ -18,7 +18,7 @@ from shardkit.dtypes import BY_CODE, DTYPES
 from shardkit.errors import Unwritable
 from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Swapped, read_all
 
-FLOATS = [dtype.code for dtype in DTYPES if dtype.kind == "float" and dtype.bits >= 8]
+FLOATS = [d.code for d in DTYPES if d.kind == "float" and d.bits >= 8 and hasattr(torch, str(d.torch))]
 
 
 def content(nbytes: int) -> bytes:

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from libraries import peer
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import U8
 from shardkit.named_blocks import named_blocks, runs_of_names
 from shardkit.payload import Extent
+
+transformers = peer("transformers")
 
 STEPS = st.sampled_from(["a", "b", "weight", "layers", "experts", "0", "1", "2", "10", ""])
 NAMES = st.lists(st.lists(STEPS, min_size=1, max_size=5).map(".".join), max_size=40, unique=True)

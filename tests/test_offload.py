@@ -9,25 +9,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]  # it ships no types
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shardkit
+from libraries import peer
 from shardkit.dtypes import BY_CODE, DTYPES
 from shardkit.edits import Edits
 from shardkit.errors import FormatError, LimitExceeded, Malformed, PlanError, ShardkitError
 from shardkit.limits import Limits
+from shardkit.load.weights import torch_type
 from shardkit.offload import prepare_offload, read_order
 from shardkit.payload import Extent
 
+accelerate = peer("accelerate")
+transformers = peer("transformers")
+
 GOOD = Path(__file__).parent.parent / "fixtures" / "good"
 RECORD = "offload.json"
-TORCH = [getattr(torch, str(dtype.torch)) for dtype in DTYPES if dtype.torch and dtype.writable and dtype.bits >= 8]
+TORCH = [torch_dtype for dtype in DTYPES if dtype.writable and dtype.bits >= 8 if (torch_dtype := torch_type(dtype))]
 STEPS = st.sampled_from(["a", "layers.0", "layers.1", "layers.12", "mlp.experts.0", "mlp.experts.1", "w", "é"])
 NAMES = st.lists(STEPS, min_size=1, max_size=3).map(".".join)
 

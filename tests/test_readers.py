@@ -9,28 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch  # type: ignore[import-untyped]  # it ships none
-from huggingface_hub import load_torch_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import shardkit
+from libraries import peer
 from truth import values
+
+accelerate = peer("accelerate")
+huggingface_hub = peer("huggingface_hub")
+transformers = peer("transformers")
 
 SHARD = "30kB"  # several for each of the models below
 
 
 def llama(*, tied: bool) -> Any:
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, tie_word_embeddings=tied
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def t5(*, tied: bool) -> Any:
     """A T5; since version 1.1 the released ones have a head of their own beside embeddings that are shared."""
-    model: Any = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+    model: Any = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 32))
         model.config.tie_word_embeddings = False
@@ -74,7 +78,7 @@ def logits(model: Any) -> bytes:
 
 def empty(model: Any) -> Any:
     """A model of the same shape without any weights."""
-    with init_empty_weights():
+    with accelerate.init_empty_weights():
         return type(model)(model.config).eval()
 
 
@@ -96,14 +100,14 @@ def test_transformers_loads_the_same_model(model: Any, source: Callable[[Any, Pa
 def test_huggingface_hub_loads_it_strictly_where_ties_are_copied(model: Any, tmp_path: Path) -> None:
     shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD, ties="copy")
     fresh = type(model)(model.config).eval()
-    load_torch_model(fresh, tmp_path / "out", strict=True)
+    huggingface_hub.load_torch_model(fresh, tmp_path / "out", strict=True)
     assert state_of(fresh) == state_of(model)
 
 
 def test_huggingface_hub_loads_it_where_ties_are_folded(model: Any, tmp_path: Path) -> None:
     report = shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD)
     fresh = type(model)(model.config).eval()
-    result: Any = load_torch_model(fresh, tmp_path / "out", strict=False)
+    result: Any = huggingface_hub.load_torch_model(fresh, tmp_path / "out", strict=False)
     assert set(result.missing_keys) == set(report.aliases)
     assert not result.unexpected_keys
     assert state_of(fresh) == state_of(model)
@@ -112,7 +116,7 @@ def test_huggingface_hub_loads_it_where_ties_are_folded(model: Any, tmp_path: Pa
 def test_huggingface_hub_loads_a_single_file(model: Any, tmp_path: Path) -> None:
     shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "one.safetensors", ties="copy")
     fresh = type(model)(model.config).eval()
-    load_torch_model(fresh, tmp_path / "one.safetensors", strict=True)
+    huggingface_hub.load_torch_model(fresh, tmp_path / "one.safetensors", strict=True)
     assert logits(fresh) == logits(model)
 
 
@@ -120,7 +124,7 @@ def test_accelerate_dispatches_it(model: Any, tmp_path: Path) -> None:
     shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD)
     fresh = empty(model)
     fresh.tie_weights()
-    loaded = load_checkpoint_and_dispatch(fresh, tmp_path / "out", device_map={"": "cpu"})
+    loaded = accelerate.load_checkpoint_and_dispatch(fresh, tmp_path / "out", device_map={"": "cpu"})
     assert logits(loaded) == logits(model)
 
 
@@ -131,7 +135,9 @@ def test_accelerate_offloads_it_to_disk(tmp_path: Path) -> None:
     here = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     device_map = {"model.layers": "disk"} | dict.fromkeys(here, "cpu")
     fresh = empty(model)
-    loaded = load_checkpoint_and_dispatch(fresh, tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload")
+    loaded = accelerate.load_checkpoint_and_dispatch(
+        fresh, tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
     assert logits(loaded) == logits(model)
 
 

@@ -25,7 +25,7 @@ from truth import described
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 BOUNDS = st.one_of(st.none(), st.integers(1, 3000), st.integers(4000, 20_000))
-TORCH = [d for d in DTYPES if d.torch and d.writable and d.bits >= 8]
+TORCH = [d for d in DTYPES if d.torch and hasattr(torch, d.torch) and d.writable and d.bits >= 8]
 
 
 @st.composite

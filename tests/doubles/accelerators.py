@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-_FOUND = torch.accelerator.current_accelerator(check_available=True)
+_FOUND = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 _THERE = _FOUND is not None and _FOUND.type != "mps"
 KIND = _FOUND.type if _FOUND is not None and _THERE else "cuda"
 COUNT = torch.accelerator.device_count() if _THERE else 0

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import shardkit
+from libraries import peer
 from shardkit.errors import LoadError
 from shardkit.load import no_split_pattern, recorded_order
+
+transformers = peer("transformers")
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_local_experts": 3}
 SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import accelerate.utils as theirs  # type: ignore[import-untyped] # it ships no types
 import pytest
 import torch
 from torch import nn
 
+from libraries import peer
 from shardkit.errors import BadSize, LoadError
 from shardkit.host_memory import available_memory
 from shardkit.load import budgets
@@ -18,6 +18,8 @@ from shardkit.load.balance import get_balanced_memory
 from shardkit.load.budgets import get_max_memory
 from shardkit.load.module_sizes import module_sizes
 from shardkit.load.placement import infer_auto_device_map
+
+theirs = peer("accelerate.utils")
 
 GIB = 1 << 30
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 
-import accelerate.utils as theirs  # type: ignore[import-untyped] # it ships no types
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers.integrations.accelerate import expand_device_map
 
+from libraries import peer
 from shardkit.errors import LoadError, OverBudget
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import check_device_map, clean_device_map, device_of, inside, refuse_disk
+
+theirs = peer("accelerate.utils")
+integration = peer("transformers.integrations.accelerate")
 
 LEAVES = st.lists(st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map(".".join), min_size=1, max_size=12, unique=True)
 
@@ -58,7 +60,7 @@ def test_a_name_never_captures_one_that_only_begins_alike() -> None:
     device_map: dict[str, int | str] = {"model.layers.1": 0, "": "cpu"}
     assert device_of("model.layers.1.weight", device_map) == 0
     assert device_of("model.layers.10.weight", device_map) == "cpu"
-    assert expand_device_map(device_map, ["model.layers.10.weight"])["model.layers.10.weight"] == 0  # Transformers
+    assert integration.expand_device_map(device_map, ["model.layers.10.weight"])["model.layers.10.weight"] == 0  # Transformers
 
 
 def test_a_name_that_no_one_speaks_of_has_no_device() -> None:

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-import transformers
 
 from accelerators import needs_one
 from shardkit.errors import FormatError, LoadError
@@ -24,7 +22,9 @@ from shardkit.load.rates import Rates
 from shardkit.load.sources import Sources
 from shardkit.sizes import format_size
 
-diffusers = pytest.importorskip("diffusers", reason="its pipelines are loaded here")
+diffusers: Any = pytest.importorskip("diffusers", reason="its pipelines are loaded here")
+huggingface_hub: Any = pytest.importorskip("huggingface_hub")
+transformers: Any = pytest.importorskip("transformers", reason="its encoders are parts of them")
 pytestmark = [
     pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),  # it warns of what it will drop one day

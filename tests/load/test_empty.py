@@ -6,17 +6,20 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
-import accelerate  # type: ignore[import-untyped] # it ships no types
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrizations import weight_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
+from libraries import peer
 from shardkit.load.empty import init_empty_weights, init_on_device
+
+accelerate = peer("accelerate")
+transformers = peer("transformers")
 
 META = torch.device("meta")
 
@@ -44,7 +47,7 @@ class Tied(nn.Module):
         self.register_buffer("derived", torch.full((2,), 3.0), persistent=False)
 
 
-def llama() -> nn.Module:
+def llama() -> Any:  # Any, here and below: of a library without types
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=50
@@ -52,17 +55,17 @@ def llama() -> nn.Module:
     )
 
 
-def t5() -> nn.Module:
+def t5() -> Any:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
     )
 
 
-def gpt2() -> nn.Module:
+def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=8))
 
 
-def bert() -> nn.Module:
+def bert() -> Any:
     return transformers.BertForMaskedLM(
         transformers.BertConfig(
             hidden_size=16,

@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import accelerate.utils as theirs  # type: ignore[import-untyped]  # it ships no types
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from libraries import peer
 from shardkit.load.balance import get_balanced_memory
 from shardkit.load.device_maps import check_device_map, device_of
 from shardkit.load.module_sizes import Layers, module_sizes, named_tensors, parts, prefixes
 from shardkit.load.placement import infer_auto_device_map
+
+theirs = peer("accelerate.utils")
 
 Budgets = dict[Any, Any]  # as a user writes them
 CLASSES = st.sampled_from([(), ("Block",), ("Group",), ("Block", "Group", "Linear")])

@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from accelerators import KIND, RUNNERS, needs_one
@@ -22,6 +20,9 @@ from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudg
 from shardkit.load import close, from_pretrained
 from shardkit.load.pager import Streamed
 from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, half, llama, logits, mixtral
+
+transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
+huggingface_hub: Any = pytest.importorskip("huggingface_hub")
 
 pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5")
 

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardkit
+from libraries import peer
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
 from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, save, tensors
 from shardkit.load.saving import Remote
 from shardkit.payload import CHUNK
 from truth import values
+
+transformers = peer("transformers")
 
 
 def model() -> nn.Sequential:

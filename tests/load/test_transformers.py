@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from shardkit.load import Paged, tensors
 from small_models import MODELS, llama, logits
 from truth import values
+
+transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.partition(".")[0]) < 5, reason="transformers before 5 loads by other means than conversions"
