@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardkit.dtypes import BY_TORCH, parse_dtype
+from shardkit.errors import BadDType, shown
+from shardkit.load.weights import torch_type
 
 Node = nn.Module | torch.Tensor
 AnyDType = str | torch.dtype
@@ -58,14 +60,17 @@ def as_torch_dtype(dtype: AnyDType | Enum) -> torch.dtype:
     """The type called "float16", "torch.float16", "fp16" or the like; an Enum stands for its value.
 
     Raises:
-        BadDType: it is none.
+        BadDType: it is none, or none of the torch that is installed.
     """
     if isinstance(dtype, Enum):  # Accelerate's CustomDtype, as Transformers' quantisers give it
         dtype = str(dtype.value)
     if isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None) or getattr(torch, parse_dtype(dtype).torch or "", None)
-    assert isinstance(found, torch.dtype)
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        found = torch_type(parse_dtype(dtype))
+    if found is None:
+        raise BadDType(f"torch {torch.__version__}, which is installed, has no {shown(dtype)}")
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from libraries import peer
+from shardkit.errors import BadDType
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.module_sizes import module_sizes, tied_groups
 from shardkit.load.placement import infer_auto_device_map
@@ -260,6 +261,12 @@ def test_sizes_are_true(dtype: torch.dtype, target: torch.dtype | None, right: i
 def test_a_special_type_overrules(special: Any, nbytes: int) -> None:
     model = nn.Linear(5, 1, bias=False)
     assert module_sizes(model, "float32", {"weight": special})[""] == nbytes
+
+
+@pytest.mark.parametrize("name", ["nn", "load", "half-ish", "f6_e2m3"])
+def test_what_is_no_type_of_torch_is_refused(name: str) -> None:
+    with pytest.raises(BadDType, match=name):
+        module_sizes(nn.Linear(5, 1), name)
 
 
 def test_lazy_parameters_have_no_size_yet() -> None:
