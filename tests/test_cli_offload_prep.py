@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from libraries import peer
 from shardkit.cli import main
+
+transformers = peer("transformers")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -104,8 +107,6 @@ def test_what_cannot_be_done_is_a_sentence(arguments: list[str], code: int, sent
 
 
 def test_the_class_of_the_model_is_asked_where_the_user_wants_it(room: Path, capsys: Capture) -> None:
-    import transformers
-
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(room / "tiny")
     assert main(["offload-prep", "tiny", "--model-class", "--dry-run"]) == 0
