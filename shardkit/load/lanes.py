@@ -113,7 +113,11 @@ class Lane(Protocol):
 
 
 def lane_to(device: torch.device) -> Lane:
-    """The lane to *device*."""
+    """The lane to *device*.
+
+    Raises:
+        LoadError: there can be none.
+    """
     return CpuLane() if device.type == "cpu" else AcceleratorLane(device)
 
 
@@ -182,9 +186,17 @@ class AcceleratorLane:
     apart = True
 
     def __init__(self, device: torch.device) -> None:
-        """Hold no memory yet."""
+        """Hold no memory yet.
+
+        Raises:
+            LoadError: torch can do but one thing at a time there, as with Metal: then a copy would hold up what is computed.
+        """
         self.device = device
-        self._stream = torch.Stream(device=device)
+        try:
+            self._stream = torch.Stream(device=device)
+        except RuntimeError as error:
+            hint = 'let all weights lie there, or run the model on "cpu"'
+            raise LoadError(f"weights cannot stream to {device}, which has no streams: {error}", hint=hint) from None
 
     def memory(self, nbytes: int) -> torch.Tensor:
         # Its allocator thinks of the stream that asks: for that one alone all is over that used this memory before, and only of

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accelerators import KIND, device, needs_one
+from shardkit.errors import LoadError
 from shardkit.load.lanes import AcceleratorLane, CpuLane, Lane, _issuing_on, lane_to
 
 
@@ -27,6 +28,16 @@ def test_the_cpu_needs_no_copy() -> None:
     lane.send(memory, memory, []).precede()
     lane.issued(memory).finish()
     assert memory.tolist() == [7] * 64
+
+
+def test_a_device_that_has_no_streams_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(**_: object) -> torch.Stream:
+        raise RuntimeError("Backend doesn't support create a new Stream.")
+
+    monkeypatch.setattr(torch, "Stream", refusing)
+    with pytest.raises(LoadError, match=r"weights cannot stream to mps.*Backend doesn't support") as told:
+        lane_to(torch.device("mps"))
+    assert "cpu" in (told.value.hint or "")
 
 
 def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
