@@ -52,7 +52,7 @@ class LateLane:
 
     def memory(self, nbytes: int) -> torch.Tensor:
         self.bytes += nbytes
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device="cpu")  # whatever the default device
 
     def host(self, memory: torch.Tensor) -> torch.Tensor:
         self.host_bytes += len(memory)

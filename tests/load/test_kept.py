@@ -8,7 +8,8 @@ import os
 import pickle
 import threading
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,23 @@ def test_an_interrupt_between_any_two_calls_leaves_kept_pages_that_can_be_used(
     assert moment > 500
     stream.close()
     assert stream.nbytes == 0
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference_mode", "default device"])
+def test_what_the_thread_that_asks_is_in_makes_no_other_weights(
+    mode: Callable[[], AbstractContextManager[object]], bytes_of_file: tuple[Path, bytes]
+) -> None:
+    path, content = bytes_of_file
+    lane = LateLane()
+    stream = Stream(pages_of(path, lane, kept=[*range(8)]), lane, ring=2)
+    for number in range(8):
+        with mode():
+            tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        assert not tensors[0].is_inference()
+        assert bytes(memory_of(tensors[0])) == content[number * 4096 : (number + 1) * 4096]
+        stream.release(number, "visit")
+    stream.close()
 
 
 def test_kept_pages_are_sent_by_who_asks_for_them(bytes_of_file: tuple[Path, bytes]) -> None:
