@@ -177,7 +177,7 @@ class Ring:
         low = 0
         for place in stays:
             yield low, place.start
-            low = place.start + place.nbytes
+            low = max(low, place.start + place.nbytes)  # one without bytes may stand where another begins
         yield low, self.nbytes
 
 

@@ -43,3 +43,20 @@ def test_lengths_are_evened_upwards_by_less_than_a_hundredth(sizes: list[int]) -
     layouts = [Layout(nbytes, SECTOR, (), (), (), ()) for nbytes in sizes]
     for before, after in zip(layouts, evened(layouts), strict=True):
         assert before.nbytes <= after.nbytes <= before.nbytes * 100 / 99
+
+
+def test_a_block_without_bytes_between_two_others_makes_no_room() -> None:
+    ring, full, empty = Ring(CpuLane(), 200), Layout(100, 1, (), (), (), ()), Layout(0, 1, (), (), (), ())
+    first, *_ = [taken(ring, number, full) for number in range(2)]
+    ring.leave(first)
+    taken(ring, 2, full)
+    taken(ring, 3, empty)
+    assert ring.find(4, full, lambda _: False) is None
+
+
+def taken(ring: Ring, number: int, layout: Layout) -> Place:
+    """The place of a page in *ring*, where all others stay."""
+    found = ring.find(number, layout, lambda _: False)
+    assert found is not None
+    ring.take(found[0])
+    return found[0]
