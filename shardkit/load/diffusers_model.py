@@ -63,7 +63,10 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         model = _empty(folder, kind, request.trusted, dtype)
         opened = replace(opened, entries=_renamed(model, opened.entries))
     found = match(model, opened, dtype=dtype, keep_in_fp32=class_names(model._keep_in_fp32_modules))
+    learned = [name for name, each in model.named_parameters() if each.requires_grad]
     install(model, found.homes, {home.name: Paged.of(home.stored) for home in found.homes}, read_extra(found.extra))
+    for name in learned:
+        model.get_parameter(name).requires_grad_()
     info: Info = {
         "missing_keys": [*found.missing],
         "unexpected_keys": [*found.unexpected],

@@ -169,6 +169,7 @@ def test_outputs_are_those_of_the_model_that_diffusers_loads(
     for _ in range(2):
         assert torch.equal(output(ours, given()), output(theirs, given()))
     assert dict(ours.config) == dict(theirs.config)
+    assert all(each.requires_grad for each in ours.parameters() if not isinstance(each, Streamed))
     assert torch.get_default_dtype() == torch.float32
     close(ours)
 
