@@ -3,7 +3,8 @@
 1. A block is a module of a class that must stay whole; else a child of a `ModuleList`, `ModuleDict` or `Sequential`; else a
    module without children. A container is none: the first two are never called, and the children of the third are better.
 2. The device map cuts: a module whose weights do not all go to one place is no block, and its children are looked at.
-3. Blocks are disjoint and never nest. A streamed weight is in exactly one block, or stays in memory: what is tied, what is in
+3. What torch.jit.script has compiled takes no hooks, and is no block; nor is a block what contains it.
+4. Blocks are disjoint and never nest. A streamed weight is in exactly one block, or stays in memory: what is tied, what is in
    a module that two blocks share, and what a module owns that contains blocks.
 """
 
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from shardkit.load.weights import Seat, Weight, named_modules
@@ -109,7 +111,7 @@ class _Walk:
 
     def blocks(self, module: nn.Module, name: str = "", *, listed: bool = False) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the blocks from *module* down, which is *listed* if its parent is a container."""
-        if module in self._seen or module not in self._targets:
+        if module in self._seen or module not in self._targets or isinstance(module, torch.jit.ScriptModule):
             return
         self._seen.add(module)
         if len(self._targets[module]) == 1 and self._is_block(module, listed=listed):

@@ -27,6 +27,7 @@ from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
+from shardkit.load.unseen import refuse_trace
 from shardkit.payload import Buffer, Payload
 from shardkit.sizes import format_size
 
@@ -103,6 +104,7 @@ class Paged(torch.Tensor):
         cls, func: Operation, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Options | None = None
     ) -> object:
         options = kwargs or {}
+        refuse_trace()
         _refuse_writing(func, args, options)
         if _is_composite(func):
             return func.decompose(*args, **options)

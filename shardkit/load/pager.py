@@ -6,7 +6,9 @@
    after KeyboardInterrupt and SystemExit: what these leave held is let go at the same thread's next block, at its end, or by
    closing. So every visit is released by name, and to release it twice does nothing.
 3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on the same stream.
-4. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there.
+4. Where gradients are on, a weight that streams asks for none. Where they are off, it asks for one if it did in memory: then it
+   gets the same kernels, and so the same bits. Not in autocast, which would keep a cast of each.
+5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.recording import device_of
 from shardkit.load.stream import Stream
+from shardkit.load.unseen import lasting
 from shardkit.load.weights import Seat
 
 _P = ParamSpec("_P")
@@ -182,7 +185,7 @@ class Pager:
         try:
             tensors = self._stream.claim(self._number, visit, holding=len(visits) > 1)
             if tensors is not None:
-                self._put_in(visit, tensors)
+                self._put_in(visit, lasting(tensors))
         except BaseException:
             visit.end()
             visits.remove(visit)
@@ -229,11 +232,14 @@ class Pager:
         self._taken.clear()
 
     def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor]) -> None:
+        asking = not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._stream.lane.device.type)
         with self._stream.lock:
             self._inside.add(visit)
             for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
                 stood = seat.tensor
                 if isinstance(stood, Streamed) and (stood.recipe is recipe or stood.recipe == recipe):
+                    if asking and stood.learned:  # torch has kernels that differ by this, even where there are no gradients
+                        tensor = torch.Tensor._make_subclass(nn.Parameter, tensor, True)
                     self._taken.append((seat, tensor, stood))
                     seat.take(tensor)
 

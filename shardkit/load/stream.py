@@ -30,6 +30,7 @@ from shardkit.load.pages import Habit, Inherited, Page, Piece
 from shardkit.load.places import Places
 from shardkit.load.readers import Filling, Readers, held_here
 from shardkit.load.rings import Place, Ring, room_for
+from shardkit.load.unseen import unseen
 
 _READERS = 3
 
@@ -78,6 +79,7 @@ class Stream:
         """What it has done since it was made, by all models and threads that share it."""
         return self._tally.counts
 
+    @unseen
     def claim(self, number: int, visit: Hashable, *, holding: bool = False) -> tuple[torch.Tensor, ...] | None:
         """The tensors of the page *number*, which stay what they are until *visit* releases it; None if all is closed.
 

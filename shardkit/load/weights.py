@@ -28,8 +28,10 @@ class Seat:
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there."""
-        found = self.owner._parameters.get(self.name)
-        return self.owner._buffers.get(self.name) if found is None else found
+        for table in (self.owner._parameters, self.owner._buffers):  # which are no dicts in what torch.jit.script makes
+            if self.name in table and table[self.name] is not None:
+                return table[self.name]
+        return None
 
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
