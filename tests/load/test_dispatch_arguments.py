@@ -42,10 +42,11 @@ class Model(nn.Module):
         super().__init__()
         self.pair = Pair()
         self.out = nn.Linear(WIDTH, 3)
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
 
     def forward(self, x: torch.Tensor, past: Any = None) -> torch.Tensor:  # Any: whatever is kept from one call to the next
         assert past is None or past["key"][0].is_meta
-        made: torch.Tensor = self.out(self.pair(x))
+        made: torch.Tensor = self.out(self.pair(x)) * self.scale
         return made
 
 
@@ -99,7 +100,7 @@ def expected(model: Model, device: str) -> torch.Tensor:
 def ways(file: Path, device: str, tmp_path: Path) -> Callable[..., Iterator[Model]]:
     def ways(**options: Any) -> Iterator[Model]:
         """The model, all of it on disk but for what says where it runs, by every function that takes it there."""
-        device_map = {"": "disk"} | ({} if device == "cpu" else {"out.bias": device})
+        device_map = {"": "disk"} | ({} if device == "cpu" else {"scale": device})
         yield load_checkpoint_and_dispatch(Model().eval(), file, device_map, **options)
         in_memory = load_checkpoint_and_dispatch(Model().eval(), file)
         yield dispatch_model(in_memory, device_map, offload_dir=tmp_path / "-".join(["offloaded", *options]), **options)
