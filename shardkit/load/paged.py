@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,7 +112,7 @@ class Paged(torch.Tensor):
         if recorded is not NotImplemented:
             return _replaced(recorded, Address, lambda address: Paged(address.recipe, address.device))
         read = cache(Paged.read)  # an argument that comes twice is read once
-        with torch.inference_mode(torch.is_inference_mode_enabled() and not func.is_view):
+        with _outliving(func):
             return func(*_replaced(args, Paged, read), **_replaced(options, Paged, read))
 
     # What torch does without asking its dispatcher.
@@ -217,6 +217,11 @@ def _refuse_writing(func: Operation, args: Arguments, options: Options) -> None:
                 f"{func.overloadpacket.__name__} would write to a Paged, which is the address of a weight and cannot be written",
                 hint="take its value first: tensor.read()",
             )
+
+
+def _outliving(func: Operation) -> AbstractContextManager[object]:
+    """No inference mode for a view, which may outlive it; to leave a mode that is not there would let gradients flow again."""
+    return torch.inference_mode(False) if func.is_view and torch.is_inference_mode_enabled() else nullcontext()
 
 
 @cache

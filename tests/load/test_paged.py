@@ -473,15 +473,19 @@ def test_what_is_copied_from_it_goes_straight_into_the_target(monkeypatch: pytes
         assert torch.equal(target, weight.to(target.dtype))
 
 
-@pytest.mark.parametrize(
-    "target",
-    [torch.empty(4, 6).t(), torch.empty(2, 6, 4), torch.empty(6, 4, dtype=torch.int32)],
-    ids=["turned", "broadcast", "another type"],
-)
-def test_what_is_copied_elsewhere_arrives_too(target: torch.Tensor) -> None:
-    weight = random((6, 4))
-    target.copy_(address(weight))
-    assert torch.equal(target, torch.empty_like(target).copy_(weight))
+TARGETS: dict[str, Callable[[], torch.Tensor]] = {
+    "turned": lambda: torch.empty(4, 6).t(),
+    "broadcast": lambda: torch.empty(2, 6, 4),
+    "another type": lambda: torch.empty(6, 4, dtype=torch.int32),
+    "a parameter": lambda: nn.Parameter(torch.empty(4, 6).t()),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_copied_elsewhere_arrives_too(name: str) -> None:
+    weight, target, same = random((6, 4)), TARGETS[name](), TARGETS[name]()
+    with torch.no_grad():
+        assert torch.equal(target.copy_(address(weight)), same.copy_(weight))
 
 
 WRITING: dict[str, Callable[[torch.Tensor], object]] = {
@@ -564,6 +568,14 @@ def test_gradients_flow_through_a_parameter_that_requires_them() -> None:
         x.grad = None
     assert torch.equal(grads[0], grads[2])
     assert torch.equal(grads[1], grads[3])
+
+
+def test_where_no_gradient_is_wanted_none_flows() -> None:
+    paged, x = address(random((4, 6))), random((3, 6)).requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert not F.linear(x, paged).requires_grad
+    assert F.linear(x, paged).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
