@@ -16,6 +16,7 @@ ShardkitError (.hint)
 │   └── NoRoom                      the disk is too small for it
 ├── LoadError                       a checkpoint cannot become a running model
 │   ├── Mismatch (.missing .unexpected .wrong_shape)  the model and the checkpoint are not of one kind
+│   ├── ReadOnly (.places)          a weight would be written that is an address
 │   └── OverBudget (.needed .available)  the memory that may be used is too small
 └── PluginError (.distribution .entry_point)  a plugin cannot be loaded
 
@@ -158,6 +159,18 @@ class Mismatch(LoadError):
         self.missing = missing
         self.unexpected = unexpected
         self.wrong_shape = dict(wrong_shape or {})
+
+
+class ReadOnly(LoadError):
+    """A weight would be written that is an address.
+
+    Attributes:
+        places: where it lies: for each run of bytes the file, the first byte, and how many they are.
+    """
+
+    def __init__(self, message: str, *, places: tuple[tuple[Path, int, int], ...] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.places = places
 
 
 class OverBudget(LoadError):

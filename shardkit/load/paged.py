@@ -22,7 +22,7 @@ import torch
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, shown_path
+from shardkit.errors import LoadError, ReadOnly, shown_path
 from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
@@ -212,10 +212,12 @@ def _no_memory() -> LoadError:
 def _refuse_writing(func: Operation, args: Arguments, options: Options) -> None:
     for position, name in _written(func):
         target = args[position] if position < len(args) else options.get(name)
-        if any(isinstance(each, Paged) for each in (target if isinstance(target, list | tuple) else [target])):
-            raise LoadError(
+        weights = [each for each in (target if isinstance(target, list | tuple) else [target]) if isinstance(each, Paged)]
+        if weights:
+            raise ReadOnly(
                 f"{func.overloadpacket.__name__} would write to a Paged, which is the address of a weight and cannot be written",
-                hint="take its value first: tensor.read()",
+                places=tuple((each.path, each.start, each.nbytes) for weight in weights for each in weight.payload.sources),
+                hint="take its value first: tensor.read(); or have it in memory, if its model writes to it: by the device map",
             )
 
 

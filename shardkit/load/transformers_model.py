@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, Mismatch, shown, shown_path
+from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
 from shardkit.load.assign import listed
 from shardkit.load.mapping import tensors
 from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, library, prevalent_dtype, told
@@ -52,10 +52,10 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     options = {"attn_implementation": request.attn_implementation} if request.attn_implementation else {}
     load = cast("Callable[..., tuple[PreTrainedModel, Info]]", kind.from_pretrained)
     with told(folder, transformers):
-        model, info = load(
-            None,
+        model, info = _made(
+            load,
+            weights,
             config=config,
-            state_dict=weights,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # which are told below, by name
             output_loading_info=True,
@@ -67,6 +67,34 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
             model.generation_config = _generation_config(folder.path)
     model.config.name_or_path = model.name_or_path = folder.name
     return Addressed(model, info, class_names(model._no_split_modules), class_names(model._skip_keys_device_placement))
+
+
+def _made(
+    load: Callable[..., tuple[PreTrainedModel, Info]], weights: Mapping[str, Paged], **options: object
+) -> tuple[PreTrainedModel, Info]:
+    """What *load* makes of *weights*, those of them in memory that it writes to, as where it fills in what it has loaded already.
+
+    Raises:
+        ReadOnly: it writes to others.
+    """
+    read: dict[str, torch.Tensor] = {}
+    while True:
+        try:
+            return load(None, state_dict={**weights, **read} if read else weights, **options)
+        except ReadOnly as refusal:
+            found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
+            if not found:
+                raise
+            read |= {name: weights[name].read() for name in found}
+
+
+def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
+    """Whether a byte of *weight* is in one of *places*."""
+    return any(
+        each.path == path and each.start < start + nbytes and start < each.start + each.nbytes
+        for each in weight.payload.sources
+        for path, start, nbytes in places
+    )
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:

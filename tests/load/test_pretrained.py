@@ -82,6 +82,21 @@ def test_a_model_that_stays_in_memory_is_as_transformers_leaves_it(tmp_path: Pat
     assert from_pretrained(tmp_path, torch.device("cpu")).hf_device_map == {"": "cpu"}
 
 
+@pytest.mark.filterwarnings("ignore:in memory, and not streamed.*word_embeddings")
+@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+def test_what_transformers_writes_to_while_it_loads_is_what_it_makes_of_it(device_map: str, tmp_path: Path) -> None:
+    config = transformers.ChineseCLIPTextConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, pad_token_id=3
+    )
+    kind = type(saved(tmp_path, transformers.ChineseCLIPTextModel(config)))
+    theirs = kind.from_pretrained(tmp_path)  # which makes a row of its embedding zero
+    ours = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), ring=2)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name] + 0, weight), name
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).last_hidden_state, theirs(IDS).last_hidden_state)
+
+
 def test_no_weight_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, mixtral())
 
