@@ -40,6 +40,16 @@ def test_a_device_that_has_no_streams_is_refused(monkeypatch: pytest.MonkeyPatch
     assert "cpu" in (told.value.hint or "")
 
 
+def test_a_device_that_has_no_room_says_for_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "Stream", lambda **_: None)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(LoadError, match=r"no memory on cuda:0 for 2\.00 MB of weights"):
+        lane_to(torch.device("cuda:0")).memory(2_000_000)
+
+
 def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
     assert isinstance(lane, AcceleratorLane)
     memory = lane.memory(1 << 20)
