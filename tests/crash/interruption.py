@@ -12,16 +12,21 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
+import pytest
+
 import shardkit.load
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
+_DEAF = ((3, 12), (3, 14))
 _LOADER = str(Path(shardkit.load.__file__).parent)
 
 
 def interrupted(act: Callable[[], object], moment: int) -> bool:
     """Whether *act* was not over before the moment of that number in what this thread runs of the loader, and ended with it."""
+    if sys.version_info[:2] in _DEAF:
+        pytest.skip("a tracer of this Python is not told of all instructions, once another has raised")
     left = moment
 
     def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:

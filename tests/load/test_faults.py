@@ -405,6 +405,7 @@ def test_fifty_models_are_loaded_and_closed_and_leave_nothing(folder: Path, expe
 
 
 def compressed(model: Layers, tmp_path: Path) -> Path:
+    pytest.importorskip("zstandard")
     shardkit.offload_prep(saved(model, tmp_path / "plain"), tmp_path / "folder", compress="zstd")
     return tmp_path / "folder"
 
@@ -609,6 +610,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("last", EXITS)
 def test_a_process_ends_with_reads_in_flight(last: str, folder: Path) -> None:
+    if "another thread" in last and (3, 12) <= sys.version_info < (3, 12, 2):
+        pytest.skip("this Python starts no thread once the main thread has ended")
     done = program(SLOW + EXITS[last], folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -110,6 +110,7 @@ def test_a_flipped_bit_in_a_prepared_folder_is_told_by_its_block(load: Load, who
 
 @by_any_door
 def test_what_is_compressed_is_verified_too(load: Load, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")
     shardkit.convert(source, tmp_path / "small", compress="zstd", checksum="sha256")
     (shard,) = (tmp_path / "small").glob("*.zst")
     load(empty(), tmp_path / "small", verify=True)
