@@ -154,6 +154,8 @@ def attach_movers(
     if any(device.type != "cpu" for device in runners.get("", ())):  # else only a model's own inputs can be elsewhere
         inner = ((name, module) for name, module in model.named_modules() if module not in callees)
         for name, module in inner:
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             own = next((each for each in (*module._parameters, *module._buffers)), None)
             device = _entered_on(name, model, runners) if own is None else runs_on(f"{name}.{own}")
             if device is not None:

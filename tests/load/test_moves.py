@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardkit.load.moves import Mover, RoundTrip, device_of_first, moved
+from shardkit.load.moves import Mover, RoundTrip, attach_movers, device_of_first, moved
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 Pair = namedtuple("Pair", "left right")
@@ -90,3 +90,10 @@ def test_a_model_gives_its_output_where_its_input_was() -> None:
             model(torch.ones(3))
         assert model(torch.ones(2, device="meta"))["y"].is_meta
         assert not model(torch.ones(2))["y"].is_meta
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_compiled_by_torch_jit_takes_no_hooks_and_is_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    attach_movers(model, lambda _: META, META)
+    assert [bool(module._forward_pre_hooks) for module in model] == [True, False]
