@@ -90,6 +90,8 @@ def test_the_readme_has_blocks_to_run() -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line-{block.line}")
 def test_a_block_of_the_readme_does_what_it_says(block: Block, room: Path) -> None:
     if block.language == "python":
+        for library in re.findall(r"^import (\w+)$", block.body, re.MULTILINE):
+            pytest.importorskip(library)
         done = run([sys.executable, "-c", block.body], room)
         assert done.returncode == 0, done.stdout
         return
