@@ -150,15 +150,8 @@ class Paged(torch.Tensor):
     def tolist(self) -> Any:  # Any: as deeply nested as there are axes
         return self.read().tolist()
 
-    def __dlpack__(
-        self,
-        *,
-        stream: Any = -1,
-        max_version: tuple[int, int] | None = None,
-        dl_device: Any = None,  # Any: as torch declares them
-        copy: bool | None = None,
-    ) -> Any:
-        return self.read().__dlpack__(stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
+    def __dlpack__(self, **asked: Any) -> Any:  # Any: torch 2.6 knows fewer words than those that came after it
+        return self.read().__dlpack__(**asked)
 
     def data_ptr(self) -> int:
         raise _no_memory()
