@@ -20,7 +20,7 @@ from torch import nn
 from shardkit.forks import begin_again_in_children, never_free
 from shardkit.load.counts import Counts
 from shardkit.load.lanes import CpuLane, Moment
-from shardkit.load.pager import eager
+from shardkit.load.pager import eager, refuse_pickling
 
 if TYPE_CHECKING:
     from shardkit.load.stream import Stream
@@ -100,6 +100,8 @@ class Clock:
             else:
                 self._issued.append((moments, ended))
             self._count(lambda moment: moment.passed)
+
+    __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
         return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths)

@@ -15,7 +15,7 @@ from torch import nn
 
 from shardkit.load.blocks import CONTAINERS
 from shardkit.load.module_sizes import prefixes
-from shardkit.load.pager import eager
+from shardkit.load.pager import eager, refuse_pickling
 from shardkit.load.together import called
 
 
@@ -126,6 +126,8 @@ class RoundTrip(Mover):
         origins = self._origins()
         origin = origins.pop() if origins else None
         return output if origin is None else moved(output, origin, self._skip)
+
+    __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: object) -> RoundTrip:
         return RoundTrip(self._device, self._skip)

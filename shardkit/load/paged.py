@@ -19,6 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
@@ -141,7 +142,10 @@ class Paged(torch.Tensor):
         assert isinstance(twin, Paged)
         return twin
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., Paged], tuple[object, ...]]:
+    def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
+        if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
+            value = self.read()
+            return (nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value).__reduce_ex__(protocol)
         return _rebuilt, (self.recipe, self.device, self.requires_grad, self._attributes())
 
     def numpy(self, *, force: bool = False) -> Any:  # Any: an array, of a package that may not be installed

@@ -21,7 +21,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cache, wraps
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -118,6 +118,18 @@ def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
         return result
 
     return called
+
+
+def refuse_pickling(attached: object) -> NoReturn:
+    """Stand for `__reduce__` in what is attached to a model: it is of this process.
+
+    Raises:
+        LoadError: always.
+    """
+    raise LoadError(
+        "a model that was dispatched cannot be pickled",
+        hint="shardkit.load.save(model, folder) writes its weights; or take the hooks off first, with shardkit.load.remove_hooks",
+    )
 
 
 class Visit:
@@ -221,6 +233,8 @@ class Pager:
                 self.put_back(visit)
         if not self._inside:
             self._give_back()
+
+    __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pager:
         return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)

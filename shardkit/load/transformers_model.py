@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LEAST = (5, 0)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PLAIN = (torch.Tensor, nn.Parameter, Paged)
+_FEW = 16  # weights that are read because they are written to
 
 
 def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None) -> Addressed:
@@ -82,6 +83,8 @@ def _made(
         try:
             return load(None, state_dict={**weights, **read} if read else weights, **options)
         except ReadOnly as refusal:
+            if len(read) > _FEW:
+                raise  # it writes to all there are, one by one, and each time is made anew
             found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
             if not found:
                 raise

@@ -13,7 +13,7 @@ from torch import nn
 import shardkit
 from libraries import peer
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
-from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, save, tensors
+from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, remove_hooks, save, tensors
 from shardkit.load.saving import Remote
 from shardkit.payload import CHUNK
 from truth import values
@@ -55,6 +55,26 @@ def test_a_model_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
     assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(source)
     stored = {name: t for shard in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(shard).items()}
     assert {name: values(t) for name, t in stored.items()} | {"3.weight": values(stored["0.weight"])} == state_of(source)
+
+
+def test_torch_saves_what_is_at_an_address_and_refuses_the_hooks_of_a_model_with_a_sentence(tmp_path: Path) -> None:
+    torch.save(model().state_dict(), tmp_path / "source.pt")
+    with init_empty_weights():
+        target = model().eval()
+    load_checkpoint_and_dispatch(target, tmp_path / "source.pt", {"": "cpu", "1": "disk"})
+    expected = state_of(target)
+    torch.save(target.state_dict(), tmp_path / "state.pt")
+    with pytest.raises(LoadError, match="dispatched cannot be pickled") as refused:
+        torch.save(target, tmp_path / "model.pt")
+    assert "shardkit.load.save" in (refused.value.hint or "")
+    close(target)
+    remove_hooks(target)
+    torch.save(target, tmp_path / "model.pt")
+    (tmp_path / "source.pt").unlink()
+    assert {name: values(t) for name, t in torch.load(tmp_path / "state.pt").items()} == expected
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert {type(each) for each in loaded.parameters()} == {nn.Parameter}
+    assert state_of(loaded) == expected
 
 
 def test_weights_that_share_memory_and_are_no_ties_are_all_written(tmp_path: Path) -> None:
