@@ -20,7 +20,8 @@ from torch import nn
 from shardkit.forks import begin_again_in_children, never_free
 from shardkit.load.counts import Counts
 from shardkit.load.lanes import CpuLane, Moment
-from shardkit.load.pager import eager, refuse_pickling
+from shardkit.load.pager import refuse_pickling
+from shardkit.load.unseen import eager
 
 if TYPE_CHECKING:
     from shardkit.load.stream import Stream

@@ -10,7 +10,7 @@ from torch import nn
 from shardkit.load.budgets import accelerator, device_key
 from shardkit.load.loading import torch_device
 from shardkit.load.moves import moved
-from shardkit.load.pager import eager
+from shardkit.load.unseen import eager
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from shardkit.load.blocks import CONTAINERS
 from shardkit.load.module_sizes import prefixes
-from shardkit.load.pager import eager, refuse_pickling
+from shardkit.load.pager import refuse_pickling
 from shardkit.load.together import called
+from shardkit.load.unseen import eager
 
 
 def moved(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:  # Any: whatever a model takes

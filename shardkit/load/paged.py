@@ -145,7 +145,8 @@ class Paged(torch.Tensor):
     def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
         if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
             value = self.read()
-            return (nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value).__reduce_ex__(protocol)
+            held = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
+            return held.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return _rebuilt, (self.recipe, self.device, self.requires_grad, self._attributes())
 
     def numpy(self, *, force: bool = False) -> Any:  # Any: an array, of a package that may not be installed

@@ -16,12 +16,11 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
-from functools import cache, wraps
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -32,11 +31,8 @@ from shardkit.load.paged import Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.recording import device_of
 from shardkit.load.stream import Stream
-from shardkit.load.unseen import lasting
+from shardkit.load.unseen import eager, lasting
 from shardkit.load.weights import Seat
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 class Streamed(Paged):
@@ -104,20 +100,6 @@ def _immovable() -> LoadError:
         "a model that streams some of its weights cannot be moved to another device",
         hint="load it with another device_map; of a single weight, take weight.detach().to(device)",
     )
-
-
-def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
-    """*hook*, which `torch.compile` leaves alone. Its compiler takes seconds to import, so that is left to who uses it."""
-    disabled = cache(lambda: torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-
-    @wraps(hook)
-    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "torch._dynamo" not in sys.modules:
-            return hook(*args, **kwargs)
-        result: _R = disabled()(*args, **kwargs)
-        return result
-
-    return called
 
 
 def refuse_pickling(attached: object) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from shardkit.errors import LoadError, shown_path
-from shardkit.load.pager import eager
+from shardkit.load.unseen import eager
 
 _Identity = tuple[int, int, int, int, int]
 

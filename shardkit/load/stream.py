@@ -33,7 +33,6 @@ from shardkit.load.rings import Place, Ring, room_for
 from shardkit.load.unseen import unseen
 
 _READERS = 3
-
 _R = TypeVar("_R")
 
 

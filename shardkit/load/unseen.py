@@ -4,6 +4,7 @@
    made while it is on, and these have no memory to read into.
 2. Some keep the weights that they meet: a trace in what it writes down, torch.func.grad for its way back, where it does not ask
    whether they have changed. They get tensors with memory of their own.
+3. `torch.compile` is not let into hooks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -38,6 +39,20 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
             aside.callback(_set_trace, torch._C._get_tracing_state())
             _set_trace(None)
             return function(*args, **kwargs)
+
+    return called
+
+
+def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
+    """*hook*, which `torch.compile` leaves alone. Its compiler takes seconds to import, so that is left to who uses it."""
+    disabled = cache(lambda: torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    @wraps(hook)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "torch._dynamo" not in sys.modules:
+            return hook(*args, **kwargs)
+        result: _R = disabled()(*args, **kwargs)
+        return result
 
     return called
 
