@@ -102,6 +102,7 @@ CASES: dict[str, dict[str, Contender]] = {
     "512 tokens": {
         "floor": Contender("floor"),
         "compute": Contender("shardkit", resident=40, tokens=512, limit=None),
+        "compute, read beside": Contender("beside", tokens=512, limit=None),
         "shardkit": Contender("shardkit", tokens=512),
     },
     "half": {
@@ -168,7 +169,7 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
     answers = {
         answer
         for name, result in results.items()
-        if case[name].who in ("shardkit", "planned", "accelerate")
+        if case[name].who in ("shardkit", "planned", "beside", "accelerate")
         for answer in result.told
     }
     if len(answers) > 1:
@@ -222,6 +223,7 @@ COMPARED = [
     ("accelerate", "shardkit"),
     ("accelerate", "shardkit, auto"),
     ("shardkit", "none resident"),
+    ("shardkit", "compute, read beside"),
 ]
 
 

@@ -29,7 +29,7 @@ MODELS: list[Any] = []  # of shardkit, to be closed
 def main() -> None:
     """Run the one that is named."""
     dtype, who, source, resident, ring, tokens, forwards = sys.argv[1:]
-    if who in ("shardkit", "planned"):
+    if who in ("shardkit", "planned", "beside"):
         load_libraries(BY_DTYPE[dtype])
     held = [holding()]
     once = CONTENDERS[who](BY_DTYPE[dtype], Path(source), int(resident), int(ring), int(tokens))
@@ -223,6 +223,20 @@ def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> 
     return once
 
 
+def beside(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """All of the model in memory, and the same blocks read for nothing while it computes: what reading takes from computing."""
+    compute, read = shardkit(llama, source, LAYERS, ring, tokens), floor(llama, source, resident, ring, tokens)
+
+    def once() -> float | None:
+        reading = threading.Thread(target=read)
+        reading.start()
+        told = compute()
+        reading.join()
+        return told
+
+    return once
+
+
 def runs(source: Path, resident: int) -> Iterator[tuple[Path, int, int]]:
     """For each block that streams its sectors of the source."""
     import shardkit
@@ -243,7 +257,14 @@ def huge(nbytes: int) -> memoryview:
     return memoryview(mapping)[start : start + nbytes]
 
 
-CONTENDERS = {"shardkit": shardkit, "planned": planned, "reading": reading, "accelerate": accelerate, "floor": floor}
+CONTENDERS = {
+    "shardkit": shardkit,
+    "planned": planned,
+    "reading": reading,
+    "accelerate": accelerate,
+    "floor": floor,
+    "beside": beside,
+}
 
 if __name__ == "__main__":
     main()
