@@ -83,7 +83,7 @@ def _made(
         try:
             return load(None, state_dict={**weights, **read} if read else weights, **options)
         except ReadOnly as refusal:
-            if len(read) > _FEW:
+            if len(read) >= _FEW:
                 raise  # it writes to all there are, one by one, and each time is made anew
             found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
             if not found:

@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from accelerators import KIND, RUNNERS, needs_one
-from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget
-from shardkit.load import close, from_pretrained
+from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget, ReadOnly
+from shardkit.load import close, from_pretrained, tensors
 from shardkit.load.pager import Streamed
+from shardkit.load.transformers_model import _made
 from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, half, llama, logits, mixtral
 
 transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
@@ -95,6 +96,22 @@ def test_what_transformers_writes_to_while_it_loads_is_what_it_makes_of_it(devic
         assert torch.equal(ours.state_dict()[name] + 0, weight), name
     with torch.no_grad():
         assert torch.equal(ours(IDS).last_hidden_state, theirs(IDS).last_hidden_state)
+
+
+def test_weights_that_are_written_to_are_read_if_they_are_few(tmp_path: Path) -> None:
+    torch.save({f"weight{number}": torch.ones(4) for number in range(20)}, tmp_path / "model.pt")
+    weights = tensors(tmp_path / "model.pt")
+
+    def load(_: None, *, state_dict: Mapping[str, torch.Tensor]) -> Any:
+        for weight in state_dict.values():
+            weight.zero_()
+        return state_dict, {}
+
+    few: Any = {name: weights[name] for name in list(weights)[:3]}
+    made: Any = _made(load, few)[0]
+    assert [weight.tolist() for weight in made.values()] == [[0.0] * 4] * 3
+    with pytest.raises(ReadOnly, match="zero_ would write to a Paged"):
+        _made(load, weights)
 
 
 def test_no_weight_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

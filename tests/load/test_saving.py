@@ -72,7 +72,7 @@ def test_torch_saves_what_is_at_an_address_and_refuses_the_hooks_of_a_model_with
     torch.save(target, tmp_path / "model.pt")
     (tmp_path / "source.pt").unlink()
     assert {name: values(t) for name, t in torch.load(tmp_path / "state.pt").items()} == expected
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)  # a whole module, written by this test
     assert {type(each) for each in loaded.parameters()} == {nn.Parameter}
     assert state_of(loaded) == expected
 
