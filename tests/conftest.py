@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 # A busy machine makes no test wrong; what hangs is ended by pytest-timeout.
 settings.register_profile("shardkit", deadline=None)
 settings.load_profile("shardkit")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes in the calling thread alone, from the first test of the module that asks for it to the module's last.
+
+    For tests that fork, because the threads of OpenMP do not exist in the child, and for tests of small models in many
+    threads, where the threads of each would only wait for one another.
+    """
+    import torch
+
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)

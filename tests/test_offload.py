@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shardkit
+from aligned import aligned
 from libraries import peer
 from shardkit.dtypes import BY_CODE, DTYPES
 from shardkit.edits import Edits
@@ -148,11 +149,11 @@ def test_transformers_and_accelerate_load_it_as_it_lies(model: Path, tmp_path: P
     shardkit.offload_prep(model, out, max_shard=bound)
     tokens = torch.tensor([[1, 2, 3]])
     expected = llama()(tokens).logits
-    assert torch.equal(transformers.LlamaForCausalLM.from_pretrained(out)(tokens).logits, expected)
+    assert torch.equal(aligned(transformers.LlamaForCausalLM.from_pretrained(out))(tokens).logits, expected)
     with accelerate.init_empty_weights():
         empty = transformers.LlamaForCausalLM(llama().config)
     loaded = accelerate.load_checkpoint_and_dispatch(empty, out, device_map={"": "cpu"})
-    assert torch.equal(loaded(tokens).logits, expected)
+    assert torch.equal(aligned(loaded)(tokens).logits, expected)
 
 
 def test_the_loader_streams_from_it(model: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""A model of Diffusers from its folder, in one line: what Diffusers itself loads, bit for bit, over CPU and disk."""
+"""A model of Diffusers from its folder, in one line: what Diffusers itself computes with aligned weights, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from accelerators import needs_one
+from aligned import aligned
 from shardkit.errors import LoadError, Mismatch
 from shardkit.load import close, diffusers_model, from_pretrained
 from shardkit.load.model_folder import ModelFolder, Request
 from shardkit.load.pager import Streamed
 
 diffusers = pytest.importorskip("diffusers", reason="its models are loaded here")
-# Diffusers warns of what it will drop one day.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),  # it warns of what it will drop one day
+]
 
 Given = dict[str, Any]  # Any, here and below: Diffusers leaves its models half typed
 BLOCKS: Given = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
@@ -112,15 +115,6 @@ DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
 WITH_ACCELERATOR: dict[str, Callable[[nn.Module], Any]] = {"all there": lambda model: 0, "by turns": by_turns}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that several threads would do nothing but wait for each other."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
-
-
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -159,7 +153,7 @@ def test_outputs_are_those_of_the_model_that_diffusers_loads(
 ) -> None:
     make, given = MODELS[name]
     kind = type(saved(tmp_path, make()))
-    theirs = kind.from_pretrained(str(tmp_path), torch_dtype=dtype)
+    theirs = aligned(kind.from_pretrained(str(tmp_path), torch_dtype=dtype))
     ours = from_pretrained(tmp_path, (DEVICE_MAPS | WITH_ACCELERATOR)[device_map](theirs), dtype, ring=2)
     assert type(ours) is kind
     assert not ours.training
@@ -208,7 +202,7 @@ def test_a_class_that_has_become_several_is_the_one_that_diffusers_takes(device_
 
 def test_without_a_type_it_has_that_of_most_of_its_weights(tmp_path: Path) -> None:
     saved(tmp_path, wan().to(torch.bfloat16))
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    theirs = aligned(diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
     ours = from_pretrained(tmp_path, "disk")
     assert ours.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert {name: each.dtype for name, each in ours.state_dict().items()} == {n: e.dtype for n, e in theirs.state_dict().items()}
@@ -249,7 +243,7 @@ def test_shards_go_before_one_file_as_in_diffusers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shutil.move(tmp_path / "kept", tmp_path / "diffusion_pytorch_model.safetensors")
     assert torch.equal(output(from_pretrained(tmp_path)), output(model))
-    assert torch.equal(output(diffusers.UNet2DModel.from_pretrained(tmp_path)), output(model))
+    assert torch.equal(output(aligned(diffusers.UNet2DModel.from_pretrained(tmp_path))), output(model))
 
 
 def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> None:

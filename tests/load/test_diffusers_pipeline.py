@@ -1,10 +1,10 @@
-"""A pipeline of Diffusers from its folder, in one line: the images that Diffusers makes, bit for bit, over CPU and disk."""
+"""A pipeline of Diffusers from its folder, in one line: the images that Diffusers makes of aligned weights, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from accelerators import needs_one
+from aligned import aligned
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import close, explain, from_pretrained
 from shardkit.load.account import PipelineExplanation
@@ -27,6 +28,7 @@ huggingface_hub: Any = pytest.importorskip("huggingface_hub")
 transformers: Any = pytest.importorskip("transformers", reason="its encoders are parts of them")
 pytestmark = [
     pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),  # it warns of what it will drop one day
 ]
 
@@ -101,20 +103,11 @@ def saved(folder: Path, make: Callable[[Path], Any] = stable_diffusion, **option
     """A pipeline that is saved in *folder*, as Diffusers loads it."""
     torch.manual_seed(0)
     make(folder.parent / f"{folder.name}-parts").save_pretrained(folder, **options)
-    return diffusers.DiffusionPipeline.from_pretrained(folder)
+    return aligned(diffusers.DiffusionPipeline.from_pretrained(folder))
 
 
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that several threads would do nothing but wait for each other."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 @pytest.fixture
@@ -216,7 +209,7 @@ def test_what_is_given_for_a_part_is_taken_as_it_is(folder: Path) -> None:
 
 def test_a_type_is_given_to_all_models(folder: Path) -> None:
     saved(folder)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    theirs = aligned(diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
     ours = from_pretrained(folder, "disk", torch_dtype=torch.bfloat16, use_safetensors=True)
     assert {ours.unet.dtype, ours.vae.dtype, ours.text_encoder.dtype} == {torch.bfloat16}
     assert torch.equal(images(ours), images(theirs))
@@ -232,7 +225,7 @@ def test_a_variant_is_for_the_models_that_have_it_and_their_types_are_as_stored(
     ours = from_pretrained(folder, "disk", variant="fp16")
     assert (ours.unet.dtype, ours.text_encoder.dtype, ours.vae.dtype) == (torch.float16, torch.float16, torch.float32)
     assert torch.equal(ours.unet.conv_in.weight.read(), other.unet.conv_in.weight)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32)
+    theirs = aligned(diffusers.DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32))
     assert torch.equal(images(from_pretrained(folder, "disk", "float32", variant="fp16")), images(theirs))
     with pytest.raises(LoadError, match="`variant=int8`"):
         from_pretrained(folder, variant="int8")

@@ -33,7 +33,8 @@ from shardkit.load.stream import _READERS
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the paths of descriptors"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 if sys.platform == "linux":
@@ -323,7 +324,7 @@ def test_what_one_thread_raises_is_no_other_threads_business(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert (len(right), all(right), len(raised)) == (180, True, 180)
     gc.collect()
     nothing_left(model)
@@ -361,7 +362,7 @@ def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(folder
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(200)
     assert (len(right), all(right)) == (8000, True)
     nothing_left(model)
 
@@ -441,6 +442,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from torch import nn
+torch.set_num_threads(1)  # the threads of OpenMP do not exist in the child of a fork, and there must be memory to start them
 folder, width, layers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 sys.path[:0] = sys.argv[4:]
 from shardkit.errors import FormatError, LoadError
@@ -468,7 +470,7 @@ def program(body: str, folder: Path, *, width: int = WIDTH, layers: int = LAYERS
     """Run *body* in a process of its own that has the model."""
     tests = Path(__file__).parent.parent
     command = [sys.executable, "-c", MODEL + body, str(folder), str(width), str(layers), str(tests.parent), str(tests / "crash")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
 FORKS = """
@@ -619,7 +621,6 @@ def test_a_process_ends_with_reads_in_flight(last: str, folder: Path) -> None:
 
 NO_MEMORY = """
 import resource
-torch.set_num_threads(1)  # OpenMP ends the process where it cannot make threads
 def limited(more):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))

@@ -117,6 +117,7 @@ def test_nothing_takes_no_memory(runtime: Runtime, pinned: Pinned) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_child_of_a_fork_reads_what_is_kept_and_lets_nothing_go(runtime: Runtime) -> None:
     memory = kept_memory(NBYTES, CUDA).fill_(9)

@@ -1,4 +1,4 @@
-"""A model from its folder, in one line: what Transformers itself loads, bit for bit, over CPU and disk."""
+"""A model from its folder, in one line: what Transformers itself computes with aligned weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from accelerators import KIND, RUNNERS, needs_one
+from aligned import aligned
 from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget, ReadOnly
 from shardkit.load import close, from_pretrained, tensors
 from shardkit.load.pager import Streamed
@@ -58,7 +59,7 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(
     kind: Any, device_map: str, dtype: str | torch.dtype, tmp_path: Path
 ) -> None:
-    theirs = kind.from_pretrained(tmp_path, dtype=dtype)
+    theirs = aligned(kind.from_pretrained(tmp_path, dtype=dtype))
     ours: Any = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), dtype, ring=2)
     assert type(ours) is kind
     assert not ours.training
@@ -90,7 +91,7 @@ def test_what_transformers_writes_to_while_it_loads_is_what_it_makes_of_it(devic
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, pad_token_id=3
     )
     kind = type(saved(tmp_path, transformers.ChineseCLIPTextModel(config)))
-    theirs = kind.from_pretrained(tmp_path)  # which makes a row of its embedding zero
+    theirs = aligned(kind.from_pretrained(tmp_path))  # which makes a row of its embedding zero
     ours = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), ring=2)
     for name, weight in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name] + 0, weight), name
@@ -144,7 +145,7 @@ def test_attention_is_what_is_asked_for(tmp_path: Path) -> None:
     saved(tmp_path)
     model = from_pretrained(tmp_path, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    theirs = aligned(transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager"))
     assert torch.equal(logits(model), logits(theirs))
 
 
@@ -152,7 +153,7 @@ def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> N
     saved(tmp_path)
     model: Any = from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000})
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
-    assert torch.equal(logits(model), logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path)))
+    assert torch.equal(logits(model), logits(aligned(transformers.LlamaForCausalLM.from_pretrained(tmp_path))))
     with pytest.raises(OverBudget, match="would land on disk"):
         from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000}, offload="never")
 
@@ -370,7 +371,7 @@ def test_a_checkpoint_in_fp8_is_what_transformers_makes_of_it_and_a_warning_says
     (tmp_path / "model.safetensors").unlink()
     torch.save(narrow | scales, tmp_path / "pytorch_model.bin")
     edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    theirs = aligned(transformers.LlamaForCausalLM.from_pretrained(tmp_path))
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(theirs))
     with pytest.warns(UserWarning, match=r"in memory, and not streamed.*q_proj\.weight"):
         assert torch.equal(logits(from_pretrained(tmp_path, "disk")), logits(theirs))

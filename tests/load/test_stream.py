@@ -306,6 +306,7 @@ def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path
 
 @forks
 @threaded
+@pytest.mark.usefixtures("one_thread")
 def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
     stream = streaming(file, CpuLane())
     use(stream, 0)
@@ -321,6 +322,7 @@ def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
 
 @forks
 @threaded
+@pytest.mark.usefixtures("one_thread")
 def test_the_child_of_a_fork_has_what_is_held_while_it_forks(file: Path) -> None:
     stream = streaming(file, CpuLane())
     tensors = stream.claim(3, "visit")
@@ -350,6 +352,7 @@ class WatchedLane(LateLane):
 
 @forks
 @threaded
+@pytest.mark.usefixtures("one_thread")
 def test_the_child_of_a_fork_lets_go_of_nothing_that_is_on_the_device_of_its_parent(file: Path) -> None:
     lane = WatchedLane()
     streams = [streaming(file, lane)]
@@ -650,6 +653,7 @@ def test_a_close_in_the_middle_of_something_else_of_its_thread_waits_for_nobody(
 
 @forks
 @threaded
+@pytest.mark.usefixtures("one_thread")
 def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_there(file: Path) -> None:
     stream, payloads = counted(file)
     payloads[1].go.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from aligned import aligned
 from shardkit.load import Paged, tensors
 from small_models import MODELS, llama, logits
 from truth import values
@@ -36,7 +37,7 @@ def test_a_model_loads_without_reading_and_is_the_one_the_library_loads(
     model: Any, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     model.save_pretrained(tmp_path)
-    theirs = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
+    theirs = aligned(type(model).from_pretrained(tmp_path, dtype=dtype)).eval()
     found = tensors(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "aside")  # who reads now, fails
     ours, report = type(model).from_pretrained(None, config=model.config, state_dict=found, dtype=dtype, output_loading_info=True)
