@@ -55,12 +55,13 @@ class Candidate:
 
     def incomplete(self, folder: Path, hint: str = "") -> Malformed:
         """The error that names what is missing."""
+        are = "is" if len(self.missing) == 1 else "are"
         count = f"{len(self.missing):,} of the {len(self.files):,} files"
         hint = f"finish the download{hint}"
         if self.index is None:
-            message = f"{count} of the set {shown(self.name)} are missing: {named(self.missing)}"
+            message = f"{count} of the set {shown(self.name)} {are} missing: {named(self.missing)}"
             return Malformed(folder, message, hint=hint)
-        message = f"{count} that it lists are missing: {named(self.missing)}"
+        message = f"{count} that it lists {are} missing: {named(self.missing)}"
         return Malformed(folder / self.name, message, hint=hint)
 
 

@@ -116,7 +116,7 @@ def compare(
 
 def _with_rest(comparison: Comparison, sides: Sequence[Side]) -> Comparison:
     notes = (note for side in sides for note in side.notes())
-    left_out = (part for side in sides for part in side.left_out())
+    left_out = (part for side, other in (sides, sides[::-1]) for part in side.left_out(other))
     return replace(comparison, notes=(*comparison.notes, *notes), left_out=tuple(left_out))
 
 

@@ -13,6 +13,7 @@ from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
 from shardkit.roots import select_root
+from shardkit.tie_records import LISTING
 
 Ties = Literal["keep-first", "copy"]
 
@@ -110,7 +111,7 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     notes: tuple[str, ...] = ()
     if edits.dtype is not None:
         entries, notes = cast_to(entries, edits.dtype)
-    kept, aliases = fold_ties(entries, {"format", *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
+    kept, aliases = fold_ties(entries, {"format", LISTING, *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
     return Edited(kept, aliases, (*checkpoint.left_out, *rooted.left_out), notes)
 
 
@@ -126,7 +127,7 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
 
 
 def fold_ties(
-    entries: Iterable[TensorEntry], reserved: Container[str] = ("format",)
+    entries: Iterable[TensorEntry], reserved: Container[str] = ("format", LISTING)
 ) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
     """The entries whose bytes are not those of an earlier one, and for each other one its name to that earlier name.
 

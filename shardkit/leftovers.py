@@ -43,7 +43,7 @@ class Reader:
 
     def left_out(self, beside: Sequence[Beside]) -> tuple[LeftOut, ...]:
         """What *beside* holds of weights, each with the reason why it was not read."""
-        files = {each.path: each for each in beside if "/" not in each.path and each.role.is_weights}
+        files = {each.path: each for each in beside if _is_file(each)}
         sets = [each for each in shard_sets(files) if len(each.names) > 1]
         in_sets = {name for each in sets for name in each.names.values()}
         single = (self._of(each) for each in beside if each.path not in in_sets)
@@ -63,12 +63,15 @@ class Reader:
         """The indexes that were of no use; for others, their shards speak."""
         for each in self.passed:
             if each.missing and each.index is not None:
-                reason = f"{len(each.missing):,} of its {len(each.files):,} files are missing: {named(each.missing)}"
+                are = "is" if len(each.missing) == 1 else "are"
+                reason = f"{len(each.missing):,} of its {len(each.files):,} files {are} missing: {named(each.missing)}"
                 yield LeftOut(each.name, (self.folder / each.name).stat().st_size, reason)
         for name in self.broken:
             yield LeftOut(name, (self.folder / name).stat().st_size, "an index that cannot be read")
 
     def _reason(self, beside: Beside) -> str:
+        if beside.count > 1:
+            return f"{beside.count:,} files, judged by their names"
         match beside.role:
             case Role.NOT_FETCHED:
                 return _NOT_FETCHED
@@ -99,6 +102,10 @@ class Reader:
     def _is_twin(self, name: str) -> bool:
         """Whether it is called like what was read, but for its ending."""
         return name.rpartition(".")[0] == expanded(self.chosen).rpartition(".")[0]
+
+
+def _is_file(beside: Beside) -> bool:
+    return "/" not in beside.path and beside.role.is_weights and beside.count == 1
 
 
 def with_left_out(checkpoint: Checkpoint, reader: Reader) -> Checkpoint:

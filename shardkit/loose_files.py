@@ -13,11 +13,12 @@ from shardkit.errors import FormatError, UnknownFormat, shown
 from shardkit.format import Source
 from shardkit.leftovers import Reader, with_left_out
 from shardkit.scanner import Scanner, is_regular
-from shardkit.surroundings import holds_weights, surroundings
+from shardkit.surroundings import Beside, holds_weights, surroundings
 from shardkit.weight_names import is_adapter, likeliness, training_state, variant_of
 
 _MOST_SCANNED = 8
 _MOST_OPENED = 1_000
+_ANYTHING = "give the file or folder with the weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,10 @@ class LooseFiles:
 
     def _no_model(self, names: Sequence[str]) -> UnknownFormat:
         what = [f"{shown(name)} ({training_state(expanded(name))})" for name in names[:_MOST_SCANNED]]
-        file = self.path / min(names, key=likeliness)
         return UnknownFormat(
             self.path,
             f"holds the state of a trainer and no model: {', '.join(what)}",
-            hint=_a_folder(self.path) or f"give the file that is meant, as in {file}",
+            hint=_a_folder(self.path, _with_weights(self.path)) or _ANYTHING,
         )
 
     def _by_folder_format(self, source: Source) -> Checkpoint:
@@ -102,8 +102,12 @@ class LooseFiles:
         for name in self.names:
             if name.endswith(endings) and not (self.path / name).is_dir():
                 self.scanner.file(self.path / name)  # says what is wrong with it
-        found = named(self.names) or "nothing"
-        raise UnknownFormat(self.path, f"holds no weights; it holds {found}", hint=_inside(self.path, self.names))
+        inside = _with_weights(self.path)
+        if inside:
+            message = f"holds weights in subfolders only: {named([each.path for each in inside])}"
+        else:
+            message = f"holds no weights; it holds {named(self.names) or 'nothing'}"
+        raise UnknownFormat(self.path, message, hint=_inside(self.path, self.names, inside))
 
 
 def _may_hold_weights(path: Path, scanner: Scanner) -> bool:
@@ -119,19 +123,22 @@ def _first_of_twins(names: Sequence[str]) -> list[str]:
     return [name for name in names if ".safetensors" in name or name.rpartition(".")[0] not in safe]
 
 
-def _inside(folder: Path, names: Sequence[str]) -> str:
+def _inside(folder: Path, names: Sequence[str], inside: Sequence[Beside]) -> str:
     folders = [name for name in names if (folder / name).is_dir()]
     if "snapshots" in folders:
         return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    if (hint := _a_folder(folder)) is not None:
-        return hint
-    return f"give one of its folders, as in {folder / folders[0]}" if folders else "give the file or folder with the weights"
+    return _a_folder(folder, inside) or _ANYTHING
 
 
-def _a_folder(folder: Path) -> str | None:
-    """A hint at the likeliest subfolder with weights; None if there is none."""
-    inside = [each for each in surroundings(folder, ()).beside if each.is_folder and each.role.is_weights]
+def _with_weights(folder: Path) -> list[Beside]:
+    """The subfolders of *folder* that hold weights."""
+    beside = surroundings(folder, ()).beside
+    return [each for each in beside if each.is_folder and each.role.is_weights]
+
+
+def _a_folder(folder: Path, inside: Sequence[Beside]) -> str | None:
+    """A hint at the likeliest of the subfolders *inside*; None if there is none."""
     if not inside:
         return None
-    likely = min(inside, key=lambda each: (likeliness(each.path.rstrip("/").rpartition("/")[2]), -each.nbytes))
+    likely = min(inside, key=lambda each: (likeliness(each.path[:-1].rpartition("/")[2]), -each.nbytes))
     return f"give one of its folders, as in {folder / likely.path}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardkit import index, registry, shards
-from shardkit.candidates import Candidate, of_index, stored
+from shardkit.candidates import Candidate, named, of_index, stored
 from shardkit.checkpoint import Checkpoint, LeftOut, SourceFile
 from shardkit.errors import FormatError, LimitExceeded, shown, shown_path
 from shardkit.expansion import expansion
@@ -51,11 +51,11 @@ class Scanner:
             return checkpoint
         others = _other_shards(path)
         absent = shard.total - 1 - len(others)
-        here = f"the other {len(others):,} are not read" if others else "the others are missing"
-        gone = f", and {absent:,} are missing" if others and absent > 0 else ""
+        gone = f"; {absent:,} more missing" if absent > 0 else ""
+        rest = f"not read: {named(others)}{gone}" if others else "the others are missing"
         note = (
-            f"{shown(path.name)} is shard {shard.number:,} of {shard.total:,} and holds a part of the "
-            f"model; {here}{gone}: give the folder to take all of them"
+            f"{shown(path.name)} is shard {shard.number:,} of {shard.total:,} and holds only a part of "
+            f"the model ({rest}): give the folder to take all of it"
         )
         left_out = tuple(_left_shard(path.parent / name) for name in others)
         return replace(checkpoint, notes=(note, *checkpoint.notes), left_out=left_out)

@@ -103,9 +103,7 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
     on_total(sum(file.nbytes for file in manifest.files))
     found = each(lambda file, report: listed_faults(out, file, manifest.algorithm, report), manifest.files, on_bytes)
     runs = [run for file in manifest.files for run in file.runs]
-    note = (
-        f"compared with the {manifest.algorithm} of {len(manifest.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
-    )
+    note = f"compared with the {manifest.algorithm} of {len(manifest.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
     faults = [fault for faults in found for fault in faults]
     if faults:
         return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))

@@ -81,8 +81,8 @@ def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
     if offers.complete:
         return offers.read(offers.complete[0])
     if scanner.format is None and not offers.faults and _is_of_a_folder_format(source):
-        checkpoint = scanner.scanned(source)
-        return with_left_out(checkpoint, Reader(path, checkpoint.format))
+        scanned = scanner.scanned(source)
+        return with_left_out(scanned, Reader(path, scanned.format))
     if (checkpoint := offers.joined()) is not None:
         return checkpoint
     loose = LooseFiles.among(path, names, scanner)

@@ -57,12 +57,14 @@ class Beside:
         nbytes: bytes of the file, or of the files with weights in the subfolder.
         role: what it is; of a subfolder, what all weights in it are.
         what: a name for a foreign format, if it is of one.
+        count: how many files *path*, then a glob, stands for: those that were not opened.
     """
 
     path: str
     nbytes: int
     role: Role
     what: str = ""
+    count: int = 1
 
     @property
     def is_folder(self) -> bool:
@@ -87,7 +89,7 @@ class Surroundings:
 def surroundings(folder: Path, read: Iterable[Path]) -> Surroundings:
     """What is in *folder* beside the files *read*, which are the weights."""
     files = frozenset(read)
-    walk = _Walk(folder, files, {path.parent for path in files})
+    walk = _Walk(folder, files, {path.parent for path in files}, tuple(registry.suffixes()))
     walk.top()
     walk.found.companions.sort()
     walk.found.beside.sort(key=lambda each: each.path)
@@ -146,21 +148,12 @@ def _claim(path: Path) -> Role | None:
     return Role.FOREIGN_WEIGHTS if foreign(path.name) else None
 
 
-def _role_by_name(path: Path, nbytes: int) -> Role:
-    if _is_listing(path.name):
-        return Role.LISTING
-    if foreign(path.name):
-        return Role.FOREIGN_WEIGHTS
-    if _is_called_weights(path.name):
-        return Role.WEIGHTS
-    return Role.TOO_LARGE if nbytes > LARGEST_COMPANION else Role.COMPANION
-
-
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
     nbytes: int
     role: Role
+    is_opened: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +175,7 @@ class _Walk:
     folder: Path
     read: frozenset[Path]
     read_from: set[Path]
+    endings: tuple[str, ...]
     found: Surroundings = field(default_factory=Surroundings)
     entries: int = 0
     opened: int = 0
@@ -207,13 +201,19 @@ class _Walk:
 
     def _plain(self, here: _Folder, files: list[_File], folders: list[_Folder]) -> None:
         """Take what is in a folder without weights of its own, or in the one at the top."""
+        unopened: dict[tuple[str, Role], list[_File]] = {}
         for file in files:
             if file.role is Role.COMPANION:
                 self.found.companions.append(file.path)
-            elif file.role is not Role.LISTING:
+            elif file.role is not Role.LISTING and file.is_opened:
                 what = foreign(file.path.name) or ""
-                beside = Beside(self._name(file.path), file.nbytes, file.role, what)
-                self.found.beside.append(beside)
+                self.found.beside.append(Beside(self._name(file.path), file.nbytes, file.role, what))
+            elif file.role is not Role.LISTING:
+                unopened.setdefault((file.path.suffix, file.role), []).append(file)
+        for (suffix, role), alike in unopened.items():
+            pattern = self._name(here.path / f"*{suffix}")
+            nbytes = sum(file.nbytes for file in alike)
+            self.found.beside.append(Beside(pattern, nbytes, role, foreign(pattern) or "", len(alike)))
         for folder in folders:
             self._enter(folder)
 
@@ -251,15 +251,25 @@ class _Walk:
                 folders += [below] if below else []
             elif stat.S_ISREG(status.st_mode) and path not in self.read:
                 regular.append((path, status.st_size))
-        regular.sort(key=lambda each: (not _is_called_weights(each[0].name), each[0]))
-        return [self._judged(path, nbytes) for path, nbytes in regular], folders
+        called_so = {path for path, _ in regular if self._is_called_weights(path.name)}
+        regular.sort(key=lambda each: (each[0] not in called_so, -each[1]))
+        return [self._judged(path, nbytes, path in called_so) for path, nbytes in regular], folders
 
-    def _judged(self, path: Path, nbytes: int) -> _File:
-        if self.opened >= _MOST_OPENED:
-            self.by_name += 1
-            return _File(path, nbytes, _role_by_name(path, nbytes))
-        self.opened += 1
-        return _File(path, nbytes, role_of(path, nbytes))
+    def _judged(self, path: Path, nbytes: int, is_called_weights: bool) -> _File:
+        if self.opened < _MOST_OPENED:
+            self.opened += 1
+            return _File(path, nbytes, role_of(path, nbytes), True)
+        self.by_name += 1
+        if _is_listing(path.name):
+            role = Role.LISTING
+        elif is_called_weights:
+            role = Role.FOREIGN_WEIGHTS if foreign(path.name) else Role.WEIGHTS
+        else:
+            role = Role.TOO_LARGE if nbytes > LARGEST_COMPANION else Role.COMPANION
+        return _File(path, nbytes, role, False)
+
+    def _is_called_weights(self, name: str) -> bool:
+        return name.endswith(self.endings) or foreign(name) is not None
 
     def _entries(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         try:
@@ -275,5 +285,5 @@ class _Walk:
             try:
                 yield folder / entry.name, entry.stat()
             except OSError:  # a link to nothing, or it is gone by now
-                if entry.is_symlink() and _is_called_weights(entry.name):
+                if entry.is_symlink() and self._is_called_weights(entry.name):
                     self.dangling.append(self._name(folder / entry.name))

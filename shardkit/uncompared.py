@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, LeftOut
@@ -20,11 +21,14 @@ class Side:
     checkpoint: Checkpoint
     parts: Sequence[LeftOut] = ()
 
-    def left_out(self) -> Iterator[LeftOut]:
-        """Weights that are not compared, under the path of this side."""
+    def left_out(self, other: Side | None = None) -> Iterator[LeftOut]:
+        """Weights that are not compared, under the path of this side; what the *other* side read was."""
         folder = self.path if self.path.is_dir() else self.path.parent
+        read = [os.path.abspath(file.path) for file in other.checkpoint.files] if other else []
         for part in self.checkpoint.left_out:
-            yield replace(part, path=os.path.join(folder, part.path))
+            pattern = os.path.abspath(folder / part.path) + ("/*" if part.path.endswith("/") else "")
+            if not any(fnmatchcase(file, pattern) for file in read):
+                yield replace(part, path=os.path.join(folder, part.path))
         for part in self.parts:
             if part.nbytes:
                 yield replace(part, path=f"{self.path}: {part.path}")

@@ -78,6 +78,7 @@ _FOREIGN: Mapping[str, str] = {
     ".tensors": "file of tensorizer",
 }
 _TF_CHECKPOINT = re.compile(r".+\.data-\d{5}-of-\d{5}|.+\.ckpt(-\d+)?\.index|model\.ckpt-\d+\.index")
+_STEP = re.compile(r"(checkpoint|step|epoch|global_step)[-_=]?(\d{1,12})\b.*")
 _ADAPTER = re.compile(r"adapter_model\b.*|.*lora_weights\.(safetensors|bin)")
 
 
@@ -183,15 +184,20 @@ def is_adapter(name: str) -> bool:
 
 
 def likeliness(name: str) -> tuple[object, ...]:
-    """A key that sorts the names of files and folders: the likeliest to be the model first."""
+    """A key that sorts the names of files and folders: the likeliest to be the model first.
+
+    Of the steps of one run the last comes first.
+    """
+    step = _STEP.fullmatch(name)
     stem = name.split(".", maxsplit=1)[0].split("-", maxsplit=1)[0]
-    unlikely = training_state(name) is not None or name.startswith(("optimizer", "optim", "global_"))
+    unlikely = training_state(name) is not None or name.startswith("optim")
     known = ("model", "transformer", "unet", "pytorch_model", "diffusion_pytorch_model", "module")
     return (
         unlikely,
         variant_of(name) is not None or is_adapter(name),
         not stem.startswith(known) and "model" not in name,
         not name.endswith(".safetensors"),
+        -int(step[2]) if step else 0,
         len(name),
         name,
     )

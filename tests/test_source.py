@@ -274,7 +274,7 @@ def test_the_entry_of_a_cache_says_where_its_snapshots_are(tmp_path: Path) -> No
 def test_a_snapshot_whose_blobs_are_missing_lists_them(tmp_path: Path) -> None:
     snapshot = cached(tmp_path, shards(tmp_path / "m", parts=TWO))
     (tmp_path / "models--a--b" / "blobs" / "blob-of-m-2-safetensors").unlink()
-    with pytest.raises(Malformed, match=r"1 of the 2 files that it lists are missing: 'm-2\.safetensors'"):
+    with pytest.raises(Malformed, match=r"1 of the 2 files that it lists is missing: 'm-2\.safetensors'"):
         source.open(snapshot)
 
 
