@@ -94,6 +94,23 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Weights that are beside what was read, or beside the model in it, and are not converted.
+
+    Attributes:
+        path: of a file or subfolder (which ends in a slash), relative to the folder that was
+            opened; or the dotted path of an object inside a file.
+        nbytes: bytes of the file, of the weight files in the subfolder, or of the tensors in the
+            object.
+        reason: for a person.
+    """
+
+    path: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file as it was when it was scanned, so that a change is noticed before the output is committed."""
 
@@ -130,6 +147,7 @@ class Checkpoint:
         files: the files that were read.
         format: name of the format, as `shardkit formats` lists it.
         notes: sentences that the user should see: conflicts settled, things ignored.
+        left_out: files and subfolders with weights beside what was read.
     """
 
     tensors: tuple[TensorEntry, ...]
@@ -138,6 +156,7 @@ class Checkpoint:
     files: tuple[SourceFile, ...] = ()
     format: str = ""
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def nbytes(self) -> int:

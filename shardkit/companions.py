@@ -7,24 +7,13 @@ hidden, recognised by no format, no index, no manifest, no record of blocks, and
 from __future__ import annotations
 
 import json
-import os
-import stat
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit import registry
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import FormatError, UnknownFormat
-from shardkit.format import Source
-from shardkit.limits import Limits
-from shardkit.manifest import MANIFEST_NAME
-from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent
-from shardkit.plan import OutputFile, is_shard_name
-
-_LARGEST = 50_000_000
-_DEEPEST = 8  # folders below the source; a guard against circles of symlinks
+from shardkit.plan import OutputFile
+from shardkit.surroundings import surroundings
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,59 +48,8 @@ class ModelConfig:
 
 def companions(folder: Path, checkpoint: Checkpoint) -> tuple[OutputFile, ...]:
     """The companions of *checkpoint*, which was read from *folder*, as files to be copied."""
-    weights = {file.path for file in checkpoint.files}
-    return tuple(_copied(folder, path) for path in sorted(_found(folder, weights, _DEEPEST)))
-
-
-def _found(folder: Path, weights: set[Path], depth: int) -> Iterator[Path]:
-    paths = [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    yield from (path for path in paths if path not in weights and _comes_along(path))
-    for path in paths:
-        if path.is_dir() and depth:
-            yield from _below(path, weights, depth - 1)
-
-
-def _below(folder: Path, weights: set[Path], depth: int) -> Iterable[Path]:
-    """The companions in a subfolder; none where it holds weights, which are a checkpoint of their own."""
-    try:
-        names = [folder / name for name in os.listdir(folder)]
-    except OSError:
-        return ()
-    if any(path in weights or _is_weights(path) for path in names):
-        return ()
-    return _found(folder, weights, depth)
-
-
-def _comes_along(path: Path) -> bool:
-    # A pointer of git-lfs, or what a download left, can bear the name of a shard and be no weights. A manifest, or a
-    # record of blocks, tells of the folder that it lies in, and of no other.
-    ours = is_shard_name(path.name) or path.name in (MANIFEST_NAME, OFFLOAD_NAME)
-    return _is_small_file(path) and not _is_index(path) and not ours and not _is_weights(path)
-
-
-def _is_small_file(path: Path) -> bool:
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST
-
-
-def _is_index(path: Path) -> bool:
-    return path.name.endswith(".json") and ".index." in path.name
-
-
-def _is_weights(path: Path) -> bool:
-    """Whether a format or a codec claims the file; one that is broken where a format would look is no companion either."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    try:
-        source = Source.file(path, Limits())
-        return registry.codec_of(source) is not None or bool(registry.recognise(source))
-    except UnknownFormat as error:
-        return error.claimed
-    except FormatError:
-        return True
+    found = surroundings(folder, (file.path for file in checkpoint.files))
+    return tuple(_copied(folder, path) for path in found.companions)
 
 
 def _copied(folder: Path, path: Path) -> OutputFile:

@@ -6,63 +6,22 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import registry, source
-from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
+from shardkit import source
+from shardkit.checkpoint import TensorEntry
+from shardkit.comparison import Comparison, Difference
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
-from shardkit.errors import shown_path
-from shardkit.format import Source
-from shardkit.freshness import record_in
-from shardkit.integrity import archive_faults, archives, block_fault, listed_faults, manifest_of, said
 from shardkit.limits import Limits
-from shardkit.manifest import MANIFEST_NAME, Manifest
-from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Payload
 from shardkit.roots import select_root
-
-Change = Literal["added", "removed", "dtype", "shape", "bytes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One tensor that is not the same on both sides.
-
-    Attributes:
-        name: of the tensor.
-        change: "added" is on the right side only, "removed" on the left only; else the first thing that differs.
-        detail: for a person: both values, or the first element that differs.
-    """
-
-    name: str
-    change: Change
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What came of comparing.
-
-    Attributes:
-        tensors: how many were compared.
-        nbytes: bytes of one side that were compared.
-        differences: what differs, in the order of the left side, then what is on the right only.
-        notes: sentences that the user should see.
-    """
-
-    tensors: int
-    nbytes: int
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def same(self) -> bool:
-        return not self.differences
+from shardkit.soundness import checked
+from shardkit.uncompared import Side
 
 
 def diff(
@@ -88,14 +47,14 @@ def diff(
         FormatError: one of them cannot be read.
         AmbiguousRoot: several subtrees of one could be the model.
     """
-    sides = [source.open(path, limits=limits) for path in (a, b)]
-    chosen = [select_root(checkpoint, root) for checkpoint in sides]
-    notes = tuple(
-        f"{shown_path(Path(path))}: {count} weights that are no dense tensors are not compared"
-        for path, rooted in zip((a, b), chosen, strict=True)
-        if (count := sum(other.is_weight for other in rooted.others))
-    )
-    return replace(compare(chosen[0].tensors, chosen[1].tensors, on_bytes=on_bytes, on_total=on_total), notes=notes)
+    opened = [source.open(path, limits=limits) for path in (a, b)]
+    rooted = [select_root(checkpoint, root) for checkpoint in opened]
+    sides = [
+        Side(Path(path), replace(checkpoint, others=chosen.others), chosen.left_out)
+        for path, checkpoint, chosen in zip((a, b), opened, rooted, strict=True)
+    ]
+    comparison = compare(rooted[0].tensors, rooted[1].tensors, on_bytes=on_bytes, on_total=on_total)
+    return _with_rest(comparison, sides)
 
 
 def verify(
@@ -107,10 +66,12 @@ def verify(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Check that *out* is whole, and that it holds what converting *against* with *edits* gives.
+    """Check that *out* is complete, and that it holds the tensors that converting *against* with *edits* gives.
 
     Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
-    that no byte is missing, the digests of a manifest or of blocks, the CRCs of zip archives; each tensor is read once.
+    that no byte is missing, the digests of a manifest or of blocks, the CRCs of zip archives; each tensor is read once. The
+    notes say what was compared with what, and which tensors carry no checksum. Files beside the weights (config, tokenizer)
+    are compared with nothing but a manifest that lists them.
 
     Args:
         out: what `convert` wrote, or any other checkpoint.
@@ -125,10 +86,14 @@ def verify(
         PlanError: *edits* cannot be applied to *against*.
     """
     if against is None:
-        return _sound(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
+        return checked(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
     written = source.open(out, limits=limits)
-    edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
-    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=edited.notes)
+    origin = source.open(against, limits=limits)
+    edited = edit(origin, replace(edits, ties="copy"))
+    inside = edited.left_out[len(origin.left_out) :]
+    sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
+    comparison = compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total)
+    return _with_rest(replace(comparison, notes=edited.notes), sides)
 
 
 def compare(
@@ -147,6 +112,12 @@ def compare(
     changed = {entry.name: found for (entry, _), found in zip(pairs, _differences(pairs, on_bytes or _unheard), strict=True)}
     differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]
     return Comparison(len(pairs), total, tuple(differences))
+
+
+def _with_rest(comparison: Comparison, sides: Sequence[Side]) -> Comparison:
+    notes = (note for side in sides for note in side.notes())
+    left_out = (part for side, other in (sides, sides[::-1]) for part in side.left_out(other))
+    return replace(comparison, notes=(*comparison.notes, *notes), left_out=tuple(left_out))
 
 
 def _unheard(count: int) -> None:
@@ -204,71 +175,3 @@ def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterat
         count = min(len(a), len(b))
         yield a[:count], b[:count]
         a, b = a[count:], b[count:]
-
-
-def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    """What the files of *out* say about themselves, held against their bytes."""
-    manifest = manifest_of(out, limits)
-    if manifest is not None:
-        return _as_listed(out, manifest, limits, on_bytes, on_total)
-    checkpoint = source.open(out, limits=limits)
-    record = record_in(out, limits)
-    if record is not None:
-        return _as_recorded(checkpoint, record, on_bytes, on_total)
-    zips = archives(checkpoint.files, limits)
-    inside = {archive.path for archive in zips}
-    outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
-    on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
-    faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
-    each(_drained, outside, on_bytes)
-    notes = (*(said(archive) for archive in zips), *_unsummed(outside, _compressed(checkpoint.files, limits)))
-    differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
-    return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, notes)
-
-
-def _compressed(files: Iterable[SourceFile], limits: Limits) -> set[Path]:
-    return {file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None}
-
-
-def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator[str]:
-    """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
-    expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
-    if expanded:
-        yield f"{expanded:,} tensors were expanded, and held against the checksums in their frames, where these have any"
-    if expanded < len(entries):
-        yield f"{len(entries) - expanded:,} tensors carry no checksum: their bytes can be read, and are unchecked"
-
-
-def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    on_total(sum(file.nbytes for file in listed.files))
-    found = each(lambda file, report: listed_faults(out, file, listed.algorithm, report), listed.files, on_bytes)
-    differences = tuple(Difference(fault.name, fault.change, fault.detail) for faults in found for fault in faults)
-    runs = [run for file in listed.files for run in file.runs]
-    note = f"held against the {listed.algorithm} of {len(listed.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
-    if differences:
-        return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
-    checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
-    stored = {entry.payload: entry.nbytes for entry in checkpoint.tensors}
-    return Comparison(len(stored), sum(stored.values()), (), (note,))
-
-
-def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    """The blocks of a folder, which is known to be that of *record*, held against their digests."""
-    on_total(sum(run.stop - run.start for run in record.runs))
-    found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
-    differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in found if fault is not None)
-    listed = {name for run in record.runs for name in run.tensors}
-    checked = {entry.payload for entry in checkpoint.tensors if entry.name in listed}
-    outside = sum(entry.payload not in checked for entry in checkpoint.tensors)
-    notes = [f"held against the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
-    notes += [f"{outside:,} tensors stand in no block, and are unchecked"] if outside else []
-    return Comparison(len(listed), sum(size for _, size in record.dtypes), differences, tuple(notes))
-
-
-def _reads_only(payload: Payload, files: set[Path]) -> bool:
-    return bool(payload.sources) and all(extent.path in files for extent in payload.sources)
-
-
-def _drained(entry: TensorEntry, on_bytes: OnBytes) -> None:
-    for chunk in entry.payload.chunks():
-        on_bytes(len(chunk))

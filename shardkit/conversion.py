@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
-from shardkit.checkpoint import OtherKind
+from shardkit.checkpoint import LeftOut, OtherKind
 from shardkit.compressing import Saving, saving
 from shardkit.copying import OnBytes
 from shardkit.destination import check_output, check_room, partial_folder
@@ -22,7 +22,6 @@ from shardkit.integrity import refuse_changed, refuse_damaged
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
 from shardkit.preparation import Conversion, Terms, prepare, scratch_beside
-from shardkit.roots import LeftOut
 from shardkit.writer import bytes_to_store, write
 
 
@@ -40,7 +39,8 @@ class Report:
         engines: bytes of all files by how they came there (the values of `Engine`).
         aliases: folded ties: each other name to the name that is kept.
         cast: tensors whose type was changed.
-        left_out: parts of the source that were not taken, with their bytes.
+        left_out: weights that were not converted, with their bytes: files and subfolders beside
+            what was read, and objects in it.
         objects: names of what is in the source and no tensor.
         calls: functions that the source asks to call, which were not called.
         notes: sentences that the user should see.

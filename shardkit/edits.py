@@ -9,10 +9,11 @@ from fnmatch import translate
 from typing import Literal, get_args
 
 from shardkit.casting import Cast
-from shardkit.checkpoint import Checkpoint, Other, TensorEntry
+from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
-from shardkit.roots import LeftOut, select_root
+from shardkit.roots import select_root
+from shardkit.tie_records import LISTING
 
 Ties = Literal["keep-first", "copy"]
 
@@ -74,7 +75,7 @@ class Edited:
     Attributes:
         entries: the tensors, under the names they will have.
         aliases: for each folded tie, its name to the name of the entry that has its bytes.
-        left_out: parts of the file that are not taken.
+        left_out: weights that are not taken: files and subfolders beside the source, objects in it.
         notes: sentences that the user should see.
     """
 
@@ -110,8 +111,8 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     notes: tuple[str, ...] = ()
     if edits.dtype is not None:
         entries, notes = cast_to(entries, edits.dtype)
-    kept, aliases = fold_ties(entries, {"format", *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
-    return Edited(kept, aliases, rooted.left_out, notes)
+    kept, aliases = fold_ties(entries, {"format", LISTING, *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
+    return Edited(kept, aliases, (*checkpoint.left_out, *rooted.left_out), notes)
 
 
 def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
@@ -126,7 +127,7 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
 
 
 def fold_ties(
-    entries: Iterable[TensorEntry], reserved: Container[str] = ("format",)
+    entries: Iterable[TensorEntry], reserved: Container[str] = ("format", LISTING)
 ) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
     """The entries whose bytes are not those of an earlier one, and for each other one its name to that earlier name.
 

@@ -1,6 +1,7 @@
 """The index of a folder of shards (``*.index.json``): parsed and dumped, without any I/O.
 
-A name in it comes from a stranger and is opened: it may not leave the folder of the index, nor name one file in two ways.
+A name in it comes from a stranger and is opened: it may not leave the folder of the index. ``./`` in a name is dropped. Besides
+the form of Hugging Face, ``{"metadata": …, "weight_map": {name: file}}``, the map alone is an index, as it is for Accelerate.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
     document = parse_json(path, content, limits, where=_WHERE)
     if not isinstance(document, dict):
         raise Malformed(path, f"must be an object, found {shown(document)}", where=_WHERE)
-    weight_map, metadata = document.get("weight_map"), document.get("metadata") or {}
+    is_flat = "weight_map" not in document and all(isinstance(file, str) for file in document.values())
+    weight_map = document if is_flat else document.get("weight_map")
+    metadata = {} if is_flat else document.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map:
         raise Malformed(path, f"weight_map must name a file for each tensor, found {shown(weight_map)}", where=_WHERE)
     if not isinstance(metadata, dict):
@@ -58,7 +61,7 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
     if len(weight_map) > limits.tensors:
         raise LimitExceeded(path, f"lists {len(weight_map):,} tensors", limit="tensors", actual=len(weight_map))
     _check_files(path, weight_map)
-    return Index(weight_map, metadata)
+    return Index({tensor: _without_dots(file) for tensor, file in weight_map.items()}, metadata)
 
 
 def dump(weight_map: Mapping[str, str], total_size: int) -> bytes:
@@ -76,11 +79,16 @@ def _check_files(path: Path, weight_map: dict[str, object]) -> None:
         if not isinstance(name, str):
             raise Malformed(path, f"the file of tensor {shown(tensor)} must be a name, found {shown(name)}", where=_WHERE)
         if name not in fine:
-            fault = fault_of_name(name)
+            fault = fault_of_name(_without_dots(name))
             if fault:
                 message = f"the file of tensor {shown(tensor)}, {shown(name)}, {fault}"
                 raise Malformed(path, message, where=_WHERE, hint=_NAMES)
             fine.add(name)
+
+
+def _without_dots(name: str) -> str:
+    """*name* without steps that stay where they are."""
+    return "/".join(step for step in name.split("/") if step != ".") if "./" in name else name
 
 
 def fault_of_name(name: str) -> str | None:

@@ -7,7 +7,6 @@ prints it, the writer carries it out, resuming and verifying hold the result aga
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-from shardkit import header, index, offload_record
+from shardkit import header, index, offload_record, tie_records
 from shardkit.block_layout import arranged, misaligned
 from shardkit.checkpoint import TensorEntry
 from shardkit.codec import Codec
@@ -235,12 +234,12 @@ class _Folds:
 
     def size(self, entry: TensorEntry) -> int:
         """Bytes that *entry* takes in a shard, with its line of the header and the records of its ties."""
-        records = sum(len(json.dumps(alias)) + len(json.dumps(entry.name)) + 2 for alias in self.others.get(entry.name, ()))
+        records = sum(tie_records.room(alias, entry.name) for alias in self.others.get(entry.name, ()))
         return entry.nbytes + header.room(entry) + records
 
     def metadata(self, run: Sequence[TensorEntry]) -> dict[str, str]:
         records = {alias: entry.name for entry in run for alias in self.others.get(entry.name, ())}
-        return {**self.base, **records}
+        return {**self.base, **tie_records.recorded(records)}
 
 
 def _folder(

@@ -13,25 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from shardkit.checkpoint import Checkpoint, Other, TensorEntry
+from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
 from shardkit.dtypes import U8
 from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown
 from shardkit.sizes import format_size
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A part of the file that is not converted.
-
-    Attributes:
-        name: dotted path of the subtree.
-        nbytes: bytes of the tensors in it.
-        reason: for a person.
-    """
-
-    name: str
-    nbytes: int
-    reason: str
 
 
 @dataclass(slots=True)

@@ -1,35 +1,40 @@
 """Open a path: a file, a compressed file, an index or a folder → `Checkpoint`.
 
-1. Nothing is opened before it is known to be a regular file: a pipe would block for ever. Links are followed, as the caches of
-   Hugging Face are made of them.
-2. Content decides what a file is. Only an index may also be told by its name.
-3. A folder is its index; without one it is the file in it that Hugging Face's loaders take; without one, what a format for
-   folders makes of it; and else its one file with weights.
+1. A folder is the first complete candidate in it, in the order of transformers (`shardkit.candidates`); without one, what a
+   format for folders makes of it; and else its one file with weights.
+2. Whatever else in the folder holds weights is reported as left out.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shardkit import index, registry, shards
-from shardkit.checkpoint import Checkpoint, SourceFile
-from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, listed, shown, shown_path
-from shardkit.expansion import expansion
-from shardkit.format import Format, Source
-from shardkit.freshness import record_in, refuse_stale
+from shardkit import registry
+from shardkit.candidates import (
+    Candidate,
+    expanded,
+    in_order,
+    of_shards,
+    refuse_rivals,
+    sets_in_order,
+)
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import FormatError, UnknownFormat, shown
+from shardkit.format import Source
+from shardkit.leftovers import Reader, with_left_out
 from shardkit.limits import Limits
-from shardkit.payload import read_all, unreadable
+from shardkit.loose_files import LooseFiles
+from shardkit.payload import unreadable
+from shardkit.scanner import Scanner, is_folder, is_regular
+from shardkit.surroundings import holds_weights
+from shardkit.weight_names import is_index, likeliness, variant_of
 
-_INDEX_NAME = re.compile(r".+\.index(\..+)?\.json")
-_PREFERRED = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face's loaders take, in their order
-_LISTED = 8
+_MOST_INDEXES = 8
 
 
 def open(
@@ -52,173 +57,136 @@ def open(
         PlanError: there is no format called *format*.
         PluginError: a plugin that is needed cannot be used.
     """
-    opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
+    scanner = Scanner(registry.format_named(format) if format else None, limits, scratch)
     path = Path(path)
     with collector_paused(), failures_told(path):
-        return opener.folder(path) if _is_folder(path) else opener.file(path)
+        return _opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner)
 
 
-@dataclass(frozen=True, slots=True)
-class _Opener:
-    format: Format | None
-    limits: Limits
-    scratch: Path | None
+def _opened_file(path: Path, scanner: Scanner) -> Checkpoint:
+    source = scanner.source(path)
+    if not _is_index(source):
+        return scanner.alone(source)
+    return with_left_out(scanner.indexed(source), Reader(path.parent, path.name))
 
-    def file(self, path: Path) -> Checkpoint:
-        """The checkpoint in a regular file, which may be an index."""
-        source = self._source(path)
-        return self._indexed(source) if _is_index(source) else self._scanned(source)
 
-    def folder(self, path: Path) -> Checkpoint:
-        source = Source.folder(path, self.limits)
-        if self.format and self.format.sniff(source):
-            return self._scanned(source)
-        names = [name for name in source.names or () if not name.startswith(".")]
-        indexes = [name for name in names if _INDEX_NAME.fullmatch(name)]
-        if indexes:
-            chosen = _chosen_index(path, indexes)
-            return _with_note(self._indexed(self._source(path / chosen)), chosen, indexes)
-        if self.format is None and not set(names).intersection(_PREFERRED) and _is_of_a_folder_format(source):
-            return self._scanned(source)
-        weights = [name for name in names if _is_regular(path / name) and self._may_hold_weights(path / name)]
-        if len(weights) > 1:
-            return self._one_of(path, weights)
-        if weights:
-            self._refuse_stale(path, {_expanded(name): path / name for name in weights})
-            return self.file(path / weights[0])
-        return self._by_folder_format(source, names)
+def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
+    source = Source.folder(path, scanner.limits)
+    names = [name for name in source.names or () if not name.startswith(".")]
+    if scanner.format and scanner.format.sniff(source):
+        return with_left_out(scanner.scanned(source), Reader(path, scanner.format.name))
+    variants = [name for name in names if variant_of(name) is not None]
+    defaults = [name for name in names if variant_of(name) is None]
+    offers = _Offers.among(path, defaults, scanner, variants)
+    if offers.complete:
+        return offers.read(offers.complete[0])
+    if scanner.format is None and not offers.faults and _is_of_a_folder_format(source):
+        scanned = scanner.scanned(source)
+        return with_left_out(scanned, Reader(path, scanned.format))
+    if (checkpoint := offers.joined()) is not None:
+        return checkpoint
+    loose = LooseFiles.among(path, names, scanner)
+    if not loose.models:  # a variant that is alone needs no request
+        offers = _Offers.among(path, variants, scanner)
+        if (checkpoint := offers.read(offers.complete[0]) if offers.complete else offers.joined()) is not None:
+            return checkpoint
+    return loose.checkpoint(source)
 
-    def _one_of(self, folder: Path, names: Sequence[str]) -> Checkpoint:
-        """The file that Hugging Face would take, or else the only one of *names* that holds a tensor."""
-        for preferred in _PREFERRED:
-            if preferred in names:
-                others = [name for name in names if name in _PREFERRED]
-                return _with_note(self.file(folder / preferred), preferred, others)
-        checkpoints = [self.file(folder / name) for name in names[:_LISTED]]
-        bearing = [each for each in checkpoints if each.tensors or any(other.is_weight for other in each.others)]
-        if len(bearing) == 1 and len(checkpoints) == len(names):
-            return bearing[0]
-        raise UnknownFormat(
-            folder,
-            f"holds {len(names)} files with weights and no index that joins them: {_listed(names)}",
-            hint=f"give one of them, as in {folder / names[0]}; if they are shards of one model, fetch its *.index.json",
-        )
 
-    def _by_folder_format(self, source: Source, names: Sequence[str]) -> Checkpoint:
-        if self.format is None:
-            try:
-                return self._scanned(source)
-            except UnknownFormat as error:
-                if error.claimed:
-                    raise
-        endings = tuple(registry.suffixes())
-        for name in names:
-            if name.endswith(endings) and not (source.path / name).is_dir():
-                self.file(source.path / name)  # says what is wrong with it
-        found = _listed(names) or "nothing"
-        raise UnknownFormat(source.path, f"holds no weights; it holds {found}", hint=_inside(source.path, names))
+@dataclass(slots=True)
+class _Offers:
+    """The files and indexes of a folder that loaders look for.
 
-    def _may_hold_weights(self, path: Path) -> bool:
-        """Whether a format or codec claims the file, or it is a broken one of theirs."""
+    Attributes:
+        complete: those of which all is there, in their order.
+        incomplete: indexes that list files that are missing.
+        faults: what to say of each index that is incomplete, or cannot be read, by their names.
+        variants: the names of weights in other types than the default.
+    """
+
+    folder: Path
+    names: Sequence[str]
+    scanner: Scanner
+    complete: list[Candidate] = field(default_factory=list)
+    incomplete: list[Candidate] = field(default_factory=list)
+    faults: dict[str, FormatError] = field(default_factory=dict)
+    variants: Sequence[str] = ()
+
+    @classmethod
+    def among(cls, folder: Path, names: Sequence[str], scanner: Scanner, variants: Sequence[str] = ()) -> _Offers:
+        """What *names* in *folder* offer; *variants* are named where it is nothing complete."""
+        offers = cls(folder, names, scanner, variants=variants)
+        indexes = 0
+        for name in in_order(names):
+            indexes += is_index(name)
+            if indexes <= _MOST_INDEXES:
+                offers._add(name)
+        if offers.complete:
+            refuse_rivals(folder, offers.complete)
+        return offers
+
+    def joined(self) -> Checkpoint | None:
+        """The complete set of numbered shards; None if no file is called like one of a set.
+
+        Raises:
+            FormatError: neither an index nor a set is complete.
+        """
+        sets = sets_in_order(self.names)
+        complete = [each for each in sets if each.is_complete]
+        if complete:
+            refuse_rivals(self.folder, [of_shards(each) for each in complete])
+            chosen = complete[0]
+            checkpoint = self.scanner.set(self.folder, chosen)
+            return with_left_out(checkpoint, self._reader(chosen.pattern, self.incomplete))
+        for fault in self.faults.values():
+            raise fault
+        if sets:
+            raise of_shards(sets[0]).incomplete(self.folder, _or_variant(self.folder, self.variants))
+        return None
+
+    def read(self, chosen: Candidate) -> Checkpoint:
+        """The checkpoint that *chosen* is, and a note where loaders choose otherwise."""
+        path = self.folder / chosen.name
+        passed = [each for each in (*self.complete, *self.incomplete) if each is not chosen]
+        if chosen.is_file:
+            self.scanner.refuse_stale(self.folder, {expanded(chosen.name): path})
+            checkpoint = self.scanner.file(path)
+        else:
+            checkpoint = self.scanner.indexed(self.scanner.source(path))
+        rival = next((each for each in passed if each.index and each.is_safe == chosen.is_safe), None)
+        if chosen.is_file and rival is not None and not rival.missing:
+            checkpoint = replace(checkpoint, notes=(_differ(chosen, rival), *checkpoint.notes))
+        return with_left_out(checkpoint, self._reader(chosen.name, passed))
+
+    def _reader(self, chosen: str, passed: Sequence[Candidate]) -> Reader:
+        broken = [name for name in self.faults if all(each.name != name for each in passed)]
+        return Reader(self.folder, chosen, passed, broken)
+
+    def _add(self, name: str) -> None:
+        path = self.folder / name
+        if not is_regular(path):
+            return
+        if not is_index(name):
+            if holds_weights(Source.file(path, self.scanner.limits)):
+                self.complete.append(Candidate(name, (name,)))
+            return
         try:
-            source = Source.file(path, self.limits)
-            return registry.codec_of(source) is not None or bool(registry.recognise(source))
-        except UnknownFormat as error:
-            return error.claimed
-        except FormatError:
-            return True
-
-    def _indexed(self, source: Source) -> Checkpoint:
-        if source.size > self.limits.header_bytes:
-            raise LimitExceeded(source.path, f"the index takes {source.size:,} bytes", limit="header_bytes", actual=source.size)
-        file = SourceFile.of(source.path)
-        listed = index.parse(source.path, bytes(read_all(source.content)), self.limits)
-        paths = {name: _stored(source.path.parent / name) for name in listed.shards}
-        _check_present(source.path, paths)
-        scanned = {name: self._scanned(self._source(path)) for name, path in paths.items()}
-        self._refuse_stale(source.path.parent, paths)
-        joined = shards.joined(source.path, listed, scanned, self.limits)
-        return replace(joined, files=(file, *joined.files))
-
-    def _refuse_stale(self, folder: Path, paths: Mapping[str, Path]) -> None:
-        """Raise Malformed where an offload.json in *folder* tells of other files than *paths*, which it calls as their keys."""
-        record = record_in(folder, self.limits)
-        if record is not None:
-            refuse_stale(folder, record, {name: self._source(path) for name, path in paths.items()})
-
-    def _scanned(self, source: Source) -> Checkpoint:
-        files = () if source.is_folder else (SourceFile.of(source.path),)
-        found = self.format or registry.recognise(source)
-        checkpoint = found.scan(source)
-        return replace(checkpoint, files=checkpoint.files or files, format=found.name)
-
-    def _source(self, path: Path) -> Source:
-        """The regular file *path*, expanded if it is compressed."""
-        _check_regular(path)
-        source = Source.file(path, self.limits, self.scratch)
-        codec = registry.codec_of(source)
-        if codec is None:
-            return source
-        content = expansion(source.content, codec, self.limits, self.scratch)
-        return Source(path, content, limits=self.limits, scratch=self.scratch)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise _missing(path, error) from None
-    return stat.S_ISDIR(mode)
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def _check_regular(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise _missing(path, error) from None
-    if not stat.S_ISREG(mode):
-        raise FormatError(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, and only files and folders can be read")
-
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def _missing(path: Path, error: OSError | ValueError) -> FormatError:
-    if isinstance(error, ValueError):
-        return FormatError(path, f"is no path: {error}")
-    if os.path.islink(path) and not os.path.exists(path):
-        target = shown_path(Path(os.readlink(path)))
-        return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
-    return unreadable(path, error)
+            candidate = self.scanner.listing(self.scanner.source(path))
+        except FormatError as error:
+            self.faults[name] = error
+            return
+        if candidate.missing:
+            self.faults[name] = candidate.incomplete(self.folder, _or_variant(self.folder, self.variants))
+            self.incomplete.append(candidate)
+        else:
+            self.complete.append(candidate)
 
 
 def _is_index(source: Source) -> bool:
-    if _INDEX_NAME.fullmatch(source.path.name.removesuffix(".zst")):
+    if is_index(expanded(source.path.name)):
         return True
     head = source.head.lstrip()
     return head.startswith(b"{") and b'"weight_map"' in head
-
-
-def _chosen_index(folder: Path, names: Sequence[str]) -> str:
-    safe, pickled = ([name for name in names if kind in name] for kind in (".safetensors.", ".bin."))
-    preferred = safe or pickled or names
-    if len(preferred) > 1:
-        hint = f"give one of them, as in {folder / preferred[0]}"
-        raise UnknownFormat(folder, f"holds {len(preferred)} indexes: {_listed(preferred)}", hint=hint)
-    return preferred[0]
 
 
 def _is_of_a_folder_format(source: Source) -> bool:
@@ -235,43 +203,18 @@ def _is_of_a_folder_format(source: Source) -> bool:
         return False
 
 
-def _stored(path: Path) -> Path:
-    """*path*; or where it lies compressed, if it is not there itself."""
-    beside = (path.with_name(path.name + suffix) for suffix in registry.codec_suffixes())
-    return path if path.exists() else next((each for each in beside if each.exists()), path)
+def _differ(chosen: Candidate, rival: Candidate) -> str:
+    return (
+        f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of {shown(rival.name)}: transformers and "
+        "accelerate load the single file, huggingface_hub and diffusers the shards"
+    )
 
 
-def _expanded(name: str) -> str:
-    """What the file called *name* is called once it is expanded."""
-    return next((name.removesuffix(suffix) for suffix in registry.codec_suffixes() if name.endswith(suffix)), name)
-
-
-def _check_present(path: Path, paths: Mapping[str, Path]) -> None:
-    missing = [name for name, file in paths.items() if not file.exists()]
-    if missing:
-        raise Malformed(
-            path,
-            f"{len(missing)} of the {len(paths)} files that it lists are not there: {_listed(missing)}",
-            hint="finish the download: the checkpoint is not whole",
-        )
-
-
-def _with_note(checkpoint: Checkpoint, chosen: str, found: Sequence[str]) -> Checkpoint:
-    others = [name for name in found if name != chosen]
-    if not others:
-        return checkpoint
-    return replace(checkpoint, notes=(f"{shown(chosen)} was read, and not {_listed(others)} beside it", *checkpoint.notes))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return listed([shown(name) for name in names], most=_LISTED)
-
-
-def _inside(folder: Path, names: Sequence[str]) -> str:
-    folders = [name for name in names if (folder / name).is_dir()]
-    if "snapshots" in folders:
-        return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    return f"give one of its folders, as in {folder / folders[0]}" if folders else "give the file or folder with the weights"
+def _or_variant(folder: Path, variants: Sequence[str]) -> str:
+    if not variants:
+        return ""
+    likely = min(variants, key=lambda name: (not is_index(name), likeliness(name)))
+    return f", or give the variant that is there: {folder / likely}"
 
 
 @contextmanager

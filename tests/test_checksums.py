@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import shardkit
 from shardkit.checksums import Sums
 from shardkit.cli import main
-from shardkit.compare import Comparison
+from shardkit.comparison import Comparison
 from shardkit.errors import Malformed, PlanError
 from shardkit.manifest import MANIFEST_NAME
 
@@ -243,7 +243,7 @@ def test_the_command_line_writes_and_checks_a_manifest(source: Path, tmp_path: P
     assert "to copy" in capsys.readouterr().out
     assert main(["convert", str(source), "-o", str(out), "--checksum", "xxh3"]) == 0
     assert main(["verify", str(out)]) == 0
-    assert "is whole" in capsys.readouterr().out
+    assert "is intact" in capsys.readouterr().out
     flip(out / "model.safetensors", -1)
     assert main(["verify", str(out)]) == 1
     assert "is damaged in 1 place" in capsys.readouterr().out

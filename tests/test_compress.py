@@ -231,7 +231,8 @@ def test_damage_is_found(source: Path, tmp_path: Path, checksum: str | None) -> 
 
 def test_verify_says_that_frames_were_held_against_their_checksums(source: Path, tmp_path: Path) -> None:
     shardkit.convert(source, tmp_path / "out", compress="zstd")
-    (note,) = shardkit.verify(tmp_path / "out").notes
+    note, beside = shardkit.verify(tmp_path / "out").notes
+    assert beside == "files beside the weights were not checked: 'config.json'"
     held = sum(tensor.nbytes > 0 for tensor in state().values())
     assert note == f"{held} tensors were expanded, and held against the checksums in their frames, where these have any"
 

@@ -96,7 +96,7 @@ def test_what_was_left_out_is_told_with_its_bytes(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "training.ckpt")
     report = shardkit.convert(tmp_path / "training.ckpt", tmp_path / "out")
     assert set(names(report.out)) == set(MODEL)
-    assert [(part.name, part.nbytes, part.reason) for part in report.left_out if part.nbytes] == [
+    assert [(part.path, part.nbytes, part.reason) for part in report.left_out if part.nbytes] == [
         ("optimizer", 400, "optimizer state")
     ]
     assert {"epoch", "args"} <= set(report.objects)

@@ -34,7 +34,6 @@ NAMES = {
     "a\nb": "holds a control character",
     "a\x00": "holds a control character",
     "a\x85": "holds a control character",
-    "./x.bin": "a dot as one",
     "a//b": "holds an empty step",
     "a/": "holds an empty step",
 }

@@ -84,7 +84,7 @@ def test_a_folded_tie_is_recorded_beside_the_tensor_that_is_kept() -> None:
     headers = [json.loads(literal(file)[8:]) for file in plan.shards]
     assert [header["__metadata__"] for header in headers] == [
         {"format": "pt", "by": "me"},
-        {"format": "pt", "by": "me", "c": "b"},
+        {"format": "pt", "by": "me", "c": "b", "shardkit.aliases": '["c"]'},
     ]
     assert "c" not in plan.weight_map
 

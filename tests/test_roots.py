@@ -63,14 +63,14 @@ def test_the_model_is_found_by_the_shape_of_the_tree(
     others = tuple(each for each in contents if isinstance(each, Other))
     rooted = select_root(Checkpoint(tensors, others), None)
     assert [entry.name for entry in rooted.tensors] == names
-    assert sorted(out.name for out in rooted.left_out) == left_out
+    assert sorted(out.path for out in rooted.left_out) == left_out
 
 
 def test_what_is_left_out_is_said_with_its_bytes() -> None:
     state = tensor("optimizer", "state", "0", "m", shape=(5,))
     rooted = select_root(Checkpoint((tensor("model", "w"), state), (plain("optimizer", "param_groups"),)), None)
     (left_out,) = rooted.left_out
-    assert (left_out.name, left_out.nbytes, left_out.reason) == ("optimizer", 20, "optimizer state")
+    assert (left_out.path, left_out.nbytes, left_out.reason) == ("optimizer", 20, "optimizer state")
 
 
 def test_several_candidates_are_listed_with_their_sizes_and_the_largest_is_suggested() -> None:

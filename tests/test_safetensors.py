@@ -188,12 +188,30 @@ def test_metadata_is_written_as_it_is_and_pt_only_where_there_is_no_format() -> 
     assert scan(held(content)).metadata == {"format": "mlx", "x": "y"}
 
 
-def test_a_recorded_tie_is_a_tensor_again() -> None:
-    content = b"".join(read_all(p) for p in lay_out([entry("a", "F32", (2,))], {"z": "a", "note": "b"}) if isinstance(p, Payload))
+DEEP = "[" * 99_999
+RECORDS: dict[str, tuple[dict[str, str], list[str], dict[str, str]]] = {
+    "names with the same last part": ({"head.w": "a.w"}, ["head.w"], {}),
+    "text that happens to be the name of a tensor": ({"main": "a.w", "author": "b"}, [], {"main": "a.w", "author": "b"}),
+    "an alias that shardkit lists": ({"z": "b", "shardkit.aliases": '["z"]'}, ["z"], {}),
+    "one beside text": ({"z": "b", "by": "b", "shardkit.aliases": '["z"]'}, ["z"], {"by": "b"}),
+    "a listing of nothing": ({"shardkit.aliases": '["z"]', "by": "me"}, [], {"by": "me"}),
+    "a listing that is none": ({"z": "b", "shardkit.aliases": "z"}, [], {"z": "b", "shardkit.aliases": "z"}),
+    "a listing too deep to parse": ({"z": "b", "shardkit.aliases": DEEP}, [], {"z": "b", "shardkit.aliases": DEEP}),
+    "a tensor that the file lacks": ({"head.w": "gone.w"}, [], {"head.w": "gone.w"}),
+    "a name that is stored": ({"b": "a.w", "a.w": "b"}, [], {"b": "a.w", "a.w": "b"}),
+}
+
+
+@pytest.mark.parametrize(("metadata", "aliases", "rest"), RECORDS.values(), ids=RECORDS)
+def test_a_record_of_a_tie_is_a_tensor_again_and_other_text_stays_text(
+    metadata: dict[str, str], aliases: list[str], rest: dict[str, str]
+) -> None:
+    entries = [entry("a.w", "F32", (2,)), entry("b", "F32", (2,))]
+    content = b"".join(read_all(part) for part in lay_out(entries, metadata) if isinstance(part, Payload))
     scanned = scan(held(content))
-    assert [each.name for each in scanned.tensors] == ["a", "z"]
-    assert scanned["z"].payload == scanned["a"].payload
-    assert scanned.metadata == {"format": "pt", "note": "b"}
+    assert [each.name for each in scanned.tensors] == ["a.w", "b", *aliases]
+    assert all(scanned[alias].payload == scanned[metadata[alias]].payload for alias in aliases)
+    assert scanned.metadata == {"format": "pt", **rest}
 
 
 def test_a_name_the_format_keeps_and_a_type_it_lacks_cannot_be_written() -> None:

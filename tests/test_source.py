@@ -188,7 +188,11 @@ def test_safetensors_is_preferred_to_a_pickle_of_the_same_model(tmp_path: Path) 
     torch.save(some("c"), tmp_path / "optimizer.pt")
     checkpoint = source.open(tmp_path)
     assert list(checkpoint) == ["a"]
-    assert checkpoint.notes == ("'model.safetensors' was read, and not 'pytorch_model.bin' beside it",)
+    assert checkpoint.notes == ()
+    assert [(part.path, part.reason) for part in checkpoint.left_out] == [
+        ("optimizer.pt", "optimizer state"),
+        ("pytorch_model.bin", "'model.safetensors' comes first"),
+    ]
 
 
 def test_a_file_without_tensors_is_no_rival(tmp_path: Path) -> None:
@@ -270,7 +274,7 @@ def test_the_entry_of_a_cache_says_where_its_snapshots_are(tmp_path: Path) -> No
 def test_a_snapshot_whose_blobs_are_missing_lists_them(tmp_path: Path) -> None:
     snapshot = cached(tmp_path, shards(tmp_path / "m", parts=TWO))
     (tmp_path / "models--a--b" / "blobs" / "blob-of-m-2-safetensors").unlink()
-    with pytest.raises(Malformed, match=r"1 of the 2 files that it lists are not there: 'm-2\.safetensors'"):
+    with pytest.raises(Malformed, match=r"1 of the 2 files that it lists is missing: 'm-2\.safetensors'"):
         source.open(snapshot)
 
 
@@ -315,15 +319,20 @@ def test_the_index_of_safetensors_is_preferred(tmp_path: Path) -> None:
     shards(tmp_path, kind="bin", parts={"p.bin": some("z")})
     checkpoint = source.open(tmp_path)
     assert values(checkpoint) == ALL
-    assert checkpoint.notes == ("'model.safetensors.index.json' was read, and not 'pytorch_model.bin.index.json' beside it",)
+    assert [(part.path, part.reason) for part in checkpoint.left_out] == [
+        ("p.bin", "in 'pytorch_model.bin.index.json'; 'model.safetensors.index.json' comes first")
+    ]
 
 
-def test_several_indexes_of_one_kind_are_listed(tmp_path: Path) -> None:
+def test_the_index_of_a_variant_is_read_only_where_it_is_given(tmp_path: Path) -> None:
     index = shards(tmp_path, parts=TWO)
-    (tmp_path / "model.safetensors.index.fp16.json").write_text(index.read_text())
-    with pytest.raises(
-        UnknownFormat, match=r"holds 2 indexes: 'model\.safetensors\.index\.fp16\.json', 'model\.safetensors\.index\.json'"
-    ):
+    save_file(some("a"), tmp_path / "half.safetensors")
+    variant = tmp_path / "model.safetensors.index.fp16.json"
+    variant.write_text(json.dumps({"weight_map": {"a": "half.safetensors"}}))
+    assert values(source.open(tmp_path)) == ALL
+    assert values(source.open(variant)) == raw(some("a"))
+    index.unlink()
+    with pytest.raises(UnknownFormat, match="no index that joins them"):
         source.open(tmp_path)
 
 
@@ -331,21 +340,16 @@ def test_all_missing_shards_are_counted_and_the_first_named(tmp_path: Path) -> N
     index = shards(tmp_path, parts=TWO)
     rewrite(index, **{f"t{number}": f"gone-{number:02}.safetensors" for number in range(20)})
     with pytest.raises(
-        Malformed, match=r"20 of the 22 files that it lists are not there: 'gone-00\.safetensors', .* and 12 more"
+        Malformed, match=r"20 of the 22 files that it lists are missing: 'gone-00\.safetensors', .* and 12 more"
     ):
         source.open(index)
 
 
 DISAGREEMENTS: dict[str, tuple[dict[str, str | None], str]] = {
-    "a tensor that no shard holds": (
-        {"x": "m-1.safetensors"},
-        "tensor 'x': puts it into 'm-1.safetensors', which does not hold it",
+    "a shard of another model": (
+        {"a": None, "b": None, "x": "m-1.safetensors", "y": "m-1.safetensors"},
+        "tensor 'x': no shard contains it, nor anything else that the index expects in 'm-1.safetensors'",
     ),
-    "a tensor in another shard": (
-        {"a": "m-2.safetensors"},
-        "tensor 'a': puts it into 'm-2.safetensors', and it lies in 'm-1.safetensors'",
-    ),
-    "two of them": ({"x": "m-1.safetensors", "y": "m-1.safetensors"}, "; so it is with 1 more"),
     "a shard that is a folder": ({"a": "sub"}, "sub: is a folder, and only files and folders can be read"),
     "a shard that is a text": ({"a": "text.txt"}, "text.txt: is a text and holds no weights"),
     "a shard that is the index": ({"a": "model.safetensors.index.json"}, "is a JSON text"),
@@ -370,7 +374,31 @@ def test_a_tensor_that_the_index_does_not_list_is_taken_and_noted(tmp_path: Path
     rewrite(index, b=None)
     checkpoint = source.open(index)
     assert values(checkpoint) == ALL
-    assert checkpoint.notes == ("'b' stands in 'm-1.safetensors' and not in the index; taken along",)
+    assert checkpoint.notes == ("'b': in 'm-1.safetensors' and not in the index; converted all the same",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        (
+            {"x": "m-1.safetensors", "y": "m-2.safetensors"},
+            "the index lists 'x', 'y', which no shard contains; a tied weight or a buffer need not be stored",
+        ),
+        (
+            {"a": "m-2.safetensors", "c": "m-1.safetensors"},
+            "'a', 'c': in another shard than the index says; read from where it is",
+        ),
+    ],
+    ids=["names that no shard contains", "names in other shards"],
+)
+def test_what_the_shards_hold_counts_and_not_where_the_index_looks_for_it(
+    tmp_path: Path, changes: dict[str, str | None], note: str
+) -> None:
+    index = shards(tmp_path, parts=TWO)
+    rewrite(index, **changes)
+    checkpoint = source.open(index)
+    assert values(checkpoint) == ALL
+    assert checkpoint.notes == (note,)
 
 
 def test_a_tensor_in_two_shards_is_taken_from_where_the_index_says(tmp_path: Path) -> None:
@@ -378,7 +406,9 @@ def test_a_tensor_in_two_shards_is_taken_from_where_the_index_says(tmp_path: Pat
     checkpoint = source.open(index)
     assert [entry.name for entry in checkpoint.tensors] == ["x", "a", "b"]
     assert checkpoint["a"].payload.sources[0].path.name == "m-2.safetensors"
-    assert checkpoint.notes == ("'a' stands in several shards; the one that the index names was taken",)
+    assert [(part.path, part.nbytes, part.reason) for part in checkpoint.left_out] == [
+        ("m-1.safetensors", 24, "'a': read from 'm-2.safetensors', which has it too")
+    ]
 
 
 @pytest.mark.parametrize("listed", [True, False])

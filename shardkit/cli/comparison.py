@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import aligned, printable, put, put_json, say
+from shardkit.cli.printing import aligned, printable, put, put_json, say, several
+from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
-    from shardkit.compare import Comparison, Difference
+    from shardkit.comparison import Comparison, Difference
 
 _MOST = 20
 _SIGNS = {"added": "+", "removed": "-"}
@@ -22,9 +23,19 @@ def report(comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool) 
     elif not quiet:
         for note in comparison.notes:
             say(f"note: {printable(note)}")
+        for part in comparison.left_out[:_MOST]:
+            say(f"not compared: {printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}")
+        if len(comparison.left_out) > _MOST:
+            say(f"not compared: {len(comparison.left_out) - _MOST:,} more; --json lists all")
         for line in _differences(comparison.differences):
             put(line)
         put(verdict)
+
+
+def beside(comparison: Comparison) -> str:
+    """The end of a verdict: what it does not cover."""
+    count = len(comparison.left_out)
+    return f"; {several(count, 'part')} with weights not compared" if count else ""
 
 
 def _differences(differences: tuple[Difference, ...]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from shardkit.cli.printing import several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:
-    from shardkit.compare import Comparison
+    from shardkit.comparison import Comparison
     from shardkit.limits import Limits
 
 
@@ -47,10 +47,12 @@ def command(context: click.Context, a: Path, b: Path, root: str | None, limits: 
 
 
 def _verdict(comparison: Comparison) -> str:
+    from shardkit.cli.comparison import beside
     from shardkit.sizes import format_size
 
+    rest = beside(comparison)
     if comparison.same:
-        return f"no difference: {several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
+        return f"no difference: {several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}{rest}"
     counts = {word: sum(each.change == word for each in comparison.differences) for word in ("added", "removed")}
     counts["changed"] = len(comparison.differences) - sum(counts.values())
-    return ", ".join(f"{count:,} {word}" for word, count in counts.items()) + f", {comparison.tensors:,} in both"
+    return ", ".join(f"{count:,} {word}" for word, count in counts.items()) + f", {comparison.tensors:,} in both{rest}"

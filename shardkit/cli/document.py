@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
+from shardkit.checkpoint import Checkpoint, LeftOut, OtherKind, TensorEntry
 from shardkit.cli.sharing import ties
 from shardkit.errors import AmbiguousRoot, NothingSelected
 from shardkit.payload import Extent
@@ -16,12 +16,13 @@ from shardkit.roots import select_root
 def document(source: Path, checkpoint: Checkpoint) -> dict[str, object]:
     """Everything that `shardkit inspect --json` says of *checkpoint*."""
     others = checkpoint.others
+    root, inside = _root(checkpoint)
     return {
         "path": source,
         "format": checkpoint.format,
         "files": [{"path": file.path, "nbytes": file.size} for file in checkpoint.files],
         "nbytes": checkpoint.nbytes,
-        "root": _root(checkpoint),
+        "root": root,
         "tensors": list(_tensors(checkpoint)),
         "others": [
             {"name": each.name, "path": each.path, "kind": each.kind, "nbytes": each.nbytes, "reason": each.reason}
@@ -29,6 +30,7 @@ def document(source: Path, checkpoint: Checkpoint) -> dict[str, object]:
             if each.kind is not OtherKind.CALL
         ],
         "calls": [each.reason for each in others if each.kind is OtherKind.CALL],
+        "left_out": [asdict(part) for part in (*checkpoint.left_out, *inside)],
         "metadata": dict(checkpoint.metadata),
         "notes": checkpoint.notes,
     }
@@ -59,10 +61,10 @@ def _place(entry: TensorEntry) -> tuple[str | None, int | None]:
             return next((str(extent.path) for extent in payload.sources), None), None
 
 
-def _root(checkpoint: Checkpoint) -> dict[str, object]:
-    """What convert would take, or why it would ask."""
+def _root(checkpoint: Checkpoint) -> tuple[dict[str, object], tuple[LeftOut, ...]]:
+    """What convert would take, or why it would ask; and what it would leave out."""
     try:
         rooted = select_root(checkpoint, None)
     except (AmbiguousRoot, NothingSelected) as error:
-        return {"name": None, "error": str(error), "hint": error.hint}
-    return {"name": ".".join(rooted.path) or ".", "left_out": [asdict(part) for part in rooted.left_out]}
+        return {"name": None, "error": str(error), "hint": error.hint}, ()
+    return {"name": ".".join(rooted.path) or "."}, rooted.left_out

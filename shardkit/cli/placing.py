@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.checkpoint import Checkpoint, LeftOut
+from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
 from shardkit.errors import LoadError, NothingSelected, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
 from shardkit.named_blocks import Block, named_blocks, runs_of_names
-from shardkit.roots import LeftOut, select_root
+from shardkit.roots import select_root
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Placed:
         blocks: in the order in which they are run, tied tensors in the first that has them.
         fit: where they go.
         aliases: the other names of tied tensors, each to the name under which it is counted.
-        left_out: parts of the file that are not the model.
+        left_out: weights that are not counted: files and subfolders beside the source, objects in it.
         notes: sentences that the user should see.
     """
 
@@ -101,7 +101,8 @@ def placed(
         notes += (f"nothing is said of the CPU: it may hold what this machine has free, {format_size(budgets[CPU])}",)
     fitted = fit({block.name: block.nbytes for block in blocks}, budgets)
     code = dtype.code if dtype else None
-    return Placed(source, checkpoint.format, code, blocks, fitted, aliases, rooted.left_out, (*checkpoint.notes, *notes))
+    left_out = (*checkpoint.left_out, *rooted.left_out)
+    return Placed(source, checkpoint.format, code, blocks, fitted, aliases, left_out, (*checkpoint.notes, *notes))
 
 
 def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> Forecast:
@@ -219,7 +220,5 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
         yield "tied", f"{printable(alias)} = {printable(kept)}"
     if len(found.aliases) > _MOST:
         yield "tied", f"{len(found.aliases) - _MOST:,} more"
-    for part in found.left_out:
-        if part.nbytes:
-            yield "left out", f"{printable(part.name)}, {format_size(part.nbytes)}: {part.reason}"
+    yield from parts_left_out(found.left_out)
     yield from (("note", printable(note)) for note in found.notes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
 from shardkit.cli.outline import Leaf, Line, outline
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
 from shardkit.cli.sharing import overlaps, ties
 from shardkit.errors import AmbiguousRoot, NothingSelected, shown
 from shardkit.roots import select_root
@@ -111,6 +111,7 @@ def _foot(checkpoint: Checkpoint, *, folded: bool) -> Iterator[tuple[str, str]]:
         yield "metadata", f"{_clipped(key)}: {shown(text)}"
     if len(checkpoint.metadata) > _MOST_NAMES:
         yield "metadata", f"{len(checkpoint.metadata) - _MOST_NAMES:,} more; --json lists all"
+    yield from parts_left_out(checkpoint.left_out)
     yield from (("note", printable(note)) for note in checkpoint.notes)
 
 
@@ -123,6 +124,6 @@ def _root(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         return
     weighty = [part for part in rooted.left_out if part.nbytes]
     if rooted.path or weighty:
-        without = [f"{part.name} ({format_size(part.nbytes)}, {part.reason})" for part in weighty]
+        without = [f"{part.path} ({format_size(part.nbytes)}, {part.reason})" for part in weighty]
         leaves = f" and leaves out {listed(without, most=_MOST_NAMES)}" if without else ""
         yield "convert", f"takes {shown('.'.join(rooted.path)) if rooted.path else 'the rest'}{leaves}"

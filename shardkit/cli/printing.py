@@ -9,11 +9,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from shardkit.errors import OutputError
+from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    from shardkit.checkpoint import LeftOut
 
 _STEP = "  "
+_MOST_PARTS = 10
 
 
 def put(text: str) -> None:
@@ -81,6 +86,15 @@ def listed(names: Sequence[str], *, most: int) -> str:
     """The first *most* of *names*, and how many more there are."""
     shown = ", ".join(map(printable, names[:most]))
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
+
+
+def parts_left_out(parts: Iterable[LeftOut]) -> Iterator[tuple[str, str]]:
+    """What was not converted, each as a row with a word before it; the first of many."""
+    weighty = [part for part in parts if part.nbytes]  # the others are among the objects
+    for part in weighty[:_MOST_PARTS]:
+        yield "left out", f"{printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}"
+    if len(weighty) > _MOST_PARTS:
+        yield "left out", f"{len(weighty) - _MOST_PARTS:,} more; --json lists all"
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset(), indent: int = 1) -> Iterator[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
 from shardkit.copying import Engine
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
+    from shardkit.checkpoint import LeftOut
     from shardkit.conversion import Report
-    from shardkit.roots import LeftOut
 
 _MOST = 10
 _WORTH_A_RATE = 10_000_000  # with fewer bytes, the rate is that of starting up
@@ -76,8 +76,7 @@ def remarks(
         yield from (("", f"{printable(alias)} = {printable(kept)}") for alias, kept in list(aliases.items())[:_MOST])
         if len(aliases) > _MOST:
             yield "", f"and {len(aliases) - _MOST:,} more"
-    weighty = [part for part in left_out if part.nbytes]  # the others are among the objects
-    yield from (("left out", f"{printable(part.name)}, {format_size(part.nbytes)}: {part.reason}") for part in weighty)
+    yield from parts_left_out(left_out)
     if objects:
         names = [name or "the file itself" for name in objects]
         yield "no tensors", f"{several(len(objects), 'object')}: {listed(names, most=_MOST)}"

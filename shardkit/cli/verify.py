@@ -12,7 +12,7 @@ from shardkit.cli.printing import named, several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:
-    from shardkit.compare import Comparison
+    from shardkit.comparison import Comparison
     from shardkit.edits import Edits
     from shardkit.limits import Limits
 
@@ -41,11 +41,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that OUT is whole: every header, the index against its shards, every byte there to be read, and every checksum
-    that there is: the digests of shardkit.manifest.json, or the CRCs of a zip archive.
+    """Check that OUT is complete: every header, the index against its shards, every byte there to be read, and every checksum
+    that there is: the digests of shardkit.manifest.json or offload.json, or the CRCs of a zip archive.
 
-    With --against, check that it holds what converting SRC gives: the same names, types, shapes and bits, a tied weight
-    under each of its names. Give the edits that were given to convert. Two checkpoints of any formats can be compared so.
+    With --against, check that it holds the tensors that converting SRC gives: the same names, types, shapes and bits, a tied
+    weight under each of its names. Give the edits that were given to convert. Two checkpoints of any formats can be compared.
+
+    What is not compared (subfolders, other weights, files beside the weights) is listed.
 
     The exit code is 0 if all is well, 1 if something differs. In the list, - is missing from OUT, + is only in OUT, and ~
     differs.
@@ -72,13 +74,18 @@ def _refuse_idle(context: click.Context, edits: Edits) -> None:
 
 
 def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
+    from shardkit.cli.comparison import beside
     from shardkit.sizes import format_size
 
     amount = f"{several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
+    rest = beside(comparison)
     if against is None and comparison.same:
-        return f"{named(output)} is whole: {amount}, every byte read"
+        is_checked = comparison.tensors and not comparison.unchecked
+        state = "is intact" if is_checked else "is complete"
+        how = "every byte read and compared with a checksum" if is_checked else "every byte read"
+        return f"{named(output)} {state}: {amount}, {how}{rest}"
     if against is None:
         return f"{named(output)} is damaged in {several(len(comparison.differences), 'place')}"
     if comparison.same:
-        return f"{named(output)} is the same as {named(against)}: {amount}, bit for bit"
-    return f"{named(output)} differs from {named(against)} in {several(len(comparison.differences), 'tensor')}"
+        return f"{named(output)} holds the same tensors as {named(against)}: {amount}, bit for bit{rest}"
+    return f"{named(output)} differs from {named(against)} in {several(len(comparison.differences), 'tensor')}{rest}"

@@ -1,7 +1,7 @@
 """safetensors: read and written.
 
-1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``) becomes an entry again, with the
-   payload of the tensor that was kept, and leaves the metadata; but ``format`` is no record, whatever the tensors are called.
+1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``, see `shardkit.tie_records`)
+   becomes an entry again, with the payload of the tensor that was kept, and leaves the metadata.
 2. What is written stands in the order given, unless a tensor would then be misaligned to its type; then wide types go first.
 3. A file that is one aligned run of one source file starts its data at the source's offset modulo a page, so that a file system
    that can share blocks shares them; any other at a multiple of 64.
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from shardkit import header
+from shardkit import header, tie_records
 from shardkit.plugin import PAGE, Checkpoint, Extent, Format, Literal, Part, Payload, Source, TensorEntry, coalesced
 
 _ALIGNMENT = 64
@@ -65,10 +65,9 @@ FORMAT = Format(name="safetensors", suffixes=(".safetensors",), sniff=sniff, sca
 def _with_ties(parsed: header.Header) -> Checkpoint:
     """What *parsed* says, and what its metadata say of tied tensors."""
     stored = {entry.name: entry for entry in parsed.tensors}
-    taken = {"format", *stored}
-    ties = {alias: kept for alias, kept in parsed.metadata.items() if kept in stored and alias not in taken}
+    ties = tie_records.ties(parsed.metadata, stored.keys())
     tied = (replace(stored[kept], path=(alias,)) for alias, kept in ties.items())
-    metadata = {key: text for key, text in parsed.metadata.items() if key not in ties}
+    metadata = tie_records.without_ties(parsed.metadata, ties.keys())
     return Checkpoint((*parsed.tensors, *tied), metadata=metadata)
 
 

@@ -1,0 +1,148 @@
+"""What the files of a checkpoint say about themselves, compared with their bytes: every tensor is read once.
+
+Checksums are those of a manifest, of the blocks in an offload.json, of zip members, or in compressed frames. Tensors without
+one are read as well, so that a byte that cannot be read is found, and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shardkit import registry, source
+from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
+from shardkit.comparison import Comparison, Difference
+from shardkit.copying import OnBytes
+from shardkit.errors import listed
+from shardkit.format import Source
+from shardkit.freshness import record_in
+from shardkit.integrity import (
+    Archive,
+    Fault,
+    archive_faults,
+    archives,
+    block_fault,
+    listed_faults,
+    manifest_of,
+    said,
+)
+from shardkit.limits import Limits
+from shardkit.manifest import MANIFEST_NAME, Manifest
+from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
+from shardkit.parallel import each
+from shardkit.payload import Payload
+from shardkit.uncompared import Side
+
+
+def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """What the files of *out* say about themselves, compared with their bytes.
+
+    Args:
+        out: the checkpoint.
+        limits: what its files may ask for.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        on_total: called once, before, with the number of bytes to come.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    manifest = manifest_of(out, limits)
+    if manifest is not None:
+        return _as_listed(out, manifest, limits, on_bytes, on_total)
+    checkpoint = source.open(out, limits=limits)
+    record = record_in(out, limits)
+    if record is not None:
+        comparison = _as_recorded(checkpoint, record, on_bytes, on_total)
+    else:
+        comparison = _as_stored(checkpoint, limits, on_bytes, on_total)
+    return _with_rest(comparison, Side(out, checkpoint))
+
+
+def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) -> Comparison:
+    """*comparison* with what lies in the folder and was not looked into."""
+    names = side.others(seen)
+    notes = [f"files beside the weights were not checked: {listed(names)}"] if names else []
+    return replace(comparison, notes=(*comparison.notes, *notes), left_out=tuple(side.left_out()))
+
+
+def _as_stored(checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    zips = archives(checkpoint.files, limits)
+    inside = {archive.path for archive in zips}
+    outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
+    on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
+    faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
+    each(_drained, outside, on_bytes)
+    expanded = _compressed(checkpoint.files, limits)
+    notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
+    unchecked = len(outside) + _without_crc(checkpoint, zips)
+    nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
+    return Comparison(len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked)
+
+
+def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:
+    """How many tensors are in archives of which some member has no CRC."""
+    paths = {archive.path for archive in zips if archive.unchecked}
+    return sum(_reads_only(entry.payload, paths) for entry in checkpoint.tensors)
+
+
+def _compressed(files: Iterable[SourceFile], limits: Limits) -> set[Path]:
+    return {file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None}
+
+
+def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator[str]:
+    """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
+    expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
+    if expanded:
+        yield f"{expanded:,} tensors were expanded, and held against the checksums in their frames, where these have any"
+    if expanded < len(entries):
+        yield f"{len(entries) - expanded:,} tensors carry no checksum: their bytes can be read, and are unchecked"
+
+
+def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    on_total(sum(file.nbytes for file in manifest.files))
+    found = each(lambda file, report: listed_faults(out, file, manifest.algorithm, report), manifest.files, on_bytes)
+    runs = [run for file in manifest.files for run in file.runs]
+    note = f"compared with the {manifest.algorithm} of {len(manifest.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
+    faults = [fault for faults in found for fault in faults]
+    if faults:
+        return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))
+    checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
+    stored = {entry.payload: entry for entry in checkpoint.tensors}
+    seen = {out / file.name for file in manifest.files}
+    unlisted = [entry for payload, entry in stored.items() if entry.nbytes and not _reads_only(payload, seen)]
+    each(_drained, unlisted, lambda count: None)
+    notes = [note]
+    if unlisted:
+        notes.append(f"{len(unlisted):,} tensors are in files that the manifest does not list: they were read, and are unchecked")
+    nbytes = sum(entry.nbytes for entry in stored.values())
+    return _with_rest(Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)), Side(out, checkpoint), seen)
+
+
+def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """The blocks of a folder, which is known to be that of *record*, compared with their digests."""
+    in_blocks = {name for run in record.runs for name in run.tensors}
+    checked = {entry.payload for entry in checkpoint.tensors if entry.name in in_blocks}
+    outside = [entry for entry in checkpoint.tensors if entry.payload not in checked]
+    on_total(sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside))
+    found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
+    each(_drained, outside, on_bytes)
+    notes = [f"compared with the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
+    notes += [f"{len(outside):,} tensors stand in no block, and are unchecked"] if outside else []
+    nbytes = sum(size for _, size in record.dtypes) + sum(entry.nbytes for entry in outside)
+    faults = [fault for fault in found if fault is not None]
+    count = len(in_blocks) + len(outside)
+    return Comparison(count, nbytes, _differences(faults), tuple(notes), unchecked=len(outside))
+
+
+def _differences(faults: Iterable[Fault]) -> tuple[Difference, ...]:
+    return tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
+
+
+def _reads_only(payload: Payload, files: set[Path]) -> bool:
+    return bool(payload.sources) and all(extent.path in files for extent in payload.sources)
+
+
+def _drained(entry: TensorEntry, on_bytes: OnBytes) -> None:
+    for chunk in entry.payload.chunks():
+        on_bytes(len(chunk))
