@@ -127,8 +127,10 @@ def verify(
     if against is None:
         return _sound(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
     written = source.open(out, limits=limits)
-    edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
-    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=edited.notes)
+    checkpoint = source.open(against, limits=limits)
+    edited = edit(checkpoint, replace(edits, ties="copy"))
+    notes = (*checkpoint.notes, *edited.notes)
+    return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=notes)
 
 
 def compare(

@@ -19,7 +19,8 @@ FLOORS = """
 errors sizes dtypes forks
 limits payload open_extents checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
-    stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
+    stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays torch_objects module_tree \
+    object_graph object_tree diagnosis
 plugin roots edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
