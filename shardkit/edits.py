@@ -9,7 +9,7 @@ from fnmatch import translate
 from typing import Literal, get_args
 
 from shardkit.casting import Cast
-from shardkit.checkpoint import Checkpoint, Other, TensorEntry
+from shardkit.checkpoint import Checkpoint, Other, OtherKind, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
 from shardkit.roots import LeftOut, select_root
@@ -172,10 +172,18 @@ def _refuse_undense(others: Sequence[Other]) -> None:
     if not others:
         return
     found = listed([f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others])
+    advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
     raise Unwritable(
         f"safetensors holds dense tensors only, and these are none: {found}",
-        hint=f"leave them out: {excluding([other.name for other in others])}",
+        hint=f"{advice}leave them out: {excluding([other.name for other in others])}",
     )
+
+
+_ADVICE = {
+    OtherKind.DISTRIBUTED: "save tensor.full_tensor() of each on all ranks where the model was trained",
+    OtherKind.QUANTISED: "convert the model from before it was quantised",
+    OtherKind.UNKNOWN_TENSOR: "save model.state_dict() or save_pretrained() with the library that made the file",
+}
 
 
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:

@@ -197,7 +197,7 @@ class _Walk:
                 self._counted += 1
                 if id(child) not in seen:
                     seen.add(id(child))
-                    total += nbytes_of(child)
+                    total += child.nbytes if is_tensor(child) else 0  # type: ignore[attr-defined]  # a tensor has bytes
                     stack += [child] if type(child) in CONTAINERS else []
         return 0 if stack else total
 

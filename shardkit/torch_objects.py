@@ -88,7 +88,7 @@ def _rebuild_wrapped(args: tuple[object, ...]) -> object:
 def _rebuild_with_state(args: tuple[object, ...]) -> object:
     """A Parameter with attributes of its own: (tensor, requires_grad, hooks, attributes)."""
     made = _rebuild_wrapped(args)
-    return stated(made, "torch.nn.Parameter", args[3:]) if isinstance(made, View | Undense | Stateful) else made
+    return stated(made, "torch.nn.Parameter", args[3:]) if isinstance(made, View | Stateful) else made
 
 
 def _rebuild_from_type(args: tuple[object, ...]) -> object:
@@ -113,9 +113,9 @@ def _of_type(made: object, name: str, states: tuple[object, ...]) -> object:
         case Undense(kind=OtherKind.UNKNOWN_TENSOR | OtherKind.DISTRIBUTED as kind, nbytes=nbytes, reason=reason):
             reason = reason if name in reason else f"of the class {name}, {reason}"
             return Undense(kind, nbytes + _nbytes_in(*states), reason)
-        case View() | Undense() | Stateful():
+        case View() | Stateful():
             return stated(made, name, states)
-    return made
+    return made  # what is refused anyway needs no state
 
 
 def _rebuild_from_cpu(args: tuple[object, ...]) -> object:

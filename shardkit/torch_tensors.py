@@ -157,7 +157,7 @@ class Stateful:
         state: the attributes.
     """
 
-    tensor: View | Undense
+    tensor: View
     name: str
     state: object
 
@@ -167,7 +167,7 @@ class Stateful:
         return self.tensor.nbytes
 
 
-def stated(tensor: View | Undense | Stateful, name: str, states: tuple[object, ...]) -> View | Undense | Stateful:
+def stated(tensor: View | Stateful, name: str, states: tuple[object, ...]) -> View | Stateful:
     """*tensor* with those of its *states* that may hold tensors."""
     held = tuple(state for state in states if not _is_plain(state))
     if not held:
