@@ -189,7 +189,9 @@ _ADVICE = {
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
-        return "; ".join((f"{where}: there are no tensors in it", *checkpoint.notes))
+        whole = next((other for other in checkpoint.others if not other.path and other.kind is OtherKind.OBJECT), None)
+        only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
+        return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
     if not tensors:
         return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
     return f"--include and --exclude leave none of the {len(tensors)} tensors"

@@ -121,7 +121,7 @@ def test_a_quantised_module_is_never_converted_by_half(made: Callable[[], nn.Mod
     weights = [other for other in shardkit.open(path).others if other.is_weight]
     assert weights
     assert all(other.nbytes for other in weights)
-    with pytest.raises(Unwritable, match="quantised tensor|quantized.modules.conv.Conv2d"):
+    with pytest.raises(Unwritable, match=r"quantised tensor|quantized\.modules\.conv\.Conv2d"):
         shardkit.convert(path, tmp_path / "out", root="model")
 
 
