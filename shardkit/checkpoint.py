@@ -61,6 +61,7 @@ class OtherKind(StrEnum):
     SPARSE = "sparse tensor"
     QUANTISED = "quantised tensor"
     NESTED = "nested tensor"
+    DISTRIBUTED = "distributed tensor"
     META = "tensor without data"
     UNKNOWN_TENSOR = "tensor of an unknown kind"
     OBJECT = "object"

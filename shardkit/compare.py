@@ -93,7 +93,7 @@ def verify(
     inside = edited.left_out[len(origin.left_out) :]
     sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
     comparison = compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total)
-    return _with_rest(replace(comparison, notes=edited.notes), sides)
+    return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
 
 
 def compare(

@@ -9,7 +9,7 @@ from fnmatch import translate
 from typing import Literal, get_args
 
 from shardkit.casting import Cast
-from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
+from shardkit.checkpoint import Checkpoint, LeftOut, Other, OtherKind, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
 from shardkit.roots import select_root
@@ -173,16 +173,26 @@ def _refuse_undense(others: Sequence[Other]) -> None:
     if not others:
         return
     found = listed([f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others])
+    advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
     raise Unwritable(
         f"safetensors holds dense tensors only, and these are none: {found}",
-        hint=f"leave them out: {excluding([other.name for other in others])}",
+        hint=f"{advice}leave them out: {excluding([other.name for other in others])}",
     )
+
+
+_ADVICE = {
+    OtherKind.DISTRIBUTED: "save tensor.full_tensor() of each on all ranks where the model was trained",
+    OtherKind.QUANTISED: "convert the model from before it was quantised",
+    OtherKind.UNKNOWN_TENSOR: "save model.state_dict() or save_pretrained() with the library that made the file",
+}
 
 
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
-        return "; ".join((f"{where}: there are no tensors in it", *checkpoint.notes))
+        whole = next((other for other in checkpoint.others if not other.path and other.kind is OtherKind.OBJECT), None)
+        only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
+        return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
     if not tensors:
         return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
     return f"--include and --exclude leave none of the {len(tensors)} tensors"

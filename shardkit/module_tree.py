@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from shardkit.numpy_arrays import is_tensor
 from shardkit.stand_ins import Dict, Opaque, key_text
-from shardkit.torch_tensors import Storage, Undense, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,16 @@ def module_items(outermost: Dict, visited: Callable[[int], None]) -> Iterator[It
             del names[-1:]
 
 
+def packed_class(value: object) -> str | None:
+    """The class of a `torch.ScriptObject`, which packs the weights of a quantised module; None for anything else."""
+    match value:
+        case Opaque(name="torch.ScriptObject", states=[(_, str(name))]):
+            return name
+        case Opaque(name="torch.ScriptObject"):
+            return "torch.ScriptObject"
+    return None
+
+
 _SHAPE = ("_parameters", "_buffers", "_modules")
 
 
@@ -84,7 +94,9 @@ def _own(prefix: str, state: Dict) -> Iterator[Item]:
     for name, value in _filled(state, "_buffers"):
         yield Item(prefix + name, value, "a non-persistent buffer, which is no part of the state dict" if name in passing else "")
     for key, value in state.items():
-        if _is_weight(value):
+        if packed_class(value) is not None:
+            yield Item(prefix + key_text(key), value)
+        elif _is_weight(value):
             yield Item(prefix + key_text(key), value, "an attribute of a module, which is no part of the state dict")
 
 
@@ -104,5 +116,5 @@ def _passing(state: Dict) -> frozenset[object]:
 def _is_weight(value: object) -> bool:
     """Whether it is a tensor, or a flat collection of them."""
     if isinstance(value, list | tuple):
-        return any(isinstance(item, View | Undense | Storage) for item in value)
-    return isinstance(value, View | Undense | Storage)
+        return any(is_tensor(item) for item in value)
+    return is_tensor(value)

@@ -7,35 +7,49 @@
 3. Any other container is entered once, so that cycles and shared structures end; the second time it is named as the same.
 4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not mentioned, unless they are
    tensors: torch leaves these out of the state dict too, but they should not vanish in silence.
+5. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
+   packed weights: both are refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardkit.checkpoint import Other, OtherKind, TensorEntry
-from shardkit.dtypes import DType
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed, listed, shown
 from shardkit.limits import Limits
-from shardkit.module_tree import module_items, module_state
-from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque, key_text
-from shardkit.torch_tensors import Record, Storage, Undense, View
+from shardkit.module_tree import module_items, module_state, packed_class
+from shardkit.numpy_arrays import Array, Numbers, is_tensor, numbers_of
+from shardkit.object_graph import CONTAINERS, attribute, attributes, bearing_of, children, described, inside, nbytes_of
+from shardkit.payload import Literal, Payload
+from shardkit.pickle_strings import Strings
+from shardkit.stand_ins import Dict
+from shardkit.torch_tensors import Record, Stateful, Storage, Undense, View
 
 Names = tuple[str, ...]
+_MOST_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a tree of objects holds, in its order."""
+    """What a tree of objects holds, in its order, and sentences that the user should see."""
 
     tensors: tuple[TensorEntry, ...]
     others: tuple[Other, ...]
+    notes: tuple[str, ...] = ()
 
 
 def collect(
-    path: Path, root: object, *, record: Record, limits: Limits, calls: Iterable[str] = (), big_endian: bool = False
+    path: Path,
+    root: object,
+    *,
+    record: Record,
+    limits: Limits,
+    calls: Iterable[str] = (),
+    big_endian: bool = False,
+    strings: Strings | None = None,
 ) -> Found:
     """Name all tensors below *root*.
 
@@ -46,103 +60,37 @@ def collect(
         limits: `tensors` and `held_bytes` bound what is found.
         calls: what was never called; each becomes an `Other`.
         big_endian: whether the bytes of multi-byte words stand in reverse.
+        strings: finds the bytes of an array; None for a pickle that has no long strings.
 
     Raises:
         Malformed: a tensor does not fit its storage.
         LimitExceeded: there are too many.
     """
-    walk = _Walk(path, record, limits, big_endian, _bearing(root))
+    walk = _Walk(path, record, strings or Strings(path, Literal(b"")), limits, big_endian, bearing_of(root))
     walk.everything(root)
     for call in calls:
         walk.other((), OtherKind.CALL, call)
-    return Found(tuple(walk.tensors), tuple(walk.others))
-
-
-def children(node: object) -> Iterator[tuple[str, object]]:
-    """What lies directly in a container, by name."""
-    match node:
-        case Dict():
-            yield from ((key if type(key) is str else key_text(key), value) for key, value in node.items())
-            yield from ((f"<{shown(key)}, item {i}>", value) for i, (key, value) in enumerate(node.pairs or ()))
-        case list() | tuple():
-            yield from ((str(i), value) for i, value in enumerate(node))
-        case Opaque():
-            yield from children(node.args)
-            yield from children(node.items or ())
-            yield from children(node.mapping)
-            for state in node.states:
-                yield from _attributes(state)
-
-
-_TENSORS = (View, Undense, Storage)
-_CONTAINERS = frozenset({Dict, list, tuple, Opaque})
-
-
-def _attributes(state: object) -> Iterator[tuple[str, object]]:
-    """The parts of what `__setstate__` is given: most often a dict, or a dict beside one for the slots."""
-    match state:
-        case Dict() | list():
-            yield from children(state)
-        case tuple() if all(part is None or isinstance(part, Dict) for part in state):
-            for part in state:
-                yield from children(part)
-        case _:
-            yield "state", state
-
-
-def _inside(node: object) -> Iterator[object]:
-    """What lies directly in a container."""
-    match node:
-        case Dict():
-            yield from node.values()
-            yield from (value for _, value in node.pairs or ())
-        case list() | tuple():
-            yield from node
-        case Opaque():
-            yield from (*node.args, *(node.items or ()), node.mapping, *node.states)
-
-
-def _bearing(root: object) -> frozenset[int]:
-    """The ids of all containers at and below *root* that hold a tensor, near or far."""
-    parents: dict[int, list[int]] = {id(root): []}
-    bearing: list[int] = []
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        for child in _inside(node):
-            kind = type(child)
-            if kind in _TENSORS:
-                bearing.append(id(node))
-            elif kind in _CONTAINERS:
-                if id(child) not in parents:
-                    parents[id(child)] = []
-                    stack.append(child)
-                parents[id(child)].append(id(node))
-    return _closed(bearing, parents)
-
-
-def _closed(bearing: list[int], parents: dict[int, list[int]]) -> frozenset[int]:
-    closed: set[int] = set()
-    while bearing:
-        node = bearing.pop()
-        if node not in closed:
-            closed.add(node)
-            bearing.extend(parents[node])
-    return frozenset(closed)
+    return Found(tuple(walk.tensors), tuple(walk.others), tuple(walk.notes()))
 
 
 class _Walk:
     """One pass over the objects, and what it has found so far."""
 
-    def __init__(self, path: Path, record: Record, limits: Limits, big_endian: bool, bearing: frozenset[int]) -> None:
+    def __init__(
+        self, path: Path, record: Record, strings: Strings, limits: Limits, big_endian: bool, bearing: frozenset[int]
+    ) -> None:
         self.path = path
         self.record = record
+        self.strings = strings
         self.limits = limits
         self.big_endian = big_endian
         self.bearing = bearing
         self.tensors: list[TensorEntry] = []
         self.others: list[Other] = []
         self._entered: dict[int, tuple[int, str]] = {}  # where a container was first met: the one around it, and its name
+        self._known: dict[int, TensorEntry] = {}  # an array under several names is one payload
+        self._arrays = 0  # names of arrays
+        self._counted = 0  # objects that were looked at only to count bytes
         self._names: list[str] = []  # from the root to the container that is being read
         self._seen = 0
         self._held = 0
@@ -161,14 +109,22 @@ class _Walk:
                 stack.pop()
                 del self._names[-1:]
 
+    def notes(self) -> Iterator[str]:
+        """What there is to say about what was found."""
+        if self._arrays:
+            what = "1 tensor is a NumPy array" if self._arrays == 1 else f"{self._arrays:,} tensors are NumPy arrays"
+            yield f"{what} in the pickle; such arrays are read like tensors"
+
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
         if type(value) is View:
             self._dense(self._path_to(name) or ("tensor",), value)
-        elif isinstance(value, _TENSORS):
+        elif is_tensor(value):
             self.weight(self._path_to(name) or ("tensor",), value)
         elif id(value) not in self.bearing:
-            self.other(self._path_to(name), OtherKind.OBJECT, _described(value))
+            self.other(self._path_to(name), OtherKind.OBJECT, described(value))
+        elif packed_class(value) is not None:
+            self._unreadable(self._path_to(name), value)
         elif (state := module_state(value)) is not None:
             self._module(self._path_to(name), state)
         elif id(value) in self._entered:
@@ -193,28 +149,57 @@ class _Walk:
         for item in module_items(state, self._spend):
             path = (*names, item.name)
             if item.aside:
-                self.other(path, OtherKind.OBJECT, item.aside, _nbytes(item.value))
-            elif isinstance(item.value, _TENSORS):
+                self.other(path, OtherKind.OBJECT, item.aside, nbytes_of(item.value))
+            elif is_tensor(item.value):
                 self.weight(path, item.value)
             else:
                 self._unreadable(path, item.value)
 
     def _unreadable(self, path: Names, value: object) -> None:
         """What stands where a module or a parameter should, and has no state that we know."""
-        holds = id(value) in self.bearing
-        self.other(
-            path, OtherKind.UNKNOWN_TENSOR if holds else OtherKind.OBJECT, f"{_described(value)}, whose state is its own affair"
-        )
+        if id(value) not in self.bearing:
+            self.other(path, OtherKind.OBJECT, f"{described(value)}, whose state is its own affair")
+        elif (packed := packed_class(value)) is not None:
+            self.other(path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value))
+        else:
+            reason = f"{described(value)}, whose state is its own affair"
+            self.other(path, OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
 
-    def weight(self, path: Names, value: View | Undense | Storage) -> None:
-        """Note a tensor."""
+    def weight(self, path: Names, value: object) -> None:
+        """Note a tensor, for which `is_tensor` is true."""
         match value:
             case View():
                 self._dense(path, value)
+            case Array():
+                self._array(path, value)
+            case Stateful():
+                self._stateful(path, value)
             case Undense():
                 self.other(path, value.kind, value.reason, value.nbytes)
             case Storage():
                 self.other(path, OtherKind.UNKNOWN_TENSOR, f"a bare storage of {value.kind.dtype.code}", value.nbytes)
+
+    def _stateful(self, path: Names, value: Stateful) -> None:
+        if id(value) not in self.bearing:
+            self.weight(path, value.tensor)
+            return
+        states = value.state if isinstance(value.state, tuple) else (value.state,)
+        named = (item for state in states for item in attributes(state))
+        bearing = [attribute(name, part) for name, part in named if is_tensor(part) or id(part) in self.bearing]
+        reason = f"{value.name} with tensors in its attributes {listed(bearing, most=3)}"
+        self.other(path, OtherKind.UNKNOWN_TENSOR, reason, value.nbytes + self._nbytes_below(value))
+
+    def _nbytes_below(self, value: object) -> int:
+        """Bytes of the tensors in *value*, each counted once; 0 from when on that took too long."""
+        total, seen, stack = 0, {id(value)}, [value]
+        while stack and self._counted < _MOST_COUNTED:
+            for child in inside(stack.pop()):
+                self._counted += 1
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    total += child.nbytes if is_tensor(child) else 0  # type: ignore[attr-defined]  # a tensor has bytes
+                    stack += [child] if type(child) in CONTAINERS else []
+        return 0 if stack else total
 
     def other(self, path: Names, kind: OtherKind, reason: str, nbytes: int = 0) -> None:
         """Note what is no dense tensor."""
@@ -227,8 +212,31 @@ class _Walk:
             payload = view.payload(self.record, big_endian=self.big_endian)
             self.tensors.append(TensorEntry(path, view.dtype, view.logical_shape, payload))
         except ValueError as error:
-            hint = "the file is damaged, or made to mislead: fetch it again, from where you trust it"
-            raise Malformed(self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint=hint) from None
+            raise self._refusal(path, error) from None
+
+    def _array(self, path: Names, array: Array) -> None:
+        try:
+            found = numbers_of(array)
+            if isinstance(found, Undense):
+                self.other(path, found.kind, found.reason, found.nbytes)
+                return
+            self._spend(8 * len(path) + len(path[-1]))
+            known = self._known.get(id(array))
+            if known is None:
+                entry = TensorEntry(path, found.dtype, found.shape, self._values(found))
+                known = self._known[id(array)] = entry
+            self.tensors.append(replace(known, path=path))
+            self._arrays += 1
+        except ValueError as error:
+            raise self._refusal(path, error) from None
+
+    def _values(self, numbers: Numbers) -> Payload:
+        string = self.strings.payload(numbers.content, numbers.nbytes, number=len(self._known))
+        return numbers.payload(string)
+
+    def _refusal(self, path: Names, error: ValueError) -> Malformed:
+        hint = "the file is damaged, or made to mislead: fetch it again, from where you trust it"
+        return Malformed(self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint=hint)
 
     def _spend(self, nbytes: int) -> None:
         """Count one thing found, whose name takes *nbytes* to hold."""
@@ -243,22 +251,3 @@ class _Walk:
             raise LimitExceeded(
                 self.path, f"its names take more than {self._held:,} bytes", limit="held_bytes", actual=2 * self._held
             )
-
-
-def _nbytes(value: object) -> int:
-    parts = value if isinstance(value, list | tuple) else (value,)
-    return sum(part.nbytes for part in parts if isinstance(part, View | Undense | Storage))
-
-
-def _described(value: object) -> str:
-    """What kind of thing *value* is, for a person."""
-    match value:
-        case Opaque() | Global() | Builder():
-            return value.name
-        case LongString():
-            return f"a string of {value.nbytes:,} bytes"
-        case DType():
-            return value.code
-        case Dict():
-            return f"a dict of {len(value) + len(value.pairs or ())}"
-    return shown(value)

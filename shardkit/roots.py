@@ -1,102 +1,25 @@
-"""Where in a nested checkpoint the model is, told by the shape of the tree and never by a list of names.
+"""Where in a nested checkpoint the model is, told by the shape of the tree, and by names only where several parts could be it.
 
-1. Set aside: subtrees shaped like an optimizer (`state` beside `param_groups`, as torch.optim.Optimizer.state_dict makes
-   them), and subtrees that hold nothing but scalars and random-number states (1-d uint8), as loops and meters do.
+1. Set aside: subtrees shaped like the state of an optimizer (`state` beside `param_groups`, as torch.optim.Optimizer.state_dict
+   makes them, or a partition of DeepSpeed ZeRO) or of a scheduler, and subtrees that hold nothing but scalars and
+   random-number states (one axis of unsigned integers), as loops and meters do. A file that has nothing else is refused.
 2. A node with tensors of its own is the model. Otherwise descend while exactly one child holds tensors.
 3. Lists (children that are all numbered) give way to a child with names: lists of tensors are optimizer slots and averages.
-4. What is left is ambiguous, and the person is asked.
+4. Where one child has the name that training programs give to the model (`state_dict`, `model`), it is the model if all that
+   is beside it is settings, callbacks and the like. A moving average of the weights is none of these.
+5. What is left is ambiguous, and the person is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 
 from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
-from shardkit.dtypes import U8
-from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown
+from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown, shown_path
+from shardkit.name_tree import PARTITION, RANDOM, Node, is_only_random, tree_of
+from shardkit.root_names import CONVENTIONAL, is_average, is_no_model, is_parameter, is_state_dict, is_unmistakable
 from shardkit.sizes import format_size
-
-
-@dataclass(slots=True)
-class Node:
-    """A place in the tree of names, and what can be said of all that lies at and below it.
-
-    Attributes:
-        step: the last name of its path.
-        parent: the place above; None for the root of the tree.
-        children: the places below, by their steps.
-        tensors: those that have this very path.
-        undense: weights of other kinds that have this very path.
-        holds_weights: whether there are any at or below.
-        is_incidental: whether all of them are scalars or random-number states.
-        is_numbered: whether all names below are numbers.
-        is_optimizer_state: whether all weights are an optimizer's: of one, of a list of them, or of one beside its slots.
-    """
-
-    step: str = ""
-    parent: Node | None = None
-    children: dict[str, Node] = field(default_factory=dict)
-    tensors: list[TensorEntry] = field(default_factory=list)
-    undense: list[Other] = field(default_factory=list)
-    holds_weights: bool = False
-    is_incidental: bool = True
-    is_numbered: bool = True
-    is_optimizer_state: bool = False
-
-    def judge(self) -> None:
-        """Fill in what is said of the place, when it is said of all below."""
-        children = self.children.values()
-        bearing = [child for child in children if child.holds_weights]
-        optimizers = [child for child in bearing if child.is_optimizer_state]
-        self.holds_weights = bool(self.tensors or self.undense or bearing)
-        self.is_incidental = not self.undense and all(map(_is_incidental, self.tensors)) and all(c.is_incidental for c in bearing)
-        self.is_numbered = all(step.isdecimal() and child.is_numbered for step, child in self.children.items())
-        beside = (child.is_optimizer_state or child.is_list for child in bearing)
-        self.is_optimizer_state = {"state", "param_groups"} <= self.children.keys() or (bool(optimizers) and all(beside))
-
-    @property
-    def is_list(self) -> bool:
-        return bool(self.children) and self.is_numbered
-
-    @property
-    def has_own_weights(self) -> bool:
-        """Whether weights hang on this place by names of their own, and not just counters and the like."""
-        return any((child.tensors or child.undense) and not child.is_incidental for child in self.children.values())
-
-    @property
-    def why_aside(self) -> str | None:
-        """Why no model lies here; None where one may."""
-        if not self.holds_weights:
-            return "holds no tensors"
-        if self.is_optimizer_state:
-            return "optimizer state"
-        return "loop or random-number state" if self.is_incidental else None
-
-    @property
-    def path(self) -> tuple[str, ...]:
-        """The steps from the root down to this place; not kept, since a tree may be 100,000 deep."""
-        steps: list[str] = []
-        node = self
-        while node.parent is not None:
-            steps.append(node.step)
-            node = node.parent
-        return tuple(reversed(steps))
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.path)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights at and below."""
-        total, stack = 0, [self]
-        while stack:
-            node = stack.pop()
-            total += sum(entry.nbytes for entry in node.tensors) + sum(other.nbytes for other in node.undense)
-            stack.extend(node.children.values())
-        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,31 +41,22 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
 
     Raises:
         AmbiguousRoot: several subtrees could be the model.
-        NothingSelected: *root* is not in the file, or there is no tensor.
+        NothingSelected: *root* is not in the file, or there is no tensor, or the file holds the state of an optimizer, a
+            scheduler or a random-number generator, and no model.
     """
+    if root is None:
+        _refuse_no_model(checkpoint, RANDOM if is_only_random(checkpoint) else "")
     flat = all(len(entry.path) == 1 for entry in checkpoint.tensors) and not any(o.is_weight for o in checkpoint.others)
     if root == "." or (root is None and flat):
         return Rooted(checkpoint.tensors, checkpoint.others)
     tree = tree_of(checkpoint)
+    if root is None:
+        _refuse_no_model(checkpoint, _no_model(tree))
     node = _find_model(tree) if root is None else _named(tree, root)
     aside = _set_aside(node) if root is None else {}
     chosen = _Chosen(node.path, aside)
     left_out = tuple(_left_out(tree, node, aside))
     return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, chosen.path)
-
-
-def tree_of(checkpoint: Checkpoint) -> Node:
-    """The tree that the paths of all tensors and others span."""
-    nodes = [Node()]
-    for entry in checkpoint.tensors:
-        _place(nodes, entry.path).tensors.append(entry)
-    for other in checkpoint.others:
-        node = _place(nodes, other.path)
-        if other.is_weight:
-            node.undense.append(other)
-    for node in reversed(nodes):  # every place was made after the one above it
-        node.judge()
-    return nodes[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +79,66 @@ class _Chosen:
         return path[:depth] == self.path and len(path) > depth and path[depth] not in self.aside
 
 
-def _place(nodes: list[Node], path: tuple[str, ...]) -> Node:
-    """The place at *path*; it and those above it are made, and added to *nodes*, where they are missing."""
-    node = nodes[0]
-    for step in path:
-        if step not in node.children:
-            node.children[step] = Node(step, node)
-            nodes.append(node.children[step])
-        node = node.children[step]
-    return node
-
-
 def _find_model(tree: Node) -> Node:
     node = tree
-    while not node.has_own_weights:
+    while True:
+        model = _conventional(node)
+        if model is None and node.has_own_weights:
+            return node
         bearing = [child for child in node.children.values() if child.why_aside is None]
-        candidates = [child for child in bearing if not child.is_list] or bearing
-        if not candidates:
-            break
-        if len(candidates) > 1:
+        named = [child for child in bearing if not child.is_list] or bearing
+        candidates = [child for child in named if not is_no_model(child.step)] or named
+        if model is None and len(candidates) > 1:
             raise _ambiguous(candidates)
-        node = candidates[0]
-    return node
+        if model is None and not candidates:
+            return node
+        node = model or candidates[0]
+
+
+def _conventional(node: Node) -> Node | None:
+    """The one child of *node* that is called as models are, if nothing beside it could be a model too."""
+    called = [node.children[name] for name in CONVENTIONAL if name in node.children]
+    models = [child for child in called if child.children and child.why_aside is None]
+    if len(models) != 1:
+        return None
+    beside = (child for child in node.children.values() if child is not models[0])
+    return None if any(_is_rival(child, models[0]) for child in beside) else models[0]
+
+
+def _is_rival(child: Node, model: Node) -> bool:
+    """Whether *child*, which is beside the *model*, could be the model as well, or a part of it."""
+    if child.why_aside:
+        return False
+    if is_average(child.step) or is_state_dict(child.step):
+        return True
+    if is_no_model(child.step) or child.is_list:
+        return False
+    if is_unmistakable(model.step):
+        return is_parameter(child.step) if not child.children else child.has_matrix
+    return is_parameter(child.step) or bool(child.children) or child.has_matrix
+
+
+def _no_model(tree: Node) -> str:
+    """What a file holds that has no model in it; empty if there may be one."""
+    if tree.has_own_weights:
+        return ""
+    bearing = [child for child in tree.children.values() if child.holds_weights]
+    states = dict.fromkeys(child.state_of for child in bearing if child.state_of)
+    if tree.state_of or not (states and all(child.why_aside for child in bearing)):
+        return tree.state_of
+    return " and ".join(states)
+
+
+def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
+    if not state:
+        return
+    where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the file"
+    model = (
+        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which is there too, joins the partitions"
+    )
+    if PARTITION not in state:
+        model = "the model is probably in a file beside it, such as model.safetensors or pytorch_model.bin"
+    raise NothingSelected(f"{where}: holds {state}, and no model", hint=f"{model}; to take it all the same, add --root .")
 
 
 def _set_aside(node: Node) -> dict[str, str]:
@@ -194,10 +146,6 @@ def _set_aside(node: Node) -> dict[str, str]:
     subtrees = (child for child in node.children.values() if child.children and child.holds_weights)
     reasons = {child.step: reason for child in subtrees if (reason := child.why_aside)}
     return reasons if len(reasons) < len(node.children) else {}
-
-
-def _is_incidental(entry: TensorEntry) -> bool:
-    return prod(entry.shape) <= 1 or (entry.dtype == U8 and len(entry.shape) == 1)
 
 
 def _named(tree: Node, root: str) -> Node:
@@ -231,7 +179,16 @@ def _left_out(tree: Node, chosen: Node, aside: dict[str, str]) -> Iterator[LeftO
 
 def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
     found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
+    likeliest = _likeliest(candidates)
+    averages = [node for node in candidates if is_average(node.step) and node is not likeliest]
+    average = f", or its moving average with --root {averages[0].name}" if averages else ""
     return AmbiguousRoot(
         f"several parts of the file could be the model: {found}",
-        hint=f"choose one with --root {max(candidates, key=lambda node: node.nbytes).name}, or take all with --root .",
+        hint=f"choose one with --root {likeliest.name}{average}, or take all with --root .",
     )
+
+
+def _likeliest(candidates: list[Node]) -> Node:
+    """The one that is called as models are; where none is, the largest."""
+    called = [node for name in CONVENTIONAL for node in candidates if node.step == name]
+    return called[0] if called else max(candidates, key=lambda node: node.nbytes)

@@ -40,10 +40,17 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class LongString:
-    """A byte string or a text too long to be worth holding: where it lies in the pickle, and how long it is."""
+    """A byte string or a text too long to be worth holding: where it lies in the pickle, and how long it is.
+
+    Attributes:
+        start: its first byte in the pickle.
+        nbytes: its length there.
+        is_latin1: whether it is text in UTF-8 that stands for bytes, each character for one.
+    """
 
     start: int
     nbytes: int
+    is_latin1: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,31 @@
 """What torch names in a pickle: the functions that rebuild tensors, the classes of storages, the types.
 
-Wrappers (Parameter, subclasses with dense data) are what they wrap. What has no dense bytes is `Undense`, with its kind.
+Wrappers (Parameter, subclasses with dense data) are what they wrap, or `Stateful` if they have attributes that may hold
+tensors. What has no dense bytes is `Undense`, with its kind.
 None of these functions runs anything of torch's; they take the arguments apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
 
+from shardkit import numpy_arrays
 from shardkit.checkpoint import OtherKind
-from shardkit.dtypes import BY_CODE, BY_TORCH, DType
+from shardkit.dtypes import BY_TORCH, DType
 from shardkit.errors import shown
+from shardkit.numpy_arrays import Array, dtype_of
 from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque
-from shardkit.torch_tensors import Storage, StorageClass, Tensor, Undense, View
+from shardkit.torch_tensors import STORAGE_CLASSES, TENSORS, Stateful, Storage, Tensor, Undense, View, stated
 
 
 def find(module: str, name: str) -> object:
     """What stands for a global of a torch pickle."""
     full = f"{_RENAMED.get(module, module)}.{name}"
     if module.split(".", 1)[0] == "torch":
-        if name in _STORAGES:
-            return _STORAGES[name]
+        if name in STORAGE_CLASSES:
+            return STORAGE_CLASSES[name]
         if module == "torch" and name in BY_TORCH:
             return BY_TORCH[name]
     build = _BUILDERS.get(full)
@@ -80,26 +85,37 @@ def _rebuild_wrapped(args: tuple[object, ...]) -> object:
     return args[0]
 
 
+def _rebuild_with_state(args: tuple[object, ...]) -> object:
+    """A Parameter with attributes of its own: (tensor, requires_grad, hooks, attributes)."""
+    made = _rebuild_wrapped(args)
+    return stated(made, "torch.nn.Parameter", args[3:]) if isinstance(made, View | Stateful) else made
+
+
 def _rebuild_from_type(args: tuple[object, ...]) -> object:
     """A subclass: (function, class, its arguments, state). Such calls may be nested, as deep as a stranger likes."""
-    state: object = None
+    states: list[object] = []
     while True:
         match args:
             case (Builder(build=build), _, tuple(inner), state) if build is _rebuild_from_type:
+                states.append(state)
                 args = inner
             case (Builder(build=build), kind, tuple(inner), state):
-                return _of_type(build(inner), kind, state)
-            case (callee, kind, tuple(inner), *_):
-                return Opaque(_named(kind), (callee, *inner))
+                return _of_type(build(inner), _named(kind), (*states, state))
+            case (_, kind, tuple(inner), *state):
+                nbytes = _nbytes_in(inner, *states, *state)
+                return Undense(OtherKind.UNKNOWN_TENSOR, nbytes, f"of the class {_named(kind)}")
             case _:
                 raise _wrong("_rebuild_from_type_v2", args)
 
 
-def _of_type(tensor: object, kind: object, state: object) -> object:
-    if not (isinstance(tensor, Undense) and tensor.kind is OtherKind.UNKNOWN_TENSOR):
-        return tensor
-    inside = state.values() if isinstance(state, Dict) else ()
-    return Undense(tensor.kind, tensor.nbytes + _nbytes(*inside), f"of the class {_named(kind)}")
+def _of_type(made: object, name: str, states: tuple[object, ...]) -> object:
+    match made:
+        case Undense(kind=OtherKind.UNKNOWN_TENSOR | OtherKind.DISTRIBUTED as kind, nbytes=nbytes, reason=reason):
+            reason = reason if name in reason else f"of the class {name}, {reason}"
+            return Undense(kind, nbytes + _nbytes_in(*states), reason)
+        case View() | Stateful():
+            return stated(made, name, states)
+    return made  # what is refused anyway needs no state
 
 
 def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
@@ -109,18 +125,27 @@ def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
             return Undense(
                 OtherKind.UNKNOWN_TENSOR, view.nbytes, f"kept as {view.dtype.code}, to be cast to {dtype.code} by a device"
             )
-        case (View() | Undense() as tensor, *_):
+        case (View() | Undense() | Stateful() as tensor, *_):
             return tensor
     raise _wrong("_rebuild_device_tensor_from_cpu_tensor", args)
 
 
-def _rebuild_from_numpy(args: tuple[object, ...]) -> Undense:
-    return Undense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a numpy array")
+def _rebuild_from_numpy(args: tuple[object, ...]) -> object:
+    """A tensor of a device that keeps its data in an array: (array, dtype, device, requires_grad)."""
+    match args:
+        case (Array() as array, DType() as dtype, *_) if dtype_of(array) == dtype:
+            return array
+        case (Array() as array, DType() as dtype, *_):
+            return Undense(OtherKind.UNKNOWN_TENSOR, array.nbytes, f"{array.description}, to be cast to {dtype.code} by a device")
+    return Undense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a NumPy array")
 
 
 def _rebuild_sparse(args: tuple[object, ...]) -> Undense:
     inside = args[1] if len(args) > 1 and isinstance(args[1], tuple) else ()
-    return Undense(OtherKind.SPARSE, _nbytes(*inside), _named(args[0] if args else None))
+    values = [part for part in inside if isinstance(part, View)]
+    size = next((part for part in inside if type(part) is tuple), None)
+    described = _described(values[-1].dtype if values else None, size)
+    return Undense(OtherKind.SPARSE, _nbytes_in(inside), _named(args[0] if args else None) + described)
 
 
 def _layout(args: tuple[object, ...]) -> Global:
@@ -128,21 +153,37 @@ def _layout(args: tuple[object, ...]) -> Global:
 
 
 def _rebuild_quantised(args: tuple[object, ...]) -> Undense:
+    """A tensor of codes: (storage, offset, size, stride, (scheme, scales, …), …)."""
     nbytes = args[0].nbytes if args and isinstance(args[0], Storage) else 0
     scheme = args[4][0] if len(args) > 4 and isinstance(args[4], tuple) and args[4] else None
-    return Undense(OtherKind.QUANTISED, nbytes, _named(scheme))
+    described = _described(_dtype_of(args), args[2] if len(args) > 2 else None)
+    return Undense(OtherKind.QUANTISED, nbytes, _named(scheme) + described)
 
 
 def _rebuild_nested(args: tuple[object, ...]) -> Undense:
-    return Undense(OtherKind.NESTED, _nbytes(*args[:1]), "several tensors of unequal shapes in one")
+    """Tensors of unequal shapes: (values, sizes, strides, offsets), or a dict with the values and the offsets."""
+    return Undense(OtherKind.NESTED, _nbytes_in(*args[:1]), "several tensors of unequal shapes in one")
 
 
 def _rebuild_meta(args: tuple[object, ...]) -> Undense:
-    return Undense(OtherKind.META, 0, "saved from the meta device, without data")
+    described = _described(*args[:2]) if len(args) > 1 else ""
+    return Undense(OtherKind.META, 0, f"saved from the meta device, without data{described}")
 
 
 def _rebuild_wrapper(args: tuple[object, ...]) -> Undense:
-    return Undense(OtherKind.UNKNOWN_TENSOR, 0, f"of the class {_named(args[0] if args else None)}")
+    """A tensor whose class keeps the data in attributes: (class, dtype, size, …)."""
+    name = _named(args[0] if args else None)
+    module, _, last = name.rpartition(".")
+    spread = module.startswith("torch.distributed.") and last in ("DTensor", "ShardedTensor")
+    kind = OtherKind.DISTRIBUTED if spread else OtherKind.UNKNOWN_TENSOR
+    return Undense(kind, 0, f"of the class {name}{_described(*args[1:3]) if len(args) > 2 else ''}")
+
+
+def _described(dtype: object, size: object) -> str:
+    """A type and a shape, to follow a reason; no text where they are neither."""
+    if not (isinstance(dtype, DType) and type(size) is tuple and len(size) <= _MOST_SHOWN):
+        return ""
+    return f", {dtype.code} [{', '.join(map(shown, size))}]"
 
 
 def _size(args: tuple[object, ...]) -> object:
@@ -168,10 +209,10 @@ def _bytes(args: tuple[object, ...]) -> object:
 def _encoded(args: tuple[object, ...]) -> object:
     """Bytes, as protocol 2 has to write them."""
     match args:
-        case (str(text), "latin1" | "latin-1"):
-            return text.encode("latin-1", "replace")
-        case (LongString() as long, *_):
-            return long
+        case (str(text), "latin1" | "latin-1") if all(character <= "\xff" for character in text):
+            return text.encode("latin-1")
+        case (LongString() as long, "latin1" | "latin-1"):
+            return replace(long, is_latin1=True)
     return Opaque("_codecs.encode", args)
 
 
@@ -193,40 +234,32 @@ def _named(value: object) -> str:
     return value.name if isinstance(value, Global | Builder | Opaque) else shown(value)
 
 
-def _nbytes(*values: object) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, View | Undense))
+def _nbytes_in(*values: object) -> int:
+    """Bytes of the tensors among *values*, and among what containers in them hold; of each only the first few are looked at."""
+    inside = [part for value in values for part in islice(_parts(value), _MOST_SHOWN)]
+    deeper = (part for value in inside if isinstance(value, Dict) for part in islice(value.values(), _MOST_SHOWN))
+    return sum(part.nbytes for part in (*inside, *deeper) if isinstance(part, TENSORS) and not isinstance(part, Storage))
 
 
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
+def _parts(value: object) -> Iterable[object]:
+    match value:
+        case Dict():
+            return value.values()
+        case tuple() | list():
+            return value
+    return (value,)
 
-_STORAGES = {
-    "UntypedStorage": StorageClass(BY_CODE["U8"]),
-    "_UntypedStorage": StorageClass(BY_CODE["U8"]),
-    "DoubleStorage": StorageClass(BY_CODE["F64"]),
-    "FloatStorage": StorageClass(BY_CODE["F32"]),
-    "HalfStorage": StorageClass(BY_CODE["F16"]),
-    "BFloat16Storage": StorageClass(BY_CODE["BF16"]),
-    "LongStorage": StorageClass(BY_CODE["I64"]),
-    "IntStorage": StorageClass(BY_CODE["I32"]),
-    "ShortStorage": StorageClass(BY_CODE["I16"]),
-    "CharStorage": StorageClass(BY_CODE["I8"]),
-    "ByteStorage": StorageClass(BY_CODE["U8"]),
-    "BoolStorage": StorageClass(BY_CODE["BOOL"]),
-    "ComplexDoubleStorage": StorageClass(BY_CODE["C128"]),
-    "ComplexFloatStorage": StorageClass(BY_CODE["C64"]),
-    "QInt8Storage": StorageClass(BY_CODE["I8"], quantised=True),
-    "QUInt8Storage": StorageClass(BY_CODE["U8"], quantised=True),
-    "QInt32Storage": StorageClass(BY_CODE["I32"], quantised=True),
-    "QUInt4x2Storage": StorageClass(BY_CODE["U8"], quantised=True),
-    "QUInt2x4Storage": StorageClass(BY_CODE["U8"], quantised=True),
-}
+
+_MOST_SHOWN = 16
+
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"} | numpy_arrays.RENAMED
 
 _BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_tensor": _rebuild_v1,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
     "torch._utils._rebuild_parameter": _rebuild_wrapped,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_wrapped,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_with_state,
     "torch._tensor._rebuild_from_type": _rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _rebuild_from_cpu,
@@ -236,6 +269,7 @@ _BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_sparse_csr_tensor": _rebuild_sparse,
     "torch._utils._rebuild_qtensor": _rebuild_quantised,
     "torch._utils._rebuild_nested_tensor": _rebuild_nested,
+    "torch.nested._internal.nested_tensor._rebuild_njt": _rebuild_nested,
     "torch._utils._rebuild_meta_tensor_no_storage": _rebuild_meta,
     "torch._utils._rebuild_wrapper_subclass": _rebuild_wrapper,
     "torch.Size": _size,
@@ -249,4 +283,4 @@ _BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "builtins.bytes": _bytes,
     "builtins.complex": _harmless("builtins.complex"),
     "builtins.bytearray": _harmless("builtins.bytearray"),
-}
+} | numpy_arrays.BUILDERS

@@ -2,7 +2,7 @@
 
 1. A `View` is numbers only. What they mean is checked when the tensor gets its name, so that a fault can name it.
 2. A storage is known by its key, never by an object: a pickle says the same storage anew for every tensor.
-3. Neither is frozen, though nothing changes them: both are made for every tensor, and a frozen one takes four times as long.
+3. None of them is frozen, though nothing changes them: they are made for every tensor, and a frozen one takes four times as long.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from math import prod
 
 from shardkit.checkpoint import OtherKind
-from shardkit.dtypes import DType
+from shardkit.dtypes import BY_CODE, DType
 from shardkit.errors import shown
 from shardkit.payload import Payload, Swapped
-from shardkit.stand_ins import Global
+from shardkit.stand_ins import Dict, Global
 from shardkit.strided import strided
 
 _MOST = 1 << 63  # torch counts elements in signed 64 bits
@@ -33,6 +33,29 @@ class StorageClass:
 
     dtype: DType
     quantised: bool = False
+
+
+STORAGE_CLASSES = {
+    "UntypedStorage": StorageClass(BY_CODE["U8"]),
+    "_UntypedStorage": StorageClass(BY_CODE["U8"]),
+    "DoubleStorage": StorageClass(BY_CODE["F64"]),
+    "FloatStorage": StorageClass(BY_CODE["F32"]),
+    "HalfStorage": StorageClass(BY_CODE["F16"]),
+    "BFloat16Storage": StorageClass(BY_CODE["BF16"]),
+    "LongStorage": StorageClass(BY_CODE["I64"]),
+    "IntStorage": StorageClass(BY_CODE["I32"]),
+    "ShortStorage": StorageClass(BY_CODE["I16"]),
+    "CharStorage": StorageClass(BY_CODE["I8"]),
+    "ByteStorage": StorageClass(BY_CODE["U8"]),
+    "BoolStorage": StorageClass(BY_CODE["BOOL"]),
+    "ComplexDoubleStorage": StorageClass(BY_CODE["C128"]),
+    "ComplexFloatStorage": StorageClass(BY_CODE["C64"]),
+    "QInt8Storage": StorageClass(BY_CODE["I8"], quantised=True),
+    "QUInt8Storage": StorageClass(BY_CODE["U8"], quantised=True),
+    "QInt32Storage": StorageClass(BY_CODE["I32"], quantised=True),
+    "QUInt4x2Storage": StorageClass(BY_CODE["U8"], quantised=True),
+    "QUInt2x4Storage": StorageClass(BY_CODE["U8"], quantised=True),
+}
 
 
 @dataclass(slots=True)
@@ -124,7 +147,48 @@ class Undense:
     reason: str
 
 
+@dataclass(slots=True, eq=False)
+class Stateful:
+    """A tensor with attributes of its own, as some subclasses and parameters have. Whether these hold tensors is told later.
+
+    Attributes:
+        tensor: its values, if the attributes do not matter.
+        name: its class.
+        state: the attributes.
+    """
+
+    tensor: View
+    name: str
+    state: object
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values, without the state."""
+        return self.tensor.nbytes
+
+
+def stated(tensor: View | Stateful, name: str, states: tuple[object, ...]) -> View | Stateful:
+    """*tensor* with those of its *states* that may hold tensors."""
+    held = tuple(state for state in states if not _is_plain(state))
+    if not held:
+        return tensor
+    if isinstance(tensor, Stateful):
+        return Stateful(tensor.tensor, name, (tensor.state, *held))
+    return Stateful(tensor, name, held)
+
+
+def _is_plain(state: object) -> bool:
+    """Whether *state* is texts, numbers and types, or a dict of those."""
+    if isinstance(state, Dict):
+        return not state.pairs and state.state is None and all(isinstance(value, _PLAIN) for value in state.values())
+    return isinstance(state, _PLAIN)
+
+
+_PLAIN = (str, int, float, bytes, DType, type(None))
+
+
 Tensor = View | Undense
+TENSORS = (View, Undense, Storage, Stateful)
 
 
 def storage_of(pid: object) -> Storage:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shardkit.object_tree import collect
+from shardkit.pickle_strings import Strings
 from shardkit.pickles import Pickle, unpickle
 from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, shown
 from shardkit.sizes import format_size
@@ -42,9 +43,11 @@ def scan(source: Source) -> Checkpoint:
     reader.next("the machine")
     root = reader.next("the object")
     reader.place(reader.next("the storage keys").value)
-    found = collect(source.path, root.value, record=reader.record, limits=source.limits, calls=root.calls)
+    strings = Strings(source.path, source.content, source.limits, source.scratch)
+    found = collect(source.path, root.value, record=reader.record, limits=source.limits, calls=root.calls, strings=strings)
     rest = source.size - reader.at
-    notes = (f"{format_size(rest)} follow the checkpoint and were not read",) if rest else ()
+    unread = (f"{format_size(rest)} follow the checkpoint and were not read",) if rest else ()
+    notes = (*found.notes, *unread)
     return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),), notes=notes)
 
 

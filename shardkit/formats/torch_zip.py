@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from shardkit.object_tree import collect
+from shardkit.pickle_strings import Strings
 from shardkit.pickles import unpickle
 from shardkit.plugin import Checkpoint, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
 from shardkit.stand_ins import Vocabulary
@@ -38,8 +39,9 @@ def scan(source: Source) -> Checkpoint:
         limits=source.limits,
         calls=pickle.calls,
         big_endian=records.is_big_endian(),
+        strings=Strings(source.path, data, source.limits, source.scratch),
     )
-    return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),))
+    return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),), notes=found.notes)
 
 
 class Records:

@@ -118,7 +118,7 @@ def _fixtures(*prefixes: str) -> Iterator[bytes]:
 
 def _pickles() -> Iterator[bytes]:
     """The pickles in small zip files, as far as they can be had."""
-    for content in _fixtures("zip", "pickle", "tensor"):
+    for content in _fixtures("zip", "pickle", "tensor", "array"):
         with suppress(zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, KeyError, OSError, EOFError, zlib.error):
             archive = zipfile.ZipFile(io.BytesIO(content))
             yield archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))

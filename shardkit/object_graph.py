@@ -1,0 +1,119 @@
+"""What lies in what among unpickled objects: the parts of containers, and which containers hold a tensor, near or far.
+
+Nothing here recurses, so that a structure may be cyclic, 100,000 deep, or shared until it has more paths than atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardkit.dtypes import DType
+from shardkit.errors import shown
+from shardkit.numpy_arrays import Array, is_tensor
+from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque, key_text
+from shardkit.torch_tensors import TENSORS, Stateful
+
+CONTAINERS = frozenset({Dict, list, tuple, Opaque, Array, Stateful})
+"""Types of the objects that have parts. An array has them if it is one of objects, a tensor if it has attributes."""
+
+
+def children(node: object) -> Iterator[tuple[str, object]]:
+    """What lies directly in a container, by name."""
+    match node:
+        case Dict():
+            yield from ((key if type(key) is str else key_text(key), value) for key, value in node.items())
+            yield from ((f"<{shown(key)}, item {i}>", value) for i, (key, value) in enumerate(node.pairs or ()))
+        case list() | tuple():
+            yield from ((str(i), value) for i, value in enumerate(node))
+        case Array():
+            yield from children(node.elements)
+        case Opaque():
+            yield from children(node.args)
+            yield from children(node.items or ())
+            yield from children(node.mapping)
+            for state in node.states:
+                yield from attributes(state)
+
+
+def attributes(state: object) -> Iterator[tuple[str, object]]:
+    """The parts of what `__setstate__` is given: most often a dict, or a dict beside one for the slots."""
+    match state:
+        case Dict() | list():
+            yield from children(state)
+        case tuple() if all(part is None or isinstance(part, Dict) for part in state):
+            for part in state:
+                yield from children(part)
+        case _:
+            yield "state", state
+
+
+def inside(node: object) -> Iterator[object]:
+    """What lies directly in a container."""
+    match node:
+        case Dict():
+            yield from node.values()
+            yield from (value for _, value in node.pairs or ())
+        case list() | tuple():
+            yield from node
+        case Array():
+            yield from node.elements
+        case Stateful():
+            yield node.state
+        case Opaque():
+            yield from (*node.args, *(node.items or ()), node.mapping, *node.states)
+
+
+def bearing_of(root: object) -> frozenset[int]:
+    """The ids of all containers at and below *root* that hold a tensor, near or far."""
+    parents: dict[int, list[int]] = {id(root): []}
+    bearing: list[int] = []
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        for child in inside(node):
+            kind = type(child)
+            if kind in TENSORS or (kind is Array and is_tensor(child)):
+                bearing.append(id(node))
+            if kind in CONTAINERS:
+                if id(child) not in parents:
+                    parents[id(child)] = []
+                    stack.append(child)
+                parents[id(child)].append(id(node))
+    return _closed(bearing, parents)
+
+
+def _closed(bearing: list[int], parents: dict[int, list[int]]) -> frozenset[int]:
+    closed: set[int] = set()
+    while bearing:
+        node = bearing.pop()
+        if node not in closed:
+            closed.add(node)
+            bearing.extend(parents[node])
+    return frozenset(closed)
+
+
+def nbytes_of(value: object) -> int:
+    """Bytes of a tensor, or of the tensors that lie directly in a list or a tuple; 0 for anything else."""
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return sum(part.nbytes for part in parts if isinstance(part, (*TENSORS, Array)))
+
+
+def attribute(name: str, value: object) -> str:
+    """The *name* of an attribute, with its class if that is known, for a person."""
+    return f"{shown(name)[1:-1]} ({value.name})" if isinstance(value, Opaque) else shown(name)[1:-1]
+
+
+def described(value: object) -> str:
+    """What kind of thing *value* is, for a person."""
+    match value:
+        case Array():
+            return value.description
+        case Opaque() | Global() | Builder():
+            return value.name
+        case LongString():
+            return f"a string of {value.nbytes:,} bytes"
+        case DType():
+            return value.code
+        case Dict():
+            return f"a dict of {len(value) + len(value.pairs or ())}"
+    return shown(value)
