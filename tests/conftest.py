@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Tests run side by side, and the threads of OpenMP would spin while they wait for work: they sleep. libgomp reads this when
+# torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A busy machine makes no test wrong; what hangs is ended by pytest-timeout.
 settings.register_profile("shardkit", deadline=None)

@@ -71,6 +71,7 @@ def test_a_full_disk_at_any_call_is_told_with_what_to_do(folder: Path) -> None:
     assert sweep.points >= FEWEST
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kill_at_any_call_leaves_the_output_whole_or_not_there(name: str, folder: Path) -> None:
     said = json.loads(in_process(KILLER, folder, name, STEP))

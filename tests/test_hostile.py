@@ -76,6 +76,7 @@ def test_a_hostile_file_is_refused_with_a_sentence(path: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process to set")
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
 def test_the_command_line_refuses_it_in_bounded_time_and_memory(path: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ python tests/crash/killer.py FOLDER SCENARIO STEP
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from injection import Layer, killing
 from scenarios import SCENARIOS, Case, main_folder, stamps
 
 LAST = 30
+HUNG = 200  # seconds after which a child says where it is, and ends
 RACED = 3  # calls that a run of several jobs may make or not, as when two of them ask at once what a file system can do
 
 
@@ -21,6 +23,7 @@ def killed_at(case: Case, number: int) -> bool:
     """Whether the run of *case* was killed at that call; false where it made fewer."""
     child = os.fork()
     if not child:
+        faulthandler.dump_traceback_later(HUNG, exit=True)
         error = case.strike(Layer(case.work, number, killing))
         os._exit(2 if error else 0)
     _, status = os.waitpid(child, 0)

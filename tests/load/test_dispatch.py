@@ -119,6 +119,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
+@pytest.mark.slow
 def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Path) -> None:
     resident = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
     save_file(resident.state_dict(), tmp_path / "model.safetensors")

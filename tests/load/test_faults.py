@@ -353,6 +353,8 @@ def settled(before: tuple[int, int]) -> bool:
     return threads_and_descriptors() <= before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(folder: Path, expected: torch.Tensor) -> None:
     model = streaming(folder, ring=2)
     right: list[bool] = []
@@ -362,11 +364,13 @@ def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(folder
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(200)
+        thread.join(800)
     assert (len(right), all(right)) == (8000, True)
     nothing_left(model)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, resident: Layers) -> None:
     begun, _ = threads_and_descriptors()
     model = streaming(folder)
@@ -392,6 +396,7 @@ def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, residen
     assert grown[len(grown) // 2] < 64 << 10  # one lap may make room for more laps
 
 
+@pytest.mark.slow
 def test_fifty_models_are_loaded_and_closed_and_leave_nothing(folder: Path, expected: torch.Tensor) -> None:
     before, memory = threads_and_descriptors(), 0
     for number in range(50):

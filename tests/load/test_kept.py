@@ -171,6 +171,7 @@ def test_a_thread_that_holds_kept_pages_gets_more_beside_the_ring(bytes_of_file:
         stream.release(number, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [[*range(8)], [0, 2, 4, 6]], ids=str)
 def test_an_interrupt_between_any_two_calls_leaves_kept_pages_that_can_be_used(
     bytes_of_file: tuple[Path, bytes], kept: list[int]

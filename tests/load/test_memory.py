@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
+import re
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -198,15 +201,22 @@ def test_a_file_that_is_too_short_is_not_mapped(tmp_path: Path) -> None:
         mapped([as_bytes(Extent(tmp_path / "gone", 4, 8))])
 
 
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """How many bytes of the mapping that *tensor* lies in are huge pages."""
+    blocks = Path("/proc/self/smaps").read_text().split("\nVmFlags")
+    for block in blocks:
+        bounds = re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", block, re.MULTILINE)
+        if bounds and int(bounds[1], 16) <= tensor.data_ptr() < int(bounds[2], 16):
+            return 1024 * next(int(line.split()[1]) for line in block.splitlines() if line.startswith("AnonHugePages"))
+    raise AssertionError("the system knows nothing of this memory")
+
+
 @linux_only
 def test_large_memory_is_backed_by_huge_pages() -> None:
-    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not mode.exists() or "[never]" in mode.read_text():
-        pytest.skip("the system has huge pages switched off")
+    plain = mmap.mmap(-1, 9 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        plain.madvise(mmap.MADV_HUGEPAGE)
+    if huge_bytes(torch.frombuffer(plain, dtype=torch.uint8).fill_(1)) < 7 * HUGE:
+        pytest.skip("the system has no huge pages to give")
     arena = Arena.of(8 * HUGE)
-    tensor = arena.tensor(0, torch.uint8, (8 * HUGE,)).fill_(1)
-    blocks = Path("/proc/self/smaps").read_text().split("\nVmFlags")
-    start = f"{tensor.data_ptr():x}-"
-    [block] = [block for block in blocks if f"\n{start}" in block]
-    huge = next(int(line.split()[1]) for line in block.splitlines() if line.startswith("AnonHugePages"))
-    assert huge * 1024 > 4 * HUGE
+    assert huge_bytes(arena.tensor(0, torch.uint8, (8 * HUGE,)).fill_(1)) > 4 * HUGE
