@@ -230,7 +230,7 @@ class _Folds:
         others: dict[str, list[str]] = {}
         for alias, kept in aliases.items():
             others.setdefault(kept, []).append(alias)
-        return cls(others, metadata)
+        return cls(others, {key: text for key, text in metadata.items() if key != tie_records.LISTING})
 
     def size(self, entry: TensorEntry) -> int:
         """Bytes that *entry* takes in a shard, with its line of the header and the records of its ties."""

@@ -401,7 +401,7 @@ WRITING_WRONG: dict[str, tuple[str, Format, str]] = {
     "drops ties": (
         "check_ties",
         laying(lambda e, m: lay_out(e, {})),
-        r"a tie: laid out \['weight', 'alias'\], scanned \['weight'\]",
+        r"a tie: laid out \['weight', 'tied.weight'\], scanned \['weight'\]",
     ),
     "reads weights": ("check_layout", laying(eager), "lay_out: weights were read where only addresses are needed"),
     "is never the same": ("check_layout", laying(numbered), "lay_out gave another file the second time"),

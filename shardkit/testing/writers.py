@@ -65,8 +65,8 @@ def check_metadata(candidate: Format, name: str = "weight") -> None:
 def check_ties(candidate: Format, name: str = "weight") -> None:
     """A tie that is recorded in the metadata (``alias: kept``) comes back as a tensor of that name, or is refused."""
     entry = _entry(name, _plain(candidate, name), (3,))
-    alias = replace(entry, path=("alias",))
-    found = _round_trip(candidate, [entry], {"alias": name})
+    alias = replace(entry, path=(f"tied.{name}",))
+    found = _round_trip(candidate, [entry], {alias.name: name})
     if found is not None:
         _compare([entry, alias], found, "a tie")
 
