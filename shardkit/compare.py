@@ -223,7 +223,8 @@ def _sound(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> C
     on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
     faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
     each(_drained, outside, on_bytes)
-    notes = (*(said(archive) for archive in zips), *_unsummed(outside, _compressed(checkpoint.files, limits)))
+    unsummed = _unsummed(outside, _compressed(checkpoint.files, limits))
+    notes = (*(said(archive) for archive in zips), *unsummed, *checkpoint.notes)
     differences = tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
     return Comparison(len(checkpoint.tensors), sum(entry.nbytes for entry in checkpoint.tensors), differences, notes)
 
@@ -251,7 +252,7 @@ def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, o
         return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
     checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
     stored = {entry.payload: entry.nbytes for entry in checkpoint.tensors}
-    return Comparison(len(stored), sum(stored.values()), (), (note,))
+    return Comparison(len(stored), sum(stored.values()), (), (note, *checkpoint.notes))
 
 
 def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
@@ -264,6 +265,7 @@ def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnByte
     outside = sum(entry.payload not in checked for entry in checkpoint.tensors)
     notes = [f"held against the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
     notes += [f"{outside:,} tensors stand in no block, and are unchecked"] if outside else []
+    notes += checkpoint.notes
     return Comparison(len(listed), sum(size for _, size in record.dtypes), differences, tuple(notes))
 
 

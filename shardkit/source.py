@@ -20,6 +20,7 @@ from pathlib import Path
 
 from shardkit import index, registry, shards
 from shardkit.checkpoint import Checkpoint, SourceFile
+from shardkit.emptiness import noted
 from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, listed, shown, shown_path
 from shardkit.expansion import expansion
 from shardkit.format import Format, Source
@@ -55,7 +56,7 @@ def open(
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
     path = Path(path)
     with collector_paused(), failures_told(path):
-        return opener.folder(path) if _is_folder(path) else opener.file(path)
+        return noted(opener.folder(path) if _is_folder(path) else opener.file(path))
 
 
 @dataclass(frozen=True, slots=True)
