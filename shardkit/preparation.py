@@ -156,6 +156,7 @@ def prepare(
             plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
         plan = compressed(plan, codec) if codec else plan
         notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
+        notes += _format_note(checkpoint, plan)
     return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
 
 
@@ -192,6 +193,14 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
     if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
+
+
+def _format_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    written = checkpoint.metadata.get("format", "pt")
+    if plan.format != "safetensors" or written == "pt":
+        return ()
+    kept = "names and axes of the weights stay as they are"
+    return (f"the metadata of the source say format {shown(written)}; the output says 'pt', which readers require. The {kept}",)
 
 
 def _folder(src: Path) -> Path | None:
