@@ -21,6 +21,7 @@ from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
 from shardkit.plan import INDEX_NAME, OutputFile, Plan, plan_file, plan_folder
+from shardkit.quantised import is_codes
 from shardkit.sizes import format_size, parse_size
 
 
@@ -187,6 +188,9 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
+    if edits.dtype is not None and config.quantised and not any(map(is_codes, edited.entries)):
+        method = shown(config.quantised)
+        yield f"config.json says that the weights are quantised (method {method}), and no tensor looks so: all floats were cast"
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         names = ", ".join(map(shown, plan.oversized[:3]))
