@@ -23,10 +23,12 @@ class ModelConfig:
     Attributes:
         ties_embeddings: false where the model has an output head of its own, so that equal bytes are no tie.
         dtype: name of the type that the model is to be loaded in; None where it does not say.
+        quantised: name of the method by which the weights are quantised; None where they are not.
     """
 
     ties_embeddings: bool = True
     dtype: str | None = None
+    quantised: str | None = None
 
     @classmethod
     def beside(cls, path: Path) -> ModelConfig:
@@ -43,7 +45,17 @@ class ModelConfig:
         parts = [content, text] if isinstance(text, dict) else [content]
         names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
         dtype = next((name for name in names if isinstance(name, str)), None)
-        return cls(all(part.get("tie_word_embeddings") is not False for part in parts), dtype)
+        ties = all(part.get("tie_word_embeddings") is not False for part in parts)
+        quantised = [part["quantization_config"] for part in parts if isinstance(part.get("quantization_config"), dict)]
+        return cls(ties, dtype, _method(quantised[0]) if quantised else None)
+
+
+def _method(config: object) -> str:
+    """How a quantization_config calls its method; some name only the type of their codes, as in ``{"fmt": "e4m3"}``."""
+    match config:
+        case {"quant_method": str(method)}:
+            return method
+    return "unnamed"
 
 
 def companions(folder: Path, checkpoint: Checkpoint) -> tuple[OutputFile, ...]:

@@ -12,6 +12,7 @@ from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, LeftOut, Other, OtherKind, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
+from shardkit.quantised import decoding
 from shardkit.roots import select_root
 from shardkit.tie_records import LISTING
 
@@ -118,12 +119,23 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
 def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
     """*entries* with every float of 16 bits or more as *dtype*, and what there is to say about the others.
 
-    Narrower floats are the codes of a quantised weight, whose scales lie in other tensors: they stay as they are.
+    Narrower floats are the codes of quantised weights. These, and the scales, zero points and tables that decode them or other
+    codes, stay as they are.
     """
     entries = tuple(entries)
     narrow = sum(entry.dtype.kind == "float" and entry.dtype.bits < 16 for entry in entries)
-    notes = (f"{narrow} tensors of 8-bit or narrower floats keep their type: they are quantised, and their scales lie apart",)
-    return tuple(_cast(entry, dtype) for entry in entries), notes if narrow else ()
+    kept = decoding(entries)
+    notes: list[str] = []
+    if narrow:
+        notes.append(
+            f"{narrow} tensors of 8-bit or narrower floats keep their type: they are quantised, and their scales lie apart"
+        )
+    if kept:
+        names = listed([shown(entry.name) for entry in entries if entry.name in kept], most=3)
+        many = "1 tensor keeps its type" if len(kept) == 1 else f"{len(kept):,} tensors keep their type"
+        notes.append(f"{many}, being scales, zero points or tables of quantised weights: {names}")
+    cast = tuple(entry if entry.name in kept else _cast(entry, dtype) for entry in entries)
+    return cast, tuple(notes)
 
 
 def fold_ties(

@@ -123,9 +123,16 @@ def room(entry: TensorEntry) -> int:
     return len(_quoted(entry.name).encode("utf-8", "surrogatepass")) + len(entry.dtype.code) + digits + _LINE_ROOM
 
 
+def as_readers_need(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """*metadata* with the format ``pt``: huggingface_hub, accelerate and transformers refuse, or read otherwise, any other."""
+    if metadata.get("format") == "pt":
+        return metadata
+    return {"format": "pt", **{key: text for key, text in metadata.items() if key != "format"}}
+
+
 def fixed_room(metadata: Mapping[str, str]) -> int:
     """At least the bytes of a header that are no tensor's: length, braces, *metadata*, and padding up to a page."""
-    line = _metadata_line({"format": "pt", **metadata})
+    line = _metadata_line(as_readers_need(metadata))
     return LENGTH_NBYTES + len(line.encode("utf-8", "surrogatepass")) + len("{,}") + PAGE
 
 

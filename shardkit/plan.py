@@ -154,7 +154,7 @@ def plan_blocks(
     Raises:
         Unwritable: safetensors has no way to hold a tensor.
     """
-    metadata = metadata if "format" in metadata else {"format": "pt", **metadata}
+    metadata = header.as_readers_need(metadata)
     folds = _Folds.of(edited.aliases, metadata)
     limit = sys.maxsize if max_shard is None else max_shard - header.fixed_room(metadata)
     cuts = list(by_block(map(arranged, blocks), limit, folds.size))

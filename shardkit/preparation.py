@@ -21,6 +21,7 @@ from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
 from shardkit.plan import INDEX_NAME, OutputFile, Plan, plan_file, plan_folder
+from shardkit.quantised import is_codes
 from shardkit.sizes import format_size, parse_size
 
 
@@ -156,6 +157,7 @@ def prepare(
             plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
         plan = compressed(plan, codec) if codec else plan
         notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
+        notes += _format_note(checkpoint, plan)
     return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
 
 
@@ -186,12 +188,23 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
+    if edits.dtype is not None and config.quantised and not any(map(is_codes, edited.entries)):
+        method = shown(config.quantised)
+        yield f"config.json says that the weights are quantised (method {method}), and no tensor looks so: all floats were cast"
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         names = ", ".join(map(shown, plan.oversized[:3]))
         yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
     if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
+
+
+def _format_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    written = checkpoint.metadata.get("format", "pt")
+    if plan.format != "safetensors" or written == "pt":
+        return ()
+    kept = "names and axes of the weights stay as they are"
+    return (f"the metadata of the source say format {shown(written)}; the output says 'pt', which readers require. The {kept}",)
 
 
 def _folder(src: Path) -> Path | None:

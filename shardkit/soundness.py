@@ -62,8 +62,9 @@ def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> 
 def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) -> Comparison:
     """*comparison* with what lies in the folder and was not looked into."""
     names = side.others(seen)
-    notes = [f"files beside the weights were not checked: {listed(names)}"] if names else []
-    return replace(comparison, notes=(*comparison.notes, *notes), left_out=tuple(side.left_out()))
+    beside = [f"files beside the weights were not checked: {listed(names)}"] if names else []
+    notes = (*comparison.notes, *side.checkpoint.notes, *beside)
+    return replace(comparison, notes=notes, left_out=tuple(side.left_out()))
 
 
 def _as_stored(checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:

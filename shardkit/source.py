@@ -24,6 +24,7 @@ from shardkit.candidates import (
     sets_in_order,
 )
 from shardkit.checkpoint import Checkpoint
+from shardkit.emptiness import noted
 from shardkit.errors import FormatError, UnknownFormat, shown
 from shardkit.format import Source
 from shardkit.leftovers import Reader, with_left_out
@@ -60,7 +61,7 @@ def open(
     scanner = Scanner(registry.format_named(format) if format else None, limits, scratch)
     path = Path(path)
     with collector_paused(), failures_told(path):
-        return _opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner)
+        return noted(_opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner))
 
 
 def _opened_file(path: Path, scanner: Scanner) -> Checkpoint:

@@ -21,7 +21,7 @@ limits payload open_extents checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record weight_names tie_records runs \
     gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
     torch_objects module_tree object_graph object_tree diagnosis
-plugin name_tree root_names roots edits named_blocks fitting block_layout plan framing \
+plugin name_tree root_names roots emptiness quantised edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
 registry shards freshness candidates scanner surroundings leftovers loose_files source companions \

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import load_checkpoint_in_model  # type: ignore[import-untyped]  # it ships no types
+from huggingface_hub import load_state_dict_from_file
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -222,10 +224,27 @@ def test_a_tensor_called_as_the_metadata_says_is_no_tie(tmp_path: Path) -> None:
 
 
 def test_metadata_of_the_source_is_kept_in_every_shard(tmp_path: Path) -> None:
-    metadata = {"format": "mlx", "license": "apache-2.0"}
+    metadata = {"license": "apache-2.0", "format": "pt"}
     save_file(layers(5), tmp_path / "model.safetensors", metadata)
-    shardkit.convert(tmp_path / "model.safetensors", tmp_path / "out", max_shard="9kB")
+    report = shardkit.convert(tmp_path / "model.safetensors", tmp_path / "out", max_shard="9kB")
     assert all(metadata_of(file) == metadata for file in shards_in(tmp_path / "out"))
+    assert not report.notes
+
+
+@pytest.mark.parametrize("written", ["np", "tf", "flax", "mlx", ""])
+def test_the_format_of_another_framework_becomes_pt_which_the_readers_require(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"format": written, "license": "mit"})
+    report = shardkit.convert(path, tmp_path / "out")
+    assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt", "license": "mit"}
+    (note,) = report.notes
+    assert note.startswith(f"the metadata of the source say format {written!r}; the output says 'pt'")
+    shardkit.offload_prep(path, tmp_path / "prepared")
+    for folder in ("out", "prepared"):
+        model = torch.nn.Linear(2, 2)
+        assert load_state_dict_from_file(tmp_path / folder / "model.safetensors").keys() == {"weight", "bias"}
+        load_checkpoint_in_model(model, str(tmp_path / folder))
+        assert torch.equal(model.weight, torch.ones(2, 2))
 
 
 def test_a_source_that_says_no_format_gets_pt(tmp_path: Path) -> None:

@@ -183,9 +183,10 @@ def test_a_layout_is_a_function_of_its_input_alone() -> None:
     assert lay_out(entries, {"a": "b"}) == lay_out(list(entries), {"a": "b"})
 
 
-def test_metadata_is_written_as_it_is_and_pt_only_where_there_is_no_format() -> None:
-    content = b"".join(read_all(p) for p in lay_out([], {"format": "mlx", "x": "y"}) if isinstance(p, Payload))
-    assert scan(held(content)).metadata == {"format": "mlx", "x": "y"}
+@pytest.mark.parametrize("metadata", [{"format": "mlx", "x": "y"}, {"x": "y"}, {"x": "y", "format": "pt"}], ids=str)
+def test_metadata_is_written_as_it_is_but_for_the_format_which_is_pt(metadata: dict[str, str]) -> None:
+    content = b"".join(read_all(p) for p in lay_out([], metadata) if isinstance(p, Payload))
+    assert scan(held(content)).metadata == {**metadata, "format": "pt"}
 
 
 DEEP = "[" * 99_999

@@ -49,8 +49,7 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
         Unwritable: a type without a code, a name that the format keeps for itself, or too many tensors for one header.
         NameClash: two entries have one name.
     """
-    if "format" not in metadata:
-        metadata = {"format": "pt", **metadata}
+    metadata = header.as_readers_need(metadata)
     residue = _residue_of_source(entries)
     if residue is not None:
         return (Literal(header.dump(entries, metadata, residue=residue, modulus=PAGE)), *_data(entries))
