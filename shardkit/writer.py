@@ -50,10 +50,10 @@ def write(
     together = jobs or _at_a_time(plan)
     with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
-        futures = [pool.submit(run.write, file) for file in todo]
-        if any(run.is_read_by_reference(file) for file in todo):
-            frames.submit(reference_reader.fetch)  # its threads have little to do: nothing of that kind is compressed
         try:
+            futures = [pool.submit(run.write, file) for file in todo]
+            if any(run.is_read_by_reference(file) for file in todo):
+                frames.submit(reference_reader.fetch)  # its threads have little to do: nothing of that kind is compressed
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             run.stop.set()

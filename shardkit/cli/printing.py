@@ -37,7 +37,7 @@ def put_json(document: object) -> None:
 def say(text: str, *, after_echo: bool = False) -> None:
     """Print *text*, which is for a person, to stderr; on a line of its own where the terminal has echoed a key before."""
     if sys.stderr is not None:
-        start = "\n" if after_echo and sys.stderr.isatty() else ""
+        start = "\r" if after_echo and sys.stderr.isatty() else ""  # over the echo of Ctrl-C
         print(f"{start}{text}", file=sys.stderr, flush=True)
 
 
