@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import registry, source
+from shardkit import locations, registry, source
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
@@ -125,7 +125,7 @@ def verify(
         PlanError: *edits* cannot be applied to *against*.
     """
     if against is None:
-        return _sound(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
+        return _sound(locations.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
     written = source.open(out, limits=limits)
     edited = edit(source.open(against, limits=limits), replace(edits, ties="copy"))
     return replace(compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total), notes=edited.notes)

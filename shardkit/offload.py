@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from shardkit import registry
+from shardkit import locations, registry
 from shardkit.block_layout import reordered
 from shardkit.checkpoint import Checkpoint
 from shardkit.checksums import check_algorithm
@@ -118,12 +118,11 @@ def prepare_offload(
         FormatError: *src* cannot be read.
         PlanError: what was asked cannot be made of it.
     """
-    src = Path(src)
-    out = default_output(src, "offload") if out is None else Path(out)
-    if not out.is_dir() and registry.writer_for(out.suffix):
-        raise PlanError(
-            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
-        )
+    src = locations.to_read(src)
+    if out is None:
+        out = default_output(src, "offload")
+    else:
+        _refuse_one_file(locations.to_write(out, is_compressed=terms.compress is not None))
     algorithm = terms.checksum or _DIGESTS
     check_algorithm(algorithm)
     by_block = _ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm)
@@ -137,20 +136,21 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
         FormatError: it cannot be read.
         PlanError: it is neither.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise unreadable(Path(path), error) from None
+        raise unreadable(path, error) from None
     except UnicodeDecodeError:
-        raise PlanError(f"{shown_path(Path(path))} is no text: a JSON list of names is needed, or one on each line") from None
+        raise PlanError(f"{shown_path(path)} is no text: a JSON list of names is needed, or one on each line") from None
     if not text.lstrip().startswith("["):
         return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
     try:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{shown_path(Path(path))} begins like a JSON list, and is none: {error}") from None
+        raise PlanError(f"{shown_path(path)} begins like a JSON list, and is none: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{shown_path(Path(path))} must be a list of names, and holds something else")
+        raise PlanError(f"{shown_path(path)} must be a list of names, and holds something else")
     return tuple(names)
 
 
@@ -200,6 +200,13 @@ class _ByBlock:
     def _origin(self, checkpoint: Checkpoint) -> Origin:
         files = sorted((file.path.name, file.size) for file in checkpoint.files)
         return Origin(self.name, checkpoint.format, tuple(files))
+
+
+def _refuse_one_file(out: Path) -> None:
+    if not out.is_dir() and registry.writer_for(out.suffix):
+        raise PlanError(
+            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
+        )
 
 
 def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardkit import index, registry, shards
+from shardkit import index, locations, registry, shards
 from shardkit.checkpoint import Checkpoint, SourceFile
 from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, listed, shown, shown_path
 from shardkit.expansion import expansion
@@ -53,7 +53,7 @@ def open(
         PluginError: a plugin that is needed cannot be used.
     """
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
-    path = Path(path)
+    path = locations.to_read(path)
     with collector_paused(), failures_told(path):
         return opener.folder(path) if _is_folder(path) else opener.file(path)
 
@@ -202,7 +202,9 @@ def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
-    return unreadable(path, error)
+    found = unreadable(path, error)
+    found.hint = locations.looked_for(path) if isinstance(error, FileNotFoundError) else None
+    return found
 
 
 def _is_index(source: Source) -> bool:

@@ -106,8 +106,6 @@ def test_a_command_line_that_is_not_understood_exits_2(
     [
         ["inspect", HOSTILE / "gguf.bin"],
         ["convert", HOSTILE / "lfs-pointer.bin"],
-        ["verify", HOSTILE / "zero-bytes.bin"],
-        ["diff", TRAINING, HOSTILE / "html.bin"],
         ["inspect", "/nowhere/at/all.bin"],
         ["inspect", HOSTILE / "folder-named-x.bin"],
         ["convert", TRAINING, "-o", TRAINING],
@@ -121,6 +119,57 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(each) for each in arguments]) == 1
+    is_one_sentence(capsys)
+
+
+# As of cmp and diff: 0 the same, 1 different, 2 trouble.
+COMPARED = [
+    (["verify", TRAINING], 0),
+    (["verify", TRAINING, "--against", TRAINING], 0),
+    (["verify", GOOD / "zip-module.pt", "--against", TRAINING], 1),
+    (["verify", HOSTILE / "zero-bytes.bin"], 2),
+    (["verify", TRAINING, "--against", "nowhere"], 2),
+    (["verify", TRAINING, "--against", TRAINING, "--root", "nowhere"], 2),
+    (["verify", TRAINING, "--quite"], 2),
+    (["verify", "s3://b/x"], 2),
+    (["diff", TRAINING, GOOD / "legacy-training.pt"], 0),
+    (["diff", TRAINING, GOOD / "zip-module.pt"], 1),
+    (["diff", TRAINING, HOSTILE / "html.bin"], 2),
+    (["diff", "nowhere", TRAINING], 2),
+    (["diff", TRAINING], 2),
+]
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["-q"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    COMPARED,
+    ids=lambda each: " ".join(map(str, each)).replace(str(ROOT), "") if isinstance(each, list) else "",
+)
+def test_the_exit_codes_of_verify_and_diff_are_those_of_cmp(
+    arguments: list[str | Path],
+    code: int,
+    how: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*map(str, arguments), *how]) == code
+    if code == 2:
+        is_one_sentence(capsys)
+
+
+def test_damage_is_exit_1(tmp_path: Path) -> None:
+    assert main(["convert", str(TRAINING), "-o", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
+    shard = tmp_path / "out" / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["verify", str(tmp_path / "out")]) == 1
+
+
+def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     first, *rest = shown.err.splitlines()

@@ -23,8 +23,8 @@ codec expansion zips format strict_json header index checksums manifest offload_
 plugin roots edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
-registry shards freshness source companions destination copying pools parallel integrity placing records journal compressing \
-    reference_reader writer host_memory progress
+registry locations shards freshness source companions destination copying pools parallel integrity placing records journal \
+    compressing reference_reader writer host_memory progress
 preparation conversion offload compare load testing
 __init__ cli __main__
 """.strip().splitlines()

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -27,8 +26,8 @@ _NAMES = [field.name for field in fields(Limits)]
 
 
 def path_argument(name: str, shown: str) -> Callable[[Command], Command]:
-    """An argument that is a path; whether it can be read is found out by reading it."""
-    return click.argument(name, metavar=shown, type=click.Path(path_type=Path))
+    """An argument that is a path, as it was written: what it names is found out by reading it, and the shell completes it."""
+    return click.argument(name, metavar=shown, type=click.Path())
 
 
 def edit_options(command: Callable[..., object]) -> Callable[..., object]:

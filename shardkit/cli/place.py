@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 from shardkit.cli.printing import put, put_json
 from shardkit.errors import ShardkitError
 from shardkit.sizes import parse_size
@@ -49,6 +50,7 @@ def parse_budgets(context: click.Context, parameter: click.Parameter, words: tup
 
 @click.command(
     "place",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit place llama/ --max-memory cpu=30GB,0=10GB
@@ -88,7 +90,7 @@ For example:
 @options.limit_option
 @options.json_option("the device of every block")
 def command(
-    source: Path,
+    source: str,
     budgets: dict[str, int],
     dtype: DType | None,
     no_split: re.Pattern[str] | None,
@@ -115,10 +117,10 @@ def command(
 
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
-        found = placed(source, checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
+        found = placed(Path(source), checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
     forecast = foreseen(found, rates, tokens if predict else None) if predict or rates else None
     if as_json:
-        put_json(document(found, forecast))
+        put_json("place", document(found, forecast))
     else:
         put("\n".join(drawn(found, forecast)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.printing import Role, aligned, listed, named, painted, printable, remarked, several
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
 from shardkit.errors import LoadError, NothingSelected, shown_path
@@ -131,9 +131,9 @@ def drawn(found: Placed, forecast: Forecast | None) -> Iterator[str]:
     """The lines that show *found*, and what a forward takes if that is known."""
     as_type = f" as {found.dtype}" if found.dtype else ""
     amount = f"{several(len(found.blocks), 'block')}, {format_size(found.nbytes)}{as_type}"
-    yield f"{named(found.source)} ({found.format}): {amount}"
+    yield painted(f"{named(found.source)} ({found.format}): {amount}", Role.HEADING)
     yield from aligned(_rows(found.fit), right=_SIZES)
-    yield from aligned([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
+    yield from remarked([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
 
 
 def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
