@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shardkit import registry
-from shardkit.errors import PlanError, shown
+from shardkit.errors import FormatError, PlanError, shown
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/|(?!/))")  # two letters at least: C:/x is a path of Windows
 _SCHEMES = ("abfs", "abfss", "az", "file", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "r2", "s3", "s3a")
@@ -29,6 +29,7 @@ def to_read(location: str | os.PathLike[str]) -> Path:
 
     Raises:
         PlanError: it names none: it is empty, a URL, or the standard input.
+        FormatError: no system has such a path.
     """
     text = _text(location, "the source")
     if text == _PIPE:
@@ -36,6 +37,8 @@ def to_read(location: str | os.PathLike[str]) -> Path:
             "'-' is the standard input, and a checkpoint is read at many places, not from start to end",
             hint="write it to a file, and give its name",
         )
+    if "\0" in text:
+        raise FormatError(Path(text), "is no path: embedded null byte")
     if scheme := _scheme(text):
         raise PlanError(f"{shown(text)} is a URL, and only local files and folders can be read", hint=_download(scheme, text))
     return Path(text)
