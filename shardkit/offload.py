@@ -10,14 +10,14 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from shardkit import locations, registry
-from shardkit.block_layout import reordered
-from shardkit.checkpoint import Checkpoint
+from shardkit.block_layout import heads, reordered
+from shardkit.checkpoint import Checkpoint, TensorEntry
 from shardkit.checksums import check_algorithm
 from shardkit.conversion import Report, carry_out
 from shardkit.copying import OnBytes
@@ -25,7 +25,7 @@ from shardkit.destination import default_output
 from shardkit.edits import Edited, Edits, Ties
 from shardkit.errors import PlanError, shown, shown_path
 from shardkit.limits import Limits
-from shardkit.named_blocks import Block, named_blocks
+from shardkit.named_blocks import Block, named_blocks, refuse_unfound
 from shardkit.offload_record import Origin
 from shardkit.payload import unreadable
 from shardkit.plan import OutputFile, Plan, plan_blocks
@@ -179,11 +179,11 @@ class _ByBlock:
         companions: Sequence[OutputFile],
         checksum: str | None,
     ) -> tuple[Plan, Sequence[str]]:
+        refuse_unfound(self.no_split, edited.entries)
         blocks = named_blocks(edited.entries, self.no_split)
         said: list[str] = []
-        if self.no_split is not None and not any(self.no_split.search(block.name) for block in blocks):
-            said.append("no module is called as the pattern for blocks has it, and so names tell what is a block")
         if self.order is not None:
+            said += _unknown(self.order, edited.entries)
             blocks, silent = _in_order(blocks, self.order)
             said += [silent] if silent else []
         plan = plan_blocks(
@@ -214,6 +214,13 @@ def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
         return re.compile(blocks) if blocks is not None else None
     except re.error as error:
         raise PlanError(f"{shown(str(blocks))} is no regular expression: {error}") from None
+
+
+def _unknown(names: Iterable[str], entries: Iterable[TensorEntry]) -> Iterator[str]:
+    """A sentence on those of *names* that are part of no tensor's name: a recorded order has modules without weights."""
+    known = {head for entry in entries for head in heads(entry.name)}
+    if unknown := [name for name in names if name not in known]:
+        yield f"in the order, but not in the checkpoint: {_listed(unknown)}"
 
 
 def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Block, ...], str]:

@@ -87,6 +87,17 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "x", "--limit", "tensors=few"], "'few' is not a size"),
         (["convert", "x", "-o", "y.safetensors", "--max-shard", "1GB"], "-o y.safetensors is one file, which has no shards"),
         (["verify", "x", "--root", "model"], "name it with --against"),
+        (["verify", "x", "--ties", "copy"], "name it with --against"),
+        (["inspect", "x", "--all", "--json"], "--all has no effect with --json"),
+        (["convert", "x", "--quiet", "--json"], "--quiet has no effect with --json"),
+        (["diff", "x", "y", "-q", "-v"], "--quiet and --verbose contradict each other"),
+        (["place", "x", "--tokens", "4"], "--tokens has no effect without --predict"),
+        (["place", "x", "--tokens", "4", "--rates", "compute=1GB"], "--tokens has no effect without --predict"),
+        (
+            ["place", "x", "--tokens", "4", "--predict", "--rates", "compute=1GB"],
+            "--tokens has no effect: --rates gives how fast",
+        ),
+        (["place", "x", "--predict", "--rates", "disk=1GB,copy=1GB,link=1GB,compute=1GB"], "--predict has no effect"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -176,6 +187,42 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.startswith("shardkit: ")
     assert len(rest) <= 1
     assert all(line.startswith("hint: ") for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["convert", "--include", "*.weight", "--include", "wieght"],
+            "include 'wieght' matches none of the 7 names, as in '0.weight'",
+        ),
+        (["convert", "--exclude", "optimizer*"], "exclude 'optimizer*' matches none of the 7 names"),
+        (["convert", "--rename", "^module\\.="], "rename '^module\\.' matches none of the 7 names, as in '0.weight'"),
+        (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
+        (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),
+        (["place", "--no-split", "layers"], "'layers' is found in the name of no module"),
+        (
+            ["place", "--max-memory", "cpu=1GB", "--rates", "disk=1GB,link=1GB"],
+            "rates of disk, link have no effect: nothing is read",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_an_error_that_names_names(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([arguments[0], str(TRAINING), *arguments[1:]]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in shown.err
+    assert "\nhint: " in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_some_rates_may_be_without_effect_and_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["place", str(TRAINING), "--max-memory", "cpu=1GB", "--rates", "disk=1GB,compute=1GB"]) == 0
+    assert "no forward depends on disk: nothing is read from disk" in capsys.readouterr().out
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

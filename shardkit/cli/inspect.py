@@ -29,7 +29,15 @@ For example:
 @options.format_option
 @options.limit_option
 @options.json_option("every tensor, with the place of its bytes,")
-def command(source: str, everything: bool, format: str | None, limits: Limits, as_json: bool) -> None:  # noqa: A002
+@click.pass_context
+def command(
+    context: click.Context,
+    source: str,
+    everything: bool,
+    format: str | None,  # noqa: A002 - the word of the command line
+    limits: Limits,
+    as_json: bool,
+) -> None:
     """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no tensor.
 
     Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name. Beyond 200 lines, numbered
@@ -40,6 +48,8 @@ def command(source: str, everything: bool, format: str | None, limits: Limits, a
     from shardkit.source import collector_paused
     from shardkit.source import open as open_checkpoint
 
+    if everything and as_json:
+        raise click.UsageError("--all has no effect with --json, which lists every tensor anyway", context)
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
         if as_json:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
@@ -89,7 +91,9 @@ For example:
 @options.format_option
 @options.limit_option
 @options.json_option("the device of every block")
+@click.pass_context
 def command(
+    context: click.Context,
     source: str,
     budgets: dict[str, int],
     dtype: DType | None,
@@ -115,6 +119,7 @@ def command(
     from shardkit.source import collector_paused
     from shardkit.source import open as open_checkpoint
 
+    _refuse_idle(context, predict=predict, rates=rates)
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
         found = placed(Path(source), checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
@@ -123,6 +128,17 @@ def command(
         put_json("place", document(found, forecast))
     else:
         put("\n".join(drawn(found, forecast)))
+
+
+def _refuse_idle(context: click.Context, *, predict: bool, rates: Mapping[str, int]) -> None:
+    """Options that change nothing look like a prediction for what they say."""
+    tokens = context.get_parameter_source("tokens") is ParameterSource.COMMANDLINE
+    if tokens and not predict:
+        raise click.UsageError("--tokens has no effect without --predict, which measures with so many", context)
+    if predict and len(rates) == len(_RATES):
+        raise click.UsageError("--predict has no effect: --rates gives every rate", context)
+    if tokens and "compute" in rates:
+        raise click.UsageError("--tokens has no effect: --rates gives how fast is computed", context)
 
 
 def _nbytes(size: str, *, least: int = 0) -> int:

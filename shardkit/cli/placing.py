@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.cli.printing import Role, aligned, listed, named, painted, printable, remarked, several
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
-from shardkit.errors import LoadError, NothingSelected, shown_path
+from shardkit.errors import LoadError, NothingSelected, PlanError, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
-from shardkit.named_blocks import Block, named_blocks, runs_of_names
+from shardkit.named_blocks import Block, named_blocks, refuse_unfound, runs_of_names
 from shardkit.roots import LeftOut, select_root
 from shardkit.sizes import format_size
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 _MOST = 10
 _SIZES = frozenset({2, 3})
+_IDLE = {
+    "disk": "nothing is read from disk",
+    "copy": "nothing is copied in memory",
+    "link": "nothing is sent to an accelerator",
+    "compute": "no matrix is multiplied",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ def placed(
         raise NothingSelected(f"{shown_path(source)}: there are no tensors in it")
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
+    refuse_unfound(no_split, kept)
     blocks = named_blocks(kept, no_split)
     undense = [other.name for other in rooted.others if other.is_weight]
     if undense:
@@ -114,6 +121,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
 
     Raises:
         LoadError: torch is not installed.
+        PlanError: a forward depends on none of *rates*, and nothing is to be measured.
         FormatError: a file cannot be read.
     """
     try:
@@ -124,7 +132,17 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
     homes = found.fit.homes
     measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
     known = replace(measured, **{name: float(rate) for name, rate in rates.items()})
-    return forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+    expected = forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+    if tokens is None and set(rates) <= set(expected.idle):
+        raise PlanError(
+            f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}", hint="give the rate of compute too"
+        )
+    return expected
+
+
+def _why_idle(idle: Sequence[str]) -> str:
+    """Why a forward depends on none of the rates in *idle*."""
+    return ", ".join(_IDLE[name] for name in idle)
 
 
 def drawn(found: Placed, forecast: Forecast | None) -> Iterator[str]:
@@ -188,6 +206,9 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
         lacking = f"; {format_size(forecast.lacking)} more than is left for it" if forecast.lacking else ""
         yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
     yield "rates", f"{forecast.rates}" or "none"
+    known = asdict(forecast.rates)
+    if idle := [name for name in forecast.idle if known[name] is not None]:
+        yield "note", f"no forward depends on {', '.join(idle)}: {_why_idle(idle)}"
 
 
 def _rows(fitted: Fit) -> Iterator[tuple[str, str, str, str]]:

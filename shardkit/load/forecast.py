@@ -35,6 +35,7 @@ class Forecast:
         depth: how many they are, and why.
         lacking: bytes that it is larger than the room that is left for it.
         predicted: what it takes; None where no rate of computing is known.
+        idle: names of the rates that a forward does not depend on, as nothing is read, copied, sent or multiplied.
     """
 
     rates: Rates
@@ -43,6 +44,7 @@ class Forecast:
     depth: Depth
     lacking: int
     predicted: Prediction | None
+    idle: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
@@ -51,6 +53,7 @@ class Forecast:
             "least": self.least,
             "ring": {"nbytes": self.ring, "lacking": self.lacking, **asdict(self.depth)},
             "predicted": self.predicted and self.predicted.as_dict(),
+            "idle": self.idle,
         }
 
 
@@ -72,7 +75,14 @@ def forecast(blocks: Sequence[Block], homes: Mapping[str, str], room: int, rates
     known = [stage for stage, rate in zip(STAGES[:-1], (rates.disk, rates.copy, rates.link), strict=True) if rate]
     least = max((found.busy[STAGES.index(stage)] for stage in known), default=None)
     lacking = max(0, ring - room)
-    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None)
+    work = {
+        "disk": sum(step.disk for step in steps),
+        "copy": sum(step.copied for step in steps),
+        "link": sum(step.link for step in steps),
+        "compute": sum(step.compute for step in steps),
+    }
+    idle = tuple(name for name, nbytes in work.items() if not nbytes)
+    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None, idle)
 
 
 def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
