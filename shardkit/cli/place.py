@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from shardkit.cli import options
+from shardkit.cli import completing, options
 from shardkit.cli.command import Command
 from shardkit.cli.printing import put, put_json
 from shardkit.errors import ShardkitError
@@ -70,7 +70,13 @@ For example:
     callback=parse_budgets,
     help="What each device may hold: accelerators by number, cpu, mps. Without cpu, it has what this machine has free.",
 )
-@click.option("--dtype", metavar="TYPE", callback=options.parse_type, help="Count floats as bf16, fp16, fp32 ...")
+@click.option(
+    "--dtype",
+    metavar="TYPE",
+    callback=options.parse_type,
+    shell_complete=completing.types,
+    help="Count floats as bf16, fp16, fp32 ...",
+)
 @click.option(
     "--no-split",
     metavar="REGEX",
@@ -84,6 +90,7 @@ For example:
     "--rates",
     metavar="NAME=SIZE,...",
     callback=parse_rates,
+    shell_complete=completing.rates,
     help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), compute (weights multiplied).",
 )
 @click.option("--tokens", type=click.IntRange(1), default=1, help="How many go in at once, where it is measured. Default: 1.")
