@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +131,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
         raise LoadError("to predict needs torch, which is not installed", hint="pip install torch") from None
     homes = found.fit.homes
     measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
-    known = replace(measured, **{name: float(rate) for name, rate in rates.items()})
+    known = measured.given(**{name: float(rate) for name, rate in rates.items()})
     expected = forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
     if tokens is None and set(rates) <= set(expected.idle):
         raise PlanError(
@@ -200,7 +200,7 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
         hidden = f"; {predicted.hidden:.0%} of reading hidden" if predicted.reading else ""
         yield (
             "a forward",
-            f"{predicted.seconds:.3g} s, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
+            f"{predicted}, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
         )
     if forecast.ring:
         lacking = f"; {format_size(forecast.lacking)} more than is left for it" if forecast.lacking else ""

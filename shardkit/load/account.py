@@ -200,7 +200,7 @@ class Explanation:
         busy = [(name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken]
         stages = ", ".join(f"{name} {taken:.3g} s" for name, taken in busy)
         yield (
-            f"predicted  {self.predicted.seconds:.3g} s, the first {self.predicted.first:.3g} s; limit: {self.predicted.limit}; "
+            f"predicted  {self.predicted}, the first {self.predicted.first:.3g} s; limit: {self.predicted.limit}; "
             f"{self.predicted.hidden:.0%} of reading hidden ({stages})"
         )
         yield f"           with {self.rates}"

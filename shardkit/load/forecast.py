@@ -99,7 +99,7 @@ def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, run
         source for block in blocks if homes[block.name] == "disk" for entry in block.entries for source in entry.payload.sources
     ]
     found = measure(extents, device or torch.device("cpu"), replace(product, rows=rows))
-    return found if device is not None else replace(found, compute=None)
+    return found if device is not None else found.given(compute=None)
 
 
 def _step(block: Block, home: str, runner: str) -> Step:
