@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shardkit import locations, registry, source
+from shardkit.brief import brief
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
@@ -44,7 +45,7 @@ class Difference:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """What came of comparing.
 
@@ -59,6 +60,9 @@ class Comparison:
     nbytes: int
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def same(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
+from shardkit.brief import brief
 from shardkit.checkpoint import OtherKind
 from shardkit.compressing import Saving, saving
 from shardkit.copying import OnBytes
@@ -26,7 +27,7 @@ from shardkit.roots import LeftOut
 from shardkit.writer import bytes_to_store, write
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did.
 
@@ -70,6 +71,9 @@ class Report:
     stored: int = 0
     pays_below: int | None = None
     blocks: int = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def convert(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import translate
 from typing import Literal, get_args
 
+from shardkit.brief import brief
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
@@ -67,7 +68,7 @@ class Edits:
         return cls(root, included, excluded, tuple(rename), parse_dtype(dtype) if dtype else None, ties)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Edited:
     """What is left to write.
 
@@ -82,6 +83,9 @@ class Edited:
     aliases: dict[str, str]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def cast(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shardkit import locations, registry, source
+from shardkit.brief import brief
 from shardkit.checkpoint import Checkpoint, SourceFile
 from shardkit.checksums import check_algorithm
 from shardkit.codec import Codec
@@ -24,7 +25,7 @@ from shardkit.plan import INDEX_NAME, OutputFile, Plan, plan_file, plan_folder
 from shardkit.sizes import format_size, parse_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Conversion:
     """All that is decided before the first byte is written.
 
@@ -49,6 +50,9 @@ class Conversion:
     single: str | None
     notes: tuple[str, ...]
     limits: Limits = Limits()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
-errors sizes dtypes forks
+errors sizes dtypes forks near_names brief
 limits payload open_extents checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
@@ -35,7 +35,7 @@ ONLY_IN = {
     "transformers": ("load.transformers_model", "load.diffusers_pipeline"),
     "diffusers": ("load.diffusers_model", "load.diffusers_pipeline"),
     "huggingface_hub": ("load.model_folder",),
-    "numpy": ("gathering",),
+    "numpy": ("gathering", "checkpoint"),  # checkpoint: TensorEntry.numpy, which is asked for by name
     "zstandard": ("codecs.zstd",),
     "safetensors": ("reference_reader",),
     "xxhash": ("checksums",),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from shardkit.brief import brief
 from shardkit.load.budgets import accelerator
 from shardkit.load.cost import STAGES, Prediction, Step, predict, step_of
 from shardkit.load.dealing import ring_bytes
@@ -24,7 +25,7 @@ from shardkit.named_blocks import Block
 _TABLE = re.compile(r"emb|wte|wpe")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Forecast:
     """A forward.
 
@@ -45,6 +46,9 @@ class Forecast:
     lacking: int
     predicted: Prediction | None
     idle: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
