@@ -5,6 +5,7 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -26,6 +27,9 @@ from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Payload
 from shardkit.roots import select_root
+from shardkit.sizes import format_size
+
+_LOG = logging.getLogger("shardkit")
 
 Change = Literal["added", "removed", "dtype", "shape", "bytes"]
 
@@ -147,6 +151,7 @@ def compare(
     rights = {entry.name: entry for entry in right}
     pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
     total = sum(entry.nbytes for entry, _ in pairs)
+    _LOG.info("%d tensors to compare, %s", len(pairs), format_size(total))
     (on_total or _unheard)(total)
     changed = {entry.name: found for (entry, _), found in zip(pairs, _differences(pairs, on_bytes or _unheard), strict=True)}
     differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]

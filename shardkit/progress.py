@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -118,14 +119,15 @@ def line(label: str, done: int, total: int | None, seconds: float, room: int) ->
 
 @contextmanager
 def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> Iterator[Progress]:
-    """A bar that is gone when the work is done; none if *quiet*, or where stderr is no terminal.
+    """A bar that is gone when the work is done; none if *quiet*, where stderr is no terminal, or lines of a log come to it.
 
     Args:
         label: what is being done.
         nbytes: how many bytes there are in all, where that is known.
         quiet: show nothing.
     """
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    logged = logging.getLogger("shardkit").handlers
+    if quiet or logged or sys.stderr is None or not sys.stderr.isatty():
         yield Progress(None)
         return
     bar = Bar(sys.stderr, label, nbytes)

@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from shardkit.freshness import record_in, refuse_stale
 from shardkit.limits import Limits
 from shardkit.payload import read_all, unreadable
 
+_LOG = logging.getLogger("shardkit")
 _INDEX_NAME = re.compile(r".+\.index(\..+)?\.json")
 _PREFERRED = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face's loaders take, in their order
 _LISTED = 8
@@ -54,8 +57,14 @@ def open(
     """
     opener = _Opener(registry.format_named(format) if format else None, limits, scratch)
     path = locations.to_read(path)
+    begun = time.monotonic()
     with collector_paused(), failures_told(path):
-        return opener.folder(path) if _is_folder(path) else opener.file(path)
+        found = opener.folder(path) if _is_folder(path) else opener.file(path)
+    taken, count = time.monotonic() - begun, len(found.tensors)
+    _LOG.info(
+        "%s: %s, %d tensors in %d files; headers read in %.3f s", shown_path(path), found.format, count, len(found.files), taken
+    )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,7 @@ class _Opener:
     def _scanned(self, source: Source) -> Checkpoint:
         files = () if source.is_folder else (SourceFile.of(source.path),)
         found = self.format or registry.recognise(source)
+        _LOG.debug("%s: read as %s", shown_path(source.path), found.name)
         checkpoint = found.scan(source)
         return replace(checkpoint, files=checkpoint.files or files, format=found.name)
 
