@@ -8,11 +8,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardkit.checkpoint import Checkpoint as Checkpoint
     from shardkit.checkpoint import TensorEntry as TensorEntry
+    from shardkit.compare import Comparison as Comparison
+    from shardkit.compare import Difference as Difference
     from shardkit.compare import diff as diff
     from shardkit.compare import verify as verify
     from shardkit.conversion import Report as Report
     from shardkit.conversion import convert as convert
+    from shardkit.edits import Edits as Edits
+    from shardkit.errors import AmbiguousRoot as AmbiguousRoot
+    from shardkit.errors import BadDType as BadDType
+    from shardkit.errors import BadSize as BadSize
+    from shardkit.errors import FormatError as FormatError
+    from shardkit.errors import LimitExceeded as LimitExceeded
+    from shardkit.errors import LoadError as LoadError
+    from shardkit.errors import Malformed as Malformed
+    from shardkit.errors import Mismatch as Mismatch
+    from shardkit.errors import NameClash as NameClash
+    from shardkit.errors import NoRoom as NoRoom
+    from shardkit.errors import NothingSelected as NothingSelected
+    from shardkit.errors import OutputError as OutputError
+    from shardkit.errors import OverBudget as OverBudget
+    from shardkit.errors import PlanError as PlanError
+    from shardkit.errors import PluginError as PluginError
+    from shardkit.errors import ReadOnly as ReadOnly
     from shardkit.errors import ShardkitError as ShardkitError
+    from shardkit.errors import UnknownFormat as UnknownFormat
+    from shardkit.errors import UnknownTensor as UnknownTensor
+    from shardkit.errors import Unwritable as Unwritable
     from shardkit.limits import Limits as Limits
     from shardkit.offload import offload_prep as offload_prep
     from shardkit.plan import Plan as Plan
@@ -21,12 +43,34 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AmbiguousRoot": "errors",
+    "BadDType": "errors",
+    "BadSize": "errors",
     "Checkpoint": "checkpoint",
+    "Comparison": "compare",
+    "Difference": "compare",
+    "Edits": "edits",
+    "FormatError": "errors",
+    "LimitExceeded": "errors",
     "Limits": "limits",
+    "LoadError": "errors",
+    "Malformed": "errors",
+    "Mismatch": "errors",
+    "NameClash": "errors",
+    "NoRoom": "errors",
+    "NothingSelected": "errors",
+    "OutputError": "errors",
+    "OverBudget": "errors",
     "Plan": "plan",
+    "PlanError": "errors",
+    "PluginError": "errors",
+    "ReadOnly": "errors",
     "Report": "conversion",
     "ShardkitError": "errors",
     "TensorEntry": "checkpoint",
+    "UnknownFormat": "errors",
+    "UnknownTensor": "errors",
+    "Unwritable": "errors",
     "convert": "conversion",
     "diff": "compare",
     "offload_prep": "offload",

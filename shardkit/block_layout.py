@@ -48,7 +48,7 @@ def reordered(blocks: Sequence[Block], names: Iterable[str]) -> tuple[tuple[Bloc
         names: of blocks, of what lies in them, or of modules around them, which call none.
     """
     by_name = {block.name: block for block in blocks}
-    called = dict.fromkeys(head for name in names for head in _heads(name) if head in by_name)
+    called = dict.fromkeys(head for name in names for head in heads(name) if head in by_name)
     return tuple(by_name[name] for name in called), tuple(block for block in blocks if block.name not in called)
 
 
@@ -71,6 +71,7 @@ def _parted(entries: Iterable[TensorEntry]) -> tuple[list[TensorEntry], list[Ten
     return even, sorted(odd, key=lambda entry: -entry.dtype.itemsize)
 
 
-def _heads(name: str) -> Iterable[str]:
+def heads(name: str) -> Iterable[str]:
+    """*name* up to each of its dots, and all of it."""
     steps = name.split(".", _DEEPEST)
     return (".".join(steps[:length]) for length in range(1, len(steps) + 1))

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shardkit.dtypes import DType
+from shardkit.errors import BadDType, UnknownTensor, listed, shown, shown_path
+from shardkit.near_names import near
 from shardkit.payload import Payload, read_all, unreadable
+from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TensorEntry:
     """One dense tensor: C-contiguous little-endian bytes at an address.
 
@@ -53,6 +61,46 @@ class TensorEntry:
             FormatError: the file cannot be read.
         """
         return read_all(self.payload)
+
+    def numpy(self) -> npt.NDArray[Any]:  # Any: the type is known when the file is
+        """The values as an array of NumPy with memory of its own.
+
+        Raises:
+            BadDType: NumPy has no such type, as of bfloat16 and 8-bit floats.
+            FormatError: the file cannot be read.
+        """
+        code = _NUMPY.get(self.dtype.code)
+        if code is None:
+            raise BadDType(
+                f"{shown(self.name)}: NumPy has no type for {self.dtype.code}",
+                hint="take the bytes with .read(), a torch tensor from shardkit.load.tensors(path), or cast with "
+                "`shardkit convert --dtype fp32` first",
+            )
+        import numpy as np
+
+        return np.frombuffer(self.read(), np.dtype(code)).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        return f"TensorEntry({shown(self.name)}, {self.dtype.code} {list(self.shape)}, {format_size(self.nbytes)})"
+
+
+# By what NumPy calls them; the bytes are little-endian on every machine.
+_NUMPY = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "C64": "<c8",
+    "C128": "<c16",
+}
 
 
 class OtherKind(StrEnum):
@@ -134,12 +182,16 @@ class SourceFile:
         return cls(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Mapping[str, TensorEntry]):
     """Everything that a file, or a folder of shards, holds.
 
-    A checkpoint is a read-only mapping from dotted names to `TensorEntry`. Where two paths give one name, the mapping has
-    the first of them; `tensors` has both.
+    A checkpoint is a read-only `Mapping` from dotted names to `TensorEntry`. Where two paths give one name, the mapping has
+    the first of them; `tensors` has both. Two checkpoints are equal if all of their fields are; one and another mapping, if
+    their items are.
+
+    >>> Checkpoint(())
+    <Checkpoint: 0 tensors, 0 B>
 
     Attributes:
         tensors: the dense tensors, in the order of the source. Tied ones have equal payloads.
@@ -165,7 +217,10 @@ class Checkpoint:
         return sum({(t.payload, t.dtype.code, t.shape): t.nbytes for t in self.tensors}.values())
 
     def __getitem__(self, name: str) -> TensorEntry:
-        return self._by_name[name]
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise UnknownTensor(name, near(name, self._by_name)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -175,6 +230,22 @@ class Checkpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
+
+    def __hash__(self) -> int:
+        return hash((self.tensors, self.others, self.files, self.format, self.notes))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Checkpoint):
+            return all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self))
+        return self._by_name == other if isinstance(other, Mapping) else NotImplemented
+
+    def __repr__(self) -> str:
+        where = f" {shown_path(self.files[0].path)}" if self.files else ""
+        where += f" and {len(self.files) - 1:,} more files" if len(self.files) > 1 else ""
+        count = f"{len(self.tensors):,} tensor{'s' * (len(self.tensors) != 1)}, {format_size(self.nbytes)}"
+        made = ", ".join(filter(None, (self.format, count)))
+        names = f": {listed([shown(name) for name in islice(self._by_name, 3)])}" if self._by_name else ""
+        return f"<Checkpoint{where}: {made}{names}{' …' if len(self._by_name) > 3 else ''}>"
 
     @cached_property
     def _by_name(self) -> dict[str, TensorEntry]:

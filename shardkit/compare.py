@@ -5,13 +5,14 @@ Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit import source
+from shardkit import locations, source
 from shardkit.checkpoint import TensorEntry
 from shardkit.comparison import Comparison, Difference
 from shardkit.copying import OnBytes
@@ -20,8 +21,11 @@ from shardkit.limits import Limits
 from shardkit.parallel import each
 from shardkit.payload import Payload
 from shardkit.roots import select_root
+from shardkit.sizes import format_size
 from shardkit.soundness import checked
 from shardkit.uncompared import Side
+
+_LOG = logging.getLogger("shardkit")
 
 
 def diff(
@@ -86,7 +90,7 @@ def verify(
         PlanError: *edits* cannot be applied to *against*.
     """
     if against is None:
-        return checked(Path(out), limits, on_bytes or _unheard, on_total or _unheard)
+        return checked(locations.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
     written = source.open(out, limits=limits)
     origin = source.open(against, limits=limits)
     edited = edit(origin, replace(edits, ties="copy"))
@@ -108,6 +112,7 @@ def compare(
     rights = {entry.name: entry for entry in right}
     pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
     total = sum(entry.nbytes for entry, _ in pairs)
+    _LOG.info("%d tensors to compare, %s", len(pairs), format_size(total))
     (on_total or _unheard)(total)
     changed = {entry.name: found for (entry, _), found in zip(pairs, _differences(pairs, on_bytes or _unheard), strict=True)}
     differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shardkit.brief import brief
 from shardkit.checkpoint import LeftOut
 
 Change = Literal["added", "removed", "dtype", "shape", "bytes"]
@@ -25,7 +26,7 @@ class Difference:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """What came of comparing.
 
@@ -45,6 +46,9 @@ class Comparison:
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     unchecked: int = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def same(self) -> bool:

@@ -6,26 +6,31 @@ the other.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
+from shardkit.brief import brief
 from shardkit.checkpoint import LeftOut, OtherKind
 from shardkit.compressing import Saving, saving
 from shardkit.copying import OnBytes
 from shardkit.destination import check_output, check_room, partial_folder
 from shardkit.edits import Edits, Ties
-from shardkit.errors import LimitExceeded, Malformed, NoRoom
+from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown_path
 from shardkit.integrity import refuse_changed, refuse_damaged
 from shardkit.journal import Identity, begin, boot_id, mend
 from shardkit.limits import Limits
 from shardkit.preparation import Conversion, Terms, prepare, scratch_beside
+from shardkit.sizes import format_size
 from shardkit.writer import bytes_to_store, write
 
+_LOG = logging.getLogger("shardkit")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did.
 
@@ -70,6 +75,9 @@ class Report:
     stored: int = 0
     pays_below: int | None = None
     blocks: int = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def convert(
@@ -154,7 +162,9 @@ def carry_out(
     plan, files = conversion.plan, conversion.files
     out = conversion.out.absolute()
     identity = Identity(plan.digest, files, "" if sync else boot_id())
+    _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
     if mend(out, partial_folder(out), identity, single=conversion.single):
+        _LOG.info("%s: an earlier run had written all of it", shown_path(out))
         return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
     check_output(out, files, conversion.source, plan, overwrite=overwrite)
     if plan.checksum:
@@ -163,6 +173,8 @@ def carry_out(
         conversion = replace(conversion, notes=(*conversion.notes, *said))
     with begin(partial_folder(out), identity) as journal:
         resumed = len(journal.done)
+        if resumed:
+            _LOG.info("%s: %d files were written by an earlier run", shown_path(out), resumed)
         try:
             check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), conversion.source)
             counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
@@ -176,6 +188,7 @@ def carry_out(
             raise
         check_output(out, files, conversion.source, plan, overwrite=overwrite)  # which may have come, or grown, meanwhile
         journal.commit(out, single=conversion.single)
+    _LOG.info("%s: in place after %.3f s", shown_path(out), time.monotonic() - begun)
     return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)
 
 

@@ -67,6 +67,9 @@ def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: 
         raise OutputError(
             f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}"
         )
+    if out.exists() and not out.is_dir() and not out.is_file():
+        raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint="choose another output with -o")
+    _refuse_working_folder(out)
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     if not overwrite:
@@ -90,6 +93,16 @@ def _stem(path: Path) -> str:
     while stripped := next((name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""):
         name = stripped
     return name
+
+
+def _refuse_working_folder(out: Path) -> None:
+    """The output replaces a folder by a rename, and a shell whose folder that was would stand in one that is gone."""
+    here, place = Path.cwd(), out.resolve()
+    if place == here or place in here.parents:
+        raise OutputError(
+            f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be replaced",
+            hint=f"choose a folder in it: -o {place / 'shards'}",
+        )
 
 
 def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> None:

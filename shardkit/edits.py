@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import translate
 from typing import Literal, get_args
 
+from shardkit.brief import brief
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, LeftOut, Other, OtherKind, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
@@ -69,7 +70,7 @@ class Edits:
         return cls(root, included, excluded, tuple(rename), parse_dtype(dtype) if dtype else None, ties)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Edited:
     """What is left to write.
 
@@ -84,6 +85,9 @@ class Edited:
     aliases: dict[str, str]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def cast(self) -> int:
@@ -103,10 +107,11 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     """
     rooted = select_root(checkpoint, edits.root)
     wanted = _Wanted.of(edits)
+    _refuse_idle_globs(edits, [each.name for each in (*rooted.tensors, *rooted.others)])
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
-        raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint="run `shardkit inspect` to see what the file holds")
+        raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint=_SHOWS)
     entries = _renamed(entries, edits.rename)
     _refuse_clashes(entries)
     notes: tuple[str, ...] = ()
@@ -199,6 +204,22 @@ _ADVICE = {
 }
 
 
+def _refuse_idle_globs(edits: Edits, names: Sequence[str]) -> None:
+    """A glob that matches nothing is a slip: what it was to take or leave out is not what it takes or leaves out."""
+    for option, globs in (("include", edits.include), ("exclude", edits.exclude)):
+        for glob in globs:
+            matches = re.compile(translate(glob)).match
+            if names and not any(map(matches, names)):
+                raise NothingSelected(
+                    f"{option} {shown(glob)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS
+                )
+
+
+def _as_in(names: Iterable[str]) -> str:
+    """Some of *names*, for who has misspelt one."""
+    return f", as in {listed([shown(name) for name in names], most=3)}"
+
+
 def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
@@ -214,11 +235,15 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
     for pattern, replacement in rules:
         try:
             compiled = re.compile(pattern)
-            names = [compiled.sub(replacement, entry.name) for entry in entries]
+            changes = [compiled.subn(replacement, entry.name) for entry in entries]
         except (re.error, IndexError) as error:
             raise PlanError(f"--rename {pattern}={replacement} is no regular expression and its replacement: {error}") from None
+        if not any(count for _, count in changes):
+            names = [entry.name for entry in entries]
+            raise PlanError(f"rename {shown(pattern)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS)
         entries = tuple(
-            entry if entry.name == name else replace(entry, path=(name,)) for entry, name in zip(entries, names, strict=True)
+            entry if entry.name == name else replace(entry, path=(name,))
+            for entry, (name, _) in zip(entries, changes, strict=True)
         )
     return entries
 
@@ -232,6 +257,7 @@ def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
             raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint=_APART)
 
 
+_SHOWS = "run `shardkit inspect` to see what the file holds"
 _APART = "take what is below one of them with --root, or leave both out with --exclude; a name that --rename made needs another"
 
 

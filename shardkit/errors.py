@@ -14,6 +14,7 @@ ShardkitError (.hint)
 │   └── BadDType                    a type that is none, or that nothing can be cast to
 ├── OutputError                     the output cannot be written or replaced
 │   └── NoRoom                      the disk is too small for it
+├── UnknownTensor (.name)           a checkpoint holds no tensor of this name; also a KeyError
 ├── LoadError                       a checkpoint cannot become a running model
 │   ├── Mismatch (.missing .unexpected .wrong_shape)  the model and the checkpoint are not of one kind
 │   ├── ReadOnly (.places)          a weight would be written that is an address
@@ -45,6 +46,9 @@ class ShardkitError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:  # whatever the constructor of a class below takes
+        return _unpickled, (type(self), self.args, self.__dict__)
 
 
 class FormatError(ShardkitError):
@@ -133,6 +137,23 @@ class NoRoom(OutputError):
     """The disk has less room than the output needs."""
 
 
+class UnknownTensor(ShardkitError, KeyError):
+    """A checkpoint holds no tensor of this name.
+
+    Attributes:
+        name: the one that was asked for.
+    """
+
+    def __init__(self, name: object, near: Sequence[str] = ()) -> None:
+        """Say so, with names that are *near*."""
+        hint = f"near to it: {listed([shown(each) for each in near])}" if near else None
+        super().__init__(f"there is no tensor {shown(name)}", hint=hint)
+        self.name = name
+
+    def __str__(self) -> str:  # a KeyError shows the repr of what it holds
+        return str(self.args[0])
+
+
 class LoadError(ShardkitError):
     """A checkpoint cannot become a running model."""
 
@@ -199,6 +220,14 @@ class PluginError(ShardkitError):
         super().__init__(f"plugin {entry_point} of {distribution}: {message}", hint=hint)
         self.distribution = distribution
         self.entry_point = entry_point
+
+
+def _unpickled(kind: type[ShardkitError], args: tuple[object, ...], fields: Mapping[str, object]) -> ShardkitError:
+    """An error as it was, whatever its constructor takes."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 def shown(value: object) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardkit.checkpoint import TensorEntry
+from shardkit.errors import PlanError, listed, shown
 
 Steps = tuple[str, ...]  # a name, cut at its dots
 
@@ -65,6 +66,18 @@ def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | Non
         found[homes[paths[entry.name]]].append(entry)
     in_order = _by_words(_by_tree(found)) if _says_nothing(entries) else _by_tree(found)
     return tuple(Block(".".join(path), tuple(found[path])) for path in in_order)
+
+
+def refuse_unfound(no_split: re.Pattern[str] | None, entries: Iterable[TensorEntry]) -> None:
+    """Raise PlanError where the pattern *no_split* is found in the name of no module of *entries*, and so does nothing."""
+    entries = tuple(entries)
+    if no_split is None or _chosen([tuple(entry.name.split(".", _DEEPEST)) for entry in entries], no_split):
+        return
+    found = [shown(block.name) for block in named_blocks(entries)]
+    raise PlanError(
+        f"{shown(no_split.pattern)} is found in the name of no module, and so tells no block from another",
+        hint=f"without it, the blocks are {listed(found)}",
+    )
 
 
 def runs_of_names(names: Iterable[str]) -> Iterator[list[str]]:

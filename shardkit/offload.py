@@ -10,14 +10,14 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from shardkit import registry
-from shardkit.block_layout import reordered
-from shardkit.checkpoint import Checkpoint
+from shardkit import locations, registry
+from shardkit.block_layout import heads, reordered
+from shardkit.checkpoint import Checkpoint, TensorEntry
 from shardkit.checksums import check_algorithm
 from shardkit.conversion import Report, carry_out
 from shardkit.copying import OnBytes
@@ -25,7 +25,7 @@ from shardkit.destination import default_output
 from shardkit.edits import Edited, Edits, Ties
 from shardkit.errors import PlanError, shown, shown_path
 from shardkit.limits import Limits
-from shardkit.named_blocks import Block, named_blocks
+from shardkit.named_blocks import Block, named_blocks, refuse_unfound
 from shardkit.offload_record import Origin
 from shardkit.payload import unreadable
 from shardkit.plan import OutputFile, Plan, plan_blocks
@@ -118,12 +118,11 @@ def prepare_offload(
         FormatError: *src* cannot be read.
         PlanError: what was asked cannot be made of it.
     """
-    src = Path(src)
-    out = default_output(src, "offload") if out is None else Path(out)
-    if not out.is_dir() and registry.writer_for(out.suffix):
-        raise PlanError(
-            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
-        )
+    src = locations.to_read(src)
+    if out is None:
+        out = default_output(src, "offload")
+    else:
+        _refuse_one_file(locations.to_write(out, is_compressed=terms.compress is not None))
     algorithm = terms.checksum or _DIGESTS
     check_algorithm(algorithm)
     by_block = _ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm)
@@ -137,20 +136,21 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
         FormatError: it cannot be read.
         PlanError: it is neither.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise unreadable(Path(path), error) from None
+        raise unreadable(path, error) from None
     except UnicodeDecodeError:
-        raise PlanError(f"{shown_path(Path(path))} is no text: a JSON list of names is needed, or one on each line") from None
+        raise PlanError(f"{shown_path(path)} is no text: a JSON list of names is needed, or one on each line") from None
     if not text.lstrip().startswith("["):
         return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
     try:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{shown_path(Path(path))} begins like a JSON list, and is none: {error}") from None
+        raise PlanError(f"{shown_path(path)} begins like a JSON list, and is none: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{shown_path(Path(path))} must be a list of names, and holds something else")
+        raise PlanError(f"{shown_path(path)} must be a list of names, and holds something else")
     return tuple(names)
 
 
@@ -179,11 +179,11 @@ class _ByBlock:
         companions: Sequence[OutputFile],
         checksum: str | None,
     ) -> tuple[Plan, Sequence[str]]:
+        refuse_unfound(self.no_split, edited.entries)
         blocks = named_blocks(edited.entries, self.no_split)
         said: list[str] = []
-        if self.no_split is not None and not any(self.no_split.search(block.name) for block in blocks):
-            said.append("no module is called as the pattern for blocks has it, and so names tell what is a block")
         if self.order is not None:
+            said += _unknown(self.order, edited.entries)
             blocks, silent = _in_order(blocks, self.order)
             said += [silent] if silent else []
         plan = plan_blocks(
@@ -202,11 +202,25 @@ class _ByBlock:
         return Origin(self.name, checkpoint.format, tuple(files))
 
 
+def _refuse_one_file(out: Path) -> None:
+    if not out.is_dir() and registry.writer_for(out.suffix):
+        raise PlanError(
+            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
+        )
+
+
 def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
     try:
         return re.compile(blocks) if blocks is not None else None
     except re.error as error:
         raise PlanError(f"{shown(str(blocks))} is no regular expression: {error}") from None
+
+
+def _unknown(names: Iterable[str], entries: Iterable[TensorEntry]) -> Iterator[str]:
+    """A sentence on those of *names* that are part of no tensor's name: a recorded order has modules without weights."""
+    known = {head for entry in entries for head in heads(entry.name)}
+    if unknown := [name for name in names if name not in known]:
+        yield f"in the order, but not in the checkpoint: {_listed(unknown)}"
 
 
 def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Block, ...], str]:

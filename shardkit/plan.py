@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from shardkit import header, index, offload_record, tie_records
 from shardkit.block_layout import arranged, misaligned
+from shardkit.brief import brief
 from shardkit.checkpoint import TensorEntry
 from shardkit.codec import Codec
 from shardkit.edits import Edited
@@ -60,7 +61,7 @@ class OutputFile:
         return self.name.removesuffix(self.codec.suffix) if self.codec else self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything there is to write, and nothing left to decide.
 
@@ -83,6 +84,9 @@ class Plan:
     format: str = "safetensors"
     checksum: str | None = None
     record: OffloadRecord | None = None
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def nbytes(self) -> int:

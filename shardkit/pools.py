@@ -37,8 +37,8 @@ class Pool(Executor):
         self._tasks.put((future, partial(fn, *args, **kwargs)))
         if len(self._threads) < self._count:
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}")
+            self._threads.append(thread)  # first: an interrupt while it starts must not hide it from shutdown
             thread.start()
-            self._threads.append(thread)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -48,7 +48,8 @@ class Pool(Executor):
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads if wait else ():
-            thread.join()
+            if thread.ident is not None:  # else an interrupt came before it was started
+                thread.join()
 
     def _waiting(self) -> _Task | None:
         with suppress(Empty):

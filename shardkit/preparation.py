@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
-from shardkit import registry, source
+from shardkit import locations, registry, source
+from shardkit.brief import brief
 from shardkit.checkpoint import Checkpoint, SourceFile
 from shardkit.checksums import check_algorithm
 from shardkit.codec import Codec
@@ -25,7 +26,7 @@ from shardkit.quantised import is_codes
 from shardkit.sizes import format_size, parse_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Conversion:
     """All that is decided before the first byte is written.
 
@@ -50,6 +51,9 @@ class Conversion:
     single: str | None
     notes: tuple[str, ...]
     limits: Limits = Limits()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,9 @@ def prepare(
         FormatError: *src* cannot be read.
         PlanError: what was asked cannot be made of it.
     """
-    src = Path(src)
-    out = followed(Path(out)) if out is not None else default_output(src)
+    src = locations.to_read(src)
+    is_compressed = terms.compress is not None
+    out = followed(locations.to_write(out, is_compressed=is_compressed)) if out is not None else default_output(src)
     checksum, limits = terms.checksum, terms.limits
     limit = None if terms.max_shard is None else parse_size(terms.max_shard)
     if checksum is not None:

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardkit import index, registry, shards
+from shardkit import index, locations, registry, shards
 from shardkit.candidates import Candidate, named, of_index, stored
 from shardkit.checkpoint import Checkpoint, LeftOut, SourceFile
 from shardkit.errors import FormatError, LimitExceeded, shown, shown_path
@@ -23,6 +24,8 @@ from shardkit.freshness import record_in, refuse_stale
 from shardkit.limits import Limits
 from shardkit.payload import read_all, unreadable
 from shardkit.weight_names import ShardName, ShardSet, shard_sets
+
+_LOG = logging.getLogger("shardkit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class Scanner:
         """What a format makes of *source*."""
         files = () if source.is_folder else (SourceFile.of(source.path),)
         found = self.format or registry.recognise(source)
+        _LOG.debug("%s: read as %s", shown_path(source.path), found.name)
         checkpoint = found.scan(source)
         return replace(checkpoint, files=checkpoint.files or files, format=found.name)
 
@@ -165,7 +169,9 @@ def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
-    return unreadable(path, error)
+    found = unreadable(path, error)
+    found.hint = locations.looked_for(path) if isinstance(error, FileNotFoundError) else None
+    return found
 
 
 def _other_shards(path: Path) -> list[str]:

@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shardkit import registry
+from shardkit import locations, registry
 from shardkit.candidates import (
     Candidate,
     expanded,
@@ -25,7 +27,7 @@ from shardkit.candidates import (
 )
 from shardkit.checkpoint import Checkpoint
 from shardkit.emptiness import noted
-from shardkit.errors import FormatError, UnknownFormat, shown
+from shardkit.errors import FormatError, UnknownFormat, shown, shown_path
 from shardkit.format import Source
 from shardkit.leftovers import Reader, with_left_out
 from shardkit.limits import Limits
@@ -35,6 +37,7 @@ from shardkit.scanner import Scanner, is_folder, is_regular
 from shardkit.surroundings import holds_weights
 from shardkit.weight_names import is_index, likeliness, variant_of
 
+_LOG = logging.getLogger("shardkit")
 _MOST_INDEXES = 8
 
 
@@ -59,9 +62,15 @@ def open(
         PluginError: a plugin that is needed cannot be used.
     """
     scanner = Scanner(registry.format_named(format) if format else None, limits, scratch)
-    path = Path(path)
+    path = locations.to_read(path)
+    begun = time.monotonic()
     with collector_paused(), failures_told(path):
-        return noted(_opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner))
+        found = noted(_opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner))
+    taken, count = time.monotonic() - begun, len(found.tensors)
+    _LOG.info(
+        "%s: %s, %d tensors in %d files; headers read in %.3f s", shown_path(path), found.format, count, len(found.files), taken
+    )
+    return found
 
 
 def _opened_file(path: Path, scanner: Scanner) -> Checkpoint:

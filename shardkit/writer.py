@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +25,9 @@ from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent, Literal, Trailer
 from shardkit.plan import OutputFile, Plan
 from shardkit.pools import Pool
+from shardkit.sizes import format_size
 
+_LOG = logging.getLogger("shardkit")
 _TOGETHER = 8  # more files at a time than this do not help one disk
 
 
@@ -50,10 +54,10 @@ def write(
     together = jobs or _at_a_time(plan)
     with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
         run = _Run(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
-        futures = [pool.submit(run.write, file) for file in todo]
-        if any(run.is_read_by_reference(file) for file in todo):
-            frames.submit(reference_reader.fetch)  # its threads have little to do: nothing of that kind is compressed
         try:
+            futures = [pool.submit(run.write, file) for file in todo]
+            if any(run.is_read_by_reference(file) for file in todo):
+                frames.submit(reference_reader.fetch)  # its threads have little to do: nothing of that kind is compressed
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             run.stop.set()
@@ -125,6 +129,7 @@ class _Run:
     def write(self, file: OutputFile) -> Counter[Engine]:
         path = self._journal.folder / file.name
         sums = self._sums(file)
+        begun = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             counts = self._fill(file, path, sums)
@@ -133,6 +138,7 @@ class _Run:
             raise OutputError(message, hint=advice(error)) from None
         if file.name in self._shards:
             reference_reader.check(path, file)
+        _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)
         with self._lock:
             self._journal.finished(file.name, sums.digests() if self._plan.is_summed(file) else None)
         return counts
@@ -237,6 +243,10 @@ class _Sums:
         whole, tensors = self.for_manifest.ended() if self.for_manifest else ("", [])
         blocks = self.for_record.ended()[1] if self.for_record else []
         return Digests(whole, dict(zip(self.tensors, tensors, strict=False)), tuple(blocks))
+
+
+def _amounts(counts: Mapping[Engine, int]) -> str:
+    return ", ".join(f"{format_size(nbytes)} {engine}" for engine, nbytes in counts.items() if nbytes) or "no bytes"
 
 
 class _Stopped(BaseException):

@@ -61,7 +61,6 @@ def test_help_loads_no_command(tmp_path: Path) -> None:
         "shardkit.cli.convert",
         "shardkit.cli.inspect",
         "shardkit.registry",
-        "tqdm",
         "torch",
         "numpy",
         "zstandard",
@@ -88,6 +87,17 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "x", "--limit", "tensors=few"], "'few' is not a size"),
         (["convert", "x", "-o", "y.safetensors", "--max-shard", "1GB"], "-o y.safetensors is one file, which has no shards"),
         (["verify", "x", "--root", "model"], "name it with --against"),
+        (["verify", "x", "--ties", "copy"], "name it with --against"),
+        (["inspect", "x", "--all", "--json"], "--all has no effect with --json"),
+        (["convert", "x", "--quiet", "--json"], "--quiet has no effect with --json"),
+        (["diff", "x", "y", "-q", "-v"], "--quiet and --verbose contradict each other"),
+        (["place", "x", "--tokens", "4"], "--tokens has no effect without --predict"),
+        (["place", "x", "--tokens", "4", "--rates", "compute=1GB"], "--tokens has no effect without --predict"),
+        (
+            ["place", "x", "--tokens", "4", "--predict", "--rates", "compute=1GB"],
+            "--tokens has no effect: --rates gives how fast",
+        ),
+        (["place", "x", "--predict", "--rates", "disk=1GB,copy=1GB,link=1GB,compute=1GB"], "--predict has no effect"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -107,8 +117,6 @@ def test_a_command_line_that_is_not_understood_exits_2(
     [
         ["inspect", HOSTILE / "gguf.bin"],
         ["convert", HOSTILE / "lfs-pointer.bin"],
-        ["verify", HOSTILE / "zero-bytes.bin"],
-        ["diff", TRAINING, HOSTILE / "html.bin"],
         ["inspect", "/nowhere/at/all.bin"],
         ["inspect", HOSTILE / "folder-named-x.bin"],
         ["convert", TRAINING, "-o", TRAINING],
@@ -122,12 +130,99 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(each) for each in arguments]) == 1
+    is_one_sentence(capsys)
+
+
+# As of cmp and diff: 0 the same, 1 different, 2 trouble.
+COMPARED = [
+    (["verify", TRAINING], 0),
+    (["verify", GOOD / "safetensors-tied.safetensors", "--against", GOOD / "safetensors-tied.safetensors"], 0),
+    (["verify", GOOD / "zip-module.pt", "--against", TRAINING], 1),
+    (["verify", HOSTILE / "zero-bytes.bin"], 2),
+    (["verify", TRAINING, "--against", "nowhere"], 2),
+    (["verify", TRAINING, "--against", TRAINING, "--root", "nowhere"], 2),
+    (["verify", TRAINING, "--quite"], 2),
+    (["verify", "s3://b/x"], 2),
+    (["diff", TRAINING, GOOD / "legacy-training.pt"], 0),
+    (["diff", TRAINING, GOOD / "zip-module.pt"], 1),
+    (["diff", TRAINING, HOSTILE / "html.bin"], 2),
+    (["diff", "nowhere", TRAINING], 2),
+    (["diff", TRAINING], 2),
+]
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["-q"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    COMPARED,
+    ids=lambda each: " ".join(map(str, each)).replace(str(ROOT), "") if isinstance(each, list) else "",
+)
+def test_the_exit_codes_of_verify_and_diff_are_those_of_cmp(
+    arguments: list[str | Path],
+    code: int,
+    how: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*map(str, arguments), *how]) == code
+    if code == 2:
+        is_one_sentence(capsys)
+
+
+def test_damage_is_exit_1(tmp_path: Path) -> None:
+    assert main(["convert", str(TRAINING), "-o", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
+    shard = tmp_path / "out" / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["verify", str(tmp_path / "out")]) == 1
+
+
+def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     first, *rest = shown.err.splitlines()
     assert first.startswith("shardkit: ")
     assert len(rest) <= 1
     assert all(line.startswith("hint: ") for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["convert", "--include", "*.weight", "--include", "wieght"],
+            "include 'wieght' matches none of the 7 names, as in '0.weight'",
+        ),
+        (["convert", "--exclude", "optimizer*"], "exclude 'optimizer*' matches none of the 7 names"),
+        (["convert", "--rename", "^module\\.="], "rename '^module\\.' matches none of the 7 names, as in '0.weight'"),
+        (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
+        (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),
+        (["place", "--no-split", "layers"], "'layers' is found in the name of no module"),
+        (
+            ["place", "--max-memory", "cpu=1GB", "--rates", "disk=1GB,link=1GB"],
+            "rates of disk, link have no effect: nothing is read",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_an_error_that_names_names(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([arguments[0], str(TRAINING), *arguments[1:]]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in shown.err
+    assert "\nhint: " in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_some_rates_may_be_without_effect_and_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["place", str(TRAINING), "--max-memory", "cpu=1GB", "--rates", "disk=1GB,compute=1GB"]) == 0
+    assert "no forward depends on disk: nothing is read from disk" in capsys.readouterr().out
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,15 +304,11 @@ def test_an_encoding_without_the_character_is_no_crash() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("code", ["sys.modules['click'] = None", "sys.modules['tqdm'] = None"])
-def test_what_is_not_installed_has_a_sentence_or_is_not_missed(code: str, tmp_path: Path) -> None:
-    run = f"import sys; {code}; from shardkit.cli import main; sys.exit(main())"
+def test_a_missing_click_has_a_sentence(tmp_path: Path) -> None:
+    run = "import sys; sys.modules['click'] = None; from shardkit.cli import main; sys.exit(main())"
     done = python("-c", run, "convert", TRAINING, "-o", "out", cwd=tmp_path)
-    if "click" in code:
-        assert done.returncode == 1
-        assert done.stderr.endswith("hint: pip install click\n")
-    else:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 1
+    assert done.stderr.endswith("hint: pip install click\n")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
-errors sizes dtypes forks
+errors sizes dtypes forks near_names brief
 limits payload open_extents checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record weight_names tie_records runs \
     gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
@@ -24,7 +24,7 @@ codec expansion zips format strict_json header index checksums manifest offload_
 plugin name_tree root_names roots emptiness quantised edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
-registry shards freshness candidates scanner surroundings leftovers loose_files source companions \
+registry locations shards freshness candidates scanner surroundings leftovers loose_files source companions \
     destination copying pools parallel integrity placing records journal compressing \
     reference_reader writer host_memory progress
 comparison uncompared soundness preparation conversion offload compare load testing
@@ -37,12 +37,11 @@ ONLY_IN = {
     "transformers": ("load.transformers_model", "load.diffusers_pipeline"),
     "diffusers": ("load.diffusers_model", "load.diffusers_pipeline"),
     "huggingface_hub": ("load.model_folder",),
-    "numpy": ("gathering",),
+    "numpy": ("gathering", "checkpoint"),  # checkpoint: TensorEntry.numpy, which is asked for by name
     "zstandard": ("codecs.zstd",),
     "safetensors": ("reference_reader",),
     "xxhash": ("checksums",),
     "click": ("cli",),
-    "tqdm": ("progress",),
     "importlib.metadata": ("registry", "cli"),  # cli: the version
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}

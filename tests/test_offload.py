@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import shardkit
 from aligned import aligned
 from libraries import peer
+from shardkit.block_layout import heads
 from shardkit.dtypes import BY_CODE, DTYPES
 from shardkit.edits import Edits
 from shardkit.errors import FormatError, LimitExceeded, Malformed, PlanError, ShardkitError
@@ -123,6 +125,10 @@ def test_what_is_prepared_is_what_the_source_holds(
 ) -> None:
     folder = tmp_path_factory.mktemp("law")
     save_file(state, folder / "big.safetensors")
+    if blocks and not any(re.search(blocks, head) for name in state for head in heads(name)):
+        with pytest.raises(PlanError, match="is found in the name of no module"):
+            shardkit.offload_prep(folder / "big.safetensors", folder / "out", blocks=blocks)
+        blocks = None
     shardkit.offload_prep(folder / "big.safetensors", folder / "out", blocks=blocks, max_shard=bound, sync=False)
     assert shardkit.verify(folder / "out", folder / "big.safetensors").same
     assert shardkit.verify(folder / "out").same
@@ -212,8 +218,9 @@ def test_the_type_is_fixed_when_it_is_written(model: Path, tmp_path: Path) -> No
 def test_the_user_says_what_is_a_block(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, tmp_path / "out", blocks=r"self_attn$|mlp$")
     assert {"model.layers.0.self_attn", "model.layers.0.mlp"} <= set(blocks_of(tmp_path / "out"))
-    report = shardkit.offload_prep(model, tmp_path / "other", blocks="decoder_layer")
-    assert "no module is called as the pattern for blocks has it, and so names tell what is a block" in report.notes
+    with pytest.raises(PlanError, match="'decoder_layer' is found in the name of no module") as raised:
+        shardkit.offload_prep(model, tmp_path / "other", blocks="decoder_layer")
+    assert "'model.embed_tokens', 'model.layers.0'" in (raised.value.hint or "")
     with pytest.raises(PlanError, match=r"'\(' is no regular expression"):
         prepare_offload(model, None, Edits(), blocks="(")
 
@@ -223,6 +230,7 @@ def test_an_order_that_was_recorded_is_kept(model: Path, tmp_path: Path) -> None
     report = shardkit.offload_prep(model, tmp_path / "out", order=order)
     assert blocks_of(tmp_path / "out")[:3] == ["lm_head", "model.layers.1", "model.embed_tokens"]
     assert "not in the order, and so put last: 'model.layers.0', 'model.layers.2', 'model.norm'" in report.notes
+    assert "in the order, but not in the checkpoint: 'rotary'" in report.notes
     assert shardkit.verify(tmp_path / "out", model).same
     with pytest.raises(PlanError, match="the order calls 'nobody', and no block has this name"):
         shardkit.offload_prep(model, tmp_path / "none", order=["nobody"])

@@ -54,6 +54,24 @@ def test_a_shutdown_may_cancel_what_was_not_begun_and_waits_for_what_was() -> No
             waiting.result()
 
 
+@pytest.mark.parametrize("started", [True, False], ids=["that runs", "that does not run yet"])
+def test_an_interrupt_while_a_thread_starts_hides_no_thread_from_shutdown(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    pool = Pool(1, "pooled")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(int)
+    pool.shutdown()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pooled")]
+
+
 def test_what_is_done_is_not_kept() -> None:
     class Result:
         pass

@@ -1,8 +1,8 @@
 """The command line: runs what was asked for, and turns what goes wrong into a sentence and an exit code.
 
     0    done; for verify and diff: the same
-    1    it cannot be done; for verify and diff: not the same
-    2    the command line is not understood
+    1    it cannot be done; for verify and diff, as for cmp and diff: different, or damaged
+    2    the command line is not understood; for verify and diff also: it cannot be done
     130  stopped by Ctrl-C
     141  nobody reads the output any more
     143  stopped by SIGTERM
@@ -13,15 +13,18 @@ An exception that is no `ShardkitError` is a bug, and keeps its traceback.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import Never
 
 from shardkit.cli.interruption import Terminated, signals_raise
-from shardkit.cli.printing import flush, never_fail_to_encode, nobody_reads, printable, say
+from shardkit.cli.printing import Role, flush, never_fail_to_encode, nobody_reads, painted, printable, say, stdout_or_sentence
 from shardkit.errors import ShardkitError
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
+_COMPARING = ("diff", "verify")  # their exit codes are those of cmp and diff
+_COMPLETION = "_SHARDKIT_COMPLETE"  # what the shell sets when it asks for completions, by the convention of click
 
 
 def run() -> Never:
@@ -42,20 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``shardkit``; None for the arguments of this process.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         import click  # noqa: F401 - so that its absence has a sentence of its own
     except ModuleNotFoundError:
-        say("shardkit: the command line needs click, which is not installed\nhint: pip install click")
-        return 1
+        _explain("the command line needs click, which is not installed", "pip install click")
+        return _trouble(arguments)
     never_fail_to_encode()
     try:
-        return _ended(sys.argv[1:] if arguments is None else list(arguments))
+        return _ended(arguments)
     except BrokenPipeError:
         nobody_reads()
         return _CLOSED_PIPE
 
 
-def _ended(arguments: list[str]) -> int:
+def _ended(arguments: Sequence[str]) -> int:
     """Run to the end, whichever that is."""
     import click
 
@@ -70,26 +74,37 @@ def _ended(arguments: list[str]) -> int:
         return error.exit_code
     except ShardkitError as error:
         _explain(str(error), error.hint)
-        return 1
+        return _trouble(arguments)
     except (KeyboardInterrupt, Terminated) as stop:
         say("; ".join(["shardkit: stopped", *getattr(stop, "__notes__", ())]), after_echo=isinstance(stop, KeyboardInterrupt))
         return stop.exit_code if isinstance(stop, Terminated) else 130
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     from click.exceptions import Exit
 
     from shardkit.cli.group import shardkit
 
+    if instruction := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete
+
+        with stdout_or_sentence():
+            return shell_complete(shardkit, {}, "shardkit", _COMPLETION, instruction)
     try:
-        with shardkit.make_context("shardkit", arguments) as context:
+        with shardkit.make_context("shardkit", list(arguments)) as context:
             shardkit.invoke(context)
     except Exit as end:
         return end.exit_code
     return 0
 
 
+def _trouble(arguments: Sequence[str]) -> int:
+    """The exit code where the command in *arguments* could not do its work."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    return 2 if command in _COMPARING else 1
+
+
 def _explain(sentence: str, hint: str | None) -> None:
-    say(f"shardkit: {printable(sentence)}")
+    say(f"{painted('shardkit:', Role.ERROR)} {printable(sentence)}")
     if hint:
-        say(f"hint: {printable(hint)}")
+        say(f"{painted('hint:', Role.HINT)} {printable(hint)}")

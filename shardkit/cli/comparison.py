@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import aligned, printable, put, put_json, say, several
+from shardkit.cli.printing import Role, aligned, painted, printable, put, put_json, say, several
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -16,17 +16,18 @@ _MOST = 20
 _SIGNS = {"added": "+", "removed": "-"}
 
 
-def report(comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool) -> None:
-    """Print the differences and then the *verdict*; nothing if *quiet*."""
+def report(command: str, comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool) -> None:
+    """Print what *command* found: the differences and then the *verdict*; nothing if *quiet*."""
     if as_json:
-        put_json({"same": comparison.same, **asdict(comparison)})
+        put_json(command, {"same": comparison.same, **asdict(comparison)})
     elif not quiet:
         for note in comparison.notes:
-            say(f"note: {printable(note)}")
+            say(f"{painted('note:', Role.NOTE)} {printable(note)}")
         for part in comparison.left_out[:_MOST]:
-            say(f"not compared: {printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}")
+            what = f"{printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}"
+            say(f"{painted('not compared:', Role.NOTE)} {what}")
         if len(comparison.left_out) > _MOST:
-            say(f"not compared: {len(comparison.left_out) - _MOST:,} more; --json lists all")
+            say(f"{painted('not compared:', Role.NOTE)} {len(comparison.left_out) - _MOST:,} more; --json lists all")
         for line in _differences(comparison.differences):
             put(line)
         put(verdict)
@@ -40,7 +41,7 @@ def beside(comparison: Comparison) -> str:
 
 def _differences(differences: tuple[Difference, ...]) -> Iterator[str]:
     rows = [(_SIGNS.get(each.change, "~"), printable(each.name), _what(each)) for each in differences[:_MOST]]
-    yield from aligned(rows, indent=0)
+    yield from aligned(rows, indent=0, roles={"-": Role.REMOVED, "+": Role.ADDED, "~": Role.NOTE})
     if len(differences) > _MOST:
         yield f"... and {len(differences) - _MOST:,} more; --json lists all"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 
 if TYPE_CHECKING:
     from shardkit.cli.writing import Writing
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "convert",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit convert big.bin --max-shard 2GB
@@ -30,7 +32,7 @@ A run that was stopped goes on where it was when the same command is given again
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="OUT",
     help="Folder to make, or one file if it ends in .safetensors. By default SRC's name with -shards, beside it.",
 )
@@ -40,8 +42,8 @@ A run that was stopped goes on where it was when the same command is given again
 @click.pass_context
 def command(
     context: click.Context,
-    source: Path,
-    output: Path | None,
+    source: str,
+    output: str | None,
     edits: Edits,
     terms: Terms,
     writing: Writing,
@@ -58,17 +60,18 @@ def command(
 
     begun = time.monotonic()
     _refuse_shards_of_one_file(context, output, terms)
-    write(prepare(source, output, edits, terms), begun, writing)
+    write("convert", prepare(source, output, edits, terms), begun, writing)
 
 
-def _refuse_shards_of_one_file(context: click.Context, output: Path | None, terms: Terms) -> None:
+def _refuse_shards_of_one_file(context: click.Context, output: str | None, terms: Terms) -> None:
     from click.core import ParameterSource
 
     from shardkit import registry
 
     asked = context.get_parameter_source("max_shard") is ParameterSource.COMMANDLINE
-    if asked and terms.max_shard is not None and output and not output.is_dir() and registry.writer_for(output.suffix):
+    out = Path(output or "")
+    if asked and terms.max_shard is not None and not out.is_dir() and registry.writer_for(out.suffix):
         raise click.UsageError(
-            f"-o {output} is one file, which has no shards: leave out --max-shard, or name a folder, as in -o {output.stem}",
+            f"-o {out} is one file, which has no shards: leave out --max-shard, or name a folder, as in -o {out.stem}",
             context,
         )

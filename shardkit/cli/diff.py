@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 from shardkit.cli.printing import several
 from shardkit.progress import progress
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "diff",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit diff before.pt after.pt
@@ -30,19 +31,20 @@ For example:
 @options.json_option("all differences")
 @options.quiet_option
 @click.pass_context
-def command(context: click.Context, a: Path, b: Path, root: str | None, limits: Limits, as_json: bool, quiet: bool) -> None:
+def command(context: click.Context, a: str, b: str, root: str | None, limits: Limits, as_json: bool, quiet: bool) -> None:
     """List what changes from checkpoint A to checkpoint B.
 
     A line that begins with - names a tensor that only A has, + one that only B has, ~ one whose type, shape or bytes
     changed. Bits are compared: a NaN equals itself, and the format does not matter. In a nested checkpoint the model is
-    compared, unless --root says otherwise. The exit code is 0 if nothing changes, else 1.
+    compared, unless --root says otherwise. The exit code is 0 if nothing changes, 1 if
+    something does, and 2 if A or B cannot be read.
     """
     from shardkit.cli.comparison import report
     from shardkit.compare import diff
 
     with progress("comparing", quiet=quiet or as_json) as bar:
         comparison = diff(a, b, root=root, limits=limits, on_bytes=bar.add, on_total=bar.expect)
-    report(comparison, _verdict(comparison), as_json=as_json, quiet=quiet)
+    report("diff", comparison, _verdict(comparison), as_json=as_json, quiet=quiet)
     context.exit(0 if comparison.same else 1)
 
 

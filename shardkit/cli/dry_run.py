@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import OtherKind
-from shardkit.cli.printing import aligned, named, printable, put, put_json, several
+from shardkit.cli.printing import Role, aligned, named, painted, printable, put, put_json, remarked, several
 from shardkit.cli.summary import amounts, remarks, ways
 from shardkit.copying import Engine
 from shardkit.destination import check_output, check_room
@@ -35,8 +35,8 @@ _WORDS = {
 }
 
 
-def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
-    """Print what *conversion* would write, and touch nothing.
+def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
+    """Print what *conversion*, which *command* has decided, would write, and touch nothing.
 
     Raises:
         OutputError: it could not be carried out.
@@ -47,7 +47,7 @@ def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
     total: Counter[str] = sum(moves.values(), Counter())
     needed = sum(count for word, count in total.items() if word != _WORDS[Engine.CLONED])
     if as_json:
-        put_json(_document(conversion, moves, needed, folder))
+        put_json(f"{command}.dry-run", _document(conversion, moves, needed, folder))
     else:
         put("\n".join(_lines(conversion, moves, total)))
     check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
@@ -63,7 +63,7 @@ def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Cou
     plan, checkpoint = conversion.plan, conversion.checkpoint
     blocks = plan.record.blocks if plan.record else ()
     made = amounts(len(plan.shards), len(blocks), len(plan.weight_map), plan.total_size)
-    yield f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}"
+    yield painted(f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}", Role.HEADING)
     counts = Counter(plan.weight_map.values())
     files = ((file.name, format_size(file.nbytes), _content(counts[file.name]), ways(moves[file.name])) for file in plan.files)
     yield from aligned(((printable(name), *rest) for name, *rest in files), right=_SIZE_COLUMN)
@@ -79,7 +79,7 @@ def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Cou
             notes=conversion.notes,
         ),
     ]
-    yield from aligned(rows, indent=0)
+    yield from remarked(rows, indent=0)
 
 
 def _runs(blocks: Sequence[str]) -> Iterator[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
-from shardkit.cli.printing import aligned, printable, put, put_json
+from shardkit.cli.command import Command
+from shardkit.cli.printing import Role, aligned, painted, printable, put, put_json
 
 if TYPE_CHECKING:
     from shardkit.codec import Codec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "formats",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit formats
@@ -33,7 +35,7 @@ def command(as_json: bool) -> None:
 
     formats, codecs = registry.formats(), registry.codecs()
     if as_json:
-        put_json({"formats": [*map(_format_document, formats)], "codecs": [*map(_codec_document, codecs)]})
+        put_json("formats", {"formats": [*map(_format_document, formats)], "codecs": [*map(_codec_document, codecs)]})
     else:
         put("\n".join(_lines(formats, codecs)))
 
@@ -43,10 +45,12 @@ def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -
         (each.name, _abilities(each.record), " ".join(each.record.suffixes), each.distribution) for each in formats if each.record
     ]
     rows += [(each.name, _codec_abilities(each.record), each.record.suffix, each.distribution) for each in codecs if each.record]
-    yield from aligned([("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)], indent=0)
+    heading, *lines = aligned([("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)], indent=0)
+    yield painted(heading, Role.HEADING)
+    yield from lines
     for error in (*(each.error for each in formats), *(each.error for each in codecs)):
         if error:
-            yield f"cannot be used: {printable(str(error))}" + (f"; {error.hint}" if error.hint else "")
+            yield f"{painted('cannot be used:', Role.ERROR)} {printable(str(error))}" + (f"; {error.hint}" if error.hint else "")
 
 
 def _abilities(record: Format) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
 from shardkit import __version__
+from shardkit.cli.printing import put, stdout_or_sentence
 
 _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
@@ -22,6 +24,12 @@ _COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group whose commands are the modules of this package."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:  # Any: as of click.Group
+        with stdout_or_sentence():  # --help and --version print
+            return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -59,7 +67,7 @@ For example:
 def shardkit(context: click.Context) -> None:
     """Turn any torch checkpoint into safe, size-bounded safetensors shards, without running its pickle."""
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        put(context.get_help())
 
 
 def _what_else(word: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 from shardkit.cli.printing import put, put_json
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "inspect",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit inspect big.bin
@@ -27,7 +29,15 @@ For example:
 @options.format_option
 @options.limit_option
 @options.json_option("every tensor, with the place of its bytes,")
-def command(source: Path, everything: bool, format: str | None, limits: Limits, as_json: bool) -> None:  # noqa: A002
+@click.pass_context
+def command(
+    context: click.Context,
+    source: str,
+    everything: bool,
+    format: str | None,  # noqa: A002 - the word of the command line
+    limits: Limits,
+    as_json: bool,
+) -> None:
     """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no tensor.
 
     Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name. Beyond 200 lines, numbered
@@ -38,9 +48,11 @@ def command(source: Path, everything: bool, format: str | None, limits: Limits, 
     from shardkit.source import collector_paused
     from shardkit.source import open as open_checkpoint
 
+    if everything and as_json:
+        raise click.UsageError("--all has no effect with --json, which lists every tensor anyway", context)
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
         if as_json:
-            put_json(document(source, checkpoint))
+            put_json("inspect", document(Path(source), checkpoint))
         else:
-            put("\n".join(portrait(source, checkpoint, everything=everything)))
+            put("\n".join(portrait(Path(source), checkpoint, everything=everything)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 
 if TYPE_CHECKING:
     from shardkit.cli.writing import Writing
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "offload-prep",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit offload-prep big.bin --dtype bf16
@@ -31,7 +32,7 @@ A run that was stopped goes on where it was when the same command is given again
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="OUT",
     help="Folder to make. By default SRC's name with -offload, beside it.",
 )
@@ -49,7 +50,7 @@ A run that was stopped goes on where it was when the same command is given again
 )
 @click.option(
     "--order",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="FILE",
     help="Blocks, or modules or tensors in them, in the order in which they run: a JSON list, or one on each line.",
 )
@@ -58,11 +59,11 @@ A run that was stopped goes on where it was when the same command is given again
 @click.pass_context
 def command(
     context: click.Context,
-    source: Path,
-    output: Path | None,
+    source: str,
+    output: str | None,
     blocks: re.Pattern[str] | None,
     model_class: bool,
-    order: Path | None,
+    order: str | None,
     edits: Edits,
     terms: Terms,
     writing: Writing,
@@ -90,10 +91,12 @@ def command(
         blocks=_pattern_of_class(source) if model_class else blocks,
         order=None if order is None else read_order(order),
     )
-    write(conversion, begun, writing)
+    write("offload-prep", conversion, begun, writing)
 
 
-def _pattern_of_class(source: Path) -> re.Pattern[str]:
+def _pattern_of_class(source: str) -> re.Pattern[str]:
     from shardkit.load import no_split_pattern
+    from shardkit.locations import to_read
 
-    return no_split_pattern(source if source.is_dir() else source.parent)
+    path = to_read(source)
+    return no_split_pattern(path if path.is_dir() else path.parent)

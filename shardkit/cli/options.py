@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from shardkit.cli import completing
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
@@ -27,8 +27,8 @@ _NAMES = [field.name for field in fields(Limits)]
 
 
 def path_argument(name: str, shown: str) -> Callable[[Command], Command]:
-    """An argument that is a path; whether it can be read is found out by reading it."""
-    return click.argument(name, metavar=shown, type=click.Path(path_type=Path))
+    """An argument that is a path, as it was written: what it names is found out by reading it, and the shell completes it."""
+    return click.argument(name, metavar=shown, type=click.Path())
 
 
 def edit_options(command: Callable[..., object]) -> Callable[..., object]:
@@ -140,6 +140,7 @@ limit_option = click.option(
     metavar="NAME=VALUE",
     multiple=True,
     callback=parse_limits,
+    shell_complete=completing.limits,
     help=f"Raise a guard against malicious files; the error that needs it says so. Names: {', '.join(_NAMES)}.",
 )
 
@@ -152,7 +153,12 @@ shard_size_option = click.option(
     help="Bound on each file, header included, as in 2GB or 500MiB; none for a single shard.",
 )
 
-format_option = click.option("--format", metavar="NAME", help="Read SRC as this format, not as the one it is recognised as.")
+format_option = click.option(
+    "--format",
+    metavar="NAME",
+    shell_complete=completing.formats,
+    help="Read SRC as this format, not as the one it is recognised as.",
+)
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
@@ -171,7 +177,13 @@ _EDITS = (
         callback=parse_renames,
         help="Replace every match in every name; repeatable, in order. Split at the first = with a whole REGEX before it.",
     ),
-    click.option("--dtype", metavar="TYPE", callback=parse_type, help="Cast floats to bf16, fp16, fp32 ...; needs torch."),
+    click.option(
+        "--dtype",
+        metavar="TYPE",
+        callback=parse_type,
+        shell_complete=completing.types,
+        help="Cast floats to bf16, fp16, fp32 ...; needs torch.",
+    ),
     click.option(
         "--ties",
         type=click.Choice(["keep-first", "copy"]),
@@ -197,6 +209,7 @@ _WRITING = (
     click.option(
         "--compress",
         metavar="CODEC",
+        shell_complete=completing.codecs,
         help="Compress the shards: zstd, in its seekable format, so that they are read in place, and zstd -d expands them.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from shardkit.cli import options
+from shardkit.cli import completing, options
+from shardkit.cli.command import Command
 from shardkit.cli.printing import put, put_json
 from shardkit.errors import ShardkitError
 from shardkit.sizes import parse_size
@@ -49,6 +52,7 @@ def parse_budgets(context: click.Context, parameter: click.Parameter, words: tup
 
 @click.command(
     "place",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit place llama/ --max-memory cpu=30GB,0=10GB
@@ -66,7 +70,13 @@ For example:
     callback=parse_budgets,
     help="What each device may hold: accelerators by number, cpu, mps. Without cpu, it has what this machine has free.",
 )
-@click.option("--dtype", metavar="TYPE", callback=options.parse_type, help="Count floats as bf16, fp16, fp32 ...")
+@click.option(
+    "--dtype",
+    metavar="TYPE",
+    callback=options.parse_type,
+    shell_complete=completing.types,
+    help="Count floats as bf16, fp16, fp32 ...",
+)
 @click.option(
     "--no-split",
     metavar="REGEX",
@@ -80,6 +90,7 @@ For example:
     "--rates",
     metavar="NAME=SIZE,...",
     callback=parse_rates,
+    shell_complete=completing.rates,
     help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), compute (weights multiplied).",
 )
 @click.option("--tokens", type=click.IntRange(1), default=1, help="How many go in at once, where it is measured. Default: 1.")
@@ -87,8 +98,10 @@ For example:
 @options.format_option
 @options.limit_option
 @options.json_option("the device of every block")
+@click.pass_context
 def command(
-    source: Path,
+    context: click.Context,
+    source: str,
     budgets: dict[str, int],
     dtype: DType | None,
     no_split: re.Pattern[str] | None,
@@ -113,14 +126,26 @@ def command(
     from shardkit.source import collector_paused
     from shardkit.source import open as open_checkpoint
 
+    _refuse_idle(context, predict=predict, rates=rates)
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
-        found = placed(source, checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
+        found = placed(Path(source), checkpoint, budgets, root=root, dtype=dtype, no_split=no_split)
     forecast = foreseen(found, rates, tokens if predict else None) if predict or rates else None
     if as_json:
-        put_json(document(found, forecast))
+        put_json("place", document(found, forecast))
     else:
         put("\n".join(drawn(found, forecast)))
+
+
+def _refuse_idle(context: click.Context, *, predict: bool, rates: Mapping[str, int]) -> None:
+    """Options that change nothing look like a prediction for what they say."""
+    tokens = context.get_parameter_source("tokens") is ParameterSource.COMMANDLINE
+    if tokens and not predict:
+        raise click.UsageError("--tokens has no effect without --predict, which measures with so many", context)
+    if predict and len(rates) == len(_RATES):
+        raise click.UsageError("--predict has no effect: --rates gives every rate", context)
+    if tokens and "compute" in rates:
+        raise click.UsageError("--tokens has no effect: --rates gives how fast is computed", context)
 
 
 def _nbytes(size: str, *, least: int = 0) -> int:

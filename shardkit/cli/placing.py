@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint, LeftOut
-from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
+from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked, several
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
-from shardkit.errors import LoadError, NothingSelected, shown_path
+from shardkit.errors import LoadError, NothingSelected, PlanError, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
-from shardkit.named_blocks import Block, named_blocks, runs_of_names
+from shardkit.named_blocks import Block, named_blocks, refuse_unfound, runs_of_names
 from shardkit.roots import select_root
 from shardkit.sizes import format_size
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 _MOST = 10
 _SIZES = frozenset({2, 3})
+_IDLE = {
+    "disk": "nothing is read from disk",
+    "copy": "nothing is copied in memory",
+    "link": "nothing is sent to an accelerator",
+    "compute": "no matrix is multiplied",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ def placed(
         raise NothingSelected(f"{shown_path(source)}: there are no tensors in it")
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
+    refuse_unfound(no_split, kept)
     blocks = named_blocks(kept, no_split)
     undense = [other.name for other in rooted.others if other.is_weight]
     if undense:
@@ -115,6 +122,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
 
     Raises:
         LoadError: torch is not installed.
+        PlanError: a forward depends on none of *rates*, and nothing is to be measured.
         FormatError: a file cannot be read.
     """
     try:
@@ -124,17 +132,27 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
         raise LoadError("to predict needs torch, which is not installed", hint="pip install torch") from None
     homes = found.fit.homes
     measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
-    known = replace(measured, **{name: float(rate) for name, rate in rates.items()})
-    return forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+    known = measured.given(**{name: float(rate) for name, rate in rates.items()})
+    expected = forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+    if tokens is None and set(rates) <= set(expected.idle):
+        raise PlanError(
+            f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}", hint="give the rate of compute too"
+        )
+    return expected
+
+
+def _why_idle(idle: Sequence[str]) -> str:
+    """Why a forward depends on none of the rates in *idle*."""
+    return ", ".join(_IDLE[name] for name in idle)
 
 
 def drawn(found: Placed, forecast: Forecast | None) -> Iterator[str]:
     """The lines that show *found*, and what a forward takes if that is known."""
     as_type = f" as {found.dtype}" if found.dtype else ""
     amount = f"{several(len(found.blocks), 'block')}, {format_size(found.nbytes)}{as_type}"
-    yield f"{named(found.source)} ({found.format}): {amount}"
+    yield painted(f"{named(found.source)} ({found.format}): {amount}", Role.HEADING)
     yield from aligned(_rows(found.fit), right=_SIZES)
-    yield from aligned([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
+    yield from remarked([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
 
 
 def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
@@ -183,12 +201,15 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
         hidden = f"; {predicted.hidden:.0%} of reading hidden" if predicted.reading else ""
         yield (
             "a forward",
-            f"{predicted.seconds:.3g} s, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
+            f"{predicted}, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
         )
     if forecast.ring:
         lacking = f"; {format_size(forecast.lacking)} more than is left for it" if forecast.lacking else ""
         yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
     yield "rates", f"{forecast.rates}" or "none"
+    known = asdict(forecast.rates)
+    if idle := [name for name in forecast.idle if known[name] is not None]:
+        yield "note", f"no forward depends on {', '.join(idle)}: {_why_idle(idle)}"
 
 
 def _rows(fitted: Fit) -> Iterator[tuple[str, str, str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
 from shardkit.cli.outline import Leaf, Line, outline
-from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
+from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked, several
 from shardkit.cli.sharing import overlaps, ties
 from shardkit.errors import AmbiguousRoot, NothingSelected, shown
 from shardkit.roots import select_root
@@ -34,12 +34,13 @@ def portrait(source: Path, checkpoint: Checkpoint, *, everything: bool) -> Itera
     foot = list(_foot(checkpoint, folded=folded))
     if foot:
         yield ""
-        yield from aligned(foot, indent=0)
+        yield from remarked(foot, indent=0)
 
 
 def _head(source: Path, checkpoint: Checkpoint) -> Iterator[str]:
     files = several(len(checkpoint.files), "file")
-    yield f"{named(source)}: {checkpoint.format}, {files}, {format_size(sum(file.size for file in checkpoint.files))}"
+    size = format_size(sum(file.size for file in checkpoint.files))
+    yield painted(f"{named(source)}: {checkpoint.format}, {files}, {size}", Role.HEADING)
     codes = Counter(entry.dtype.code for entry in checkpoint.tensors)
     types = ", ".join(f"{count:,} {code}" for code, count in codes.most_common())
     made = f"{several(len(checkpoint.tensors), 'tensor')}, {format_size(checkpoint.nbytes)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import aligned, listed, named, parts_left_out, printable, several
+from shardkit.cli.printing import Role, listed, named, painted, parts_left_out, printable, remarked, several
 from shardkit.copying import Engine
 from shardkit.sizes import format_size
 
@@ -20,7 +20,7 @@ _WORTH_A_RATE = 10_000_000  # with fewer bytes, the rate is that of starting up
 def summary(report: Report) -> Iterator[str]:
     """The lines that end a run."""
     made = amounts(report.shards, report.blocks, report.tensors, report.nbytes)
-    yield f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}"
+    yield painted(f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}", Role.HEADING)
     resumed = [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")] if report.resumed else []
     rows = [
         *resumed,
@@ -35,7 +35,7 @@ def summary(report: Report) -> Iterator[str]:
             notes=report.notes,
         ),
     ]
-    yield from aligned(rows)
+    yield from remarked(rows)
 
 
 def _saved(report: Report) -> Iterator[tuple[str, str]]:

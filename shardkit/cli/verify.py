@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
+from shardkit.cli.command import Command
 from shardkit.cli.printing import named, several
 from shardkit.progress import progress
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "verify",
+    cls=Command,
     epilog="""\b
 For example:
   shardkit verify big-shards
@@ -26,7 +28,7 @@ For example:
   shardkit verify ema-bf16 --against run/last.ckpt --root ema --dtype bf16""",
 )
 @options.path_argument("output", "OUT")
-@click.option("--against", metavar="SRC", type=click.Path(path_type=Path), help="Hold OUT against this checkpoint, bit for bit.")
+@click.option("--against", metavar="SRC", type=click.Path(), help="Hold OUT against this checkpoint, bit for bit.")
 @options.edit_options
 @options.limit_option
 @options.json_option("the differences")
@@ -34,8 +36,8 @@ For example:
 @click.pass_context
 def command(
     context: click.Context,
-    output: Path,
-    against: Path | None,
+    output: str,
+    against: str | None,
     edits: Edits,
     limits: Limits,
     as_json: bool,
@@ -49,8 +51,8 @@ def command(
 
     What is not compared (subfolders, other weights, files beside the weights) is listed.
 
-    The exit code is 0 if all is well, 1 if something differs. In the list, - is missing from OUT, + is only in OUT, and ~
-    differs.
+    The exit code is 0 if all is well, 1 if something differs or is damaged, and 2 if OUT or SRC cannot be read. In the list,
+    - is missing from OUT, + is only in OUT, and ~ differs.
     """
     from shardkit.cli.comparison import report
     from shardkit.compare import verify
@@ -59,17 +61,21 @@ def command(
         _refuse_idle(context, edits)
     with progress("checking", quiet=quiet or as_json) as bar:
         comparison = verify(output, against, edits, limits=limits, on_bytes=bar.add, on_total=bar.expect)
-    report(comparison, _verdict(comparison, output, against), as_json=as_json, quiet=quiet)
+    report(
+        "verify",
+        comparison,
+        _verdict(comparison, Path(output), Path(against) if against is not None else None),
+        as_json=as_json,
+        quiet=quiet,
+    )
     context.exit(0 if comparison.same else 1)
 
 
 def _refuse_idle(context: click.Context, edits: Edits) -> None:
     """Edits without a source to apply them to would look like a check that was made."""
-    from dataclasses import replace
-
     from shardkit.edits import Edits
 
-    if replace(edits, ties="keep-first") != Edits():
+    if edits != Edits():
         raise click.UsageError("the edits are applied to the source: name it with --against", context)
 
 

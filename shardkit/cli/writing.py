@@ -39,8 +39,14 @@ class Writing:
     quiet: bool
 
 
-def write(conversion: Conversion, begun: float, how: Writing) -> None:
-    """Carry out *conversion*, or only show it, and say what was done since *begun*, on the clock of `time.monotonic`.
+def write(command: str, conversion: Conversion, begun: float, how: Writing) -> None:
+    """Carry out *conversion*, which *command* has decided, or only show it, and say what was done.
+
+    Args:
+        command: its name.
+        conversion: what to write.
+        begun: when it began, on the clock of `time.monotonic`.
+        how: how to write it, and what to print.
 
     Raises:
         FormatError: the source cannot be read.
@@ -49,11 +55,11 @@ def write(conversion: Conversion, begun: float, how: Writing) -> None:
     if how.dry_run:
         from shardkit.cli.dry_run import rehearse
 
-        rehearse(conversion, overwrite=how.overwrite, as_json=how.as_json)
+        rehearse(command, conversion, overwrite=how.overwrite, as_json=how.as_json)
         return
     report = replace(_written(conversion, how), seconds=time.monotonic() - begun)
     if how.as_json:
-        put_json(asdict(report))
+        put_json(command, asdict(report))
     elif not how.quiet:
         from shardkit.cli.summary import summary
 

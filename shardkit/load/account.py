@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
+from shardkit.brief import brief
 from shardkit.load.budgets import Device
 from shardkit.load.cost import STAGES, Prediction, Step
 from shardkit.load.forwards import Series
@@ -49,7 +50,7 @@ class Part:
         return bool(self.step.room)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
     """Why each part is where it is, and what a forward takes.
 
@@ -72,6 +73,9 @@ class Explanation:
     predicted: Prediction | None = None
     measured: Series | None = None
     depths: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def read(self) -> dict[str, int]:
@@ -200,7 +204,7 @@ class Explanation:
         busy = [(name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken]
         stages = ", ".join(f"{name} {taken:.3g} s" for name, taken in busy)
         yield (
-            f"predicted  {self.predicted.seconds:.3g} s, the first {self.predicted.first:.3g} s; limit: {self.predicted.limit}; "
+            f"predicted  {self.predicted}, the first {self.predicted.first:.3g} s; limit: {self.predicted.limit}; "
             f"{self.predicted.hidden:.0%} of reading hidden ({stages})"
         )
         yield f"           with {self.rates}"
@@ -215,7 +219,7 @@ class Explanation:
         return f"{self.seconds:.3g} s, {many}{rate}{hidden}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PipelineExplanation:
     """The same for models that are called one by one, and stream through one ring.
 
@@ -226,6 +230,9 @@ class PipelineExplanation:
 
     pipeline: str
     models: Mapping[str, Explanation]
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     @property
     def ring(self) -> int:

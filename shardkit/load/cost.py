@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardkit.load.kept import Kept
 from shardkit.load.layouts import ALIGNMENT
@@ -71,11 +71,13 @@ class Prediction:
         seconds: one of many forwards.
         first: the first, for which nothing was read before it began.
         busy: seconds in each of `STAGES`.
+        spread: seconds at the fastest and at the slowest rates that were measured; None where all are known exactly.
     """
 
     seconds: float
     first: float
     busy: tuple[float, ...]
+    spread: tuple[float, float] | None = None
 
     @property
     def limit(self) -> str:
@@ -93,10 +95,16 @@ class Prediction:
         waited = self.seconds - self.busy[-1]
         return min(1.0, max(0.0, 1 - waited / self.reading)) if self.reading else 1.0
 
+    def __str__(self) -> str:
+        if self.spread is None:
+            return f"{self.seconds:.3g} s"
+        return f"{self.seconds:.3g} s ({self.spread[0]:.3g} to {self.spread[1]:.3g})"
+
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
         return {
             "seconds": self.seconds,
+            "spread": self.spread,
             "first": self.first,
             "busy": dict(zip(STAGES, self.busy, strict=True)),
             "limit": self.limit,
@@ -112,6 +120,14 @@ def predict(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
         rates: of this machine.
         ring: bytes that have room in the ring.
     """
+    found = _predicted(steps, rates, ring)
+    if not rates.spread:
+        return found
+    extremes = [_predicted(steps, each, ring).seconds for each in (rates.fastest, rates.slowest)]
+    return replace(found, spread=(min(*extremes, found.seconds), max(*extremes, found.seconds)))
+
+
+def _predicted(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
     line, ends = _Line(ring), [0.0]
     again = [Step(compute=step.compute) for step in steps] if sum(step.room for step in steps) <= ring else steps
     for number in range(_FORWARDS):

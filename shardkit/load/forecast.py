@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from shardkit.brief import brief
 from shardkit.load.budgets import accelerator
 from shardkit.load.cost import STAGES, Prediction, Step, predict, step_of
 from shardkit.load.dealing import ring_bytes
@@ -24,7 +25,7 @@ from shardkit.named_blocks import Block
 _TABLE = re.compile(r"emb|wte|wpe")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Forecast:
     """A forward.
 
@@ -35,6 +36,7 @@ class Forecast:
         depth: how many they are, and why.
         lacking: bytes that it is larger than the room that is left for it.
         predicted: what it takes; None where no rate of computing is known.
+        idle: names of the rates that a forward does not depend on, as nothing is read, copied, sent or multiplied.
     """
 
     rates: Rates
@@ -43,6 +45,10 @@ class Forecast:
     depth: Depth
     lacking: int
     predicted: Prediction | None
+    idle: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def as_dict(self) -> dict[str, object]:
         """The same for JSON."""
@@ -51,6 +57,7 @@ class Forecast:
             "least": self.least,
             "ring": {"nbytes": self.ring, "lacking": self.lacking, **asdict(self.depth)},
             "predicted": self.predicted and self.predicted.as_dict(),
+            "idle": self.idle,
         }
 
 
@@ -72,7 +79,14 @@ def forecast(blocks: Sequence[Block], homes: Mapping[str, str], room: int, rates
     known = [stage for stage, rate in zip(STAGES[:-1], (rates.disk, rates.copy, rates.link), strict=True) if rate]
     least = max((found.busy[STAGES.index(stage)] for stage in known), default=None)
     lacking = max(0, ring - room)
-    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None)
+    work = {
+        "disk": sum(step.disk for step in steps),
+        "copy": sum(step.copied for step in steps),
+        "link": sum(step.link for step in steps),
+        "compute": sum(step.compute for step in steps),
+    }
+    idle = tuple(name for name, nbytes in work.items() if not nbytes)
+    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None, idle)
 
 
 def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
@@ -89,7 +103,7 @@ def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, run
         source for block in blocks if homes[block.name] == "disk" for entry in block.entries for source in entry.payload.sources
     ]
     found = measure(extents, device or torch.device("cpu"), replace(product, rows=rows))
-    return found if device is not None else replace(found, compute=None)
+    return found if device is not None else found.given(compute=None)
 
 
 def _step(block: Block, home: str, runner: str) -> Step:

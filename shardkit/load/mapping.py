@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from os import PathLike
 
 import torch
 
 from shardkit.checkpoint import Other, TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError, UnknownTensor, listed, shown
 from shardkit.limits import Limits
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
 from shardkit.load.recording import device_of
+from shardkit.near_names import near
 from shardkit.payload import Payload
 
 
@@ -52,7 +54,9 @@ class _Weights(Mapping[str, Paged]):
     def __getitem__(self, name: str) -> Paged:
         if name in self._undense:
             raise _undense(self._undense[name])
-        entry = self._entries[name]
+        entry = self._entries.get(name)
+        if entry is None:
+            raise UnknownTensor(name, near(name, self))
         key = (entry.payload, entry.dtype, entry.shape) if entry.nbytes else name  # what is tied is one object
         made = self._made.get(key)
         return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device))
@@ -66,6 +70,11 @@ class _Weights(Mapping[str, Paged]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._undense
+
+    def __repr__(self) -> str:
+        count = f"{len(self):,} tensor{'s' * (len(self) != 1)}"
+        names = f": {listed([shown(name) for name in islice(self, 3)])}" if len(self) else ""
+        return f"<{count} on {self._device}, read when they are used{names}{' …' if len(self) > 3 else ''}>"
 
 
 def _undense(other: Other) -> LoadError:

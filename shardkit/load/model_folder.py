@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from shardkit import locations
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, shown, shown_path
 from shardkit.load.assign import listed
@@ -216,7 +217,7 @@ def told(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
 
 
 def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cache_dir: str | PathLike[str] | None) -> Path:
-    given = Path(path)
+    given = locations.to_read(path)
     if given.is_dir():
         return given / subfolder
     if _REPOSITORY.fullmatch(str(path)) and not given.exists():
@@ -231,7 +232,7 @@ def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cach
     what = "is a file" if given.exists() else f"is no folder, and no model in the cache of the Hub{meant}"
     raise LoadError(
         f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
-        hint=f"download the model first; or {MAKE_IT}",
+        hint=locations.looked_for(given) or f"download the model first; or {MAKE_IT}",
     )
 
 

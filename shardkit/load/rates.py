@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -33,6 +34,7 @@ _ROW = 16  # reads one behind the other, as of a block: a disk is slower where e
 _MEMORY = 64 << 20  # what is copied, and what the matrices that are multiplied take
 _ROWS = 256  # from here on, twice the rows take twice the time
 _SECONDS = 0.25  # for each probe
+_ROUNDS = 4  # that it is cut into, to see how much what it gives varies
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -45,16 +47,51 @@ class Rates:
         copy: copies in main memory.
         link: copies from pinned memory to the device.
         compute: weights that products on the device get through.
+        spread: of those that were measured, by their names: the lowest and the highest of a few rounds.
     """
 
     disk: float | None = None
     copy: float | None = None
     link: float | None = None
     compute: float | None = None
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def measured(cls, **rates: Rate | None) -> Rates:
+        """Those that were measured; None of what is not there."""
+        found = {name: rate for name, rate in rates.items() if rate is not None}
+        spread = {name: (rate.low, rate.high) for name, rate in found.items()}
+        return cls(**{name: rate.typical for name, rate in found.items()}, spread=spread)
+
+    def given(self, **rates: float | None) -> Rates:
+        """The same, but for *rates*, which are known exactly."""
+        return replace(self, **rates, spread={name: both for name, both in self.spread.items() if name not in rates})
+
+    @property
+    def slowest(self) -> Rates:
+        """The lowest that were measured, and what was given."""
+        return self.given(**{name: low for name, (low, _) in self.spread.items()})
+
+    @property
+    def fastest(self) -> Rates:
+        """The highest that were measured, and what was given."""
+        return self.given(**{name: high for name, (_, high) in self.spread.items()})
 
     def __str__(self) -> str:
         named = {"disk": self.disk, "host copy": self.copy, "link": self.link, "compute": self.compute}
         return ", ".join(f"{name} {format_size(int(rate))}/s" for name, rate in named.items() if rate is not None)
+
+
+class Rate(NamedTuple):
+    """What a probe gave: the median of all, and the lowest and highest of a few rounds."""
+
+    typical: float
+    low: float
+    high: float
+
+    def times(self, nbytes: float) -> Rate:
+        """Bytes per second, where this is how often so many are done."""
+        return Rate(self.typical * nbytes, self.low * nbytes, self.high * nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +143,7 @@ def measure(extents: Iterable[Extent], device: torch.device, product: Product) -
     disks: dict[int, list[Extent]] = {}
     for extent in extents:
         disks.setdefault(_disk_of(extent.path), []).append(extent)
-    return Rates(
+    return Rates.measured(
         disk=min((_read_rate(_Disk(number, tuple(each))) for number, each in disks.items()), default=None),
         copy=_copy_rate(),
         link=None if device.type == "cpu" else _link_rate(device),
@@ -130,21 +167,27 @@ class _Disk:
 
 
 @cache
-def _read_rate(disk: _Disk) -> float:
+def _read_rate(disk: _Disk) -> Rate:
     """By as many threads as a stream has, from what of the places there is time for."""
     files, rest = Files(), iter(list(_places(disk.extents)))
     buffers = [memory_of(private(READ).fill_(0)) for _ in range(_READERS)]  # touched, since fresh memory comes slowly
     try:
         with Pool(_READERS, "shardkit-rate") as pool:
-            begun = time.perf_counter()
-            nbytes = sum(pool.map(partial(_read_for_a_while, files, rest), buffers))
-            return nbytes / (time.perf_counter() - begun)
+            rounds: list[tuple[int, float]] = []
+            while len(rounds) < _ROUNDS:
+                begun = time.perf_counter()
+                nbytes = sum(pool.map(partial(_read_for_a_while, files, rest), buffers))
+                if rounds and not nbytes:  # all is read
+                    break
+                rounds.append((nbytes, time.perf_counter() - begun))
+            speeds = [nbytes / seconds for nbytes, seconds in rounds]
+            return Rate(sum(nbytes for nbytes, _ in rounds) / sum(seconds for _, seconds in rounds), min(speeds), max(speeds))
     finally:
         files.close()
 
 
 def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) -> int:
-    end = time.perf_counter() + _SECONDS
+    end = time.perf_counter() + _SECONDS / _ROUNDS
     nbytes = 0
     for place in rest:
         files.at(place.path).read_sectors(memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes)
@@ -164,20 +207,20 @@ def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
 
 
 @cache
-def _copy_rate() -> float:
+def _copy_rate() -> Rate:
     source, target = (private(_MEMORY).fill_(0) for _ in range(2))
-    return _MEMORY * _per_second(lambda: target.copy_(source))
+    return _per_second(lambda: target.copy_(source)).times(_MEMORY)
 
 
 @cache
-def _link_rate(device: torch.device) -> float:
+def _link_rate(device: torch.device) -> Rate:
     pinned = torch.empty(_MEMORY, dtype=torch.uint8, device="cpu", pin_memory=True)  # whatever the default device
     target = torch.empty(_MEMORY, dtype=torch.uint8, device=device)
-    return _MEMORY * _per_second(lambda: target.copy_(pinned, non_blocking=True), device)
+    return _per_second(lambda: target.copy_(pinned, non_blocking=True), device).times(_MEMORY)
 
 
 @cache
-def _compute_rate(device: torch.device, product: Product) -> float:
+def _compute_rate(device: torch.device, product: Product) -> Rate:
     """Over several matrices in turn, so that their weights come from memory, as those of a model do."""
     dtype = product.dtype if product.dtype in _FLOATS else torch.bfloat16
     outputs, inputs = product.shape
@@ -188,10 +231,10 @@ def _compute_rate(device: torch.device, product: Product) -> float:
         weights = [torch.ones(outputs, inputs, dtype=dtype, device=device) for _ in range(count)]
         vectors = torch.ones(rows, inputs, dtype=dtype, device=device)
         passes = _per_second(lambda: [linear(vectors, weight) for weight in weights], device)
-    return passes * count * outputs * inputs * dtype.itemsize * rows / product.rows
+    return passes.times(count * outputs * inputs * dtype.itemsize * rows / product.rows)
 
 
-def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
+def _per_second(work: Callable[[], object], device: torch.device | None = None) -> Rate:
     """How often *work* is done in a second, by *device*, if that is none that is waited for anyway.
 
     The first time is left out, and the median of the others taken: what else the machine does strikes some of them, and hard.
@@ -209,4 +252,6 @@ def _per_second(work: Callable[[], object], device: torch.device | None = None) 
         work()
         finish()
         times.append(time.perf_counter() - begun)
-    return 1 / median(times)
+    length = -(-len(times) // _ROUNDS)
+    medians = [median(times[start : start + length]) for start in range(0, len(times), length)]
+    return Rate(1 / median(times), 1 / max(medians), 1 / min(medians))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -20,7 +21,9 @@ from shardkit.load.memory import Item, mapped, materialise
 from shardkit.load.paged import Paged
 from shardkit.load.weights import Seat, torch_type
 from shardkit.progress import progress
+from shardkit.sizes import format_size
 
+_LOG = logging.getLogger("shardkit.load")
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
 
 Placed = tuple[Home, torch.device]
@@ -46,7 +49,9 @@ def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
         LoadError: there is no room for it.
     """
     placed: dict[int, torch.Tensor] = {}
-    with progress("placing weights", sum(payload.nbytes for (payload, _, _), _ in items)) as bar:
+    total = sum(payload.nbytes for (payload, _, _), _ in items)
+    _LOG.info("%d weights to place in memory, %s", len(items), format_size(total))
+    with progress("placing weights", total) as bar:
         if all(device.type == "cpu" for device in {device for _, device in items}):
             return materialise((item for item, _ in items), on_bytes=bar.add)
         for group in _staged(items):

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shardkit import registry
+from shardkit import locations, registry
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.conversion import Report, carry_out
 from shardkit.destination import followed
 from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError, OutputError, shown, shown_path
 from shardkit.load.paged import Paged
 from shardkit.load.recipe import dtype_of
 from shardkit.payload import CHUNK, Buffer, Extent, Payload, check_range
@@ -56,7 +56,11 @@ def save(
     edited = Edited(kept, aliases, ())
     limit = None if max_shard is None else parse_size(max_shard)
     plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata={"format": "pt"})
-    out = followed(Path(folder))
+    out = followed(locations.to_write(folder))
+    if not out.is_dir() and registry.writer_for(out.suffix):
+        raise OutputError(
+            f"{shown_path(out)} is called like one file, and a folder is made", hint="name a folder, without an ending"
+        )
     origin = Path(type(model).__name__)  # which messages call the source
     return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
 

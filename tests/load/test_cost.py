@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shardkit.load.cost import STAGES, Prediction, Step, predict
 from shardkit.load.dealing import ring_bytes, spread
-from shardkit.load.rates import Rates
+from shardkit.load.rates import Rate, Rates
 
 RATES = Rates(disk=10, copy=50, link=20, compute=100)
 
@@ -111,3 +111,15 @@ def test_residents_that_are_spread_hide_at_least_as_much_as_the_first_ones(
     evenly = [resident(100) if number in chosen else streamed(100) for number in range(count)]
     bunched = [resident(100) if number < kept else streamed(100) for number in range(count)]
     assert predict(evenly, machine, ring).seconds <= predict(bunched, machine, ring).seconds * 1.000001
+
+
+def test_a_prediction_at_measured_rates_says_how_far_it_may_be_off() -> None:
+    steps = [Step(disk=100, compute=10, room=100)] * 8
+    measured = Rates.measured(disk=Rate(10, 8, 20), compute=Rate(100, 50, 200))
+    found = predict(steps, measured, 200)
+    assert found.seconds == predict(steps, Rates(disk=10, compute=100), 200).seconds
+    assert found.spread == tuple(predict(steps, Rates(disk=d, compute=c), 200).seconds for d, c in ((20, 200), (8, 50)))
+    assert str(found) == f"{found.seconds:.3g} s ({found.spread[0]:.3g} to {found.spread[1]:.3g})"
+    exact = measured.given(disk=10, compute=100)
+    assert exact == Rates(disk=10, compute=100)
+    assert str(predict(steps, exact, 200)) == f"{found.seconds:.3g} s"
