@@ -46,14 +46,19 @@ class Node:
 
     def judge(self) -> None:
         """Fill in what is said of the place, when it is said of all below."""
-        children = self.children.values()
-        bearing = [child for child in children if child.holds_weights]
-        self.holds_weights = bool(self.tensors or self.undense or bearing)
-        self.is_incidental = not self.undense and all(map(_is_incidental, self.tensors)) and all(c.is_incidental for c in bearing)
-        self.is_random = any(map(_is_random, self.tensors)) or any(child.is_random for child in bearing)
+        tensors = self.tensors
+        self.holds_weights = bool(tensors or self.undense)
+        self.has_matrix = bool(self.undense) or any(len(entry.shape) > 1 for entry in tensors)
+        self.is_incidental = not self.undense and all(map(_is_incidental, tensors))
+        self.is_random = self.is_incidental and any(map(_is_random, tensors))
+        if not self.children:  # as of most places
+            return
+        bearing = [child for child in self.children.values() if child.holds_weights]
+        self.holds_weights |= bool(bearing)
+        self.has_matrix |= any(child.has_matrix for child in bearing)
+        self.is_incidental &= all(child.is_incidental for child in bearing)
+        self.is_random |= any(child.is_random for child in bearing)
         self.is_numbered = all(step.isdecimal() and child.is_numbered for step, child in self.children.items())
-        matrix = any(len(entry.shape) > 1 for entry in self.tensors) or any(child.has_matrix for child in bearing)
-        self.has_matrix = bool(self.undense) or matrix
         self.state_of = self._state_of(bearing)
 
     def _state_of(self, bearing: list[Node]) -> str:
