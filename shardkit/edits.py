@@ -107,7 +107,7 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     """
     rooted = select_root(checkpoint, edits.root)
     wanted = _Wanted.of(edits)
-    _refuse_idle_globs(edits, [each.name for each in (*rooted.tensors, *rooted.others)])
+    _refuse_idle_globs(edits, [*(each.name for each in rooted.tensors), *(each.name for each in rooted.others)])
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:

@@ -16,6 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 settings.register_profile("shardkit", deadline=None)
 settings.load_profile("shardkit")
 
+# What a test sees has the colours that the test asks for, whatever the terminal or the CI service asks for.
+for name in ("NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

@@ -49,7 +49,7 @@ def run(code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path
     return on_a_terminal(["-c", code, str(pause), *arguments], columns=columns, cwd=cwd, ctrl_c_after=after)
 
 
-WORK = {
+WORK: dict[str, tuple[str, list[str | Path], str]] = {
     "convert": (COMMAND, ["convert", TRAINING, "-o", "out", "--max-shard", "2kB"], "→ out/: "),
     "offload-prep": (COMMAND, ["offload-prep", TRAINING, "-o", "out"], "→ out/: "),
     "verify": (COMMAND, ["verify", TRAINING], "is whole"),
@@ -105,7 +105,7 @@ def test_an_error_leaves_a_sentence_on_the_terminal(columns: int, tmp_path: Path
 def ticking(monkeypatch: pytest.MonkeyPatch, step: float = 1.0) -> None:
     """Let each look at the clock of the bar find it *step* seconds later."""
     clock = count()
-    monkeypatch.setattr(shardkit.progress.time, "monotonic", lambda: next(clock) * step)
+    monkeypatch.setattr("shardkit.progress.time.monotonic", lambda: next(clock) * step)
 
 
 def test_a_bar_appears_after_a_delay_and_is_blank_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,12 @@ def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
     ticking(monkeypatch, 0.01)
     stream = io.StringIO()
     bar = Bar(stream, "writing", 4000)
-    threads = [threading.Thread(target=lambda: [bar.add(1) for _ in range(1000)]) for _ in range(4)]
+
+    def add() -> None:
+        for _ in range(1000):
+            bar.add(1)
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

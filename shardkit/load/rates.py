@@ -54,7 +54,7 @@ class Rates:
     copy: float | None = None
     link: float | None = None
     compute: float | None = None
-    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False, kw_only=True)
 
     @classmethod
     def measured(cls, **rates: Rate | None) -> Rates:
