@@ -11,7 +11,8 @@ from typing import Literal, get_args
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
-from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, listed, several, shown, shown_path
+from shardkit.hints import Hint, excluding, option
 from shardkit.roots import LeftOut, select_root
 
 Ties = Literal["keep-first", "copy"]
@@ -105,8 +106,9 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
         raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint="run `shardkit inspect` to see what the file holds")
-    entries = _renamed(entries, edits.rename)
-    _refuse_clashes(entries)
+    renamed = _renamed(entries, edits.rename)
+    _refuse_clashes(renamed, entries)
+    entries = renamed
     notes: tuple[str, ...] = ()
     if edits.dtype is not None:
         entries, notes = cast_to(entries, edits.dtype)
@@ -174,7 +176,7 @@ def _refuse_undense(others: Sequence[Other]) -> None:
     found = listed([f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others])
     raise Unwritable(
         f"safetensors holds dense tensors only, and these are none: {found}",
-        hint=f"leave them out: {excluding([other.name for other in others])}",
+        hint=("leave them out: ", excluding([other.name for other in others])),
     )
 
 
@@ -183,8 +185,8 @@ def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
         return "; ".join((f"{where}: there are no tensors in it", *checkpoint.notes))
     if not tensors:
-        return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
-    return f"--include and --exclude leave none of the {len(tensors)} tensors"
+        return f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
+    return f"include and exclude leave none of the {several(len(tensors), 'tensor')}"
 
 
 def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]) -> tuple[TensorEntry, ...]:
@@ -193,23 +195,32 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
             compiled = re.compile(pattern)
             names = [compiled.sub(replacement, entry.name) for entry in entries]
         except (re.error, IndexError) as error:
-            raise PlanError(f"--rename {pattern}={replacement} is no regular expression and its replacement: {error}") from None
+            raise PlanError(
+                f"cannot rename {shown(pattern)} to {shown(replacement)}: {error}",
+                hint="give a regular expression and its replacement, as Python's re.sub takes them",
+            ) from None
         entries = tuple(
             entry if entry.name == name else replace(entry, path=(name,)) for entry, name in zip(entries, names, strict=True)
         )
     return entries
 
 
-def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
-    seen: dict[str, tuple[str, ...]] = {}
-    for entry in entries:
-        path = seen.setdefault(entry.name, entry.path)
-        if path is not entry.path:
-            first, second = (" → ".join(shown(name) for name in each) for each in (path, entry.path))
-            raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint=_APART)
+def _refuse_clashes(entries: Sequence[TensorEntry], before: Sequence[TensorEntry]) -> None:
+    """Raise NameClash if two of *entries* have one name; *before* has each as it was before it was renamed."""
+    seen: dict[str, TensorEntry] = {}
+    for entry, old in zip(entries, before, strict=True):
+        first = seen.setdefault(entry.name, old)
+        if first is old:
+            continue
+        if first.name != old.name:
+            both = f"{shown(first.name)} and {shown(old.name)}"
+            raise NameClash(f"rename gives {both} the same name, {shown(entry.name)}", hint=_RENAMED)
+        paths = (" → ".join(shown(step) for step in each.path) for each in (first, old))
+        raise NameClash(f"two tensors would be called {shown(entry.name)}: {', and '.join(paths)}", hint=_APART)
 
 
-_APART = "take what is below one of them with --root, or leave both out with --exclude; a name that --rename made needs another"
+_RENAMED: Hint = ("change ", option("rename"), " so that names stay unique, or leave one of them out with ", option("exclude"))
+_APART: Hint = ("take what is below one of them with ", option("root"), ", or leave both out with ", option("exclude"))
 
 
 def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, excluding, listed, shown
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, shown
+from shardkit.hints import excluding, option, renaming
 from shardkit.limits import Limits
 from shardkit.payload import PAGE, Payload
 from shardkit.strict_json import parse_json
@@ -112,7 +113,7 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
     if len(text) > MAX_JSON_NBYTES:
         raise Unwritable(
             f"the header of {len(entries):,} tensors takes {len(text):,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
-            hint="write more, smaller shards: lower --max-shard",
+            hint=("write more, smaller shards: lower ", option("max_shard")),
         )
     return len(text).to_bytes(LENGTH_NBYTES, "little") + text
 
@@ -239,7 +240,7 @@ def _shown_list(value: object) -> str:
 def _check_names(entries: Sequence[TensorEntry]) -> None:
     names = {entry.name for entry in entries}
     if METADATA in names:
-        hint = f"give it another name: --rename '^{METADATA}$=metadata'"
+        hint = ("give it another name: ", renaming(f"^{METADATA}$", "metadata"))
         raise Unwritable(f"no tensor of a safetensors file can be called {METADATA}", hint=hint)
     if len(names) < len(entries):
         twice = next(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
@@ -250,7 +251,7 @@ def _check_types(entries: Sequence[TensorEntry]) -> None:
     others = [entry for entry in entries if not entry.dtype.writable]
     if others:
         found = listed([f"{shown(entry.name)} ({entry.dtype.code})" for entry in others])
-        hint = f"leave them out: {excluding([entry.name for entry in others])}"
+        hint = ("leave them out: ", excluding([entry.name for entry in others]))
         raise Unwritable(f"safetensors has no such types as these tensors have: {found}", hint=hint)
 
 
@@ -275,7 +276,7 @@ def _encoded(text: str, entries: Sequence[TensorEntry]) -> bytes:
     except UnicodeEncodeError:
         culprit = next((entry.name for entry in entries if _is_no_text(entry.name)), "the metadata")
         message = f"{shown(culprit)} holds half a surrogate pair, which no UTF-8 can hold"
-        raise Unwritable(message, hint="give it another name with --rename") from None
+        raise Unwritable(message, hint=("give it another name with ", option("rename"))) from None
 
 
 def _is_no_text(name: str) -> bool:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import OutputError, shown, shown_path
+from shardkit.hints import output
 from shardkit.manifest import Digests
 from shardkit.placing import NAME, clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
 from shardkit.records import Written
@@ -194,7 +195,7 @@ def _refuse_foreign(folder: Path) -> None:
     if names and not (folder / NAME).exists():
         raise OutputError(
             f"{shown_path(folder)} is where the output would be prepared, and it holds files that no run of shardkit left there",
-            hint="move the folder away, or choose another output with -o",
+            hint=("move the folder away, or choose another output with ", output()),
         )
 
 
@@ -277,7 +278,7 @@ def _in_use(file: BinaryIO, path: Path) -> OutputError:
         holder = Written.read(file).by
     return OutputError(
         f"{shown_path(path.parent)} is in use by another run of shardkit" + (f": {shown(holder)}" if holder else ""),
-        hint="wait for it to end, or choose another output with -o",
+        hint=("wait for it to end, or choose another output with ", output()),
     )
 
 

@@ -23,7 +23,8 @@ from shardkit.conversion import Report, carry_out
 from shardkit.copying import OnBytes
 from shardkit.destination import default_output
 from shardkit.edits import Edited, Edits, Ties
-from shardkit.errors import PlanError, shown, shown_path
+from shardkit.errors import PlanError, listed, shown, shown_path
+from shardkit.hints import output
 from shardkit.limits import Limits
 from shardkit.named_blocks import Block, named_blocks
 from shardkit.offload_record import Origin
@@ -122,7 +123,8 @@ def prepare_offload(
     out = default_output(src, "offload") if out is None else Path(out)
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise PlanError(
-            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
+            f"{shown_path(out)} is one file, and blocks with their record need a folder",
+            hint=("name one, as in ", output(out.with_suffix(""))),
         )
     algorithm = terms.checksum or _DIGESTS
     check_algorithm(algorithm)
@@ -215,7 +217,7 @@ def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Bloc
     if not called:
         raise PlanError(
             f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this name or lies around it",
-            hint=f"the blocks are called as in {shown(blocks[0].name)}; --dry-run lists them",
+            hint=f"the blocks are called {listed([shown(block.name) for block in blocks])}",
         )
     if not silent:
         return called, ""

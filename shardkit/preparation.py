@@ -17,6 +17,7 @@ from shardkit.destination import default_output, followed
 from shardkit.edits import Edited, Edits, edit, fold_ties
 from shardkit.errors import PlanError, shown, shown_path
 from shardkit.framing import compressed
+from shardkit.hints import output
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -147,7 +148,10 @@ def prepare(
         said: Sequence[str] = ()
         if layout is not None:
             if checksum is not None:
-                raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
+                raise PlanError(
+                    "one file has no place for a manifest of checksums",
+                    hint=("name a folder, as in ", output(out.with_name(Path(plain_name(out, codec)).stem))),
+                )
             plan = plan_file(edited, layout, name=plain_name(out, codec), metadata=checkpoint.metadata)
         else:
             folder = _folder(src)
@@ -169,7 +173,8 @@ def plain_name(out: Path, codec: Codec | None) -> str:
         return out.name.removesuffix(codec.suffix) if codec else out.name
     if registry.writer_for(out.suffix):
         raise PlanError(
-            f"{shown_path(out)} would be compressed", hint=f"call it so: -o {out.name}{codec.suffix}; or name a folder"
+            f"{shown_path(out)} would be compressed",
+            hint=("call it so: ", output(out.with_name(out.name + codec.suffix)), "; or name a folder"),
         )
     return out.name
 

@@ -18,6 +18,7 @@ from shardkit.codec import Codec
 from shardkit.diagnosis import diagnosed
 from shardkit.errors import FormatError, PlanError, PluginError, ShardkitError, UnknownFormat, shown
 from shardkit.format import Format, Source
+from shardkit.hints import option
 
 FORMATS = "shardkit.formats"
 CODECS = "shardkit.codecs"
@@ -99,7 +100,7 @@ def recognise(source: Source) -> Format:
         return claimants[0]
     if claimants:
         names = " and ".join(claimant.name for claimant in claimants)
-        hint = f"say which it is: --format {claimants[0].name}"
+        hint = ("say which it is: ", option("format", claimants[0].name))
         raise UnknownFormat(source.path, f"could be {names}", claimed=True, hint=hint)
     raise next((verdict for _, verdict in verdicts if isinstance(verdict, FormatError)), None) or _unknown(source, verdicts)
 

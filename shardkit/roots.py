@@ -16,6 +16,7 @@ from math import prod
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import U8
 from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown
+from shardkit.hints import option
 from shardkit.sizes import format_size
 
 
@@ -248,5 +249,10 @@ def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
     found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
     return AmbiguousRoot(
         f"several parts of the file could be the model: {found}",
-        hint=f"choose one with --root {max(candidates, key=lambda node: node.nbytes).name}, or take all with --root .",
+        hint=(
+            "choose one with ",
+            option("root", max(candidates, key=lambda node: node.nbytes).name),
+            ", or take all with ",
+            option("root", "."),
+        ),
     )

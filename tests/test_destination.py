@@ -76,7 +76,8 @@ def test_what_exists_is_not_touched_without_overwrite(source: Path, tmp_path: Pa
     before = content(out)
     with pytest.raises(OutputError, match="exists") as caught:
         shardkit.convert(source, out, rename=[("^", "x.")])
-    assert "--overwrite" in str(caught.value.hint)
+    assert caught.value.hint == "choose another output with out=, or replace it with overwrite=True"
+    assert caught.value.command_hint == "choose another output with -o, or replace it with --overwrite"
     assert content(out) == before
     assert not (tmp_path / "out.partial").exists()
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
-errors sizes dtypes forks
+hints errors sizes dtypes forks
 limits payload open_extents checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis

@@ -64,5 +64,5 @@ def _root(checkpoint: Checkpoint) -> dict[str, object]:
     try:
         rooted = select_root(checkpoint, None)
     except (AmbiguousRoot, NothingSelected) as error:
-        return {"name": None, "error": str(error), "hint": error.hint}
+        return {"name": None, "error": str(error), "hint": error.command_hint}
     return {"name": ".".join(rooted.path) or ".", "left_out": [asdict(part) for part in rooted.left_out]}

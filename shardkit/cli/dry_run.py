@@ -16,6 +16,7 @@ from shardkit.cli.summary import amounts, remarks, ways
 from shardkit.copying import Engine
 from shardkit.destination import check_output, check_room
 from shardkit.errors import OutputError, shown_path
+from shardkit.hints import output
 from shardkit.named_blocks import runs_of_names
 from shardkit.sizes import format_size
 from shardkit.writer import forecast
@@ -52,7 +53,7 @@ def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
         put("\n".join(_lines(conversion, moves, total)))
     check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{shown_path(folder)} may not be written to", hint="choose another output with -o")
+        raise OutputError(f"{shown_path(folder)} may not be written to", hint=("choose another output with ", output()))
     check_room(folder, needed, conversion.source)
     if not as_json:
         free = format_size(shutil.disk_usage(folder).free)

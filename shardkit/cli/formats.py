@@ -46,7 +46,7 @@ def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -
     yield from aligned([("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)], indent=0)
     for error in (*(each.error for each in formats), *(each.error for each in codecs)):
         if error:
-            yield f"cannot be used: {printable(str(error))}" + (f"; {error.hint}" if error.hint else "")
+            yield f"cannot be used: {printable(str(error))}" + (f"; {error.command_hint}" if error.command_hint else "")
 
 
 def _abilities(record: Format) -> str:

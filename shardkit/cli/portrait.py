@@ -119,7 +119,7 @@ def _root(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     try:
         rooted = select_root(checkpoint, None)
     except (AmbiguousRoot, NothingSelected) as error:
-        yield "convert", f"{error}; {error.hint}" if error.hint else str(error)
+        yield "convert", f"{error}; {error.command_hint}" if error.command_hint else str(error)
         return
     weighty = [part for part in rooted.left_out if part.nbytes]
     if rooted.path or weighty:

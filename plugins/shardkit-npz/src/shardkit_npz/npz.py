@@ -26,6 +26,7 @@ from shardkit.plugin import (
     Source,
     TensorEntry,
     Unwritable,
+    option,
     shown,
 )
 from shardkit_npz import header
@@ -108,5 +109,7 @@ def _member(entry: TensorEntry) -> NewMember:
     except UnicodeEncodeError:
         name = b"\0"
     if b"\0" in name or len(name) > _LONGEST_NAME:
-        raise Unwritable(f"a zip archive has no room for the name {shown(entry.name)}", hint="give it another with --rename")
+        raise Unwritable(
+            f"a zip archive has no room for the name {shown(entry.name)}", hint=("give it another with ", option("rename"))
+        )
     return NewMember(name, Concat((Literal(header.dump(entry)), entry.payload)))
