@@ -73,11 +73,21 @@ class UnknownFormat(FormatError):
 
     Attributes:
         claimed: whether more than one does.
+        holds_weights: whether it is known to hold weights, in a form that is not read.
     """
 
-    def __init__(self, path: Path, message: str, *, claimed: bool = False, hint: Hint | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        message: str,
+        *,
+        claimed: bool = False,
+        holds_weights: bool = False,
+        hint: Hint | None = None,
+    ) -> None:
         super().__init__(path, message, hint=hint)
         self.claimed = claimed
+        self.holds_weights = holds_weights
 
 
 class Malformed(FormatError):

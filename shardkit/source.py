@@ -20,6 +20,7 @@ from pathlib import Path
 
 from shardkit import index, registry, shards
 from shardkit.checkpoint import Checkpoint, SourceFile
+from shardkit.diagnosis import never_alone
 from shardkit.errors import FormatError, LimitExceeded, Malformed, UnknownFormat, listed, shown, shown_path
 from shardkit.expansion import expansion
 from shardkit.format import Format, Source
@@ -71,6 +72,8 @@ class _Opener:
 
     def folder(self, path: Path) -> Checkpoint:
         source = Source.folder(path, self.limits)
+        if part := never_alone(source):
+            raise part
         if self.format and self.format.sniff(source):
             return self._scanned(source)
         names = [name for name in source.names or () if not name.startswith(".")]
@@ -105,18 +108,18 @@ class _Opener:
         )
 
     def _by_folder_format(self, source: Source, names: Sequence[str]) -> Checkpoint:
-        if self.format is None:
-            try:
-                return self._scanned(source)
-            except UnknownFormat as error:
-                if error.claimed:
-                    raise
+        try:
+            registry.recognise(source)
+            return self._scanned(source)
+        except UnknownFormat as error:
+            if error.claimed:
+                raise
+            unknown = error
         endings = tuple(registry.suffixes())
         for name in names:
             if name.endswith(endings) and not (source.path / name).is_dir():
                 self.file(source.path / name)  # says what is wrong with it
-        found = _listed(names) or "nothing"
-        raise UnknownFormat(source.path, f"holds no weights; it holds {found}", hint=_inside(source.path, names))
+        raise unknown
 
     def _may_hold_weights(self, path: Path) -> bool:
         """Whether a format or codec claims the file, or it is a broken one of theirs."""
@@ -149,7 +152,7 @@ class _Opener:
     def _scanned(self, source: Source) -> Checkpoint:
         files = () if source.is_folder else (SourceFile.of(source.path),)
         found = self.format or registry.recognise(source)
-        checkpoint = found.scan(source)
+        checkpoint = registry.scan(found, source)
         return replace(checkpoint, files=checkpoint.files or files, format=found.name)
 
     def _source(self, path: Path) -> Source:
@@ -265,13 +268,6 @@ def _with_note(checkpoint: Checkpoint, chosen: str, found: Sequence[str]) -> Che
 
 def _listed(names: Sequence[str]) -> str:
     return listed([shown(name) for name in names], most=_LISTED)
-
-
-def _inside(folder: Path, names: Sequence[str]) -> str:
-    folders = [name for name in names if (folder / name).is_dir()]
-    if "snapshots" in folders:
-        return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    return f"give one of its folders, as in {folder / folders[0]}" if folders else "give the file or folder with the weights"
 
 
 @contextmanager

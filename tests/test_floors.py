@@ -18,12 +18,13 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 FLOORS = """
 hints errors sizes dtypes forks
 limits payload open_extents checkpoint
-codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
-    stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
+codec expansion zips format strict_json header index checksums manifest records offload_record runs gathering strided joining \
+    casting stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree \
+    foreign_kinds foreign_marks foreign_archives foreign_files foreign_folders pieces diagnosis
 plugin roots edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
-registry shards freshness source companions destination copying pools parallel integrity placing records journal compressing \
+registry shards freshness source companions destination copying pools parallel integrity placing journal compressing \
     reference_reader writer host_memory progress
 preparation conversion offload compare load testing
 __init__ cli __main__

@@ -25,8 +25,6 @@ from shardkit.torch_tensors import Undense, View, storage_of
 
 def sniff(source: Source) -> bool:
     """Whether it is a zip archive that `torch.jit.save` wrote."""
-    if source.head[:2] != b"PK":
-        return False
     return has_member(source, "data.pkl") and has_member(source, "constants.pkl")
 
 
