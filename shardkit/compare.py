@@ -15,7 +15,7 @@ from shardkit import registry, source
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
-from shardkit.errors import shown_path
+from shardkit.errors import several, shown_path
 from shardkit.format import Source
 from shardkit.freshness import record_in
 from shardkit.integrity import archive_faults, archives, block_fault, listed_faults, manifest_of, said
@@ -91,7 +91,7 @@ def diff(
     sides = [source.open(path, limits=limits) for path in (a, b)]
     chosen = [select_root(checkpoint, root) for checkpoint in sides]
     notes = tuple(
-        f"{shown_path(Path(path))}: {count} weights that are no dense tensors are not compared"
+        f"{shown_path(Path(path))}: not compared, being no dense tensors: {several(count, 'weight')}"
         for path, rooted in zip((a, b), chosen, strict=True)
         if (count := sum(other.is_weight for other in rooted.others))
     )
@@ -234,9 +234,9 @@ def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator
     """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
     expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
     if expanded:
-        yield f"{expanded:,} tensors were expanded, and held against the checksums in their frames, where these have any"
+        yield f"expanded, and compared with the checksums in the frames, where there are any: {several(expanded, 'tensor')}"
     if expanded < len(entries):
-        yield f"{len(entries) - expanded:,} tensors carry no checksum: their bytes can be read, and are unchecked"
+        yield f"readable, but unchecked, being without a checksum: {several(len(entries) - expanded, 'tensor')}"
 
 
 def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
@@ -244,7 +244,8 @@ def _as_listed(out: Path, listed: Manifest, limits: Limits, on_bytes: OnBytes, o
     found = each(lambda file, report: listed_faults(out, file, listed.algorithm, report), listed.files, on_bytes)
     differences = tuple(Difference(fault.name, fault.change, fault.detail) for faults in found for fault in faults)
     runs = [run for file in listed.files for run in file.runs]
-    note = f"held against the {listed.algorithm} of {len(listed.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
+    amount = f"{several(len(listed.files), 'file')} and {several(len(runs), 'tensor')}"
+    note = f"compared with the {listed.algorithm} of {amount} in {MANIFEST_NAME}"
     if differences:
         return Comparison(len(runs), sum(run.stop - run.start for run in runs), differences, (note,))
     checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
@@ -260,8 +261,8 @@ def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnByte
     listed = {name for run in record.runs for name in run.tensors}
     checked = {entry.payload for entry in checkpoint.tensors if entry.name in listed}
     outside = sum(entry.payload not in checked for entry in checkpoint.tensors)
-    notes = [f"held against the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
-    notes += [f"{outside:,} tensors stand in no block, and are unchecked"] if outside else []
+    notes = [f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in {OFFLOAD_NAME}"]
+    notes += [f"unchecked, being in no block: {several(outside, 'tensor')}"] if outside else []
     return Comparison(len(listed), sum(size for _, size in record.dtypes), differences, tuple(notes))
 
 

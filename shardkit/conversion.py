@@ -152,7 +152,7 @@ def carry_out(
     """
     begun = time.monotonic()
     plan, files = conversion.plan, conversion.files
-    out = conversion.out.absolute()
+    out = conversion.out
     identity = Identity(plan.digest, files, "" if sync else boot_id())
     if mend(out, partial_folder(out), identity, single=conversion.single):
         return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
@@ -206,6 +206,6 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
 
 def _saving(conversion: Conversion) -> Saving | None:
     """What compression of the output, which is in place, came to; None if there is none."""
-    out = conversion.out.absolute()
+    out = conversion.out
     codec = next((shard.codec for shard in conversion.plan.shards), None)
     return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None

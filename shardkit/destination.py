@@ -33,8 +33,10 @@ def default_output(source: Path, ending: str = "shards") -> Path:
 
 
 def followed(out: Path) -> Path:
-    """*out*, or where it leads if it is a link: that is what a rename can replace."""
-    return out.resolve() if out.is_symlink() else out
+    """*out*, or where it leads if it is a link or has no name of its own: that is what a rename can replace."""
+    if out.is_symlink() and not (target := out.parent / os.readlink(out)).is_symlink():
+        out = target
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
 
 
 def partial_folder(out: Path) -> Path:
@@ -65,7 +67,7 @@ def check_room(folder: Path, needed: int, source: Path) -> None:
 
 def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
     if not out.parent.is_dir() and out.parent.exists():
-        raise OutputError(f"{shown_path(out.parent)} is no folder")
+        raise OutputError(f"{shown_path(out.parent)} is no folder", hint=_ELSEWHERE)
     if out.is_dir() and os.path.ismount(out):
         raise OutputError(
             f"{shown_path(out)} is a mount point, which no rename can replace",

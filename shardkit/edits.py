@@ -123,7 +123,8 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
     """
     entries = tuple(entries)
     narrow = sum(entry.dtype.kind == "float" and entry.dtype.bits < 16 for entry in entries)
-    notes = (f"{narrow} tensors of 8-bit or narrower floats keep their type: they are quantised, and their scales lie apart",)
+    floats = f"{several(narrow, 'tensor')} of 8-bit or narrower floats"
+    notes = (f"not cast: {floats}, which are quantised, and their scales lie in other tensors",)
     return tuple(_cast(entry, dtype) for entry in entries), notes if narrow else ()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, TensorEntry
-from shardkit.errors import FormatError, Malformed, shown
+from shardkit.errors import FormatError, Malformed, several, shown
 from shardkit.expansion import Expanded, Spool
 from shardkit.limits import Limits
 from shardkit.payload import Extent, Literal, Part, Payload, unreadable
@@ -144,7 +144,7 @@ class Source:
             Malformed: the file ends before.
         """
         if start < 0 or nbytes < 0 or start + nbytes > self.content.nbytes:
-            raise Malformed(self.path, f"{nbytes:,} bytes are needed at {start:,}, and the file has {self.size:,}")
+            raise Malformed(self.path, f"needs {several(nbytes, 'byte')} at {start:,}, and has {self.size:,}")
         at = start - self._window_start
         if at < 0 or at + nbytes > len(self._window):
             self._move_window(start, nbytes)

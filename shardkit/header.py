@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, shown
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, several, shown
 from shardkit.hints import excluding, option, renaming
 from shardkit.limits import Limits
 from shardkit.payload import PAGE, Payload
@@ -59,7 +59,7 @@ def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> i
         LimitExceeded: it is longer than `header_bytes`.
     """
     if len(first) < LENGTH_NBYTES:
-        message = f"the file has {file_nbytes} bytes, and 8 are needed to say how long the header is"
+        message = f"the file has {several(file_nbytes, 'byte')}, and 8 are needed to say how long the header is"
         raise Malformed(path, message, where=_WHERE, hint=_FETCH)
     nbytes = int.from_bytes(first[:LENGTH_NBYTES], "little")
     if nbytes > MAX_JSON_NBYTES:
@@ -85,7 +85,7 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
     assert isinstance(document, dict)  # it begins with a brace
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
-        raise LimitExceeded(path, f"holds {len(document):,} tensors", limit="tensors", actual=len(document))
+        raise LimitExceeded(path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
     lines = sorted(_line(path, name, fields) for name, fields in document.items())
     _check_cover(path, lines, data.nbytes)
     return Header(tuple(line.entry(data) for line in lines), metadata)
@@ -202,7 +202,7 @@ def _check_nbytes(path: Path, name: str, dtype: DType, shape: list[int], start: 
         message = f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
         raise Malformed(path, message, where=_tensor(name))
     if bits // 8 != stop - start:
-        message = f"{dtype.code} {_shown_list(shape)} needs {bits // 8:,} bytes, has {stop - start:,}"
+        message = f"{dtype.code} {_shown_list(shape)} needs {several(bits // 8, 'byte')}, has {stop - start:,}"
         raise Malformed(path, message, where=_tensor(name))
 
 
@@ -214,16 +214,17 @@ def _check_cover(path: Path, lines: Sequence[_Line], data_nbytes: int) -> None:
         at = line.stop
     if at > data_nbytes:
         first = next(line for line in lines if line.stop > data_nbytes)
-        message = f"the tensors need {at:,} bytes, and {data_nbytes:,} are there; the first to miss some is {shown(first.name)}"
+        need = f"the tensors need {several(at, 'byte')}, and {data_nbytes:,} are there"
+        message = f"{need}; the first to miss some is {shown(first.name)}"
         raise Malformed(path, message, hint=_FETCH)
     if at < data_nbytes:
-        raise Malformed(path, f"{data_nbytes - at:,} bytes after the last tensor belong to no tensor")
+        raise Malformed(path, f"after the last tensor, {several(data_nbytes - at, 'byte')} of no tensor")
 
 
 def _gap(line: _Line, before: _Line | None) -> str:
     at = before.stop if before else 0
     if before is None or line.start > at:
-        return f"its data starts at {line.start:,}, and the {line.start - at:,} bytes before belong to no tensor"
+        return f"its data starts at {line.start:,}, behind {several(line.start - at, 'byte')} of no tensor"
     return f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor {shown(before.name)}, which ends at {at:,}"
 
 

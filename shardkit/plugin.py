@@ -14,6 +14,7 @@ from shardkit.errors import (
     ShardkitError,
     UnknownFormat,
     Unwritable,
+    several,
     shown,
 )
 from shardkit.expansion import Expanded, Framed
@@ -72,6 +73,7 @@ __all__ = [
     "read_all",
     "rechunked",
     "renaming",
+    "several",
     "shown",
     "strided",
 ]

@@ -15,7 +15,7 @@ from shardkit.codec import Codec
 from shardkit.companions import ModelConfig, companions
 from shardkit.destination import default_output, followed
 from shardkit.edits import Edited, Edits, edit, fold_ties
-from shardkit.errors import PlanError, shown, shown_path
+from shardkit.errors import PlanError, several, shown, shown_path
 from shardkit.framing import compressed
 from shardkit.hints import output
 from shardkit.index import LARGEST_READ_BY_HUB
@@ -186,7 +186,7 @@ def scratch_beside(out: Path) -> Path | None:
 
 def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
-        yield f"config.json says that nothing is tied, so {len(twice)} weights with equal bytes are written under each name"
+        yield f"config.json says that nothing is tied: {several(len(twice), 'weight')} with equal bytes written under each name"
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
         yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):

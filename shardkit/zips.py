@@ -16,7 +16,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from shardkit.codec import Codec
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed, several, shown
 from shardkit.limits import Limits
 
 STORED = 0
@@ -67,7 +67,7 @@ def read_members(path: Path, size: int, read: Read, limits: Limits) -> tuple[Mem
         )
     rows = list(_rows(path, directory, read(directory.start, directory.nbytes)))
     if len(rows) != directory.count:
-        raise _broken(path, f"it lists {len(rows):,} members and announces {directory.count:,}")
+        raise _broken(path, f"it lists {several(len(rows), 'member')} and announces {directory.count:,}")
     _check_names(path, rows)
     return tuple(_placed(path, rows, directory.start))
 
@@ -274,7 +274,7 @@ def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
         if start + _LOCAL.size + compressed > stop:
             raise _broken(path, f"member {shown(name)} runs over what begins at byte {stop:,}")
         if method == STORED and compressed != nbytes:
-            raise _broken(path, f"member {shown(name)} holds {nbytes:,} bytes in {compressed:,} and is not compressed")
+            raise _broken(path, f"member {shown(name)} holds {several(nbytes, 'byte')} in {compressed:,} and is not compressed")
         yield Member(name, start, compressed, nbytes, method, crc, stop)
 
 

@@ -87,7 +87,7 @@ def test_every_option_reaches_the_library(room: Path) -> None:
 def test_verify_holds_it_against_its_digests_and_its_source(capsys: Capture) -> None:
     assert main(["offload-prep", "m.safetensors", "-q"]) == 0
     assert main(["verify", "m-offload"]) == 0
-    assert "held against the xxh3 of 5 blocks in offload.json" in capsys.readouterr().err
+    assert "compared with the xxh3 of 5 blocks in offload.json" in capsys.readouterr().err
     assert main(["verify", "m-offload", "--against", "m.safetensors"]) == 0
 
 

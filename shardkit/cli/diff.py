@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
-from shardkit.cli.printing import several
+from shardkit.errors import several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:

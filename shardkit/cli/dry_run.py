@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import OtherKind
-from shardkit.cli.printing import aligned, named, printable, put, put_json, several
+from shardkit.cli.printing import aligned, named, printable, put, put_json
 from shardkit.cli.summary import amounts, remarks, ways
 from shardkit.copying import Engine
 from shardkit.destination import check_output, check_room
-from shardkit.errors import OutputError, shown_path
+from shardkit.errors import OutputError, several, shown_path
 from shardkit.hints import output
 from shardkit.named_blocks import runs_of_names
 from shardkit.sizes import format_size
@@ -42,7 +42,7 @@ def rehearse(conversion: Conversion, *, overwrite: bool, as_json: bool) -> None:
     Raises:
         OutputError: it could not be carried out.
     """
-    plan, out = conversion.plan, conversion.out.absolute()
+    plan, out = conversion.plan, conversion.out
     folder = _standing(out.parent)
     moves = {file.name: _moves(replace(plan, files=(file,)), folder) for file in plan.files}
     total: Counter[str] = sum(moves.values(), Counter())

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.printing import aligned, listed, named, printable
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
-from shardkit.errors import LoadError, NothingSelected, shown_path
+from shardkit.errors import LoadError, NothingSelected, several, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
 from shardkit.named_blocks import Block, named_blocks, runs_of_names

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
 from shardkit.cli.outline import Leaf, Line, outline
-from shardkit.cli.printing import aligned, listed, named, printable, several
+from shardkit.cli.printing import aligned, listed, named, printable
 from shardkit.cli.sharing import overlaps, ties
-from shardkit.errors import AmbiguousRoot, NothingSelected, shown
+from shardkit.errors import AmbiguousRoot, NothingSelected, several, shown
 from shardkit.roots import select_root
 from shardkit.sizes import format_size
 from shardkit.strided import Strided

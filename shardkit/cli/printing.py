@@ -72,11 +72,6 @@ def named(path: Path) -> str:
     return printable(f"{path}{os.sep if path.is_dir() else ''}")
 
 
-def several(count: int, noun: str) -> str:
-    """*count* of *noun*, as in "1 file" or "3 files"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def listed(names: Sequence[str], *, most: int) -> str:
     """The first *most* of *names*, and how many more there are."""
     shown = ", ".join(map(printable, names[:most]))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from shardkit.cli import options
-from shardkit.cli.printing import named, several
+from shardkit.cli.printing import named
+from shardkit.errors import several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ class Rates:
     compute: float | None = None
 
     def __str__(self) -> str:
-        named = {"disk": self.disk, "host copy": self.copy, "link": self.link, "compute": self.compute}
+        named = {"disk": self.disk, "copy": self.copy, "link": self.link, "compute": self.compute}
         return ", ".join(f"{name} {format_size(int(rate))}/s" for name, rate in named.items() if rate is not None)
 
 

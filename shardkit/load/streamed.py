@@ -13,7 +13,7 @@ from shardkit.errors import LoadError
 from shardkit.load.blocks import Block
 from shardkit.load.budgets import device_key, free_memory
 from shardkit.load.cost import Step, step_of
-from shardkit.load.depths import LITTLE, USUAL, Depth, Ring, depth_for
+from shardkit.load.depths import LITTLE, SMALL, USUAL, Depth, Ring, depth_for
 from shardkit.load.kept import kept_recipes, memory_of_page
 from shardkit.load.lanes import Lane
 from shardkit.load.layouts import Layout
@@ -108,7 +108,7 @@ def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> D
     if ring is not None:
         return ring
     if sum(block.step.room for block in blocks) <= LITTLE:
-        return Depth(USUAL, "little streams, and nothing is measured for it")
+        return Depth(USUAL, SMALL)
     device = blocks[0].device
     pieces = [piece for block in blocks for piece in block.pieces]
     rates = rates_for(((piece.payload, piece.dtype, piece.shape) for piece in pieces), device)
