@@ -39,7 +39,7 @@ def new_hash(name: str) -> Hash:
     if name == "sha256":
         return hashlib.sha256()
     if name != "xxh3":
-        raise PlanError(f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}")
+        raise PlanError(f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}", hint="give one of them")
     try:
         import xxhash
     except ModuleNotFoundError:

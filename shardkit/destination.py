@@ -49,7 +49,7 @@ def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: P
     try:
         _check_output(out, sources, origin, plan, overwrite=overwrite)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}") from None
+        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}", hint=_ELSEWHERE) from None
 
 
 def check_room(folder: Path, needed: int, source: Path) -> None:

@@ -12,7 +12,7 @@ from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, listed, several, shown, shown_path
-from shardkit.hints import Hint, excluding, option
+from shardkit.hints import Hint, excluding, option, renaming
 from shardkit.roots import LeftOut, select_root
 
 Ties = Literal["keep-first", "copy"]
@@ -43,10 +43,14 @@ class Edits:
 
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
-            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {', '.join(map(shown, get_args(Ties)))}")
+            known = ", ".join(map(shown, get_args(Ties)))
+            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {known}", hint="give one of them")
         for rule in self.rename:
             if not _is_rule(rule):
-                raise PlanError(f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it")
+                raise PlanError(
+                    f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it",
+                    hint=("write it as in ", renaming("^module\\.", "")),
+                )
 
     @classmethod
     def asked(

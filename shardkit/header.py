@@ -245,7 +245,7 @@ def _check_names(entries: Sequence[TensorEntry]) -> None:
         raise Unwritable(f"no tensor of a safetensors file can be called {METADATA}", hint=hint)
     if len(names) < len(entries):
         twice = next(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
-        raise NameClash(f"two tensors would be called {shown(twice)}")
+        raise NameClash(f"two tensors would be called {shown(twice)}", hint=("give one another name with ", option("rename")))
 
 
 def _check_types(entries: Sequence[TensorEntry]) -> None:

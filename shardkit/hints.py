@@ -6,6 +6,7 @@ options; `in_python` and `on_command_line` make one sentence of it.
 
 from __future__ import annotations
 
+import errno
 import glob
 import shlex
 from collections.abc import Sequence
@@ -94,3 +95,34 @@ def on_command_line(hint: Hint) -> str:
         if isinstance(hint, str)
         else "".join(part if isinstance(part, str) else part.flag for part in hint)
     )
+
+
+def after_reading(error: OSError) -> str:
+    """What to try after *error*, which the system raised over a path that was to be read."""
+    return _READING.get(error.errno or 0, "check the path, and the disk that it lies on")
+
+
+def after_writing(error: OSError) -> Hint:
+    """What to try after *error*, which the system raised while an output was prepared."""
+    return _WRITING.get(error.errno or 0, _ELSEWHERE)
+
+
+_ASK = "ask its owner for the right to read it, or copy it to where you may read"
+_READING = {
+    errno.ENOENT: "check the path, which begins at the working folder unless it begins with /",
+    errno.ENOTDIR: "check the path: something on the way to it is a file",
+    errno.EACCES: _ASK,
+    errno.EPERM: _ASK,
+    errno.EIO: "run the command again, and check the disk or the network if it fails again",
+    errno.ESTALE: "run the command again: a network file system has replaced the file",
+    errno.EMFILE: "raise the limit of open files, as with: ulimit -n 4096",
+}
+_AGAIN = "run the same command again: it goes on from what is done"
+_ELSEWHERE: Hint = ("choose another output with ", output())
+_WRITING: dict[int, Hint] = {
+    errno.ENOSPC: f"free some space and {_AGAIN}",
+    errno.EDQUOT: f"free some space and {_AGAIN}",
+    errno.EFBIG: ("the file system holds no file of this size: lower ", option("max_shard")),
+    errno.EIO: f"{_AGAIN}; check the disk or the network if it fails again",
+    errno.ENAMETOOLONG: ("choose a shorter name with ", output()),
+}

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import OutputError, shown, shown_path
-from shardkit.hints import output
+from shardkit.hints import after_writing, output
 from shardkit.manifest import Digests
 from shardkit.placing import clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
 from shardkit.records import JOURNAL_NAME, Written
@@ -144,7 +144,7 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
             _lock(file, folder / JOURNAL_NAME)
             yield _begun(folder, file, identity)
     except OSError as error:
-        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=advice(error)) from None
+        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=after_writing(error)) from None
 
 
 def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> bool:
@@ -165,14 +165,7 @@ def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> 
                 put_back(folder, out)
             return written.commit == out.name and _settled(out, folder, written, identity, single)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: {error.strerror or error}", hint=advice(error)) from None
-
-
-def advice(error: OSError) -> str | None:
-    """What to try after *error*, which the system raised while an output was prepared."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the same command again: it goes on from what is done"
-    return None
+        raise OutputError(f"{shown_path(out)}: {error.strerror or error}", hint=after_writing(error)) from None
 
 
 def boot_id() -> str:

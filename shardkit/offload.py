@@ -24,7 +24,7 @@ from shardkit.copying import OnBytes
 from shardkit.destination import default_output
 from shardkit.edits import Edited, Edits, Ties
 from shardkit.errors import PlanError, listed, shown, shown_path
-from shardkit.hints import output
+from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.named_blocks import Block, named_blocks
 from shardkit.offload_record import Origin
@@ -33,6 +33,7 @@ from shardkit.plan import OutputFile, Plan, plan_blocks
 from shardkit.preparation import Conversion, Terms, prepare
 from shardkit.sizes import format_size
 
+_ORDER = "write a JSON list of names of modules, or one name on each line"
 _DIGESTS = "xxh3"  # of blocks, where no checksum is asked for: the one that keeps up with a copy
 
 
@@ -144,15 +145,15 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
     except OSError as error:
         raise unreadable(Path(path), error) from None
     except UnicodeDecodeError:
-        raise PlanError(f"{shown_path(Path(path))} is no text: a JSON list of names is needed, or one on each line") from None
+        raise PlanError(f"{shown_path(Path(path))} is no text", hint=_ORDER) from None
     if not text.lstrip().startswith("["):
         return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
     try:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{shown_path(Path(path))} begins like a JSON list, and is none: {error}") from None
+        raise PlanError(f"{shown_path(Path(path))} begins like a JSON list, and is none: {error}", hint=_ORDER) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{shown_path(Path(path))} must be a list of names, and holds something else")
+        raise PlanError(f"{shown_path(Path(path))} must be a list of names, and holds something else", hint=_ORDER)
     return tuple(names)
 
 
@@ -208,7 +209,10 @@ def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
     try:
         return re.compile(blocks) if blocks is not None else None
     except re.error as error:
-        raise PlanError(f"{shown(str(blocks))} is no regular expression: {error}") from None
+        raise PlanError(
+            f"{shown(str(blocks))} is no regular expression: {error}",
+            hint=("write one as in ", option("blocks", r"layers\.\d+$")),
+        ) from None
 
 
 def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Block, ...], str]:

@@ -146,9 +146,10 @@ def format_named(name: str) -> Format:
     found = next((each for each in formats() if each.name == name), None)
     if found is None:
         known = ", ".join(each.name for each in formats())
-        raise PlanError(f"there is no format called {shown(name)}; there are {known}")
+        hint = ("give one of them, or leave out ", option("format"), " and the file is recognised by its content")
+        raise PlanError(f"there is no format called {shown(name)}; there are {known}", hint=hint)
     if found.record is None:
-        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+        raise found.error or _broken(found, "cannot be used")
     return found.record
 
 
@@ -161,10 +162,11 @@ def compressor_named(name: str) -> Codec:
     """
     found = next((each for each in codecs() if each.name == name), None)
     if found is not None and found.record is None:
-        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+        raise found.error or _broken(found, "cannot be used")
     if found is None or found.record is None or found.record.compress is None:
         known = ", ".join(each.name for each in codecs() if each.record and each.record.compress)
-        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known}")
+        hint = ("give one of them, or leave out ", option("compress"))
+        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known or 'none'}", hint=hint)
     return found.record
 
 

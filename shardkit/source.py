@@ -187,7 +187,8 @@ def _check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise _missing(path, error) from None
     if not stat.S_ISREG(mode):
-        raise FormatError(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, and only files and folders can be read")
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise FormatError(path, f"is {kind}, and only files and folders can be read", hint="copy what it gives to a file first")
 
 
 _KINDS = {
@@ -201,7 +202,7 @@ _KINDS = {
 
 def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if isinstance(error, ValueError):
-        return FormatError(path, f"is no path: {error}")
+        return FormatError(path, f"is no path: {error}", hint="check the path")
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")

@@ -163,7 +163,7 @@ def _directory(path: Path, size: int, read: Read) -> _Directory:
         raise Malformed(
             path,
             "is one piece of a zip archive that was split over several files",
-            hint="join the pieces into one archive: zip -s 0 ARCHIVE.zip --out whole.zip",
+            hint="join the pieces into one archive: `zip -s 0 ARCHIVE.zip --out whole.zip`",
         )
     if start + nbytes != end:
         _refuse_second(path, read, end - start - nbytes)

@@ -89,7 +89,9 @@ def placed(
     """
     rooted = select_root(checkpoint, root)
     if not rooted.tensors:
-        raise NothingSelected(f"{shown_path(source)}: there are no tensors in it")
+        raise NothingSelected(
+            f"{shown_path(source)}: there are no tensors in it", hint="run `shardkit inspect` to see what the file holds"
+        )
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
     blocks = named_blocks(kept, no_split)

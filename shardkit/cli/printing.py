@@ -24,7 +24,7 @@ def put(text: str) -> None:
         OutputError: it cannot be written for another reason, such as a full disk.
     """
     if sys.stdout is None:  # as Python leaves it where the shell has closed it: >&-
-        raise OutputError("standard output is closed")
+        raise OutputError("standard output is closed", hint="leave it open, or send it to a file")
     with _stdout_or_sentence():
         sys.stdout.write(f"{text}\n")
 
@@ -95,7 +95,8 @@ def _stdout_or_sentence() -> Iterator[None]:
         raise
     except OSError as error:
         _drop(sys.stdout)
-        raise OutputError(f"standard output cannot be written: {error.strerror or error}") from None
+        message = f"standard output cannot be written: {error.strerror or error}"
+        raise OutputError(message, hint="free some space, or send it elsewhere") from None
 
 
 def _drop(stream: TextIO) -> None:

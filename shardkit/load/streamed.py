@@ -142,6 +142,9 @@ def _recipe(tensor: torch.Tensor | None) -> Recipe:
     held = tensor.detach().to("cpu").contiguous()
     dtype = dtype_of(held)
     if dtype is None:
-        raise LoadError(f"a weight of the type {held.dtype} cannot stream: no format stores it")
+        raise LoadError(
+            f"a weight of the type {held.dtype} cannot stream: no format stores it",
+            hint="keep its module in memory by the device map",
+        )
     memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
     return Recipe(memory, dtype, tuple(held.shape), held.stride())

@@ -63,7 +63,7 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     """
     kept = {entry.name: entry for entry in entries}
     if len(kept) < len(entries):
-        raise NameClash("two tensors of an .npz file would have one name")
+        raise NameClash("two tensors of an .npz file would have one name", hint=("give one another with ", option("rename")))
     ties = {alias: name for alias, name in metadata.items() if name in kept and alias not in kept}
     tied = [replace(kept[name], path=(alias,)) for alias, name in ties.items()]
     comment = _comment({key: text for key, text in metadata.items() if key not in ties and key != "format"})
