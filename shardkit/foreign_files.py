@@ -95,6 +95,7 @@ def _is_cut_off_relabelled_zip(source: Source) -> bool:
     return re.match(rb"0\d\x03\x04", source.head) is not None and not source.members
 
 
+_GRAPH = rb"\x0a.{1,5}?\x0a[\x01-\x7f][\w/.:-]{1,127}\x12[\x01-\x40][A-Z]\w+"  # a NodeDef: its name, and its operation
 _MARKUP = rb"(\xef\xbb\xbf)?\s*(<\?xml.{,200}?>\s*)?"
 _failure = _first(
     (
@@ -134,6 +135,7 @@ _weights = _first(
         (has_at_four(b"PTMF"), "is a flatbuffer of PyTorch Mobile (.ptl)", ORIGIN),
         (has_at_four(b"ET12", b"TFL3"), "is a program for mobile devices (ExecuTorch or TensorFlow Lite)", ORIGIN),
         (is_saved_model, "looks like a TensorFlow SavedModel", f"load its folder with TensorFlow; {ARRAYS}"),
+        (begins_like(_GRAPH), "looks like a frozen TensorFlow graph (.pb)", f"load it with TensorFlow; {ARRAYS}"),
         (is_core_ml, "looks like a Core ML model (.mlmodel)", ORIGIN),
         (is_onnx, "looks like an ONNX model (a protocol buffer)", ORIGIN),
         (is_flax, "is a MessagePack file of Flax (.msgpack)", _BY_FLAX),

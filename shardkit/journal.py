@@ -144,7 +144,8 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
             _lock(file, folder / JOURNAL_NAME)
             yield _begun(folder, file, identity)
     except OSError as error:
-        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=after_writing(error)) from None
+        message = f"{shown_path(folder)}: cannot be written: {error.strerror or error}"
+        raise OutputError(message, hint=after_writing(error)) from None
 
 
 def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> bool:
@@ -165,7 +166,8 @@ def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> 
                 put_back(folder, out)
             return written.commit == out.name and _settled(out, folder, written, identity, single)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: {error.strerror or error}", hint=after_writing(error)) from None
+        message = f"{shown_path(out)}: cannot be finished: {error.strerror or error}"
+        raise OutputError(message, hint=after_writing(error)) from None
 
 
 def boot_id() -> str:

@@ -17,7 +17,7 @@ from shardkit.destination import default_output, followed
 from shardkit.edits import Edited, Edits, edit, fold_ties
 from shardkit.errors import PlanError, several, shown, shown_path
 from shardkit.framing import compressed
-from shardkit.hints import output
+from shardkit.hints import option, output
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -171,7 +171,13 @@ def plain_name(out: Path, codec: Codec | None) -> str:
     """
     if codec is None or out.is_dir() or out.name.endswith(codec.suffix):
         return out.name.removesuffix(codec.suffix) if codec else out.name
-    if registry.writer_for(out.suffix):
+    writer = registry.writer_for(out.suffix)
+    if writer is not None and writer.name != "safetensors":
+        raise PlanError(
+            f"{shown_path(out)} is a file of {writer.name}, and only safetensors is compressed",
+            hint=("leave out ", option("compress"), ", or write safetensors"),
+        )
+    if writer is not None:
         raise PlanError(
             f"{shown_path(out)} would be compressed",
             hint=("call it so: ", output(out.with_name(out.name + codec.suffix)), "; or name a folder"),

@@ -155,6 +155,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "looks like a TensorFlow SavedModel",
         "load its folder with TensorFlow",
     ),
+    "a frozen TensorFlow graph": (
+        b"\n.\n\x01x\x12\x0bPlaceholder*\x0b\n\x05dtype\x12\x020\x01*\x0f\n\x05shape",
+        "looks like a frozen TensorFlow graph (.pb)",
+        "TensorFlow",
+    ),
     "the index of a TensorFlow checkpoint": (
         bytes(range(1, 90)) + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb",
         "is the index of a TensorFlow checkpoint",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -212,8 +213,6 @@ def test_its_file_is_known_by_its_content_too(distributed: Path, tmp_path: Path)
 
 
 def test_zip_archives_without_zip64_one_behind_the_other_are_known(tmp_path: Path) -> None:
-    import zipfile
-
     one = io.BytesIO()
     with zipfile.ZipFile(one, "w") as archive:
         archive.writestr("a/data.pkl", "x")
@@ -346,6 +345,20 @@ def test_an_archive_whose_first_bytes_were_overwritten_may_be_cut_off(tmp_path: 
     (tmp_path / "voice.pth").write_bytes(b"03" + archive.getvalue()[2:80_000])
     with pytest.raises(UnknownFormat, match="GPT-SoVITS has replaced, and is cut off"):
         shardkit.open(tmp_path / "voice.pth")
+
+
+def test_what_torch_mobile_reads_without_code_has_advice_of_its_own(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.jit.script(torch.nn.Linear(3, 4))
+        module._save_for_lite_interpreter(str(tmp_path / "m.ptl"))  # type: ignore[no-untyped-call]
+    with zipfile.ZipFile(tmp_path / "m.ptl") as whole, zipfile.ZipFile(tmp_path / "bare.ptl", "w") as bare:
+        for name in whole.namelist():
+            if "/code/" not in name:
+                bare.writestr(name, whole.read(name))
+    with pytest.raises(Malformed, match=r"which attributes of .* are weights") as caught:
+        shardkit.open(tmp_path / "bare.ptl")
+    assert "PyTorch Mobile" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("flatbuffer", [False, True])
