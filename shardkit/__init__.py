@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardkit.checkpoint import Checkpoint as Checkpoint
     from shardkit.checkpoint import TensorEntry as TensorEntry
-    from shardkit.compare import Comparison as Comparison
-    from shardkit.compare import Difference as Difference
     from shardkit.compare import diff as diff
     from shardkit.compare import verify as verify
+    from shardkit.comparison import Comparison as Comparison
+    from shardkit.comparison import Difference as Difference
     from shardkit.conversion import Report as Report
     from shardkit.conversion import convert as convert
     from shardkit.edits import Edits as Edits
@@ -47,8 +47,8 @@ _HOMES = {
     "BadDType": "errors",
     "BadSize": "errors",
     "Checkpoint": "checkpoint",
-    "Comparison": "compare",
-    "Difference": "compare",
+    "Comparison": "comparison",
+    "Difference": "comparison",
     "Edits": "edits",
     "FormatError": "errors",
     "LimitExceeded": "errors",

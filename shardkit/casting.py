@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardkit.dtypes import DType
 from shardkit.errors import Unwritable
+from shardkit.hints import option
 from shardkit.payload import Extent, Payload, check_range, rechunked
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Cast:
         if not can_cast(self.source, self.target):
             raise Unwritable(
                 f"{self.source.code} cannot be cast to {self.target.code}: torch casts numbers of 8 bits and more",
-                hint="leave such tensors out with --exclude, or keep the types by leaving --dtype away",
+                hint=("leave such tensors out with ", option("exclude"), ", or leave out ", option("dtype")),
             )
         if self.inner.nbytes % self.source.itemsize:
             raise ValueError(f"{self.inner.nbytes} bytes are no whole number of {self.source.code} elements")
@@ -95,7 +96,9 @@ def _tensor(memory: memoryview, dtype: DType) -> torch.Tensor:
     try:
         import torch
     except ImportError:
-        raise Unwritable("casting needs torch, which is not installed", hint="pip install torch, or keep the types") from None
+        raise Unwritable(
+            "casting needs torch, which is not installed", hint=("pip install torch, or leave out ", option("dtype"))
+        ) from None
     name = str(dtype.torch)
     if not hasattr(torch, name):
         raise Unwritable(f"torch {torch.__version__}, which is installed, has no {name}", hint="update torch")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from shardkit.errors import PlanError
+from shardkit.hints import option
 
 ALGORITHMS = ("xxh3", "sha256")
 
@@ -38,13 +39,13 @@ def new_hash(name: str) -> Hash:
     if name == "sha256":
         return hashlib.sha256()
     if name != "xxh3":
-        raise PlanError(f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}")
+        raise PlanError(f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}", hint="give one of them")
     try:
         import xxhash
     except ModuleNotFoundError:
         raise PlanError(
             "the digest xxh3 needs xxhash, which is not installed",
-            hint="pip install xxhash, or use --checksum sha256, which needs nothing",
+            hint=("pip install xxhash, or use ", option("checksum", "sha256"), ", which needs nothing"),
         ) from None
     return xxhash.xxh3_128()
 

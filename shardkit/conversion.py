@@ -160,7 +160,7 @@ def carry_out(
     """
     begun = time.monotonic()
     plan, files = conversion.plan, conversion.files
-    out = conversion.out.absolute()
+    out = conversion.out
     identity = Identity(plan.digest, files, "" if sync else boot_id())
     _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
     if mend(out, partial_folder(out), identity, single=conversion.single):
@@ -219,6 +219,6 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
 
 def _saving(conversion: Conversion) -> Saving | None:
     """What compression of the output, which is in place, came to; None if there is none."""
-    out = conversion.out.absolute()
+    out = conversion.out
     codec = next((shard.codec for shard in conversion.plan.shards), None)
     return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None

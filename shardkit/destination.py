@@ -14,10 +14,13 @@ from pathlib import Path
 from shardkit import registry
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
+from shardkit.hints import option, output
 from shardkit.manifest import MANIFEST_NAME
 from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.plan import INDEX_NAME, Plan, is_shard_name
 from shardkit.sizes import format_size
+
+_ELSEWHERE = ("choose another output with ", output())
 
 
 def default_output(source: Path, ending: str = "shards") -> Path:
@@ -30,8 +33,10 @@ def default_output(source: Path, ending: str = "shards") -> Path:
 
 
 def followed(out: Path) -> Path:
-    """*out*, or where it leads if it is a link: that is what a rename can replace."""
-    return out.resolve() if out.is_symlink() else out
+    """*out*, or where it leads if it is a link or has no name of its own: that is what a rename can replace."""
+    if out.is_symlink() and not (target := out.parent / os.readlink(out)).is_symlink():
+        out = target
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
 
 
 def partial_folder(out: Path) -> Path:
@@ -44,7 +49,7 @@ def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: P
     try:
         _check_output(out, sources, origin, plan, overwrite=overwrite)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}") from None
+        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}", hint=_ELSEWHERE) from None
 
 
 def check_room(folder: Path, needed: int, source: Path) -> None:
@@ -56,16 +61,17 @@ def check_room(folder: Path, needed: int, source: Path) -> None:
         raise NoRoom(
             f"{shown_path(folder)} has {format_size(free)} free, "
             f"and the output of {shown_path(source)} needs {format_size(needed)}",
-            hint="free some space, or choose another disk with -o",
+            hint=("free some space, or choose another disk with ", output()),
         )
 
 
 def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
     if not out.parent.is_dir() and out.parent.exists():
-        raise OutputError(f"{shown_path(out.parent)} is no folder")
+        raise OutputError(f"{shown_path(out.parent)} is no folder", hint=_ELSEWHERE)
     if out.is_dir() and os.path.ismount(out):
         raise OutputError(
-            f"{shown_path(out)} is a mount point, which no rename can replace", hint=f"choose a folder in it: -o {out / 'shards'}"
+            f"{shown_path(out)} is a mount point, which no rename can replace",
+            hint=("choose a folder in it: ", output(out / "shards")),
         )
     if out.exists() and not out.is_dir() and not out.is_file():
         raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint="choose another output with -o")
@@ -73,7 +79,7 @@ def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: 
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     if not overwrite:
-        raise OutputError(f"{shown_path(out)} exists", hint="choose another output with -o, or replace it with --overwrite")
+        raise OutputError(f"{shown_path(out)} exists", hint=(*_ELSEWHERE, ", or replace it with ", option("overwrite", True)))
     _refuse_source(out, sources, origin)
     _refuse_foreign(out, plan)
 
@@ -111,7 +117,7 @@ def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> No
     if any(each == place or place in each.parents for each in inputs) or (origin.is_dir() and origin.resolve() in place.parents):
         raise OutputError(
             f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten",
-            hint="choose another output with -o",
+            hint=_ELSEWHERE,
         )
 
 
@@ -126,5 +132,5 @@ def _refuse_foreign(out: Path, plan: Plan) -> None:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise OutputError(
             f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten",
-            hint="choose another output with -o, or move those files away",
+            hint=(*_ELSEWHERE, ", or move those files away"),
         )

@@ -1,151 +1,70 @@
-"""What a file is that no format recognises: the mistakes that people make most often, told by their content.
+"""Why a path cannot be read as a checkpoint, and what to do about it: the mistakes that people make most often.
 
-A table of lookalikes, tried in order. Each is a test of the first bytes, what such a file is, and what to do.
+`diagnosed` is for what no format recognises, `explained` for what a format recognised and could not read, and `never_alone` for
+what no format is asked about.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from shardkit.errors import FormatError, UnknownFormat, shown
+from shardkit import pieces
+from shardkit.errors import FormatError, UnknownFormat, several, shown
+from shardkit.foreign_files import failed_download, kind_of
+from shardkit.foreign_folders import distributed, kind_of_folder
+from shardkit.foreign_kinds import AGAIN, Kind, joined_by_torch
+from shardkit.foreign_marks import is_text
 from shardkit.format import Source
-from shardkit.sizes import format_size
 
-_POINTER_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
-_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|\?xml)", re.IGNORECASE)
-_CTRANSLATE2 = re.compile(rb"[\x01-\x20]\0\0\0.\0[A-Z][A-Za-z0-9]{2,60}Spec\0", re.DOTALL)
-_OLD_TORCH_TAR = (b"sys_info", b"pickle", b"tensors", b"storages")
-_AGAIN = "fetch it again"
-_UNPACK = "unpack it, and convert what is inside"
-_NPZ = "pip install shardkit-npz"
-_WEIGHTS = "give the file or folder with the weights"
+_FOUND_BY_HUB = {"model.safetensors", "pytorch_model.bin"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Lookalike:
-    matches: Callable[[bytes], object]
-    what: str
-    advice: str
-
-
-def diagnosed(source: Source) -> UnknownFormat:
-    """Why *source* is no checkpoint that can be read, as the error to raise."""
+def never_alone(source: Source) -> FormatError | None:
+    """Why *source* is no complete checkpoint, whatever a format would make of it; None if it may be one."""
     if source.is_folder:
-        return UnknownFormat(source.path, "is a folder that no format recognises")
-    what, advice = _diagnosis(source)
-    return UnknownFormat(source.path, what, hint=advice)
+        names = source.names or ()
+        is_model = _FOUND_BY_HUB.intersection(names) or any(".index." in name for name in names)
+        return pieces.unfinished_run(source.path) or (None if is_model else distributed(source))
+    if source.path.suffix != ".distcp":
+        return None
+    return FormatError(
+        source.path,
+        "is one file of a checkpoint of torch.distributed.checkpoint (FSDP), and only the folder is complete",
+        hint=joined_by_torch(source.path.parent),
+    )
 
 
-def _diagnosis(source: Source) -> tuple[str, str]:
-    head = source.head
-    if not head:
-        return "is empty: it has no bytes", _AGAIN
-    if head.startswith(b"version https://git-lfs"):
-        return _pointer(head), "run `git lfs pull` in its repository, or download the file itself"
-    if head.startswith(b"PK"):
-        return _archive(source)
-    for lookalike in _LOOKALIKES:
-        if lookalike.matches(head):
-            return lookalike.what, lookalike.advice
-    return _unknown(head)
+def explained(source: Source, error: FormatError) -> FormatError:
+    """What is the matter with the file *source*, over which a format raised *error*."""
+    if source.is_folder:
+        return error
+    return pieces.of_a_split_file(source.path) or pieces.unfinished_download(source.path) or error
 
 
-def _pointer(head: bytes) -> str:
-    size = _POINTER_SIZE.search(head)
-    stands_for = f" of {format_size(int(size[1]))}" if size else ""
-    return f"is a git-lfs pointer: a line of text that stands for the real file{stands_for}"
+def diagnosed(source: Source, also: str = "") -> FormatError:
+    """Why *source* is no checkpoint that can be read, as the error to raise; *also* ends its hint."""
+    found = kind_of_folder(source) if source.is_folder else _diagnosis(source)
+    if isinstance(found, FormatError):
+        return found
+    advice = found.advice_for(source.path)
+    hint = f"{advice}; {also}" if also else advice
+    return UnknownFormat(source.path, found.what, holds_weights=found.is_weights, hint=hint)
 
 
-def _archive(source: Source) -> tuple[str, str]:
-    try:
-        names = [member.name for member in source.members]
-    except FormatError:
-        return "begins like a zip archive, and is none", _AGAIN
-    if names and all(name.endswith(".npy") for name in names):
-        return "is an archive of NumPy arrays (.npz), which a plugin reads", _NPZ
-    steps = {step for name in names for step in name.split("/")}
-    if "extern_modules" in steps:
-        return "is a torch.package archive, which holds code beside weights", "load it there and save model.state_dict()"
-    if "archive_format" in steps or {"data", "weights"} <= steps:
-        return "is an archive of torch.export (.pt2)", "save what it was exported from: torch.save(program.state_dict, …)"
-    listed = ", ".join(shown(name) for name in names[:3]) or "nothing"
-    return f"is a zip archive of {len(names):,} files that torch did not write; it holds {listed}", _UNPACK
+def _diagnosis(source: Source) -> Kind | FormatError:
+    return (
+        failed_download(source)
+        or pieces.of_a_split_file(source.path)
+        or kind_of(source)
+        or pieces.unfinished_download(source.path)
+        or _unknown(source.head)
+    )
 
 
-def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
-
-
-def _is_old_torch_tar(head: bytes) -> bool:
-    named = head[:100].rstrip(b"\0").rpartition(b"/")[2] in _OLD_TORCH_TAR
-    return (named or b"\0sys_info\0" in head) and (_is_tar(head) or head[100:108].strip(b"\0 ").isdigit())
-
-
-def _is_onnx(head: bytes) -> bool:
-    # ModelProto: field 1 (ir_version) is a small varint; then field 2 (producer_name), a text, or 7 (graph) or 8 (opset).
-    return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
-
-
-def _is_pickle(head: bytes) -> bool:
-    return head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
-
-
-def _is_json(head: bytes) -> bool:
-    return head.lstrip()[:1] in (b"{", b"[") and _is_text(head)
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head[:-4].decode() if len(head) > 4 else head.decode()
-    except UnicodeDecodeError as error:
-        text = head[: error.start].decode() if len(head) - error.start <= 8 else "\0"
-    return bool(text) and all(character.isprintable() or character in "\t\r\n\f" for character in text)
-
-
-def _begins(*magics: bytes) -> Callable[[bytes], bool]:
-    return lambda head: head.startswith(magics)
-
-
-def _packed(name: str, command: str) -> tuple[str, str]:
-    return f"is compressed with {name}", f"run `{command}` on it, and convert what comes out"
-
-
-_RESAVE = "load it where it was made and save it with torch.save"
-_MOBILE = "is a program for mobile devices (ExecuTorch or TensorFlow Lite)"
-_LLAMA = "take the model's original safetensors or .bin files"
-_ORIGIN = "take the torch checkpoint that it was made from"
-_LOOKALIKES = (
-    _Lookalike(
-        _PAGE.match, "is an HTML page, as a download saves an error or a login", f"{_AGAIN}, with a token if it needs one"
-    ),
-    _Lookalike(_begins(b"\x1f\x8b"), *_packed("gzip", "gunzip")),
-    _Lookalike(_begins(b"BZh"), *_packed("bzip2", "bunzip2")),
-    _Lookalike(_begins(b"\xfd7zXZ\0"), *_packed("xz", "unxz")),
-    _Lookalike(_begins(b"\x04\x22\x4d\x18"), *_packed("lz4", "unlz4")),
-    _Lookalike(_begins(b"\x28\xb5\x2f\xfd"), *_packed("zstd more than once", "zstd -d")),  # once would have been seen through
-    _Lookalike(_begins(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive", _UNPACK),
-    _Lookalike(_begins(b"Rar!"), "is a RAR archive", _UNPACK),
-    _Lookalike(_is_old_torch_tar, "is a tar archive of torch before 0.1.10", _RESAVE),
-    _Lookalike(_is_tar, "is a tar archive", _UNPACK),
-    _Lookalike(_begins(b"GGUF"), "is a GGUF file, as llama.cpp uses", _LLAMA),
-    _Lookalike(_begins(b"lmgg", b"fmgg", b"tjgg"), "is an old GGML file of llama.cpp", _LLAMA),
-    _Lookalike(_CTRANSLATE2.match, "is a model of CTranslate2, which keeps weights in a way of its own", _ORIGIN),
-    _Lookalike(_begins(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, as Keras writes", "load it there and save it as safetensors"),
-    _Lookalike(_begins(b"\x93NUMPY"), "is a NumPy array (.npy), which a plugin reads", _NPZ),
-    _Lookalike(_begins(b"|TZR|"), "is a file of tensorizer", "load it there and save it as safetensors"),
-    _Lookalike(lambda head: head[4:8] in (b"ET12", b"TFL3"), _MOBILE, _ORIGIN),
-    _Lookalike(_is_onnx, "looks like an ONNX model (a protocol buffer)", _ORIGIN),
-    _Lookalike(_is_pickle, "is a Python pickle that torch.save did not write", _RESAVE),
-    _Lookalike(_is_json, "is a JSON text and holds no weights", _WEIGHTS),
-    _Lookalike(lambda head: not head.strip(b"\0"), "begins with nothing but zeros, as a download that was never filled", _AGAIN),
-)
-
-
-def _unknown(head: bytes) -> tuple[str, str]:
+def _unknown(head: bytes) -> Kind:
     if len(head) < 16:
-        return f"has {len(head)} byte{'s' if len(head) > 1 else ''}, too few for any format", _AGAIN
-    if _is_text(head):
-        return f"is a text and holds no weights; it begins with {shown(head[:40].decode('utf-8', 'replace'))}", _WEIGHTS
-    return f"is of no known format; it begins with {head[:8].hex(' ')}", "`shardkit formats` lists what can be read"
+        return Kind(f"has {several(len(head), 'byte')}, too few for any format", AGAIN)
+    if is_text(head):
+        begin = shown(head[:40].decode("utf-8", "replace"))
+        what = f"is a text and holds no weights; it begins with {begin}"
+        return Kind(what, "give the file or folder with the weights")
+    what = f"is of no known format; it begins with {head[:8].hex(' ')}"
+    return Kind(what, "`shardkit formats` lists what can be read")

@@ -12,7 +12,8 @@ from shardkit.brief import brief
 from shardkit.casting import Cast
 from shardkit.checkpoint import Checkpoint, LeftOut, Other, OtherKind, TensorEntry
 from shardkit.dtypes import DType, parse_dtype
-from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, excluding, listed, shown, shown_path
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, listed, several, shown, shown_path
+from shardkit.hints import Hint, excluding, option, renaming
 from shardkit.quantised import decoding
 from shardkit.roots import select_root
 from shardkit.tie_records import LISTING
@@ -45,10 +46,14 @@ class Edits:
 
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
-            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {', '.join(map(shown, get_args(Ties)))}")
+            known = ", ".join(map(shown, get_args(Ties)))
+            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {known}", hint="give one of them")
         for rule in self.rename:
             if not _is_rule(rule):
-                raise PlanError(f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it")
+                raise PlanError(
+                    f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it",
+                    hint=("write it as in ", renaming("^module\\.", "")),
+                )
 
     @classmethod
     def asked(
@@ -112,8 +117,9 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
         raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint=_SHOWS)
-    entries = _renamed(entries, edits.rename)
-    _refuse_clashes(entries)
+    renamed = _renamed(entries, edits.rename)
+    _refuse_clashes(renamed, entries)
+    entries = renamed
     notes: tuple[str, ...] = ()
     if edits.dtype is not None:
         entries, notes = cast_to(entries, edits.dtype)
@@ -132,13 +138,12 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
     kept = decoding(entries)
     notes: list[str] = []
     if narrow:
-        notes.append(
-            f"{narrow} tensors of 8-bit or narrower floats keep their type: they are quantised, and their scales lie apart"
-        )
+        floats = f"{several(narrow, 'tensor')} of 8-bit or narrower floats"
+        notes.append(f"not cast: {floats}, which are quantised, and their scales lie in other tensors")
     if kept:
         names = listed([shown(entry.name) for entry in entries if entry.name in kept], most=3)
-        many = "1 tensor keeps its type" if len(kept) == 1 else f"{len(kept):,} tensors keep their type"
-        notes.append(f"{many}, being scales, zero points or tables of quantised weights: {names}")
+        tables = f"{several(len(kept), 'tensor')} of scales, zero points or tables of quantised weights"
+        notes.append(f"not cast: {tables}: {names}")
     cast = tuple(entry if entry.name in kept else _cast(entry, dtype) for entry in entries)
     return cast, tuple(notes)
 
@@ -193,7 +198,7 @@ def _refuse_undense(others: Sequence[Other]) -> None:
     advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
     raise Unwritable(
         f"safetensors holds dense tensors only, and these are none: {found}",
-        hint=f"{advice}leave them out: {excluding([other.name for other in others])}",
+        hint=(f"{advice}leave them out: ", excluding([other.name for other in others])),
     )
 
 
@@ -206,12 +211,12 @@ _ADVICE = {
 
 def _refuse_idle_globs(edits: Edits, names: Sequence[str]) -> None:
     """A glob that matches nothing is a slip: what it was to take or leave out is not what it takes or leaves out."""
-    for option, globs in (("include", edits.include), ("exclude", edits.exclude)):
+    for name, globs in (("include", edits.include), ("exclude", edits.exclude)):
         for glob in globs:
             matches = re.compile(translate(glob)).match
             if names and not any(map(matches, names)):
                 raise NothingSelected(
-                    f"{option} {shown(glob)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS
+                    f"{name} {shown(glob)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS
                 )
 
 
@@ -227,8 +232,8 @@ def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
         only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
         return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
     if not tensors:
-        return f"none of the file's {len(checkpoint.tensors)} tensors lies below the root"
-    return f"--include and --exclude leave none of the {len(tensors)} tensors"
+        return f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
+    return f"include and exclude leave none of the {several(len(tensors), 'tensor')}"
 
 
 def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]) -> tuple[TensorEntry, ...]:
@@ -237,7 +242,10 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
             compiled = re.compile(pattern)
             changes = [compiled.subn(replacement, entry.name) for entry in entries]
         except (re.error, IndexError) as error:
-            raise PlanError(f"--rename {pattern}={replacement} is no regular expression and its replacement: {error}") from None
+            raise PlanError(
+                f"cannot rename {shown(pattern)} to {shown(replacement)}: {error}",
+                hint="give a regular expression and its replacement, as Python's re.sub takes them",
+            ) from None
         if not any(count for _, count in changes):
             names = [entry.name for entry in entries]
             raise PlanError(f"rename {shown(pattern)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS)
@@ -248,17 +256,23 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
     return entries
 
 
-def _refuse_clashes(entries: Iterable[TensorEntry]) -> None:
-    seen: dict[str, tuple[str, ...]] = {}
-    for entry in entries:
-        path = seen.setdefault(entry.name, entry.path)
-        if path is not entry.path:
-            first, second = (" → ".join(shown(name) for name in each) for each in (path, entry.path))
-            raise NameClash(f"two tensors would be called {shown(entry.name)}: {first}, and {second}", hint=_APART)
+def _refuse_clashes(entries: Sequence[TensorEntry], before: Sequence[TensorEntry]) -> None:
+    """Raise NameClash if two of *entries* have one name; *before* has each as it was before it was renamed."""
+    seen: dict[str, TensorEntry] = {}
+    for entry, old in zip(entries, before, strict=True):
+        first = seen.setdefault(entry.name, old)
+        if first is old:
+            continue
+        if first.name != old.name:
+            both = f"{shown(first.name)} and {shown(old.name)}"
+            raise NameClash(f"rename gives {both} the same name, {shown(entry.name)}", hint=_RENAMED)
+        paths = (" → ".join(shown(step) for step in each.path) for each in (first, old))
+        raise NameClash(f"two tensors would be called {shown(entry.name)}: {', and '.join(paths)}", hint=_APART)
 
 
 _SHOWS = "run `shardkit inspect` to see what the file holds"
-_APART = "take what is below one of them with --root, or leave both out with --exclude; a name that --rename made needs another"
+_RENAMED: Hint = ("change ", option("rename"), " so that names stay unique, or leave one of them out with ", option("exclude"))
+_APART: Hint = ("take what is below one of them with ", option("root"), ", or leave both out with ", option("exclude"))
 
 
 def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:

@@ -22,15 +22,15 @@ ShardkitError (.hint)
 └── PluginError (.distribution .entry_point)  a plugin cannot be loaded
 
 A message is a sentence for the person who holds the file: where, what was found, what was needed. *hint* says what to
-try. Values that come out of a file reach a message only through `shown`.
+try; a traceback ends with it. Values that come out of a file reach a message only through `shown`.
 """
 
 from __future__ import annotations
 
-import glob
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from shardkit.hints import Hint, Option, in_python, on_command_line
 
 _SHOWN_CHARACTERS = 80
 _DAMAGED = "it was damaged on its way, or written wrong: fetch it again, or have it saved again where it was made"
@@ -40,15 +40,21 @@ class ShardkitError(Exception):
     """The root of the tree: catch this to catch them all.
 
     Attributes:
-        hint: what to try next, one sentence; None where there is nothing to say.
+        hint: what to try next, one sentence that names arguments of the library; None where there is nothing to say. It is a
+            note of the exception as well (PEP 678), so that a traceback ends with it.
+        command_hint: the same for the command line, with options as they are typed there.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: Hint | None = None) -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = None if hint is None else _printable(in_python(hint))
+        self.command_hint = None if hint is None else _printable(on_command_line(hint))
+        if self.hint:
+            self.add_note(f"hint: {self.hint}")
 
-    def __reduce__(self) -> tuple[object, ...]:  # whatever the constructor of a class below takes
-        return _unpickled, (type(self), self.args, self.__dict__)
+    def __reduce__(self) -> tuple[object, ...]:
+        # By default an exception is made anew from its message alone, which most of these do not take.
+        return _revived, (type(self), self.args), self.__dict__
 
 
 class FormatError(ShardkitError):
@@ -58,7 +64,7 @@ class FormatError(ShardkitError):
         path: the file or folder at fault.
     """
 
-    def __init__(self, path: Path, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, path: Path, message: str, *, hint: Hint | None = None) -> None:
         super().__init__(f"{shown_path(path)}: {message}", hint=hint)
         self.path = path
 
@@ -68,11 +74,21 @@ class UnknownFormat(FormatError):
 
     Attributes:
         claimed: whether more than one does.
+        holds_weights: whether it is known to hold weights, in a form that is not read.
     """
 
-    def __init__(self, path: Path, message: str, *, claimed: bool = False, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        message: str,
+        *,
+        claimed: bool = False,
+        holds_weights: bool = False,
+        hint: Hint | None = None,
+    ) -> None:
         super().__init__(path, message, hint=hint)
         self.claimed = claimed
+        self.holds_weights = holds_weights
 
 
 class Malformed(FormatError):
@@ -82,7 +98,7 @@ class Malformed(FormatError):
         where: the part at fault (a tensor, a member, a byte offset); empty where it is the file as a whole.
     """
 
-    def __init__(self, path: Path, message: str, *, where: str = "", hint: str | None = None) -> None:
+    def __init__(self, path: Path, message: str, *, where: str = "", hint: Hint | None = None) -> None:
         super().__init__(path, f"{_printable(where)}: {message}" if where else message, hint=hint or _DAMAGED)
         self.where = where
 
@@ -95,8 +111,8 @@ class LimitExceeded(FormatError):
         actual: what the file asked for, in that field's unit.
     """
 
-    def __init__(self, path: Path, message: str, *, limit: str, actual: int, hint: str | None = None) -> None:
-        super().__init__(path, message, hint=hint or f"if you trust the file, raise it: --limit {limit}={actual}")
+    def __init__(self, path: Path, message: str, *, limit: str, actual: int, hint: Hint | None = None) -> None:
+        super().__init__(path, message, hint=hint or ("if you trust the file, raise the limit: ", _raised(limit, actual)))
         self.limit = limit
         self.actual = actual
 
@@ -174,7 +190,7 @@ class Mismatch(LoadError):
         missing: tuple[str, ...] = (),
         unexpected: tuple[str, ...] = (),
         wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
-        hint: str | None = None,
+        hint: Hint | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.missing = missing
@@ -189,7 +205,7 @@ class ReadOnly(LoadError):
         places: where it lies: for each run of bytes the file, the first byte, and how many they are.
     """
 
-    def __init__(self, message: str, *, places: tuple[tuple[Path, int, int], ...] = (), hint: str | None = None) -> None:
+    def __init__(self, message: str, *, places: tuple[tuple[Path, int, int], ...] = (), hint: Hint | None = None) -> None:
         super().__init__(message, hint=hint)
         self.places = places
 
@@ -202,7 +218,7 @@ class OverBudget(LoadError):
         available: bytes.
     """
 
-    def __init__(self, message: str, *, needed: int, available: int, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, needed: int, available: int, hint: Hint | None = None) -> None:
         super().__init__(message, hint=hint)
         self.needed = needed
         self.available = available
@@ -216,18 +232,18 @@ class PluginError(ShardkitError):
         entry_point: the entry point, as ``group:name``.
     """
 
-    def __init__(self, distribution: str, entry_point: str, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, distribution: str, entry_point: str, message: str, *, hint: Hint | None = None) -> None:
         super().__init__(f"plugin {entry_point} of {distribution}: {message}", hint=hint)
         self.distribution = distribution
         self.entry_point = entry_point
 
 
-def _unpickled(kind: type[ShardkitError], args: tuple[object, ...], fields: Mapping[str, object]) -> ShardkitError:
-    """An error as it was, whatever its constructor takes."""
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(fields)
-    return error
+def _revived(kind: type[ShardkitError], args: tuple[object, ...]) -> ShardkitError:
+    return kind.__new__(kind, *args)
+
+
+def _raised(limit: str, actual: int) -> Option:
+    return Option(f"--limit {limit}={actual}", f"limits=Limits({limit}={actual})")
 
 
 def shown(value: object) -> str:
@@ -256,10 +272,9 @@ def listed(items: Sequence[str], *, most: int = 5) -> str:
     return ", ".join(items[:most]) + more
 
 
-def excluding(names: Sequence[str], *, most: int = 5) -> str:
-    """The options that leave out the tensors called *names*, to be typed into a shell."""
-    globs = [glob.escape(name[:_SHOWN_CHARACTERS]) + "*" * (len(name) > _SHOWN_CHARACTERS) for name in names[:most]]
-    return _printable(" ".join(f"--exclude {shlex.quote(each)}" for each in globs) + " …" * (len(names) > most))
+def several(count: int, noun: str) -> str:
+    """*count* of *noun*, as in "1 file" or "3 files"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def shown_path(path: Path) -> str:

@@ -21,6 +21,7 @@ from typing import IO, Any
 from shardkit.codec import Codec
 from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
 from shardkit.forks import begin_again_in_children
+from shardkit.hints import Hint, output
 from shardkit.limits import Limits
 from shardkit.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
 from shardkit.sizes import format_size
@@ -103,7 +104,8 @@ class Spool:
             except ValueError as error:
                 raise _broken(self.origin, self.codec, error) from None
             except OSError as error:
-                raise OutputError(f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}") from None
+                sentence = f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}"
+                raise OutputError(sentence, hint=self._elsewhere()) from None
             undo.pop_all()  # from here on the spool owns the file, which goes when the spool goes
             return file
 
@@ -128,8 +130,13 @@ class Spool:
             raise OutputError(
                 f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: "
                 f"{format_size(expanded)} written, {format_size(free)} free",
-                hint="free some space, or set TMPDIR to a folder on a larger disk",
+                hint=self._elsewhere(),
             )
+
+    def _elsewhere(self) -> Hint:
+        if self._scratch is None:
+            return "free some space, or set TMPDIR to a folder on a larger disk"
+        return ("free some space, or choose an output on a larger disk with ", output())
 
 
 @dataclass(frozen=True, slots=True)

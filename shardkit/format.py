@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, TensorEntry
-from shardkit.errors import Malformed, shown
+from shardkit.errors import FormatError, Malformed, several, shown
 from shardkit.expansion import Expanded, Spool
 from shardkit.limits import Limits
 from shardkit.payload import Extent, Literal, Part, Payload, unreadable
@@ -99,8 +99,13 @@ class Source:
             LimitExceeded: the directory is too large.
         """
         if self._members is None:
-            self._members = read_members(self.path, self.size, self.read, self.limits) if self.head[:2] == b"PK" else ()
+            self._members = self._read_members()
         return self._members
+
+    @property
+    def is_relabelled_zip(self) -> bool:
+        """Whether it is a zip archive but for its first two bytes, which GPT-SoVITS overwrites with a version of its own."""
+        return self.head[:2] != b"PK" and bool(self.members)
 
     def member(self, member: Member) -> Payload:
         """The address of what a zip *member* holds; a compressed one is expanded when it is first read.
@@ -139,7 +144,7 @@ class Source:
             Malformed: the file ends before.
         """
         if start < 0 or nbytes < 0 or start + nbytes > self.content.nbytes:
-            raise Malformed(self.path, f"{nbytes:,} bytes are needed at {start:,}, and the file has {self.size:,}")
+            raise Malformed(self.path, f"needs {several(nbytes, 'byte')} at {start:,}, and has {self.size:,}")
         at = start - self._window_start
         if at < 0 or at + nbytes > len(self._window):
             self._move_window(start, nbytes)
@@ -153,6 +158,17 @@ class Source:
             ValueError: they lie outside the file.
         """
         return self.content.narrow(start, nbytes)
+
+    def _read_members(self) -> tuple[Member, ...]:
+        if self.head[:2] == b"PK":
+            return read_members(self.path, self.size, self.read, self.limits)
+        if self.head[2:4] != b"\3\4":
+            return ()
+        try:
+            members = read_members(self.path, self.size, self.read, self.limits)
+        except FormatError:
+            return ()
+        return members if any(member.header_start == 0 for member in members) else ()
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
         stop = start + nbytes

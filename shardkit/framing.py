@@ -14,6 +14,7 @@ from dataclasses import replace
 from shardkit import header
 from shardkit.codec import Codec
 from shardkit.errors import PlanError
+from shardkit.hints import option
 from shardkit.payload import Literal
 from shardkit.plan import OutputFile, Plan
 
@@ -27,7 +28,10 @@ def compressed(plan: Plan, codec: Codec) -> Plan:
         PlanError: they are of a format whose tensors are not told apart here.
     """
     if plan.format != "safetensors":
-        raise PlanError(f"only safetensors is compressed, and this output is {plan.format}")
+        raise PlanError(
+            f"only safetensors is compressed, and this output is {plan.format}",
+            hint=("leave out ", option("compress"), ", or write safetensors"),
+        )
     shards = {file.name: _framed(plan, file, codec) for file in plan.shards}
     files = tuple(shards.get(file.name, file) for file in plan.files)
     return replace(plan, files=files, weight_map={name: shards[shard].name for name, shard in plan.weight_map.items()})

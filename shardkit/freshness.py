@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardkit import header
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed, several, shown
 from shardkit.format import Source
 from shardkit.limits import Limits
 from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord, Shard, parse
@@ -44,7 +44,7 @@ def refuse_stale(folder: Path, record: OffloadRecord, shards: Mapping[str, Sourc
 def refuse_stale_shard(folder: Path, record: OffloadRecord, shard: Shard, source: Source) -> None:
     """Raise Malformed unless *source* is as long as *shard* of *record*, and has its header."""
     if source.size != shard.nbytes:
-        raise _stale(folder, record, f"{shown(shard.name)} has {source.size:,} bytes, and {shard.nbytes:,} were written")
+        raise _stale(folder, record, f"{shown(shard.name)} has {several(source.size, 'byte')}, and {shard.nbytes:,} were written")
     first = source.read(0, min(header.LENGTH_NBYTES, source.size))
     stop = len(first) + int.from_bytes(first, "little")
     if stop > source.size or hashlib.sha256(source.read(0, stop)).hexdigest() != shard.header:

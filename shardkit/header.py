@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, excluding, listed, shown
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, several, shown
+from shardkit.hints import excluding, option, renaming
 from shardkit.limits import Limits
 from shardkit.payload import PAGE, Payload
 from shardkit.strict_json import parse_json
@@ -58,7 +59,7 @@ def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> i
         LimitExceeded: it is longer than `header_bytes`.
     """
     if len(first) < LENGTH_NBYTES:
-        message = f"the file has {file_nbytes} bytes, and 8 are needed to say how long the header is"
+        message = f"the file has {several(file_nbytes, 'byte')}, and 8 are needed to say how long the header is"
         raise Malformed(path, message, where=_WHERE, hint=_FETCH)
     nbytes = int.from_bytes(first[:LENGTH_NBYTES], "little")
     if nbytes > MAX_JSON_NBYTES:
@@ -84,7 +85,7 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
     assert isinstance(document, dict)  # it begins with a brace
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
-        raise LimitExceeded(path, f"holds {len(document):,} tensors", limit="tensors", actual=len(document))
+        raise LimitExceeded(path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
     lines = sorted(_line(path, name, fields) for name, fields in document.items())
     _check_cover(path, lines, data.nbytes)
     return Header(tuple(line.entry(data) for line in lines), metadata)
@@ -112,7 +113,7 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
     if len(text) > MAX_JSON_NBYTES:
         raise Unwritable(
             f"the header of {len(entries):,} tensors takes {len(text):,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
-            hint="write more, smaller shards: lower --max-shard",
+            hint=("write more, smaller shards: lower ", option("max_shard")),
         )
     return len(text).to_bytes(LENGTH_NBYTES, "little") + text
 
@@ -208,7 +209,7 @@ def _check_nbytes(path: Path, name: str, dtype: DType, shape: list[int], start: 
         message = f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
         raise Malformed(path, message, where=_tensor(name))
     if bits // 8 != stop - start:
-        message = f"{dtype.code} {_shown_list(shape)} needs {bits // 8:,} bytes, has {stop - start:,}"
+        message = f"{dtype.code} {_shown_list(shape)} needs {several(bits // 8, 'byte')}, has {stop - start:,}"
         raise Malformed(path, message, where=_tensor(name))
 
 
@@ -220,16 +221,17 @@ def _check_cover(path: Path, lines: Sequence[_Line], data_nbytes: int) -> None:
         at = line.stop
     if at > data_nbytes:
         first = next(line for line in lines if line.stop > data_nbytes)
-        message = f"the tensors need {at:,} bytes, and {data_nbytes:,} are there; the first to miss some is {shown(first.name)}"
+        need = f"the tensors need {several(at, 'byte')}, and {data_nbytes:,} are there"
+        message = f"{need}; the first to miss some is {shown(first.name)}"
         raise Malformed(path, message, hint=_FETCH)
     if at < data_nbytes:
-        raise Malformed(path, f"{data_nbytes - at:,} bytes after the last tensor belong to no tensor")
+        raise Malformed(path, f"after the last tensor, {several(data_nbytes - at, 'byte')} of no tensor")
 
 
 def _gap(line: _Line, before: _Line | None) -> str:
     at = before.stop if before else 0
     if before is None or line.start > at:
-        return f"its data starts at {line.start:,}, and the {line.start - at:,} bytes before belong to no tensor"
+        return f"its data starts at {line.start:,}, behind {several(line.start - at, 'byte')} of no tensor"
     return f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor {shown(before.name)}, which ends at {at:,}"
 
 
@@ -246,18 +248,18 @@ def _shown_list(value: object) -> str:
 def _check_names(entries: Sequence[TensorEntry]) -> None:
     names = {entry.name for entry in entries}
     if METADATA in names:
-        hint = f"give it another name: --rename '^{METADATA}$=metadata'"
+        hint = ("give it another name: ", renaming(f"^{METADATA}$", "metadata"))
         raise Unwritable(f"no tensor of a safetensors file can be called {METADATA}", hint=hint)
     if len(names) < len(entries):
         twice = next(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
-        raise NameClash(f"two tensors would be called {shown(twice)}")
+        raise NameClash(f"two tensors would be called {shown(twice)}", hint=("give one another name with ", option("rename")))
 
 
 def _check_types(entries: Sequence[TensorEntry]) -> None:
     others = [entry for entry in entries if not entry.dtype.writable]
     if others:
         found = listed([f"{shown(entry.name)} ({entry.dtype.code})" for entry in others])
-        hint = f"leave them out: {excluding([entry.name for entry in others])}"
+        hint = ("leave them out: ", excluding([entry.name for entry in others]))
         raise Unwritable(f"safetensors has no such types as these tensors have: {found}", hint=hint)
 
 
@@ -282,7 +284,7 @@ def _encoded(text: str, entries: Sequence[TensorEntry]) -> bytes:
     except UnicodeEncodeError:
         culprit = next((entry.name for entry in entries if _is_no_text(entry.name)), "the metadata")
         message = f"{shown(culprit)} holds half a surrogate pair, which no UTF-8 can hold"
-        raise Unwritable(message, hint="give it another name with --rename") from None
+        raise Unwritable(message, hint=("give it another name with ", option("rename"))) from None
 
 
 def _is_no_text(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.checksums import Sums, new_hash
 from shardkit.copying import OnBytes
-from shardkit.errors import LimitExceeded, Malformed, shown, shown_path
+from shardkit.errors import LimitExceeded, Malformed, several, shown, shown_path
 from shardkit.format import Source
 from shardkit.freshness import record_in, refuse_stale_shard
 from shardkit.limits import Limits
@@ -85,7 +85,7 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
         return [Fault(file.name, "removed", "the manifest lists it, and it is not there")]
     nbytes = path.stat().st_size
     if nbytes != file.nbytes:
-        return [Fault(file.name, "bytes", f"has {nbytes:,} bytes, and {file.nbytes:,} were written")]
+        return [Fault(file.name, "bytes", f"has {several(nbytes, 'byte')}, and {file.nbytes:,} were written")]
     sums = Sums(algorithm, [(run.start, run.stop) for run in file.runs])
     for chunk in Extent(path, 0, nbytes).chunks():
         sums.see(chunk)
@@ -190,10 +190,10 @@ def said(archive: Archive) -> str:
     """A sentence about what of *archive* can be checked."""
     name, count = shown_path(archive.path), len(archive.members)
     if not archive.unchecked:
-        return f"{name}: {count:,} members were held against their CRCs"
+        return f"{name}: compared with its CRCs: {several(count, 'member')}"
     if archive.unchecked == count:
         return f"{name}: its writer kept no CRCs, so its bytes are unchecked"
-    return f"{name}: {archive.unchecked:,} of {count:,} members carry no CRC and are unchecked"
+    return f"{name}: unchecked, without a CRC: {archive.unchecked:,} of {several(count, 'member')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,10 @@ from typing import BinaryIO
 
 from shardkit.checkpoint import SourceFile
 from shardkit.errors import OutputError, shown, shown_path
+from shardkit.hints import after_writing, output
 from shardkit.manifest import Digests
-from shardkit.placing import NAME, clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
-from shardkit.records import Written
+from shardkit.placing import clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
+from shardkit.records import JOURNAL_NAME, Written
 
 _VERSION = 2
 
@@ -139,11 +140,12 @@ def begin(folder: Path, identity: Identity) -> Iterator[Journal]:
     try:
         _make(folder, sync=not identity.boot)
         _refuse_foreign(folder)
-        with open(folder / NAME, "ab+", buffering=0) as file:
-            _lock(file, folder / NAME)
+        with open(folder / JOURNAL_NAME, "ab+", buffering=0) as file:
+            _lock(file, folder / JOURNAL_NAME)
             yield _begun(folder, file, identity)
     except OSError as error:
-        raise OutputError(f"{shown_path(folder)}: {error.strerror or error}", hint=advice(error)) from None
+        message = f"{shown_path(folder)}: cannot be written: {error.strerror or error}"
+        raise OutputError(message, hint=after_writing(error)) from None
 
 
 def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> bool:
@@ -152,7 +154,7 @@ def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> 
     Raises:
         OutputError: another run is at it, or the system refuses.
     """
-    path = out / NAME if (out / NAME).is_file() else folder / NAME
+    path = out / JOURNAL_NAME if (out / JOURNAL_NAME).is_file() else folder / JOURNAL_NAME
     try:
         with open(path, "ab+", buffering=0) if path.is_file() else contextlib.nullcontext() as file:
             if file is None:
@@ -164,14 +166,8 @@ def mend(out: Path, folder: Path, identity: Identity, *, single: str | None) -> 
                 put_back(folder, out)
             return written.commit == out.name and _settled(out, folder, written, identity, single)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: {error.strerror or error}", hint=advice(error)) from None
-
-
-def advice(error: OSError) -> str | None:
-    """What to try after *error*, which the system raised while an output was prepared."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the same command again: it goes on from what is done"
-    return None
+        message = f"{shown_path(out)}: cannot be finished: {error.strerror or error}"
+        raise OutputError(message, hint=after_writing(error)) from None
 
 
 def boot_id() -> str:
@@ -190,11 +186,11 @@ def _make(folder: Path, *, sync: bool) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    names = [name for name in os.listdir(folder) if name != NAME]
-    if names and not (folder / NAME).exists():
+    names = [name for name in os.listdir(folder) if name != JOURNAL_NAME]
+    if names and not (folder / JOURNAL_NAME).exists():
         raise OutputError(
             f"{shown_path(folder)} is where the output would be prepared, and it holds files that no run of shardkit left there",
-            hint="move the folder away, or choose another output with -o",
+            hint=("move the folder away, or choose another output with ", output()),
         )
 
 
@@ -224,7 +220,7 @@ def _remove_empty(folder: Path, out: Path) -> None:
 def _settled(out: Path, folder: Path, written: Written, identity: Identity, single: str | None) -> bool:
     """Clear up after a commit that reached *out*; says whether it was that of *identity*, and *out* is still as it left it."""
     if single is None:
-        moved = (out / NAME).is_file()
+        moved = (out / JOURNAL_NAME).is_file()
         whole = moved and all(finished.is_whole(out / name) for name, finished in written.done.items())
     else:
         moved = whole = single in written.done and not (folder / single).exists() and written.done[single].is_whole(out)
@@ -234,7 +230,7 @@ def _settled(out: Path, folder: Path, written: Written, identity: Identity, sing
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
-    kept = {folder / name for name in names} | {folder / NAME}
+    kept = {folder / name for name in names} | {folder / JOURNAL_NAME}
     for parent, folders, files in os.walk(folder, topdown=False):
         for name in files:
             if Path(parent, name) not in kept:
@@ -277,7 +273,7 @@ def _in_use(file: BinaryIO, path: Path) -> OutputError:
         holder = Written.read(file).by
     return OutputError(
         f"{shown_path(path.parent)} is in use by another run of shardkit" + (f": {shown(holder)}" if holder else ""),
-        hint="wait for it to end, or choose another output with -o",
+        hint=("wait for it to end, or choose another output with ", output()),
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from shardkit import registry
 from shardkit.errors import FormatError, PlanError, shown
+from shardkit.hints import Hint, option, output
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/|(?!/))")  # two letters at least: C:/x is a path of Windows
 _SCHEMES = ("abfs", "abfss", "az", "file", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "r2", "s3", "s3a")
@@ -38,7 +39,7 @@ def to_read(location: str | os.PathLike[str]) -> Path:
             hint="write it to a file, and give its name",
         )
     if "\0" in text:
-        raise FormatError(Path(text), "is no path: embedded null byte")
+        raise FormatError(Path(text), "is no path: embedded null byte", hint="check the path")
     if scheme := _scheme(text):
         raise PlanError(f"{shown(text)} is a URL, and only local files and folders can be read", hint=_download(scheme, text))
     return Path(text)
@@ -57,7 +58,7 @@ def to_write(location: str | os.PathLike[str], *, is_compressed: bool = False) -
     text = _text(location, "the output")
     if text == _PIPE:
         raise PlanError(
-            "'-' is the standard output, and a checkpoint is written as files", hint="name a folder, as in: -o shards"
+            "'-' is the standard output, and a checkpoint is written as files", hint=("name a folder, as in ", output("shards"))
         )
     if scheme := _scheme(text):
         raise PlanError(f"{shown(text)} is a URL, and only local files and folders can be written", hint=_upload(scheme, text))
@@ -130,7 +131,7 @@ def _download(scheme: str, url: str) -> str:
     return f"download it: {commands[scheme]}, and give {target}"
 
 
-def _upload(scheme: str, url: str) -> str:
+def _upload(scheme: str, url: str) -> Hint:
     url = _whole(url)
     parts = urlsplit(url)
     name = Path(parts.path).name or "shards"
@@ -141,10 +142,10 @@ def _upload(scheme: str, url: str) -> str:
         "gs": f"gcloud storage cp --recursive {target} {quoted}",
     }
     if scheme == "file":
-        return f"give its path: -o {shlex.quote(unquote(parts.path))}"
+        return ("give its path: ", output(unquote(parts.path)))
     if scheme not in commands:
-        return f"write it to a folder, as in -o {target}, and upload that"
-    return f"write it to a folder, as in -o {target}, and upload that: {commands[scheme]}"
+        return ("write it to a folder, as in ", output(name), ", and upload that")
+    return ("write it to a folder, as in ", output(name), f", and upload that: {commands[scheme]}")
 
 
 def _whole(url: str) -> str:
@@ -196,11 +197,12 @@ def _refuse_ending(path: Path, *, is_compressed: bool) -> None:
     if registry.writer_for(stem.suffix) and (is_compressed or stem == path):
         return
     if registry.writer_for(stem.suffix):
-        raise PlanError(f"{shown(str(path))} is called like a compressed file", hint="compress it with --compress zstd")
+        hint = ("compress it with ", option("compress", "zstd"))
+        raise PlanError(f"{shown(str(path))} is called like a compressed file", hint=hint)
     known = {Path(f"x{ending}").suffix for ending in (*registry.suffixes(), *_OTHER_ENDINGS)}
     if path.suffix.lower() in known:
         folder = str(path.with_suffix(""))
         raise PlanError(
             f"{shown(str(path))} is called like a {path.suffix} file, and shardkit writes no such files",
-            hint=f"-o {shlex.quote(folder)} makes a folder of shards, -o {shlex.quote(f'{folder}.safetensors')} one file",
+            hint=(output(folder), " makes a folder of shards, ", output(f"{folder}.safetensors"), " one file"),
         )

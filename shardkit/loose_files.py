@@ -92,22 +92,22 @@ class LooseFiles:
         )
 
     def _by_folder_format(self, source: Source) -> Checkpoint:
-        if self.scanner.format is None:
-            try:
-                return self.scanner.scanned(source)
-            except UnknownFormat as error:
-                if error.claimed:
-                    raise
+        try:
+            registry.recognise(source)
+            return self.scanner.scanned(source)
+        except UnknownFormat as error:
+            if error.claimed:
+                raise
+            unknown = error
         endings = tuple(registry.suffixes())
         for name in self.names:
             if name.endswith(endings) and not (self.path / name).is_dir():
                 self.scanner.file(self.path / name)  # says what is wrong with it
         inside = _with_weights(self.path)
-        if inside:
+        if inside and "snapshots" not in self.names:  # an entry of a cache, of which the error says more
             message = f"holds weights in subfolders only: {named([each.path for each in inside])}"
-        else:
-            message = f"holds no weights; it holds {named(self.names) or 'nothing'}"
-        raise UnknownFormat(self.path, message, hint=_inside(self.path, self.names, inside))
+            raise UnknownFormat(self.path, message, hint=_a_folder(self.path, inside))
+        raise unknown
 
 
 def _may_hold_weights(path: Path, scanner: Scanner) -> bool:
@@ -121,13 +121,6 @@ def _first_of_twins(names: Sequence[str]) -> list[str]:
     """*names* without those that differ from a file of safetensors in their ending only."""
     safe = {expanded(name).removesuffix(".safetensors") for name in names if ".safetensors" in name}
     return [name for name in names if ".safetensors" in name or name.rpartition(".")[0] not in safe]
-
-
-def _inside(folder: Path, names: Sequence[str], inside: Sequence[Beside]) -> str:
-    folders = [name for name in names if (folder / name).is_dir()]
-    if "snapshots" in folders:
-        return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    return _a_folder(folder, inside) or _ANYTHING
 
 
 def _with_weights(folder: Path) -> list[Beside]:

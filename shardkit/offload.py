@@ -23,7 +23,8 @@ from shardkit.conversion import Report, carry_out
 from shardkit.copying import OnBytes
 from shardkit.destination import default_output
 from shardkit.edits import Edited, Edits, Ties
-from shardkit.errors import PlanError, shown, shown_path
+from shardkit.errors import PlanError, listed, shown, shown_path
+from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.named_blocks import Block, named_blocks, refuse_unfound
 from shardkit.offload_record import Origin
@@ -32,6 +33,7 @@ from shardkit.plan import OutputFile, Plan, plan_blocks
 from shardkit.preparation import Conversion, Terms, prepare
 from shardkit.sizes import format_size
 
+_ORDER = "write a JSON list of names of modules, or one name on each line"
 _DIGESTS = "xxh3"  # of blocks, where no checksum is asked for: the one that keeps up with a copy
 
 
@@ -142,15 +144,15 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError:
-        raise PlanError(f"{shown_path(path)} is no text: a JSON list of names is needed, or one on each line") from None
+        raise PlanError(f"{shown_path(path)} is no text", hint=_ORDER) from None
     if not text.lstrip().startswith("["):
         return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
     try:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{shown_path(path)} begins like a JSON list, and is none: {error}") from None
+        raise PlanError(f"{shown_path(path)} begins like a JSON list, and is none: {error}", hint=_ORDER) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{shown_path(path)} must be a list of names, and holds something else")
+        raise PlanError(f"{shown_path(path)} must be a list of names, and holds something else", hint=_ORDER)
     return tuple(names)
 
 
@@ -205,7 +207,8 @@ class _ByBlock:
 def _refuse_one_file(out: Path) -> None:
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise PlanError(
-            f"{shown_path(out)} is one file, and blocks with their record need a folder", hint=f"name one, as in -o {out.stem}"
+            f"{shown_path(out)} is one file, and blocks with their record need a folder",
+            hint=("name one, as in ", output(out.with_suffix(""))),
         )
 
 
@@ -213,7 +216,10 @@ def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
     try:
         return re.compile(blocks) if blocks is not None else None
     except re.error as error:
-        raise PlanError(f"{shown(str(blocks))} is no regular expression: {error}") from None
+        raise PlanError(
+            f"{shown(str(blocks))} is no regular expression: {error}",
+            hint=("write one as in ", option("blocks", r"layers\.\d+$")),
+        ) from None
 
 
 def _unknown(names: Iterable[str], entries: Iterable[TensorEntry]) -> Iterator[str]:
@@ -229,7 +235,7 @@ def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Bloc
     if not called:
         raise PlanError(
             f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this name or lies around it",
-            hint=f"the blocks are called as in {shown(blocks[0].name)}; --dry-run lists them",
+            hint=f"the blocks are called {listed([shown(block.name) for block in blocks])}",
         )
     if not silent:
         return called, ""

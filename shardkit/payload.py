@@ -19,6 +19,7 @@ from typing import Protocol, runtime_checkable
 from uuid import uuid4
 
 from shardkit.errors import FormatError, Malformed
+from shardkit.hints import after_reading
 
 CHUNK = 8 << 20
 PAGE = 4096
@@ -274,15 +275,18 @@ def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], exten
         filled += count
 
 
+_SHRANK = "it became shorter while it was read: run the command again when nothing writes to it, or fetch it again"
+
+
 def ended_early(extent: Extent) -> Malformed:
     """The file of *extent* ends inside it, though it did not when it was scanned."""
     stop = extent.start + extent.nbytes
-    return Malformed(extent.path, f"the file ends before byte {stop:,}", hint="it became shorter while in use; fetch it again")
+    return Malformed(extent.path, f"the file ends before byte {stop:,}", hint=_SHRANK)
 
 
 def unreadable(path: Path, error: OSError) -> FormatError:
     """What the operating system said of *path*, as a sentence."""
-    return FormatError(path, f"cannot be read: {error.strerror or error}")
+    return FormatError(path, f"cannot be read: {error.strerror or error}", hint=after_reading(error))
 
 
 def check_range(start: int, nbytes: int, whole: int) -> None:

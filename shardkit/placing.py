@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-NAME = ".shardkit-journal"
+from shardkit.records import JOURNAL_NAME
+
 _REPLACED = ".shardkit-replaced"
 
 
@@ -50,7 +51,7 @@ def clear(folder: Path, out: Path) -> None:
     remove(folder)
     if out.is_dir():
         remove(out / _REPLACED)
-        (out / NAME).unlink(missing_ok=True)
+        (out / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
@@ -64,9 +65,9 @@ def remove(folder: Path) -> None:
     for entry in list(os.scandir(folder)):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
-        elif entry.name != NAME:
+        elif entry.name != JOURNAL_NAME:
             os.unlink(entry.path)
-    (folder / NAME).unlink(missing_ok=True)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another run may have begun in it
         os.rmdir(folder)
 

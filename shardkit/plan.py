@@ -23,6 +23,7 @@ from shardkit.codec import Codec
 from shardkit.edits import Edited
 from shardkit.errors import Unwritable
 from shardkit.format import Format
+from shardkit.hints import output
 from shardkit.named_blocks import Block
 from shardkit.offload_record import BlockRun, OffloadRecord, Origin, Shard
 from shardkit.payload import PAGE, Extent, Literal, Part
@@ -288,7 +289,8 @@ def _named(runs: Iterable[_Run]) -> Iterator[tuple[str, _Run]]:
 def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
     if layout.lay_out is None:
         raise Unwritable(
-            f"the format {layout.name} is only read", hint="write safetensors: leave -o out, or let it end in .safetensors"
+            f"the format {layout.name} is only read",
+            hint=("write safetensors: leave out ", output(), ", or let it end in .safetensors"),
         )
     return layout.lay_out(entries, metadata)
 

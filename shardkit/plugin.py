@@ -14,10 +14,12 @@ from shardkit.errors import (
     ShardkitError,
     UnknownFormat,
     Unwritable,
+    several,
     shown,
 )
 from shardkit.expansion import Expanded, Framed
 from shardkit.format import Format, Source
+from shardkit.hints import Hint, Option, option, renaming
 from shardkit.index import fault_of_name
 from shardkit.limits import Limits
 from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
@@ -43,12 +45,14 @@ __all__ = [
     "FormatError",
     "Frame",
     "Framed",
+    "Hint",
     "LimitExceeded",
     "Limits",
     "Literal",
     "Malformed",
     "Member",
     "NameClash",
+    "Option",
     "Other",
     "OtherKind",
     "Part",
@@ -64,9 +68,12 @@ __all__ = [
     "Unwritable",
     "coalesced",
     "fault_of_name",
+    "option",
     "parse_json",
     "read_all",
     "rechunked",
+    "renaming",
+    "several",
     "shown",
     "strided",
 ]

@@ -16,8 +16,9 @@ from shardkit.codec import Codec
 from shardkit.companions import ModelConfig, companions
 from shardkit.destination import default_output, followed
 from shardkit.edits import Edited, Edits, edit, fold_ties
-from shardkit.errors import PlanError, shown, shown_path
+from shardkit.errors import PlanError, several, shown, shown_path
 from shardkit.framing import compressed
+from shardkit.hints import option, output
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
@@ -153,7 +154,10 @@ def prepare(
         said: Sequence[str] = ()
         if layout is not None:
             if checksum is not None:
-                raise PlanError("one file has no place for a manifest of checksums", hint=f"name a folder, as in -o {out.stem}")
+                raise PlanError(
+                    "one file has no place for a manifest of checksums",
+                    hint=("name a folder, as in ", output(out.with_name(Path(plain_name(out, codec)).stem))),
+                )
             plan = plan_file(edited, layout, name=plain_name(out, codec), metadata=checkpoint.metadata)
         else:
             folder = _folder(src)
@@ -174,9 +178,16 @@ def plain_name(out: Path, codec: Codec | None) -> str:
     """
     if codec is None or out.is_dir() or out.name.endswith(codec.suffix):
         return out.name.removesuffix(codec.suffix) if codec else out.name
-    if registry.writer_for(out.suffix):
+    writer = registry.writer_for(out.suffix)
+    if writer is not None and writer.name != "safetensors":
         raise PlanError(
-            f"{shown_path(out)} would be compressed", hint=f"call it so: -o {out.name}{codec.suffix}; or name a folder"
+            f"{shown_path(out)} is a file of {writer.name}, and only safetensors is compressed",
+            hint=("leave out ", option("compress"), ", or write safetensors"),
+        )
+    if writer is not None:
+        raise PlanError(
+            f"{shown_path(out)} would be compressed",
+            hint=("call it so: ", output(out.with_name(out.name + codec.suffix)), "; or name a folder"),
         )
     return out.name
 
@@ -188,7 +199,7 @@ def scratch_beside(out: Path) -> Path | None:
 
 def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
-        yield f"config.json says that nothing is tied, so {len(twice)} weights with equal bytes are written under each name"
+        yield f"config.json says that nothing is tied: {several(len(twice), 'weight')} with equal bytes written under each name"
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
         yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from shardkit.manifest import Digests
+
+JOURNAL_NAME = ".shardkit-journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,22 @@ class Written:
     commit: str = ""
     by: str = ""
     broken: bool = False
+
+    @property
+    def source(self) -> str:
+        """The file or folder that the run read; "" if the first line does not tell."""
+        try:
+            document: object = json.loads(self.identity)
+        except (ValueError, RecursionError):
+            return ""
+        match document:
+            case {"sources": list(lines)} if lines:
+                paths = [line[0] for line in lines if isinstance(line, list) and line and isinstance(line[0], str)]
+                try:
+                    return os.path.commonpath(paths)
+                except ValueError:  # some are relative
+                    return ""
+        return ""
 
     @classmethod
     def read(cls, file: BinaryIO) -> Written:

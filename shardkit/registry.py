@@ -14,10 +14,12 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
+from shardkit.checkpoint import Checkpoint
 from shardkit.codec import Codec
-from shardkit.diagnosis import diagnosed
+from shardkit.diagnosis import diagnosed, explained, never_alone
 from shardkit.errors import FormatError, PlanError, PluginError, ShardkitError, UnknownFormat, shown
 from shardkit.format import Format, Source
+from shardkit.hints import option
 
 FORMATS = "shardkit.formats"
 CODECS = "shardkit.codecs"
@@ -91,17 +93,47 @@ def recognise(source: Source) -> Format:
 
     Raises:
         UnknownFormat: none recognises it, or more than one does.
-        FormatError: it begins like a zip archive and is none.
+        FormatError: it begins like a zip archive and is none, or it is a part of something.
     """
+    if part := never_alone(source):
+        raise part
     verdicts = [(each, _verdict(each, each.record, source)) for each in formats() if each.record]
     claimants = [each.record for each, verdict in verdicts if each.record and verdict is True]
     if len(claimants) == 1:
         return claimants[0]
     if claimants:
         names = " and ".join(claimant.name for claimant in claimants)
-        hint = f"say which it is: --format {claimants[0].name}"
+        hint = ("say which it is: ", option("format", claimants[0].name))
         raise UnknownFormat(source.path, f"could be {names}", claimed=True, hint=hint)
-    raise next((verdict for _, verdict in verdicts if isinstance(verdict, FormatError)), None) or _unknown(source, verdicts)
+    broken = next((verdict for _, verdict in verdicts if isinstance(verdict, FormatError)), None)
+    raise explained(source, broken) if broken else _unknown(source, verdicts)
+
+
+def scan(found: Format, source: Source) -> Checkpoint:
+    """What *found* makes of *source*.
+
+    Raises:
+        FormatError: it cannot be read.
+        UnknownFormat: it is of another format.
+    """
+    try:
+        return found.scan(source)
+    except FormatError as error:
+        raise _misread(found, source, error) from None
+
+
+def _misread(found: Format, source: Source, error: FormatError) -> FormatError:
+    """Why *found* raised *error* over *source*: it is of another format, a part of something, or really broken."""
+    try:
+        if found.sniff(source):
+            return explained(source, error)
+        actual = recognise(source)
+    except FormatError as other:
+        return other
+    if actual is found:
+        return error
+    hint = ("leave out ", option("format"), ", or give ", option("format", actual.name))
+    return UnknownFormat(source.path, f"is of the format {actual.name}, and not {found.name}", hint=hint)
 
 
 def format_named(name: str) -> Format:
@@ -114,9 +146,10 @@ def format_named(name: str) -> Format:
     found = next((each for each in formats() if each.name == name), None)
     if found is None:
         known = ", ".join(each.name for each in formats())
-        raise PlanError(f"there is no format called {shown(name)}; there are {known}")
+        hint = ("give one of them, or leave out ", option("format"), " and the file is recognised by its content")
+        raise PlanError(f"there is no format called {shown(name)}; there are {known}", hint=hint)
     if found.record is None:
-        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+        raise found.error or _broken(found, "cannot be used")
     return found.record
 
 
@@ -129,10 +162,11 @@ def compressor_named(name: str) -> Codec:
     """
     found = next((each for each in codecs() if each.name == name), None)
     if found is not None and found.record is None:
-        raise found.error or PluginError(found.distribution, f"{found.group}:{name}", "cannot be used")
+        raise found.error or _broken(found, "cannot be used")
     if found is None or found.record is None or found.record.compress is None:
         known = ", ".join(each.name for each in codecs() if each.record and each.record.compress)
-        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known}")
+        hint = ("give one of them, or leave out ", option("compress"))
+        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known or 'none'}", hint=hint)
     return found.record
 
 
@@ -227,12 +261,9 @@ def _verdict(plugin: Loaded[Format], record: Format, source: Source) -> bool | S
         return error
 
 
-def _unknown(source: Source, verdicts: Iterable[tuple[Loaded[Format], object]]) -> UnknownFormat:
+def _unknown(source: Source, verdicts: Iterable[tuple[Loaded[Format], object]]) -> FormatError:
     """What *source* is instead, and which plugin would perhaps have known it."""
-    error = diagnosed(source)
     broken = [each.name for each in formats() if each.error]
     broken += [each.name for each, verdict in verdicts if isinstance(verdict, PluginError)]
-    if broken:
-        also = f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why"
-        error.hint = f"{error.hint}; {also}" if error.hint else also
-    return error
+    also = f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why" if broken else ""
+    return diagnosed(source, also)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
 from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown, shown_path
+from shardkit.hints import Option, option
 from shardkit.name_tree import PARTITION, RANDOM, Node, is_only_random, tree_of
 from shardkit.root_names import CONVENTIONAL, is_average, is_no_model, is_parameter, is_state_dict, is_unmistakable
 from shardkit.sizes import format_size
@@ -138,7 +139,8 @@ def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
     )
     if PARTITION not in state:
         model = "the model is probably in a file beside it, such as model.safetensors or pytorch_model.bin"
-    raise NothingSelected(f"{where}: holds {state}, and no model", hint=f"{model}; to take it all the same, add --root .")
+    hint = (f"{model}; to take it all the same, add ", option("root", "."))
+    raise NothingSelected(f"{where}: holds {state}, and no model", hint=hint)
 
 
 def _set_aside(node: Node) -> dict[str, str]:
@@ -181,10 +183,18 @@ def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
     found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
     likeliest = _likeliest(candidates)
     averages = [node for node in candidates if is_average(node.step) and node is not likeliest]
-    average = f", or its moving average with --root {averages[0].name}" if averages else ""
+    average: tuple[str | Option, ...] = ()
+    if averages:
+        average = (", or its moving average with ", option("root", averages[0].name))
     return AmbiguousRoot(
         f"several parts of the file could be the model: {found}",
-        hint=f"choose one with --root {likeliest.name}{average}, or take all with --root .",
+        hint=(
+            "choose one with ",
+            option("root", likeliest.name),
+            *average,
+            ", or take all with ",
+            option("root", "."),
+        ),
     )
 
 

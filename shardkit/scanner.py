@@ -99,7 +99,7 @@ class Scanner:
         files = () if source.is_folder else (SourceFile.of(source.path),)
         found = self.format or registry.recognise(source)
         _LOG.debug("%s: read as %s", shown_path(source.path), found.name)
-        checkpoint = found.scan(source)
+        checkpoint = registry.scan(found, source)
         return replace(checkpoint, files=checkpoint.files or files, format=found.name)
 
     def source(self, path: Path) -> Source:
@@ -151,7 +151,9 @@ def _check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise _missing(path, error) from None
     if not stat.S_ISREG(mode):
-        raise FormatError(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, and only files and folders can be read")
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        hint = "copy what it gives to a file first"
+        raise FormatError(path, f"is {kind}, and only files and folders can be read", hint=hint)
 
 
 _KINDS = {
@@ -165,13 +167,13 @@ _KINDS = {
 
 def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if isinstance(error, ValueError):
-        return FormatError(path, f"is no path: {error}")
+        return FormatError(path, f"is no path: {error}", hint="check the path")
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
-    found = unreadable(path, error)
-    found.hint = locations.looked_for(path) if isinstance(error, FileNotFoundError) else None
-    return found
+    if isinstance(error, FileNotFoundError) and (hint := locations.looked_for(path)):
+        return FormatError(path, f"cannot be read: {error.strerror}", hint=hint)
+    return unreadable(path, error)
 
 
 def _other_shards(path: Path) -> list[str]:

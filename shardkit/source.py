@@ -26,6 +26,7 @@ from shardkit.candidates import (
     sets_in_order,
 )
 from shardkit.checkpoint import Checkpoint
+from shardkit.diagnosis import never_alone
 from shardkit.emptiness import noted
 from shardkit.errors import FormatError, UnknownFormat, shown, shown_path
 from shardkit.format import Source
@@ -82,6 +83,8 @@ def _opened_file(path: Path, scanner: Scanner) -> Checkpoint:
 
 def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
     source = Source.folder(path, scanner.limits)
+    if part := never_alone(source):
+        raise part
     names = [name for name in source.names or () if not name.startswith(".")]
     if scanner.format and scanner.format.sniff(source):
         return with_left_out(scanner.scanned(source), Reader(path, scanner.format.name))

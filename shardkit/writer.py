@@ -19,7 +19,8 @@ from shardkit.checksums import Sums
 from shardkit.compressing import write_compressed
 from shardkit.copying import Copier, Engine, OnBytes, See, can_clone, clonable, engine_of, reserve
 from shardkit.errors import OutputError, shown_path
-from shardkit.journal import Journal, advice
+from shardkit.hints import after_writing
+from shardkit.journal import Journal
 from shardkit.manifest import MANIFEST_NAME, Digests, Listed, Manifest, Run
 from shardkit.offload_record import OFFLOAD_NAME
 from shardkit.payload import Extent, Literal, Trailer
@@ -135,7 +136,7 @@ class _Run:
             counts = self._fill(file, path, sums)
         except OSError as error:
             message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
-            raise OutputError(message, hint=advice(error)) from None
+            raise OutputError(message, hint=after_writing(error)) from None
         if file.name in self._shards:
             reference_reader.check(path, file)
         _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)

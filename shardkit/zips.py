@@ -16,7 +16,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from shardkit.codec import Codec
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed, several, shown
 from shardkit.limits import Limits
 
 STORED = 0
@@ -67,7 +67,7 @@ def read_members(path: Path, size: int, read: Read, limits: Limits) -> tuple[Mem
         )
     rows = list(_rows(path, directory, read(directory.start, directory.nbytes)))
     if len(rows) != directory.count:
-        raise _broken(path, f"it lists {len(rows):,} members and announces {directory.count:,}")
+        raise _broken(path, f"it lists {several(len(rows), 'member')} and announces {directory.count:,}")
     _check_names(path, rows)
     return tuple(_placed(path, rows, directory.start))
 
@@ -83,7 +83,8 @@ def data_start(path: Path, member: Member, read: Read) -> int:
     """
     signature, flags, name_length, extra_length = _LOCAL.unpack(read(member.header_start, _LOCAL.size))
     start: int = member.header_start + _LOCAL.size + name_length + extra_length
-    if signature != b"PK\3\4":
+    # Of the first header the first two bytes do not matter: GPT-SoVITS writes a version of its own there.
+    if signature[2:] != b"\3\4" or (member.header_start and not signature.startswith(b"PK")):
         raise Malformed(path, f"no local header at byte {member.header_start:,}", where=f"zip member {shown(member.name)}")
     if flags & _ENCRYPTED:
         raise Malformed(path, "is encrypted", where=f"zip member {shown(member.name)}", hint="decrypt the archive first")
@@ -159,10 +160,26 @@ def _directory(path: Path, size: int, read: Read) -> _Directory:
     if end >= _LOCATOR.size and read(end - _LOCATOR.size, 4) == b"PK\6\7":
         end, disk, count, nbytes, start = _end64(path, end - _LOCATOR.size, read)
     if disk:
-        raise Malformed(path, "is one piece of a zip archive that was split over several files", hint="join the pieces first")
+        raise Malformed(
+            path,
+            "is one piece of a zip archive that was split over several files",
+            hint="join the pieces into one archive: `zip -s 0 ARCHIVE.zip --out whole.zip`",
+        )
     if start + nbytes != end:
+        _refuse_second(path, read, end - start - nbytes)
         raise _broken(path, f"it should lie at [{start:,}, {start + nbytes:,}) and ends at {end:,}")
     return _Directory(start, nbytes, count)
+
+
+def _refuse_second(path: Path, read: Read, shift: int) -> None:
+    """Raise Malformed if an archive that knows nothing of the *shift* bytes before it begins there."""
+    if shift > 0 and read(shift, 4) == b"PK\3\4":
+        raise Malformed(
+            path,
+            f"holds several zip archives one behind the other; the last begins at byte {shift:,}",
+            hint="torch.distributed.checkpoint writes such files, called .distcp: give their folder to "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER out.pt, and convert out.pt",
+        )
 
 
 def _end(path: Path, size: int, read: Read) -> int:
@@ -188,6 +205,8 @@ def _end64(path: Path, locator: int, read: Read) -> tuple[int, int, int, int, in
         raise _broken(path, f"its zip64 record should lie at {end:,}, behind its own locator")
     signature, _, _, _, disk, _, _, count, nbytes, start = _END64.unpack(read(end, _END64.size))
     if signature != b"PK\6\6":
+        if read(locator - _END64.size, 4) == b"PK\6\6":
+            _refuse_second(path, read, locator - _END64.size - end)
         raise _broken(path, f"no zip64 record at {end:,}")
     return end, disk, count, nbytes, start
 
@@ -255,7 +274,7 @@ def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
         if start + _LOCAL.size + compressed > stop:
             raise _broken(path, f"member {shown(name)} runs over what begins at byte {stop:,}")
         if method == STORED and compressed != nbytes:
-            raise _broken(path, f"member {shown(name)} holds {nbytes:,} bytes in {compressed:,} and is not compressed")
+            raise _broken(path, f"member {shown(name)} holds {several(nbytes, 'byte')} in {compressed:,} and is not compressed")
         yield Member(name, start, compressed, nbytes, method, crc, stop)
 
 

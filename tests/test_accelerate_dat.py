@@ -76,7 +76,7 @@ def test_a_line_that_points_elsewhere_is_listed_and_not_read(folder: Path) -> No
 
 def test_files_that_the_index_does_not_know_are_said(folder: Path) -> None:
     (folder / "older.weight.dat").write_bytes(b"abcd")
-    assert shardkit.open(folder).notes == ("1 .dat files are not in index.json, and are left out",)
+    assert shardkit.open(folder).notes == ("left out, being not in index.json: 1 .dat file",)
 
 
 def test_a_file_that_changes_while_it_is_converted_is_noticed(folder: Path, tmp_path: Path) -> None:

@@ -266,7 +266,8 @@ def test_a_full_disk_behind_stdout_is_a_sentence() -> None:
         command = [sys.executable, "-m", "shardkit", "formats"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 1
-    assert done.stderr.decode() == "shardkit: standard output cannot be written: No space left on device\n"
+    said = "shardkit: standard output cannot be written: No space left on device"
+    assert done.stderr.decode() == f"{said}\nhint: free some space, or send it elsewhere\n"
 
 
 @posix

@@ -149,7 +149,7 @@ def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys
     on_disk = document["used"]["disk"]
     assert document["read_per_forward"] == {"disk": on_disk, "cpu": 0}
     predicted = document["forecast"]["predicted"]
-    assert predicted["busy"] == pytest.approx({"disk": on_disk / 1e6, "host copy": 0, "link": 0, "compute": 0.01})
+    assert predicted["busy"] == pytest.approx({"disk": on_disk / 1e6, "copy": 0, "link": 0, "compute": 0.01})
     assert predicted["first"] >= predicted["seconds"] >= document["forecast"]["least"] == on_disk / 1e6
     assert predicted["limit"] == "disk"
     ring = document["forecast"]["ring"]

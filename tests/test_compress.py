@@ -9,6 +9,7 @@ import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shardkit
+from shardkit import registry
 from shardkit.cli import main
 from shardkit.codec import Codec
 from shardkit.codecs.zstd import CODEC, frames
@@ -199,6 +201,16 @@ def test_the_run_says_what_it_saved_and_where_that_pays(source: Path, tmp_path: 
     assert shardkit.convert(source, tmp_path / "plain").pays_below is None
 
 
+def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(source: Path, tmp_path: Path) -> None:
+    toy = replace(registry.format_named("safetensors"), name="toy", suffixes=(".toy",))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(registry, "writer_for", lambda suffix: toy if suffix == ".toy" else None)
+        for name in ("m.toy", "m.toy.zst"):
+            with pytest.raises(PlanError, match="only safetensors is compressed") as caught:
+                shardkit.convert(source, tmp_path / name, compress="zstd")
+            assert caught.value.hint == "leave out compress=, or write safetensors"
+
+
 def test_where_nothing_is_saved_no_disk_is_slow_enough() -> None:
     assert Saving(stored=75, expanded=100, rate=400).pays_below == 100
     assert Saving(stored=101, expanded=100, rate=400).pays_below == 0
@@ -234,7 +246,7 @@ def test_verify_says_that_frames_were_held_against_their_checksums(source: Path,
     note, beside = shardkit.verify(tmp_path / "out").notes
     assert beside == "files beside the weights were not checked: 'config.json'"
     held = sum(tensor.nbytes > 0 for tensor in state().values())
-    assert note == f"{held} tensors were expanded, and held against the checksums in their frames, where these have any"
+    assert note == f"expanded, and compared with the checksums in the frames, where there are any: {held} tensors"
 
 
 @pytest.mark.parametrize("ahead", [1, 3])

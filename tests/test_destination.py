@@ -70,13 +70,35 @@ def test_of_a_hugging_face_cache_the_default_is_the_working_folder(
     assert default_output(tmp_path / "models--meta-llama--Llama-3" / inside) == tmp_path / "work" / "Llama-3-shards"
 
 
+@pytest.mark.parametrize("named", ["out", "sub/../out", "link", "./out"])
+def test_messages_name_the_output_as_it_was_given(
+    named: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    shardkit.convert(source, "out")
+    with pytest.raises(OutputError) as caught:
+        shardkit.convert(source, named, rename=[("^", "x.")])
+    assert str(caught.value) == f"{'out' if named == 'link' else Path(named)} exists"
+
+
+def test_an_output_without_a_name_of_its_own_is_made_in_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert shardkit.convert(source, ".").out == tmp_path / "here"
+
+
 def test_what_exists_is_not_touched_without_overwrite(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shardkit.convert(source, out)
     before = content(out)
     with pytest.raises(OutputError, match="exists") as caught:
         shardkit.convert(source, out, rename=[("^", "x.")])
-    assert "--overwrite" in str(caught.value.hint)
+    assert caught.value.hint == "choose another output with out=, or replace it with overwrite=True"
+    assert caught.value.command_hint == "choose another output with -o, or replace it with --overwrite"
     assert content(out) == before
     assert not (tmp_path / "out.partial").exists()
 

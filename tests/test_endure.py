@@ -16,7 +16,7 @@ import pytest
 import shardkit
 from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, NoRoom, OutputError
-from shardkit.placing import NAME
+from shardkit.records import JOURNAL_NAME
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, and reads paths of descriptors from /proc")
 
@@ -137,7 +137,7 @@ def test_a_source_that_fails_at_any_call_is_named_and_the_run_goes_on_later(
 
 
 def journalled(out: Path) -> int:
-    journal = out.with_name(f"{out.name}.partial") / NAME
+    journal = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
     return journal.read_text().count('{"done"') if journal.is_file() else 0
 
 

@@ -16,16 +16,17 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
-errors sizes dtypes forks near_names brief
+hints errors sizes dtypes forks near_names brief
 limits payload open_extents checkpoint
-codec expansion zips format strict_json header index checksums manifest offload_record weight_names tie_records runs \
+codec expansion zips format strict_json header index checksums manifest records offload_record weight_names tie_records runs \
     gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
-    torch_objects module_tree object_graph object_tree diagnosis
+    torch_objects module_tree object_graph object_tree \
+    foreign_kinds foreign_marks foreign_archives foreign_files foreign_folders pieces diagnosis
 plugin name_tree root_names roots emptiness quantised edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
 registry locations shards freshness candidates scanner surroundings leftovers loose_files source companions \
-    destination copying pools parallel integrity placing records journal compressing \
+    destination copying pools parallel integrity placing journal compressing \
     reference_reader writer host_memory progress
 comparison uncompared soundness preparation conversion offload compare load testing
 __init__ cli __main__

@@ -92,14 +92,14 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "three quarters of a byte": ({"a": tensor("F6_E2M3", [1], [0, 1])}, 1, "is 6 bits"),
     "too little data for the shape": ({"a": tensor(shape=[2])}, 4, "tensor 'a': F32 [2] needs 8 bytes, has 4"),
     "a scalar with the data of two": ({"a": tensor(shape=[], offsets=[0, 8])}, 8, "F32 [] needs 4 bytes, has 8"),
-    "a hole at the start": ({"a": tensor(offsets=[4, 8])}, 8, "data starts at 4, and the 4 bytes before"),
-    "a hole in between": ({"a": tensor(), "b": tensor(offsets=[6, 10])}, 10, "data starts at 6, and the 2 bytes"),
+    "a hole at the start": ({"a": tensor(offsets=[4, 8])}, 8, "data starts at 4, behind 4 bytes of no tensor"),
+    "a hole in between": ({"a": tensor(), "b": tensor(offsets=[6, 10])}, 10, "data starts at 6, behind 2 bytes of no tensor"),
     "an overlap": ({"a": tensor(), "b": tensor(offsets=[2, 6])}, 6, "its data [2, 6) overlaps that of tensor 'a'"),
     "the same data for two": ({"a": tensor(), "b": tensor()}, 4, "tensor 'b': its data [0, 4) overlaps that of tensor 'a'"),
     "an empty tensor inside another": ({"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])}, 4, "its data [2, 2) overlaps"),
     "data that is cut off": ({"a": tensor(), "b": tensor(offsets=[4, 8])}, 6, "6 are there; the first to miss some is 'b'"),
-    "bytes after the last": ({"a": tensor()}, 7, "3 bytes after the last tensor belong to no tensor"),
-    "bytes and no tensor": ({}, 1, "1 bytes after the last tensor"),
+    "bytes after the last": ({"a": tensor()}, 7, "after the last tensor, 3 bytes of no tensor"),
+    "bytes and no tensor": ({}, 1, "after the last tensor, 1 byte of no tensor"),
 }
 
 FINE: dict[str, tuple[object, int]] = {

@@ -13,7 +13,7 @@ import torch
 import shardkit
 from shardkit.errors import Malformed, NoRoom, OutputError
 from shardkit.journal import Identity, Journal, begin
-from shardkit.placing import NAME
+from shardkit.records import JOURNAL_NAME
 
 IDENTITY = Identity("digest", (), "")
 OTHER = Identity("another digest", (), "")
@@ -70,7 +70,7 @@ def test_a_run_goes_on_where_an_earlier_one_ended(source: Path, tmp_path: Path) 
     shardkit.convert(source, tmp_path / "whole", max_shard="9kB")
     interrupt(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    lines = map(json.loads, (tmp_path / "out.partial" / NAME).read_text().splitlines())
+    lines = map(json.loads, (tmp_path / "out.partial" / JOURNAL_NAME).read_text().splitlines())
     finished = [line["done"] for line in lines if "done" in line]
     stamps = {name: (tmp_path / "out.partial" / name).stat().st_mtime_ns for name in finished}
     report = shardkit.convert(source, tmp_path / "out", max_shard="9kB")
@@ -187,7 +187,7 @@ def test_only_what_is_finished_is_kept(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "half").write_text("ha")
     assert done_in(tmp_path) == {"a"}
-    assert sorted(os.listdir(tmp_path)) == [NAME, "a"]
+    assert sorted(os.listdir(tmp_path)) == [JOURNAL_NAME, "a"]
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("cont")], ids=["gone", "shorter"])
@@ -200,13 +200,13 @@ def test_a_finished_file_that_is_no_longer_whole_is_written_again(damage: Callab
 def test_another_identity_keeps_nothing(tmp_path: Path) -> None:
     wrote(tmp_path)
     assert done_in(tmp_path, OTHER) == set()
-    assert os.listdir(tmp_path) == [NAME]
+    assert os.listdir(tmp_path) == [JOURNAL_NAME]
 
 
 @pytest.mark.parametrize("tail", ['{"done": "b', "{", "\0\0\0"])
 def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, tmp_path: Path) -> None:
     wrote(tmp_path)
-    with open(tmp_path / NAME, "a") as journal:
+    with open(tmp_path / JOURNAL_NAME, "a") as journal:
         journal.write(tail)
     wrote(tmp_path, "b")
     assert done_in(tmp_path) == {"a", "b"}
@@ -217,17 +217,17 @@ def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, tmp
 )
 def test_a_journal_with_a_broken_line_begins_anew(line: str, tmp_path: Path) -> None:
     wrote(tmp_path)
-    with open(tmp_path / NAME, "a") as journal:
+    with open(tmp_path / JOURNAL_NAME, "a") as journal:
         journal.write(f"{line}\n")
     assert done_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"{}\n", b"no journal\n"])
 def test_a_journal_that_is_none_begins_anew(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / NAME).write_bytes(content)
+    (tmp_path / JOURNAL_NAME).write_bytes(content)
     (tmp_path / "a").write_text("content")
     assert done_in(tmp_path) == set()
-    assert os.listdir(tmp_path) == [NAME]
+    assert os.listdir(tmp_path) == [JOURNAL_NAME]
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "renames"])
@@ -245,7 +245,7 @@ def test_a_kill_between_the_swap_and_the_cleaning_up_mends_itself(
     assert (tmp_path / "out" / "model-00001-of-00006.safetensors").exists()
     shardkit.convert(source, tmp_path / "out", max_shard="20kB", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["big.bin", "out"]
-    assert NAME not in os.listdir(tmp_path / "out")
+    assert JOURNAL_NAME not in os.listdir(tmp_path / "out")
 
 
 def test_a_kill_before_the_swap_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ def test_verify_says_what_no_block_holds(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, tmp_path / "out")
     record = record_of(tmp_path / "out")
     (tmp_path / "out" / RECORD).write_text(json.dumps({**record, "blocks": record["blocks"][1:]}))
-    assert "1 tensors stand in no block, and are unchecked" in shardkit.verify(tmp_path / "out").notes
+    assert "unchecked, being in no block: 1 tensor" in shardkit.verify(tmp_path / "out").notes
 
 
 def other_shards(out: Path) -> None:

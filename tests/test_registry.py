@@ -140,7 +140,7 @@ def test_two_claimants_are_both_named(install: Install) -> None:
     with pytest.raises(UnknownFormat, match=r"file\.bin: could be tin and toy") as caught:
         registry.recognise(held(b"TOY!"))
     assert caught.value.claimed
-    assert caught.value.hint == "say which it is: --format tin"
+    assert caught.value.hint == "say which it is: format='tin'"
 
 
 def test_a_codec_is_found_by_the_first_bytes(install: Install) -> None:

@@ -212,7 +212,8 @@ def test_several_candidates_are_listed_with_their_sizes_and_the_largest_is_sugge
     checkpoint = Checkpoint((tensor("generator", "w"), tensor("discriminator", "w", shape=(1000,))))
     with pytest.raises(AmbiguousRoot, match=re.escape("'generator' (8 B), 'discriminator' (4.00 kB)")) as caught:
         select_root(checkpoint, None)
-    assert caught.value.hint == "choose one with --root discriminator, or take all with --root ."
+    assert caught.value.hint == "choose one with root='discriminator', or take all with root='.'"
+    assert caught.value.command_hint == "choose one with --root discriminator, or take all with --root ."
 
 
 def test_a_sparse_weight_makes_a_subtree_a_candidate() -> None:

@@ -139,5 +139,5 @@ def test_more_tensors_than_the_limit_are_refused_with_a_sentence_that_names_it(t
     with pytest.raises(LimitExceeded, match="1,001 tensors") as caught:
         shardkit.open(path, limits=Limits(tensors=1000))
     assert caught.value.limit == "tensors"
-    assert "--limit tensors=1001" in str(caught.value.hint)
+    assert "limits=Limits(tensors=1001)" in str(caught.value.hint)
     assert Limits().tensors == 1_000_000

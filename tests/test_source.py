@@ -87,7 +87,7 @@ def test_the_files_that_were_read_are_told(tmp_path: Path) -> None:
 
 def test_a_format_that_is_named_is_not_questioned(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(b"x" * 100)
-    with pytest.raises(Malformed, match="the format allows"):
+    with pytest.raises(UnknownFormat, match="is a text and holds no weights"):
         source.open(tmp_path / "m", format="safetensors")
     with pytest.raises(PlanError, match="there is no format called 'gguf'"):
         source.open(tmp_path / "m", format="gguf")

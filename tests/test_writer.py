@@ -19,8 +19,8 @@ from shardkit.copying import Engine
 from shardkit.errors import FormatError, Malformed, OutputError
 from shardkit.journal import Identity, begin
 from shardkit.payload import CHUNK, Concat, Extent, Literal, Part, Swapped, Trailer
-from shardkit.placing import NAME
 from shardkit.plan import OutputFile, Plan
+from shardkit.records import JOURNAL_NAME
 from shardkit.reference_reader import check
 from shardkit.writer import forecast, write
 
@@ -150,8 +150,8 @@ def test_the_first_failure_is_told_and_what_is_whole_is_recorded(source: Path, t
     with pytest.raises(Malformed) as caught:
         written(plan_of(*files), tmp_path / "out", jobs=1)
     assert caught.value is error
-    assert '"good"' in (tmp_path / "out" / NAME).read_text()
-    assert '"bad"' not in (tmp_path / "out" / NAME).read_text()
+    assert '"good"' in (tmp_path / "out" / JOURNAL_NAME).read_text()
+    assert '"bad"' not in (tmp_path / "out" / JOURNAL_NAME).read_text()
 
 
 def test_a_full_disk_is_a_sentence(source: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_so_many_files_are_written_at_a_time(jobs: int | None, together: int, tm
     places = threading.Barrier(together)
     files = [OutputFile(f"{number}", (Meeting(places),)) for number in range(2 * together)]
     written(plan_of(*files), tmp_path / "out", jobs=jobs)
-    assert {path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != NAME} == {b"x"}
+    assert {path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != JOURNAL_NAME} == {b"x"}
 
 
 def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_p
     broken = OutputFile("model.safetensors", (Literal(b"no header at all"),))
     with pytest.raises(OutputError, match="the reference reader does not take it"):
         written(plan_of(broken, shards=["model.safetensors"], form="safetensors"), tmp_path / "out")
-    assert "done" not in (tmp_path / "out" / NAME).read_text()
+    assert "done" not in (tmp_path / "out" / JOURNAL_NAME).read_text()
 
 
 def test_a_companion_is_not_held_to_be_a_shard(tmp_path: Path) -> None:

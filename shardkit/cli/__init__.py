@@ -73,7 +73,7 @@ def _ended(arguments: Sequence[str]) -> int:
         _explain(error.format_message(), f"see {command} --help")
         return error.exit_code
     except ShardkitError as error:
-        _explain(str(error), error.hint)
+        _explain(str(error), error.command_hint)
         return _trouble(arguments)
     except (KeyboardInterrupt, Terminated) as stop:
         say("; ".join(["shardkit: stopped", *getattr(stop, "__notes__", ())]), after_echo=isinstance(stop, KeyboardInterrupt))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import Role, aligned, painted, printable, put, put_json, say, several
+from shardkit.cli.printing import Role, aligned, painted, printable, put, put_json, say
+from shardkit.errors import several
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

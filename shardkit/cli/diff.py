@@ -8,7 +8,7 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
-from shardkit.cli.printing import several
+from shardkit.errors import several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:

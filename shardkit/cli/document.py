@@ -66,5 +66,5 @@ def _root(checkpoint: Checkpoint) -> tuple[dict[str, object], tuple[LeftOut, ...
     try:
         rooted = select_root(checkpoint, None)
     except (AmbiguousRoot, NothingSelected) as error:
-        return {"name": None, "error": str(error), "hint": error.hint}, ()
+        return {"name": None, "error": str(error), "hint": error.command_hint}, ()
     return {"name": ".".join(rooted.path) or "."}, rooted.left_out

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import OtherKind
-from shardkit.cli.printing import Role, aligned, named, painted, printable, put, put_json, remarked, several
+from shardkit.cli.printing import Role, aligned, named, painted, printable, put, put_json, remarked
 from shardkit.cli.summary import amounts, remarks, ways
 from shardkit.copying import Engine
 from shardkit.destination import check_output, check_room
-from shardkit.errors import OutputError, shown_path
+from shardkit.errors import OutputError, several, shown_path
+from shardkit.hints import output
 from shardkit.named_blocks import runs_of_names
 from shardkit.sizes import format_size
 from shardkit.writer import forecast
@@ -41,7 +42,7 @@ def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: 
     Raises:
         OutputError: it could not be carried out.
     """
-    plan, out = conversion.plan, conversion.out.absolute()
+    plan, out = conversion.plan, conversion.out
     folder = _standing(out.parent)
     moves = {file.name: _moves(replace(plan, files=(file,)), folder) for file in plan.files}
     total: Counter[str] = sum(moves.values(), Counter())
@@ -52,7 +53,7 @@ def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: 
         put("\n".join(_lines(conversion, moves, total)))
     check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{shown_path(folder)} may not be written to", hint="choose another output with -o")
+        raise OutputError(f"{shown_path(folder)} may not be written to", hint=("choose another output with ", output()))
     check_room(folder, needed, conversion.source)
     if not as_json:
         free = format_size(shutil.disk_usage(folder).free)

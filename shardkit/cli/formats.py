@@ -50,7 +50,8 @@ def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -
     yield from lines
     for error in (*(each.error for each in formats), *(each.error for each in codecs)):
         if error:
-            yield f"{painted('cannot be used:', Role.ERROR)} {printable(str(error))}" + (f"; {error.hint}" if error.hint else "")
+            hint = f"; {error.command_hint}" if error.command_hint else ""
+            yield f"{painted('cannot be used:', Role.ERROR)} {printable(str(error))}{hint}"
 
 
 def _abilities(record: Format) -> str:

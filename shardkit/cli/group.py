@@ -75,6 +75,7 @@ def _what_else(word: str) -> str:
     from difflib import get_close_matches
 
     if Path(word).exists():
-        return f"{word!r} is a file, and a command comes first, as in: shardkit inspect {word}"
+        what = "folder" if Path(word).is_dir() else "file"
+        return f"{word!r} is a {what}, and a command comes first, as in: shardkit inspect {word}"
     close = get_close_matches(word, _COMMANDS, 1)
     return f"there is no command {word!r}" + (f"; did you mean {close[0]}?" if close else "")

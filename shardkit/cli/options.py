@@ -235,7 +235,7 @@ def _or_usage(parse: Callable[[str], Parsed], word: str) -> Parsed:
     try:
         return parse(word)
     except ShardkitError as error:
-        raise click.BadParameter(f"{error}; {error.hint}" if error.hint else str(error)) from None
+        raise click.BadParameter(f"{error}; {error.command_hint}" if error.command_hint else str(error)) from None
 
 
 def _compiles(pattern: str) -> bool:

@@ -152,4 +152,4 @@ def _nbytes(size: str, *, least: int = 0) -> int:
     try:
         return parse_size(size, least=least)
     except ShardkitError as error:
-        raise click.BadParameter(f"{error}; {error.hint}") from None
+        raise click.BadParameter(f"{error}; {error.command_hint}") from None

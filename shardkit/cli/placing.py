@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.checkpoint import Checkpoint, LeftOut
-from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked, several
+from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked
 from shardkit.dtypes import DType
 from shardkit.edits import cast_to, fold_ties
-from shardkit.errors import LoadError, NothingSelected, PlanError, shown_path
+from shardkit.errors import LoadError, NothingSelected, PlanError, several, shown_path
 from shardkit.fitting import CPU, DISK, Fit, fit
 from shardkit.host_memory import available_memory
 from shardkit.named_blocks import Block, named_blocks, refuse_unfound, runs_of_names
@@ -95,7 +95,9 @@ def placed(
     """
     rooted = select_root(checkpoint, root)
     if not rooted.tensors:
-        raise NothingSelected(f"{shown_path(source)}: there are no tensors in it")
+        raise NothingSelected(
+            f"{shown_path(source)}: there are no tensors in it", hint="run `shardkit inspect` to see what the file holds"
+        )
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
     refuse_unfound(no_split, kept)

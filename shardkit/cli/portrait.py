@@ -9,9 +9,9 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
 from shardkit.cli.outline import Leaf, Line, outline
-from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked, several
+from shardkit.cli.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked
 from shardkit.cli.sharing import overlaps, ties
-from shardkit.errors import AmbiguousRoot, NothingSelected, shown
+from shardkit.errors import AmbiguousRoot, NothingSelected, several, shown
 from shardkit.roots import select_root
 from shardkit.sizes import format_size
 from shardkit.strided import Strided
@@ -121,7 +121,7 @@ def _root(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     try:
         rooted = select_root(checkpoint, None)
     except (AmbiguousRoot, NothingSelected) as error:
-        yield "convert", f"{error}; {error.hint}" if error.hint else str(error)
+        yield "convert", f"{error}; {error.command_hint}" if error.command_hint else str(error)
         return
     weighty = [part for part in rooted.left_out if part.nbytes]
     if rooted.path or weighty:

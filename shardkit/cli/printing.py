@@ -53,7 +53,7 @@ def put(text: str) -> None:
         OutputError: it cannot be written for another reason, such as a full disk.
     """
     if sys.stdout is None:  # as Python leaves it where the shell has closed it: >&-
-        raise OutputError("standard output is closed")
+        raise OutputError("standard output is closed", hint="leave it open, or send it to a file")
     with stdout_or_sentence():
         sys.stdout.write(f"{_for(sys.stdout, text)}\n")
 
@@ -109,11 +109,6 @@ def printable(text: str) -> str:
 def named(path: Path) -> str:
     """*path* for a person; a folder ends in a slash."""
     return printable(f"{path}{os.sep if path.is_dir() else ''}")
-
-
-def several(count: int, noun: str) -> str:
-    """*count* of *noun*, as in "1 file" or "3 files"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def listed(names: Sequence[str], *, most: int) -> str:
@@ -172,7 +167,8 @@ def stdout_or_sentence() -> Iterator[None]:
         raise
     except OSError as error:
         _drop(sys.stdout)
-        raise OutputError(f"standard output cannot be written: {error.strerror or error}") from None
+        message = f"standard output cannot be written: {error.strerror or error}"
+        raise OutputError(message, hint="free some space, or send it elsewhere") from None
 
 
 def _drop(stream: TextIO) -> None:

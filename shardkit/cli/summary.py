@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardkit.cli.printing import Role, listed, named, painted, parts_left_out, printable, remarked, several
+from shardkit.cli.printing import Role, listed, named, painted, parts_left_out, printable, remarked
 from shardkit.copying import Engine
+from shardkit.errors import several
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
-from shardkit.cli.printing import named, several
+from shardkit.cli.printing import named
+from shardkit.errors import several
 from shardkit.progress import progress
 
 if TYPE_CHECKING:

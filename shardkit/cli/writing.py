@@ -82,7 +82,7 @@ def _resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
-        partial = partial_folder(out.absolute())
+        partial = partial_folder(out)
         if partial.exists():
             stop.add_note(f"what is done is kept in {named(partial)}, and the same command goes on from there")
         raise

@@ -31,6 +31,7 @@ from shardkit.plugin import (
     TensorEntry,
     fault_of_name,
     parse_json,
+    several,
     shown,
 )
 
@@ -68,7 +69,7 @@ def scan(source: Source) -> Checkpoint:
         tensors.append(_entry(file, name, dtype, shape))
         files.append(file)
     unlisted = sum(name.endswith(".dat") and name.removesuffix(".dat") not in lines for name in source.names or ())
-    notes = (f"{unlisted:,} .dat files are not in {_INDEX}, and are left out",) if unlisted else ()
+    notes = (f"left out, being not in {_INDEX}: {several(unlisted, '.dat file')}",) if unlisted else ()
     return Checkpoint(tuple(tensors), tuple(others), files=tuple(files), notes=notes)
 
 
@@ -83,7 +84,7 @@ def _lines(path: Path, nbytes: int, limits: Limits) -> Mapping[str, object]:
     if not isinstance(document, dict):
         raise Malformed(path, f"must have a line for each tensor, found {shown(document)}", where=_WHERE)
     if len(document) > limits.tensors:
-        raise LimitExceeded(path, f"lists {len(document):,} tensors", limit="tensors", actual=len(document))
+        raise LimitExceeded(path, f"lists {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
     return document
 
 
@@ -115,7 +116,7 @@ def _entry(file: SourceFile, name: str, dtype: DType, shape: tuple[int, ...]) ->
         raise Malformed(file.path, str(error), where=f"tensor {shown(name)}") from None
     # numpy maps no file of no bytes, and so gives an empty tensor one.
     if file.size != need and (need or file.size > 1):
-        message = f"{dtype.code} {list(shape)[:8]} needs {need:,} bytes, and the file has {file.size:,}"
+        message = f"{dtype.code} {list(shape)[:8]} needs {several(need, 'byte')}, and the file has {file.size:,}"
         hint = "it was cut off, or index.json was left there by another model"
         raise Malformed(file.path, message, where=f"tensor {shown(name)}", hint=hint)
     return TensorEntry((name,), dtype, shape, Extent(file.path, 0, need))

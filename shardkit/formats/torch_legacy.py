@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shardkit.object_tree import collect
 from shardkit.pickle_strings import Strings
 from shardkit.pickles import Pickle, unpickle
-from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, shown
+from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, several, shown
 from shardkit.sizes import format_size
 from shardkit.stand_ins import Global, Vocabulary
 from shardkit.torch_objects import find
@@ -90,7 +90,7 @@ class _Reader:
         if payload is None:
             raise ValueError(f"its storage {shown(storage.key)} is not in the list of storages")
         if storage.nbytes > payload.nbytes:
-            raise ValueError(f"storage {shown(storage.key)} has {payload.nbytes:,} bytes, and needs {storage.nbytes:,}")
+            raise ValueError(f"storage {shown(storage.key)} has {several(payload.nbytes, 'byte')}, and needs {storage.nbytes:,}")
         return payload
 
     def _record(self, storage: Storage) -> Payload:
@@ -108,7 +108,7 @@ class _Reader:
         if count != storage.count:
             raise Malformed(
                 self.source.path,
-                f"it has {count:,} elements here, and {storage.count:,} in the pickle",
+                f"it has {several(count, 'element')} here, and {storage.count:,} in the pickle",
                 where=where,
                 hint="fetch it again",
             )

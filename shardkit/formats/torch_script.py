@@ -25,8 +25,6 @@ from shardkit.torch_tensors import Undense, View, storage_of
 
 def sniff(source: Source) -> bool:
     """Whether it is a zip archive that `torch.jit.save` wrote."""
-    if source.head[:2] != b"PK":
-        return False
     return has_member(source, "data.pkl") and has_member(source, "constants.pkl")
 
 
@@ -148,12 +146,16 @@ def _outermost(source: Source, value: object, code: _Code) -> Opaque:
         raise Malformed(source.path, f"holds {shown(value)} where a TorchScript module is needed", where="data.pkl")
     found = code.find(value.name)
     if found is None or not found.is_module:
+        mobile = has_member(source, "bytecode.pkl")  # torch.jit.load reads it only if it has the code as well
         raise Malformed(
             source.path,
             f"its code does not say which attributes of {shown(value.name)} are weights",
-            hint="load it with torch.jit.load and save its state_dict()",
+            hint=_FROM_MOBILE if mobile else "load it with torch.jit.load and save its state_dict()",
         )
     return value
+
+
+_FROM_MOBILE = "it is for PyTorch Mobile: take the checkpoint or module that it was made from"
 
 
 def _shape_modules(outermost: Opaque, code: _Code) -> None:

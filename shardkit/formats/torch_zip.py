@@ -17,8 +17,6 @@ from shardkit.torch_tensors import Storage, storage_of
 
 def sniff(source: Source) -> bool:
     """Whether it is a zip archive that torch wrote, other than TorchScript."""
-    if source.head[:2] != b"PK":
-        return False
     return has_member(source, "data.pkl") and not has_member(source, *_OTHERS)
 
 
@@ -41,7 +39,8 @@ def scan(source: Source) -> Checkpoint:
         big_endian=records.is_big_endian(),
         strings=Strings(source.path, data, source.limits, source.scratch),
     )
-    return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),), notes=found.notes)
+    notes = (*found.notes, *((_RELABELLED.format(shown(source.head[:2])),) if source.is_relabelled_zip else ()))
+    return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),), notes=notes)
 
 
 class Records:
@@ -104,6 +103,7 @@ class Records:
         return root
 
 
+_RELABELLED = "it begins with {} instead of 'PK', as GPT-SoVITS writes, and is otherwise an archive of torch.save"
 _OTHERS = ("constants.pkl", ".data/extern_modules")  # what TorchScript and torch.package have beside a data.pkl
 
 

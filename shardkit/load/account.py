@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from shardkit.brief import brief
+from shardkit.errors import several
 from shardkit.load.budgets import Device
 from shardkit.load.cost import STAGES, Prediction, Step
 from shardkit.load.forwards import Series
@@ -172,7 +173,7 @@ class Explanation:
             )
         if askew:
             yield (
-                f"{askew} weights lie off multiples of 64 bytes, and are moved when they are read: "
+                f"{several(askew, 'weight')} off multiples of 64 bytes, moved whenever they are read: "
                 "`shardkit offload-prep` lays them out."
             )
 
@@ -252,7 +253,7 @@ class PipelineExplanation:
         ring = f", through one ring of {format_size(self.ring)}" if self.ring else ""
         streamed = format_size(sum(part.nbytes for part in parts if part.streams))
         total = format_size(sum(part.nbytes for part in parts))
-        yield f"{self.pipeline}: {len(self.models)} models, {total} of weights, {streamed} of it stream{ring}"
+        yield f"{self.pipeline}: {several(len(self.models), 'model')}, {total} of weights, {streamed} of it stream{ring}"
         for name, each in self.models.items():
             yield f"{name}: {each}"
 

@@ -45,7 +45,7 @@ class Arena:
         try:
             mapping = _anonymous(room)
         except OSError as error:
-            raise LoadError(f"no memory for {format_size(nbytes)} of weights: {error.strerror}") from None
+            raise _no_room(nbytes, error) from None
         if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return cls(mapping, 0)
         start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % HUGE
@@ -65,7 +65,7 @@ class Arena:
         try:
             return cls(mmap.mmap(-1, nbytes), 0)
         except OSError as error:
-            raise LoadError(f"no memory for {format_size(nbytes)} of weights: {error.strerror}") from None
+            raise _no_room(nbytes, error) from None
 
     @classmethod
     def over(cls, path: Path, extents: Sequence[Extent]) -> Arena:
@@ -101,6 +101,13 @@ class Arena:
     def memory(self, at: int, nbytes: int) -> memoryview:
         """The *nbytes* bytes from *at* on."""
         return memoryview(self.mapping)[self.start + at : self.start + at + nbytes]
+
+
+def _no_room(nbytes: int, error: OSError) -> LoadError:
+    return LoadError(
+        f"no memory for {format_size(nbytes)} of weights: {error.strerror}",
+        hint='end other programs, or let more of the model stream: device_map="auto" with max_memory',
+    )
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:

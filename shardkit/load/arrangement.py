@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardkit.errors import LoadError
+from shardkit.errors import LoadError, several
 from shardkit.load.assign import listed
 from shardkit.load.blocks import Block, Cut, cut
 from shardkit.load.budgets import Device
@@ -250,7 +250,7 @@ def _refuse_empty(weights: Iterable[Weight]) -> None:
     empty = [weight.names[0] for weight in weights if weight.tensor.is_meta or is_lazy(weight.tensor)]
     if empty:
         raise LoadError(
-            f"{len(empty)} weights of the model have no values: {listed(empty)}",
+            f"the model has {several(len(empty), 'weight')} without values: {listed(empty)}",
             hint="load a checkpoint into the model, or pass what holds them as state_dict or offload_dir",
         )
 

@@ -10,6 +10,7 @@ from os import PathLike
 from torch import nn
 
 from shardkit.errors import LoadError, shown_path
+from shardkit.hints import option
 from shardkit.load import diffusers_model, transformers_model
 from shardkit.load.model_folder import ModelFolder
 from shardkit.load.module_sizes import class_names
@@ -39,7 +40,7 @@ def no_split_pattern(path: str | PathLike[str], *, trust_remote_code: bool = Fal
     if not names:
         raise LoadError(
             f"{shown_path(folder.path)}: {type(model).__name__} does not say what must not be split",
-            hint="say it with --blocks, or let names tell it",
+            hint=("give a pattern with ", option("blocks"), ", or none, and blocks are inferred from tensor names"),
         )
     # A checkpoint of the model with its head has this step before its names, one of the model without may not.
     base = f"{getattr(model, 'base_model_prefix', '')}.".removeprefix(".")

@@ -38,7 +38,7 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
     for key, size in max_memory.items():
         device = device_key(key)
         if device in budgets:
-            raise LoadError(f"max_memory has two sizes for device {shown(device)}")
+            raise LoadError(f"max_memory has two sizes for device {shown(device)}", hint="give each device one")
         budgets[device] = _nbytes(device, size)
     if "cpu" not in budgets and not any(map(_shares_host_memory, budgets)):
         budgets["cpu"] = available_memory()

@@ -18,7 +18,7 @@ from shardkit.load.layouts import ALIGNMENT
 from shardkit.load.rates import Rates
 from shardkit.payload import Extent, Payload
 
-STAGES = ("disk", "host copy", "link", "compute")
+STAGES = ("disk", "copy", "link", "compute")
 _FORWARDS = 6  # after which each takes as long as the one before
 
 

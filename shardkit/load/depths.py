@@ -19,6 +19,7 @@ from shardkit.load.rates import Rates
 LEAST = 2  # blocks in a ring: one is computed while one is read
 USUAL = 4  # where little streams, and nothing is measured for it
 LITTLE = 64 << 20  # bytes
+SMALL = "little streams, and nothing is measured for it"
 _MOST = 8
 _STALLS = {2: 1.08, 3: 1.03}  # as measured
 _ENOUGH = 1.005  # as fast, but for what no one can measure

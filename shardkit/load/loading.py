@@ -110,6 +110,7 @@ def match(
         raise Mismatch(
             f"{opened.where} does not fit the model: its weights must be dense tensors, and {sentences}",
             missing=tuple(other.name for other in undense),
+            hint="load the checkpoint with the library that wrote it, or store its weights as dense tensors",
         )
     return assign(model, opened.entries, dtype=floating(dtype), keep_in_fp32=keep_in_fp32, strict=strict, where=opened.where)
 
@@ -125,7 +126,9 @@ def floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return None
     found = torch_type(parse_dtype(str(dtype)))
     if found is None:
-        raise LoadError(f"torch {torch.__version__}, which is installed, has no {dtype}")
+        raise LoadError(
+            f"torch {torch.__version__}, which is installed, has no {dtype}", hint="update torch, or give another dtype"
+        )
     return found
 
 

@@ -102,7 +102,10 @@ class ModelFolder:
         wanted = [_varied(name, request.variant) for name in names if request.use_safetensors in (None, ".safetensors" in name)]
         found = next((self.path / name for name in wanted if (self.path / name).is_file()), None)
         if found is None and (request.variant or request.use_safetensors is not None):
-            raise LoadError(f"{shown_path(self.path)} has no weights under any of these names: {listed(wanted)}")
+            raise LoadError(
+                f"{shown_path(self.path)} has no weights under any of these names: {listed(wanted)}",
+                hint="leave out variant and use_safetensors, or download the files of that kind",
+            )
         return found or self.path
 
     def has_variant(self, names: Sequence[str], variant: str | None) -> bool:
@@ -212,7 +215,8 @@ def told(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
     except kinds as error:
         what = "pipeline" if folder.kind == "pipeline" else "model"
         raise LoadError(
-            f"{shown_path(folder.path)}: {by.__name__.title()} {by.__version__} makes no {what} of it: {error}"
+            f"{shown_path(folder.path)}: {by.__name__.title()} {by.__version__} makes no {what} of it: {error}",
+            hint=f"check config.json, or update {by.__name__}",
         ) from error
 
 
@@ -243,7 +247,7 @@ def _fields(file: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{shown_path(file)} is no JSON: {error}", hint="download it anew") from None
     if not isinstance(fields, dict):
-        raise LoadError(f"{shown_path(file)} must hold an object, found {shown(fields)}")
+        raise LoadError(f"{shown_path(file)} must hold an object, found {shown(fields)}", hint="download it anew")
     return fields
 
 

@@ -70,7 +70,9 @@ def as_torch_dtype(dtype: AnyDType | Enum) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         found = torch_type(parse_dtype(dtype))
     if found is None:
-        raise BadDType(f"torch {torch.__version__}, which is installed, has no {shown(dtype)}")
+        raise BadDType(
+            f"torch {torch.__version__}, which is installed, has no {shown(dtype)}", hint="update torch, or give another dtype"
+        )
     return found
 
 

@@ -76,7 +76,10 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe
         return {}
     names = [weight.names[0] for weight in weights]
     if folder is None:
-        raise LoadError(f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to")
+        raise LoadError(
+            f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to",
+            hint="give a folder as offload_dir, or what holds them on disk as state_dict or offload_index",
+        )
     entries = tuple(entries_of({weight.names[0]: weight.tensor for weight in weights}))
     if folder.is_dir() and any(folder.iterdir()):
         _check_holds(folder, entries)
@@ -103,6 +106,7 @@ def _check_shape(weight: Weight, found: torch.Tensor) -> None:
         raise Mismatch(
             f"the state dict does not fit the model: {shown(weight.names[0])} is {list(shapes[0])} there, {list(shapes[1])} here",
             wrong_shape={weight.names[0]: shapes},
+            hint="give the state dict of a model with this configuration",
         )
 
 
@@ -119,7 +123,10 @@ def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dic
         if Path(file) not in opened:
             opened[Path(file)] = Opened.at(file)
         if there not in opened[Path(file)].entries:
-            raise LoadError(f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has")
+            raise LoadError(
+                f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has",
+                hint="give the offload_index that was made with this file",
+            )
         entries[name] = opened[Path(file)].entries[there]
         _check_line(name, place, entries[name], Path(file))
     return entries

@@ -196,7 +196,7 @@ def _holding(tensor: torch.Tensor) -> Paged:
     memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
     dtype = dtype_of(held)
     if dtype is None:
-        raise LoadError(f"a Paged cannot hold {held.dtype}, which no format stores")
+        raise LoadError(f"a Paged cannot hold {held.dtype}, which no format stores", hint="keep this tensor in memory")
     return Paged(Recipe(memory, dtype, tuple(held.shape), held.stride()), tensor.device)
 
 

@@ -145,7 +145,10 @@ def _made(
     if folder.kind == "pipeline":
         return diffusers_pipeline.addressed(folder, request, components)
     if components:
-        raise LoadError(f"{shown(next(iter(components)))} is no argument of from_pretrained where a model is loaded")
+        raise LoadError(
+            f"{shown(next(iter(components)))} is no argument of from_pretrained where a model is loaded",
+            hint="leave it out; parts are given for a pipeline of Diffusers only",
+        )
     if folder.kind == "diffusers" and request.attn_implementation:
         raise LoadError(
             "attn_implementation is for models of Transformers, and this is one of Diffusers",

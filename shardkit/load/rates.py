@@ -78,7 +78,7 @@ class Rates:
         return self.given(**{name: high for name, (_, high) in self.spread.items()})
 
     def __str__(self) -> str:
-        named = {"disk": self.disk, "host copy": self.copy, "link": self.link, "compute": self.compute}
+        named = {"disk": self.disk, "copy": self.copy, "link": self.link, "compute": self.compute}
         return ", ".join(f"{name} {format_size(int(rate))}/s" for name, rate in named.items() if rate is not None)
 
 

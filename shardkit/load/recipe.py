@@ -54,7 +54,10 @@ class Recipe:
         shape = entry.shape
         if entry.dtype.packed > 1:
             if not shape or shape[-1] % entry.dtype.packed:
-                raise LoadError(f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row fills no whole bytes")
+                raise LoadError(
+                    f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row fills no whole bytes",
+                    hint="leave the name out; shardkit.open gives its bytes as they are",
+                )
             shape = (*shape[:-1], shape[-1] // entry.dtype.packed)
         return cls(entry.payload, entry.dtype, shape, _contiguous(shape))
 

@@ -49,7 +49,9 @@ def device_of(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what it likes, device by device
-        raise LoadError(f"{str(device)!r} is no device that torch can use here: {error}") from None
+        raise LoadError(
+            f"{str(device)!r} is no device that torch can use here: {error}", hint='give another, as in "cpu" or "cuda:0"'
+        ) from None
 
 
 def _view(func: Operation, args: Arguments, options: Options) -> object:

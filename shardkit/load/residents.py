@@ -20,7 +20,7 @@ from shardkit.errors import OverBudget, shown
 from shardkit.load.blocks import Block, cut
 from shardkit.load.budgets import Device
 from shardkit.load.dealing import UNMEASURED, Dealt, deal, ring_bytes
-from shardkit.load.depths import LEAST, LITTLE, USUAL, Ring
+from shardkit.load.depths import LEAST, LITTLE, SMALL, USUAL, Depth, Ring
 from shardkit.load.device_maps import clean_device_map, device_of
 from shardkit.load.module_sizes import AnyDType, module_sizes, named_tensors, prefixes
 from shardkit.load.rates import Rates
@@ -74,17 +74,23 @@ def choose_residents(
     table = scales.table(device_map, budgets)
     if not table.streams:
         return Residents(dict(device_map), ring)
-    if ring is None and sum(table.sizes) <= LITTLE:
-        ring = USUAL
-    dealt = table.deal(ring, rates(table.runner) if ring is None else UNMEASURED)
+    most = USUAL if ring is None and sum(table.sizes) <= LITTLE else ring
+    dealt = table.deal(most, rates(table.runner) if most is None else UNMEASURED)
     if dealt is None:
         return Residents(dict(device_map), ring)
     made = table.written(dealt, list(_parts(model)))
-    given = scales.held(device_map, ring)
+    given = scales.held(device_map, most)
     keeps_budgets = all(nbytes <= budgets.get(device, nbytes) for device, nbytes in given.items())
     if table.runner not in made.values() or (keeps_budgets and given["disk"] < scales.held(made, dealt.ring)["disk"]):
         return Residents(dict(device_map), ring)
-    return Residents(made, dealt.ring)
+    return Residents(made, _explained(dealt.ring, ring))
+
+
+def _explained(ring: Ring, asked: Ring) -> Ring:
+    """*ring*, and why it is not what the caller *asked* for, if it is not."""
+    if not isinstance(ring, int) or ring == asked:
+        return ring
+    return Depth(ring, SMALL if asked is None else f"at most {asked} were asked for, and fewer leave more blocks in memory")
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,10 +119,16 @@ def entries_of(state: Mapping[str, object]) -> list[TensorEntry]:
 
 def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
     if not isinstance(value, torch.Tensor):
-        raise LoadError(f"{shown(name)} is {shown(value)} and no tensor, which safetensors cannot hold")
+        raise LoadError(
+            f"{shown(name)} is {shown(value)} and no tensor, which safetensors cannot hold",
+            hint="save it apart, as with torch.save",
+        )
     dtype = dtype_of(value)
     if dtype is None or value.layout is not torch.strided or value.is_nested:
-        raise LoadError(f"{shown(name)} is a {value.layout} tensor of {value.dtype}, and only dense ones can be written")
+        raise LoadError(
+            f"{shown(name)} is a {value.layout} tensor of {value.dtype}, and only dense ones can be written",
+            hint="make it dense first, or save it apart with torch.save",
+        )
     if value.is_meta:
         raise LoadError(f"{shown(name)} is on the meta device, where it has no value", hint="load the model before it is saved")
     shape = (*value.shape[:-1], value.shape[-1] * dtype.packed) if value.ndim else ()

@@ -53,6 +53,7 @@ def _identity(path: Path) -> _Identity:
         stat = os.stat(path)
     except OSError as error:
         raise LoadError(
-            f"{shown_path(path)} cannot be read any more, and some of the model's weights stream from there: {error.strerror}"
+            f"{shown_path(path)} cannot be read any more, and some of the model's weights stream from there: {error.strerror}",
+            hint="put the file back and load the model again",
         ) from None
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -13,7 +13,7 @@ from shardkit.errors import LoadError
 from shardkit.load.blocks import Block
 from shardkit.load.budgets import device_key, free_memory
 from shardkit.load.cost import Step, step_of
-from shardkit.load.depths import LITTLE, USUAL, Depth, Ring, depth_for
+from shardkit.load.depths import LITTLE, SMALL, USUAL, Depth, Ring, depth_for
 from shardkit.load.kept import kept_recipes, memory_of_page
 from shardkit.load.lanes import Lane
 from shardkit.load.layouts import Layout
@@ -108,7 +108,7 @@ def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> D
     if ring is not None:
         return ring
     if sum(block.step.room for block in blocks) <= LITTLE:
-        return Depth(USUAL, "little streams, and nothing is measured for it")
+        return Depth(USUAL, SMALL)
     device = blocks[0].device
     pieces = [piece for block in blocks for piece in block.pieces]
     rates = rates_for(((piece.payload, piece.dtype, piece.shape) for piece in pieces), device)
@@ -142,6 +142,9 @@ def _recipe(tensor: torch.Tensor | None) -> Recipe:
     held = tensor.detach().to("cpu").contiguous()
     dtype = dtype_of(held)
     if dtype is None:
-        raise LoadError(f"a weight of the type {held.dtype} cannot stream: no format stores it")
+        raise LoadError(
+            f"a weight of the type {held.dtype} cannot stream: no format stores it",
+            hint="keep its module in memory by the device map",
+        )
     memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
     return Recipe(memory, dtype, tuple(held.shape), held.stride())

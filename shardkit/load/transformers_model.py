@@ -164,15 +164,22 @@ def _weights(folder: ModelFolder, request: Request, config: PreTrainedConfig) ->
     extra = [name for name in getattr(type(config), "extra_files", ()) if (folder.path / name).exists()]
     if extra:
         raise LoadError(
-            f"{shown_path(folder.path)} has weights in files of their own, which are not loaded here: {listed(extra)}"
+            f"{shown_path(folder.path)} has weights in files of their own, which are not loaded here: {listed(extra)}",
+            hint="load it with Transformers itself",
         )
     named = getattr(config, "transformers_weights", None)
     if not isinstance(named, str):
         return folder.weights(_WEIGHTS, request)
     if ".." in Path(named).parts or Path(named).is_absolute():
-        raise LoadError(f"{shown_path(folder.path)}: config.json has its weights elsewhere, in {shown(named)}")
+        raise LoadError(
+            f"{shown_path(folder.path)}: config.json has its weights elsewhere, in {shown(named)}",
+            hint="move that file into the folder, and name it so under transformers_weights",
+        )
     if not (folder.path / named).is_file():
-        raise LoadError(f"{shown_path(folder.path)} has no weights under the name that config.json gives: {shown(named)}")
+        raise LoadError(
+            f"{shown_path(folder.path)} has no weights under the name that config.json gives: {shown(named)}",
+            hint="download that file, or take transformers_weights out of config.json",
+        )
     return folder.path / named
 
 
@@ -185,6 +192,7 @@ def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...],
             f"{shown_path(folder)}: config.json asks for another model: {shown(first)} would be {list(here)}, "
             f"and is {list(there)}{more}",
             wrong_shape=wrong,
+            hint="take config.json and weights from the same model",
         )
 
 

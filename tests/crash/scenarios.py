@@ -20,9 +20,9 @@ from shardkit.edits import Edits
 from shardkit.errors import OutputError, ShardkitError
 from shardkit.offload import prepare_offload
 from shardkit.payload import Extent, Literal, Trailer
-from shardkit.placing import NAME
 from shardkit.plan import OutputFile
 from shardkit.preparation import Terms, prepare
+from shardkit.records import JOURNAL_NAME
 
 MAX_SHARD = "7kB"
 FOREIGN = {"mine.txt": b"mine", "out.old/mine.txt": b"mine too", "out.partial.old/.shardkit-journal": b"mine as well"}
@@ -147,7 +147,7 @@ class Case:
         yield from self._faults_of_state(before)
         if not killed and self.old and not _output(tree(self.work), self.scenario.out):
             yield "the old output is gone, and the new one is not there"
-        finished = _recorded(self.work / f"{self.scenario.out}.partial" / NAME)
+        finished = _recorded(self.work / f"{self.scenario.out}.partial" / JOURNAL_NAME)
         try:
             with Layer(self.work).installed():
                 report = self.scenario.run(self.source, self.work)

@@ -70,7 +70,7 @@ def test_a_class_that_says_nothing_is_a_sentence(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", [])
     with pytest.raises(LoadError, match="LlamaForCausalLM does not say what must not be split") as caught:
         no_split_pattern(source)
-    assert caught.value.hint == "say it with --blocks, or let names tell it"
+    assert caught.value.hint == "give a pattern with blocks=, or none, and blocks are inferred from tensor names"
 
 
 class Backwards(nn.Module):

@@ -30,7 +30,7 @@ def resident(nbytes: int) -> Step:
         ([streamed(100), resident(900)] * 4, 200, 40.0, "disk"),
         ([streamed(100)] * 4 + [resident(900)] * 4, 200, 58.0, "disk"),  # two are read behind 36 s, the others one by one
         ([streamed(100), resident(1900)] * 4, 200, 80.0, "compute"),
-        ([Step(disk=100, copied=1000, compute=100, room=100)] * 4, 300, 80.0, "host copy"),
+        ([Step(disk=100, copied=1000, compute=100, room=100)] * 4, 300, 80.0, "copy"),
         ([Step(link=100, compute=100, room=100)] * 4, 300, 20.0, "link"),
         ([Step(disk=100, link=100, compute=100, room=100)] * 4, 300, 40.0, "disk"),
         ([streamed(100)] * 4, 400, 4.0, "compute"),

@@ -165,6 +165,23 @@ def test_for_little_nothing_is_measured(file: Path, monkeypatch: pytest.MonkeyPa
     close(model)
 
 
+@pytest.mark.parametrize(
+    ("ring", "sentence"),
+    [
+        (None, "3 blocks: little streams, and nothing is measured for it"),
+        (5, "3 blocks: at most 5 were asked for, and fewer leave more blocks in memory"),
+        (3, "3, as was asked for"),
+    ],
+)
+def test_a_ring_that_is_chosen_for_a_map_says_so(
+    file: Path, ring: int | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardkit.load.dealing.seconds_with", lambda depth, *_: abs(depth - 3))
+    model = loaded(file, "auto", max_memory={"cpu": 6 * WIDTH * WIDTH * 4}, ring=ring)
+    assert explain(model, rates=DISK).depths == (sentence,)
+    close(model)
+
+
 @torch.no_grad()
 def test_a_ring_that_was_measured_for_runs_like_any_other(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "LITTLE", 0)

@@ -16,7 +16,7 @@ from shardkit.errors import OverBudget
 from shardkit.load.blocks import Block, cut
 from shardkit.load.budgets import Device
 from shardkit.load.dealing import ring_bytes, spread
-from shardkit.load.depths import Ring
+from shardkit.load.depths import Depth, Ring
 from shardkit.load.device_maps import check_device_map, device_of
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.module_sizes import module_sizes, named_tensors
@@ -150,8 +150,10 @@ def test_a_large_part_stays_where_the_ring_would_be_larger_for_it() -> None:
 def test_a_ring_gets_fewer_blocks_where_there_is_not_room_for_as_many() -> None:
     model = toy([8] * 10, words=1)
     small = 10 * 64 + 2 * 64 + 2 * 64
-    assert chosen(model, {"cpu": small + 3 * KB}).ring == 3 - 1  # one of three blocks that have room stays
-    assert chosen(model, {"cpu": small + 2 * KB}).ring == 2
+    ring = chosen(model, {"cpu": small + 3 * KB}).ring
+    assert ring == Depth(3 - 1, "at most 4 were asked for, and fewer leave more blocks in memory")
+    assert isinstance(few := chosen(model, {"cpu": small + 2 * KB}).ring, Depth)
+    assert few.blocks == 2
     with pytest.raises(OverBudget, match=r"'layers\.9' with 1\.02 kB") as caught:
         chosen(model, {"cpu": 2 * KB})
     assert (caught.value.needed, caught.value.available) == (10 * 64 + 2 * KB, 2 * KB)

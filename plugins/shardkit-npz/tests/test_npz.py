@@ -311,7 +311,7 @@ def test_a_type_that_numpy_lacks_is_refused_with_advice(dtype: DType) -> None:
     with pytest.raises(Unwritable, match="numpy has no such type") as caught:
         npz.lay_out([entry], {})
     assert caught.value.hint
-    assert ("--dtype fp32" in caught.value.hint) == (dtype.kind == "float")
+    assert ("dtype='fp32'" in caught.value.hint) == (dtype.kind == "float")
 
 
 def test_two_tensors_of_one_name_clash() -> None:

@@ -7,7 +7,7 @@ from math import prod
 from operator import mul
 from pathlib import Path
 
-from shardkit.plugin import DType, Malformed, Other, Payload, Swapped, TensorEntry, strided
+from shardkit.plugin import DType, Malformed, Other, Payload, Swapped, TensorEntry, several, strided
 from shardkit_npz.header import Foreign, Header
 
 
@@ -21,7 +21,7 @@ def tensor(path: Path, name: str, header: Header, data: Payload, where: str) -> 
         return Other((name,), header.dtype.kind, data.nbytes, header.dtype.reason)
     need = header.dtype.itemsize * prod(header.shape)
     if data.nbytes != need:
-        message = f"{header.dtype.code} {list(header.shape)} needs {need:,} bytes of data, and there are {data.nbytes:,}"
+        message = f"{header.dtype.code} {list(header.shape)} needs {several(need, 'byte')} of data, and there are {data.nbytes:,}"
         raise Malformed(path, message, where=where, hint=_hint(data.nbytes, need))
     if header.is_big_endian and header.dtype.word > 1:
         data = Swapped(data, header.dtype.word)

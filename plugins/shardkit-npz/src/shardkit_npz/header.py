@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.plugin import BY_CODE, DType, Malformed, OtherKind, TensorEntry, Unwritable, shown
+from shardkit.plugin import BY_CODE, DType, Malformed, OtherKind, TensorEntry, Unwritable, option, shown
 from shardkit_npz.literals import Literal, parse_dict
 
 MAGIC = b"\x93NUMPY"
@@ -18,6 +18,7 @@ SUFFIX = ".npy"
 
 _LONGEST = 1 << 20
 _MOST_AXES = 32  # numpy 1 knows no more
+_ELSEWHERE = ("leave it out with ", option("exclude"), ", or write .safetensors")
 _ALIGNMENT = 64
 _FIXED = {1: 10, 2: 12, 3: 12}  # magic, version and length
 _DESCRS = {"b1": "BOOL", "i1": "I8", "u1": "U8", "i2": "I16", "u2": "U16", "i4": "I32", "u4": "U32", "i8": "I64", "u8": "U64"}
@@ -89,13 +90,11 @@ def dump(entry: TensorEntry) -> bytes:
     """
     descr = _DESCR_OF.get(entry.dtype)
     if descr is None:
-        hint = (
-            "cast it, as in --dtype fp32" if entry.dtype.kind == "float" else "leave it out with --exclude, or write .safetensors"
-        )
+        hint = ("cast it, as in ", option("dtype", "fp32")) if entry.dtype.kind == "float" else _ELSEWHERE
         raise Unwritable(f"tensor {shown(entry.name)} is {entry.dtype.code}, and numpy has no such type", hint=hint)
     if len(entry.shape) > _MOST_AXES:
         message = f"tensor {shown(entry.name)} has {len(entry.shape)} axes, and numpy knows {_MOST_AXES} at most"
-        raise Unwritable(message, hint="leave it out with --exclude, or write .safetensors")
+        raise Unwritable(message, hint=_ELSEWHERE)
     order = "|" if entry.dtype.itemsize == 1 else "<"
     text = f"{{'descr': '{order}{descr}', 'fortran_order': False, 'shape': {entry.shape}, }}".encode()
     text += b" " * (-(_FIXED[1] + len(text) + 1) % _ALIGNMENT) + b"\n"

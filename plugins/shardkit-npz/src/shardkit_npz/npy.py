@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shardkit.plugin import Checkpoint, Format, Literal, Other, Part, Source, TensorEntry, Unwritable, shown
+from shardkit.plugin import Checkpoint, Format, Literal, Other, Part, Source, TensorEntry, Unwritable, option, renaming, shown
 from shardkit_npz import header
 from shardkit_npz.arrays import tensor
 
@@ -32,12 +32,13 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     """
     if len(entries) != 1:
         raise Unwritable(
-            f"a .npy file holds one tensor, and {len(entries)} were selected", hint="write .npz, or choose one with --include"
+            f"a .npy file holds one tensor, and {len(entries)} were selected",
+            hint=("write .npz, or choose one with ", option("include")),
         )
     (entry,) = entries
     if entry.name != NAME:
         message = f"a .npy file keeps no name and its tensor is read as {NAME!r}; this one is called {shown(entry.name)}"
-        raise Unwritable(message, hint=f"rename it: --rename '^.*$={NAME}'; or write .npz, which keeps names")
+        raise Unwritable(message, hint=("rename it: ", renaming("^.*$", NAME), "; or write .npz, which keeps names"))
     extra = sorted(set(metadata) - {"format"})
     if extra:
         raise Unwritable(

@@ -26,6 +26,7 @@ from shardkit.plugin import (
     Source,
     TensorEntry,
     Unwritable,
+    option,
     shown,
 )
 from shardkit_npz import header
@@ -62,7 +63,7 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     """
     kept = {entry.name: entry for entry in entries}
     if len(kept) < len(entries):
-        raise NameClash("two tensors of an .npz file would have one name")
+        raise NameClash("two tensors of an .npz file would have one name", hint=("give one another with ", option("rename")))
     ties = {alias: name for alias, name in metadata.items() if name in kept and alias not in kept}
     tied = [replace(kept[name], path=(alias,)) for alias, name in ties.items()]
     comment = _comment({key: text for key, text in metadata.items() if key not in ties and key != "format"})
@@ -108,5 +109,7 @@ def _member(entry: TensorEntry) -> NewMember:
     except UnicodeEncodeError:
         name = b"\0"
     if b"\0" in name or len(name) > _LONGEST_NAME:
-        raise Unwritable(f"a zip archive has no room for the name {shown(entry.name)}", hint="give it another with --rename")
+        raise Unwritable(
+            f"a zip archive has no room for the name {shown(entry.name)}", hint=("give it another with ", option("rename"))
+        )
     return NewMember(name, Concat((Literal(header.dump(entry)), entry.payload)))
