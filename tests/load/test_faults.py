@@ -347,7 +347,7 @@ def resident_bytes() -> int:
 
 def settled(before: tuple[int, int]) -> bool:
     """Whether there are no more threads and descriptors than *before*, soon."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 200
     while threads_and_descriptors() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     return threads_and_descriptors() <= before
