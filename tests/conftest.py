@@ -25,8 +25,9 @@ for name in ("NO_COLOR", "FORCE_COLOR"):
 def one_thread() -> Iterator[None]:
     """Torch computes in the calling thread alone, from the first test of the module that asks for it to the module's last.
 
-    For tests that fork, because the threads of OpenMP do not exist in the child, and for tests of small models in many
-    threads, where the threads of each would only wait for one another.
+    For tests that fork, because the threads of OpenMP do not exist in the child, and for models that are so small that several
+    threads would only wait for each other. Threads that a test starts have as many as the environment says, and their results
+    may differ in the last bit.
     """
     import torch
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import pytest
 import zstandard
 
 from children import begun, forks, in_a_child, said_by, threaded
@@ -19,7 +18,7 @@ from shardkit.forks import begin_again_in_children
 from shardkit.limits import Limits
 from shardkit.payload import Extent
 
-pytestmark = [forks, threaded, pytest.mark.timeout(60)]
+pytestmark = [forks, threaded]
 
 
 class Owner:

@@ -186,7 +186,7 @@ def test_threads_of_reading_end_with_the_model(load: Load) -> None:
     del model
     gc.collect()
     for thread in started:
-        thread.join(10)
+        thread.join(200)
     assert not any(thread.is_alive() for thread in started)
 
 

@@ -244,7 +244,7 @@ def test_threads_share_kept_pages_and_others(bytes_of_file: tuple[Path, bytes]) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert right == [True] * 800
 
 

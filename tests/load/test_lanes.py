@@ -76,7 +76,7 @@ def test_threads_send_side_by_side_and_go_on_where_they_were(lane: Lane) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert right == [True] * 4
 
 

@@ -93,7 +93,7 @@ def test_threads_with_blocks_that_call_each_other_do_not_stop(file: Path) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert right == [True] * 120
     assert away(model)
 
@@ -229,6 +229,6 @@ def test_a_model_is_right_on_a_device_whose_copies_come_late(file: Path, monkeyp
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert right == [True] * 200
     assert lane.bytes <= 2 * 4 * (WIDTH * WIDTH + 2 * WIDTH)

@@ -92,7 +92,7 @@ def test_four_threads_and_two_slots_come_to_an_end(file: Path, lane: Lane) -> No
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
     assert stream.nbytes <= 2 * PAGE
@@ -134,7 +134,7 @@ def counted(file: Path, *, ring: int = 2, count: int = 8) -> tuple[Stream, list[
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 200
     while not condition() and time.monotonic() < end:
         time.sleep(0.001)
     return condition()
@@ -150,7 +150,7 @@ def test_threads_that_want_the_same_page_share_one_read(file: Path) -> None:
     assert eventually(lambda: payloads[5].reads == 1)
     payloads[5].go.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(200)
     assert len(got) == 4
     assert payloads[5].reads == 1
 
@@ -300,7 +300,7 @@ def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path
     time.sleep(0.05)
     assert not got
     stream.release(1, "b")
-    thread.join(20)
+    thread.join(200)
     assert got
 
 
@@ -462,7 +462,7 @@ def test_a_rest_is_when_what_is_read_ahead_has_come_or_failed(file: Path) -> Non
     resting.join(0.05)
     assert resting.is_alive()
     payloads[1].go.set()
-    resting.join(20)
+    resting.join(200)
     assert not resting.is_alive()
     assert stream._pages[1].there
     assert stream._pages[2].failed
@@ -484,7 +484,7 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
     for payload in payloads:
         payload.go.set()
     for each in (thread, needed):
-        each.join(20)
+        each.join(200)
 
 
 def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: Lane) -> None:
@@ -563,7 +563,7 @@ def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_
     assert thread.is_alive()
     for part in parts:
         part.go.set()
-    thread.join(20)
+    thread.join(200)
     assert not thread.is_alive()
     assert not readers()
     assert sum(part.reads for part in parts) == _READERS
@@ -622,7 +622,7 @@ def test_a_close_waits_for_what_another_thread_needs_and_may_be_repeated(file: P
     closes = [closing(stream), closing(stream)]
     payloads[0].go.set()
     for thread in (needing, *closes):
-        thread.join(20)
+        thread.join(200)
         assert not thread.is_alive()
     assert not readers()
     assert got[0] is not None
