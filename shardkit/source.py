@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from shardkit.surroundings import holds_weights
 from shardkit.weight_names import is_index, likeliness, variant_of
 
 _MOST_INDEXES = 8
+_FLAT_INDEX = re.compile(rb'\{\s*"[^"\\]{1,999}"\s*:\s*"[^"\\]{1,999}\.(safetensors|bin|pt|pth)(\.zst)?"')
 
 
 def open(
@@ -186,7 +188,8 @@ def _is_index(source: Source) -> bool:
     if is_index(expanded(source.path.name)):
         return True
     head = source.head.lstrip()
-    return head.startswith(b"{") and b'"weight_map"' in head
+    is_flat = source.path.name.endswith(".json") and bool(_FLAT_INDEX.match(head))
+    return is_flat or (head.startswith(b"{") and b'"weight_map"' in head)
 
 
 def _is_of_a_folder_format(source: Source) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 import shardkit
@@ -93,6 +94,11 @@ CHOICES: dict[str, tuple[Layout, list[int], list[str]]] = {
         {"model.safetensors": 1, "model.fp16.safetensors": 3},
         [1],
         ["model.fp16.safetensors"],
+    ),
+    "a plain file beside itself compressed": (
+        {"model.safetensors": 1, "model.safetensors.zst": zstandard.compress(b"x" * 99)},
+        [1],
+        ["model.safetensors.zst"],
     ),
     "a variant alone": ({"model.fp16.safetensors": 3}, [3], []),
     "an index of a variant alone": (
@@ -292,6 +298,8 @@ def test_a_flat_index_and_dots_in_names_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.index.json").write_text(json.dumps({"1.weight": "./a.safetensors", "2.weight": "b.safetensors"}))
     assert list(shardkit.open(tmp_path)) == ["1.weight", "2.weight"]
     assert shardkit.open(tmp_path).left_out == ()
+    (tmp_path / "x.index.json").rename(tmp_path / "any.json")
+    assert list(shardkit.open(tmp_path / "any.json")) == ["1.weight", "2.weight"]
 
 
 def test_a_file_given_by_itself_answers_for_itself_alone(tmp_path: Path) -> None:
