@@ -80,7 +80,7 @@ def of_shards(shards: ShardSet) -> Candidate:
 
 def in_order(names: Sequence[str]) -> Iterator[str]:
     """Those of *names* that loaders look for, and indexes of other names, in their order."""
-    by_plain = {expanded(name): name for name in names}
+    by_plain = {expanded(name): name for name in reversed(names)}  # one that is there in plain goes first
     yield from (by_plain[name] for name in PREFERRED if name in by_plain)
     yield from sorted((name for name in names if is_index(name) and name not in PREFERRED), key=_safe_first)
 

@@ -61,7 +61,9 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
     if len(weight_map) > limits.tensors:
         raise LimitExceeded(path, f"lists {len(weight_map):,} tensors", limit="tensors", actual=len(weight_map))
     _check_files(path, weight_map)
-    return Index({tensor: _without_dots(file) for tensor, file in weight_map.items()}, metadata)
+    if any("./" in file for file in set(weight_map.values())):
+        weight_map = {tensor: _without_dots(file) for tensor, file in weight_map.items()}
+    return Index(weight_map, metadata)
 
 
 def dump(weight_map: Mapping[str, str], total_size: int) -> bytes:

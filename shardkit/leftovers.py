@@ -22,6 +22,7 @@ from shardkit.weight_names import (
 )
 
 _NOT_FETCHED = "contains no weights: a git-lfs pointer or an unfinished download"
+_UNREADABLE = "cannot be read, so it is not copied"
 _TOO_LARGE = f"larger than {format_size(LARGEST_COMPANION)}, so it is not copied"
 
 
@@ -77,6 +78,8 @@ class Reader:
                 return _NOT_FETCHED
             case Role.TOO_LARGE:
                 return _TOO_LARGE
+            case Role.UNREADABLE:
+                return _UNREADABLE
             case Role.FOREIGN_WEIGHTS:
                 return f"{beside.what}, which no installed format reads"
         if beside.is_folder:

@@ -99,7 +99,6 @@ class _Census:
     def add(self, name: str, shard: Checkpoint) -> None:
         """Take from *shard*, which is called *name*, what is to be taken from it."""
         foreign: list[TensorEntry] = []
-        listed_here = {entry.payload for entry in shard.tensors if self.weight_map.get(entry.name) == name}
         for entry in shard.tensors:
             place = self.weight_map.get(entry.name)
             if place == name:
@@ -109,6 +108,9 @@ class _Census:
             else:
                 foreign.append(entry)
                 self._take(entry, name)
+        if not foreign:
+            return
+        listed_here = {entry.payload for entry in shard.tensors if self.weight_map.get(entry.name) == name}
         for entry in foreign:
             if entry.name in self.weight_map:
                 self.moved.append(entry.name)

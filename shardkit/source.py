@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from shardkit.weight_names import is_index, likeliness, variant_of
 
 _LOG = logging.getLogger("shardkit")
 _MOST_INDEXES = 8
+_FLAT_INDEX = re.compile(rb'\{\s*"[^"\\]{1,999}"\s*:\s*"[^"\\]{1,999}\.(safetensors|bin|pt|pth)(\.zst)?"')
 
 
 def open(
@@ -199,7 +201,8 @@ def _is_index(source: Source) -> bool:
     if is_index(expanded(source.path.name)):
         return True
     head = source.head.lstrip()
-    return head.startswith(b"{") and b'"weight_map"' in head
+    is_flat = source.path.name.endswith(".json") and bool(_FLAT_INDEX.match(head))
+    return is_flat or (head.startswith(b"{") and b'"weight_map"' in head)
 
 
 def _is_of_a_folder_format(source: Source) -> bool:

@@ -41,6 +41,7 @@ class Role(Enum):
     FOREIGN_WEIGHTS = auto()
     NOT_FETCHED = auto()
     TOO_LARGE = auto()
+    UNREADABLE = auto()
     LISTING = auto()
 
     @property
@@ -138,7 +139,7 @@ def _claim(path: Path) -> Role | None:
         source = Source.file(path, _LOOK)
         head = source.head
     except FormatError:
-        return None
+        return Role.UNREADABLE
     is_called_so = _is_called_weights(path.name)
     if head.startswith(_POINTER):
         return Role.NOT_FETCHED if is_called_so else None

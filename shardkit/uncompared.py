@@ -26,7 +26,8 @@ class Side:
         folder = self.path if self.path.is_dir() else self.path.parent
         read = [os.path.abspath(file.path) for file in other.checkpoint.files] if other else []
         for part in self.checkpoint.left_out:
-            pattern = os.path.abspath(folder / part.path) + ("/*" if part.path.endswith("/") else "")
+            below = "*" if part.path.endswith("/") else ""
+            pattern = os.path.join(os.path.abspath(folder), part.path) + below
             if not any(fnmatchcase(file, pattern) for file in read):
                 yield replace(part, path=os.path.join(folder, part.path))
         for part in self.parts:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 import shardkit
 from shardkit.errors import FormatError, Malformed, UnknownFormat
+from shardkit.format import Source
 
 Content = int | Sequence[str] | str | bytes
 Layout = Mapping[str, Content]
@@ -93,6 +95,11 @@ CHOICES: dict[str, tuple[Layout, list[int], list[str]]] = {
         {"model.safetensors": 1, "model.fp16.safetensors": 3},
         [1],
         ["model.fp16.safetensors"],
+    ),
+    "a plain file beside itself compressed": (
+        {"model.safetensors": 1, "model.safetensors.zst": zstandard.compress(b"x" * 99)},
+        [1],
+        ["model.safetensors.zst"],
     ),
     "a variant alone": ({"model.fp16.safetensors": 3}, [3], []),
     "an index of a variant alone": (
@@ -292,6 +299,8 @@ def test_a_flat_index_and_dots_in_names_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.index.json").write_text(json.dumps({"1.weight": "./a.safetensors", "2.weight": "b.safetensors"}))
     assert list(shardkit.open(tmp_path)) == ["1.weight", "2.weight"]
     assert shardkit.open(tmp_path).left_out == ()
+    (tmp_path / "x.index.json").rename(tmp_path / "any.json")
+    assert list(shardkit.open(tmp_path / "any.json")) == ["1.weight", "2.weight"]
 
 
 def test_a_file_given_by_itself_answers_for_itself_alone(tmp_path: Path) -> None:
@@ -415,6 +424,22 @@ def test_a_link_to_missing_weights_is_noted(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").symlink_to("../blobs/gone")
     (tmp_path / "gone.txt").symlink_to("../blobs/gone")
     assert shardkit.open(tmp_path).notes == ("links to files that are missing: 'adapter_model.safetensors'",)
+
+
+def test_what_cannot_be_read_is_reported_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(tmp_path / "model", {"model.safetensors": 1, "key.txt": "x", "vocab.txt": "y"})
+    readable = Source.file.__func__  # type: ignore[attr-defined] - a classmethod's function
+
+    def file(cls: type[Source], path: Path, *args: object) -> Source:
+        if path.name == "key.txt":
+            raise FormatError(path, "cannot be read: Permission denied")
+        found: Source = readable(cls, path, *args)
+        return found
+
+    monkeypatch.setattr(Source, "file", classmethod(file))
+    (part,) = shardkit.convert(source, tmp_path / "out").left_out
+    assert (part.path, part.reason) == ("key.txt", "cannot be read, so it is not copied")
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.safetensors", "vocab.txt"]
 
 
 def test_what_is_too_large_to_be_copied_is_reported(tmp_path: Path) -> None:
