@@ -22,11 +22,13 @@ class Item:
         name: from the outermost module on, dotted.
         value: what it is.
         aside: why it is no part of the state dict; empty if it is one.
+        is_deep: whether it is a container; tensors in it may have names elsewhere, as those of another module have.
     """
 
     name: str
     value: object
     aside: str = ""
+    is_deep: bool = False
 
 
 def module_state(value: object) -> Dict | None:
@@ -41,18 +43,21 @@ def module_state(value: object) -> Dict | None:
     return None
 
 
-def module_items(outermost: Dict, visited: Callable[[int], None]) -> Iterator[Item]:
+def module_items(
+    outermost: Dict, visited: Callable[[int], None], holds: Callable[[object], bool] = lambda value: False
+) -> Iterator[Item]:
     """What the module with this state holds.
 
     Args:
         outermost: as from `module_state`.
         visited: told the length of the name of each module that is looked at, so that the caller can put an end to it:
             modules that share modules can have more names than there is time for.
+        holds: says of an attribute whether it is a container with tensors, near or far; such attributes are given too.
     """
     names: list[str] = []
     states = [outermost]
     stack = [_filled(outermost, "_modules")]
-    yield from _own("", outermost)
+    yield from _own("", outermost, holds)
     while stack:
         for name, child in stack[-1]:
             prefix = ".".join([*names, name])
@@ -63,7 +68,7 @@ def module_items(outermost: Dict, visited: Callable[[int], None]) -> Iterator[It
             elif any(state is above for above in states):
                 yield Item(prefix, child, "a module that contains itself")
             else:
-                yield from _own(prefix + ".", state)
+                yield from _own(prefix + ".", state, holds)
                 names.append(name)
                 states.append(state)
                 stack.append(_filled(state, "_modules"))
@@ -84,10 +89,11 @@ def packed_class(value: object) -> str | None:
     return None
 
 
+_ATTRIBUTE = "an attribute of a module, which is no part of the state dict"
 _SHAPE = ("_parameters", "_buffers", "_modules")
 
 
-def _own(prefix: str, state: Dict) -> Iterator[Item]:
+def _own(prefix: str, state: Dict, holds: Callable[[object], bool]) -> Iterator[Item]:
     """The parameters and buffers of one module, and tensors that it keeps beside them."""
     yield from (Item(prefix + name, value) for name, value in _filled(state, "_parameters"))
     passing = _passing(state)
@@ -97,7 +103,9 @@ def _own(prefix: str, state: Dict) -> Iterator[Item]:
         if packed_class(value) is not None:
             yield Item(prefix + key_text(key), value)
         elif _is_weight(value):
-            yield Item(prefix + key_text(key), value, "an attribute of a module, which is no part of the state dict")
+            yield Item(prefix + key_text(key), value, _ATTRIBUTE)
+        elif key not in _SHAPE and holds(value):
+            yield Item(prefix + key_text(key), value, _ATTRIBUTE, is_deep=True)
 
 
 def _filled(state: Dict, kind: str) -> Iterator[tuple[str, object]]:

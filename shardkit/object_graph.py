@@ -11,7 +11,7 @@ from shardkit.dtypes import DType
 from shardkit.errors import shown
 from shardkit.numpy_arrays import Array, is_tensor
 from shardkit.stand_ins import Builder, Dict, Global, LongString, Opaque, key_text
-from shardkit.torch_tensors import TENSORS, Stateful
+from shardkit.torch_tensors import TENSORS, Stateful, View
 
 CONTAINERS = frozenset({Dict, list, tuple, Opaque, Array, Stateful})
 """Types of the objects that have parts. An array has them if it is one of objects, a tensor if it has attributes."""
@@ -90,6 +90,44 @@ def _closed(bearing: list[int], parents: dict[int, list[int]]) -> frozenset[int]
             closed.add(node)
             bearing.extend(parents[node])
     return frozenset(closed)
+
+
+class Named:
+    """Which tensors have a name so far, and how many bytes those take that have none."""
+
+    def __init__(self) -> None:
+        """Know of no tensor yet."""
+        self._storages: set[str] = set()
+        self._others: set[int] = set()
+        self._entered: set[int] = set()
+
+    def add(self, tensor: object) -> None:
+        """*tensor* has a name; so have all views of its storage."""
+        if isinstance(tensor, View):
+            self._storages.add(tensor.storage.key)
+        else:
+            self._others.add(id(tensor))
+
+    def rest(self, value: object) -> int:
+        """Bytes of the tensors below *value* that have no name. They count once: asked again, it is 0."""
+        total, stack = 0, [value]
+        while stack:
+            node = stack.pop()
+            if id(node) in self._entered:
+                continue
+            self._entered.add(id(node))
+            for child in inside(node):
+                if is_tensor(child) and not self._has(child):
+                    total += child.nbytes  # type: ignore[attr-defined]  # a tensor has bytes
+                    self.add(child)
+                if type(child) in CONTAINERS:
+                    stack.append(child)
+        return total
+
+    def _has(self, tensor: object) -> bool:
+        if isinstance(tensor, View):
+            return tensor.storage.key in self._storages
+        return id(tensor) in self._others
 
 
 def nbytes_of(value: object) -> int:

@@ -20,11 +20,12 @@ from pathlib import Path
 from shardkit.checkpoint import Other, OtherKind, TensorEntry
 from shardkit.errors import LimitExceeded, Malformed, listed, shown
 from shardkit.limits import Limits
-from shardkit.module_tree import module_items, module_state, packed_class
+from shardkit.module_tree import Item, module_items, module_state, packed_class
 from shardkit.numpy_arrays import Array, Numbers, is_tensor, numbers_of
-from shardkit.object_graph import CONTAINERS, attribute, attributes, bearing_of, children, described, inside, nbytes_of
+from shardkit.object_graph import CONTAINERS, Named, attribute, attributes, bearing_of, children, described, inside, nbytes_of
 from shardkit.payload import Literal, Payload
 from shardkit.pickle_strings import Strings
+from shardkit.sizes import format_size
 from shardkit.stand_ins import Dict
 from shardkit.torch_tensors import Record, Stateful, Storage, Undense, View
 
@@ -90,6 +91,9 @@ class _Walk:
         self._entered: dict[int, tuple[int, str]] = {}  # where a container was first met: the one around it, and its name
         self._known: dict[int, TensorEntry] = {}  # an array under several names is one payload
         self._arrays = 0  # names of arrays
+        self._named = Named()
+        self._attributes: list[tuple[Names, Item]] = []
+        self._left_out: list[str] = []  # attributes with tensors that have no name
         self._counted = 0  # objects that were looked at only to count bytes
         self._names: list[str] = []  # from the root to the container that is being read
         self._seen = 0
@@ -108,12 +112,19 @@ class _Walk:
             else:
                 stack.pop()
                 del self._names[-1:]
+        for path, item in self._attributes:  # now that all that has a name is known
+            if nbytes := self._named.rest(item.value):
+                self.other(path, OtherKind.OBJECT, item.aside, nbytes)
+                self._left_out.append(f"{shown('.'.join(path))} ({format_size(nbytes)})")
 
     def notes(self) -> Iterator[str]:
         """What there is to say about what was found."""
         if self._arrays:
             what = "1 tensor is a NumPy array" if self._arrays == 1 else f"{self._arrays:,} tensors are NumPy arrays"
             yield f"{what} in the pickle; such arrays are read like tensors"
+        if self._left_out:
+            left = listed(self._left_out, most=3)
+            yield f"tensors in plain attributes of modules are left out, as by state_dict(): {left}"
 
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
@@ -146,8 +157,13 @@ class _Walk:
         return ".".join(reversed(names[:-1])) or "the root"
 
     def _module(self, names: Names, state: Dict) -> None:
-        for item in module_items(state, self._spend):
+        for item in module_items(state, self._spend, lambda value: id(value) in self.bearing):
             path = (*names, item.name)
+            if item.is_deep:
+                self._spend(8 * len(path) + len(item.name))
+                self._attributes.append((path, item))
+                continue
+            self._named.add(item.value)
             if item.aside:
                 self.other(path, OtherKind.OBJECT, item.aside, nbytes_of(item.value))
             elif is_tensor(item.value):

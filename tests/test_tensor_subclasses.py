@@ -169,3 +169,26 @@ def test_4_bit_and_8_bit_parameters_of_bitsandbytes_are_refused_with_their_table
     assert other.nbytes > four.weight.nbytes
     dense = dict(four.state_dict())
     assert len(shardkit.open(saved(dense, tmp_path)).tensors) == len(dense)  # its own way to save it loses nothing
+
+
+class Hidden(nn.Module):
+    """A module with tensors where no state dict looks, and references to what it has anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.unregistered = [nn.Linear(3, 3), nn.Linear(3, 3)]
+        self.cache = {"k": {"deep": torch.ones(5)}}
+        self.again = {"same": [self.layer, self.unregistered[0]]}
+        self.settings = {"rate": 0.1}
+
+
+def test_tensors_in_plain_attributes_of_modules_are_reported_once_with_their_bytes(tmp_path: Path) -> None:
+    path = saved(Hidden(), tmp_path)
+    assert list(torch.load(path, weights_only=False).state_dict()) == ["layer.weight", "layer.bias"]
+    checkpoint = shardkit.open(path)
+    assert [entry.name for entry in checkpoint.tensors] == ["layer.weight", "layer.bias"]
+    found = {other.name: other.nbytes for other in checkpoint.others if other.kind is OtherKind.OBJECT}
+    assert found == {"unregistered": 2 * (9 + 3) * 4, "cache": 20}
+    (note,) = shardkit.convert(path, tmp_path / "out").notes
+    assert note.endswith("are left out, as by state_dict(): 'unregistered' (96 B), 'cache' (20 B)")
