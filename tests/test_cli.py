@@ -278,7 +278,8 @@ def test_a_closed_stdout_is_a_sentence_and_a_closed_stderr_no_harm() -> None:
         )
 
     command = ["-m", "shardkit", "formats"]
-    assert (run("1").returncode, run("1").stderr) == (1, "shardkit: standard output is closed\n")
+    said = "shardkit: standard output is closed\nhint: leave it open, or send it to a file\n"
+    assert (run("1").returncode, run("1").stderr) == (1, said)
     assert (run("2").returncode, run("2").stdout[:4]) == (0, "NAME")
 
 
