@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -259,15 +261,63 @@ def test_a_closed_pipe_is_silent(arguments: list[str | Path]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+PRINTED: list[list[str | Path]] = [
+    [],
+    ["--help"],
+    ["--version"],
+    ["convert", "--help"],
+    ["formats"],
+    ["inspect", TRAINING],
+    ["inspect", TRAINING, "--json"],
+    ["place", TRAINING],
+    ["convert", TRAINING, "-o", "nowhere", "--dry-run"],
+    ["verify", GOOD / "zip-matrix.pt"],
+    ["diff", TRAINING, TRAINING],
+]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_behind_stdout_is_a_sentence() -> None:
+@pytest.mark.parametrize("arguments", PRINTED, ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""))
+def test_a_full_disk_behind_stdout_is_a_sentence(arguments: list[str | Path]) -> None:
     with open("/dev/full", "w") as full:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "shardkit", "formats"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
-    assert done.returncode == 1
-    said = "shardkit: standard output cannot be written: No space left on device"
-    assert done.stderr.decode() == f"{said}\nhint: free some space, or send it elsewhere\n"
+        command = [sys.executable, "-m", "shardkit", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == (2 if arguments and arguments[0] in ("verify", "diff") else 1)
+    sentence = "shardkit: standard output cannot be written: No space left on device"
+    lines = [line for line in done.stderr.decode().splitlines() if not line.startswith("note: ")]
+    assert lines == [sentence, "hint: free some space, or send it elsewhere"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(("arguments", "code"), [(["formats"], 0), (["inspect", "nowhere"], 1), (["verify", "nowhere"], 2)])
+def test_a_full_disk_behind_stderr_stops_no_work(arguments: list[str], code: int) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "shardkit", *arguments, "-v"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, bool(done.stdout)) == (code, code == 0)
+
+
+class Broken(io.StringIO):
+    """A stdout whose other end is gone in some way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 1), (errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EBADF, 1), (errno.EPIPE, 141)]
+)
+@pytest.mark.parametrize("arguments", PRINTED[:6], ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""))
+def test_whatever_stdout_fails_with_is_no_traceback(
+    arguments: list[str | Path], number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Broken(number))
+    assert main([*map(str, arguments)]) == code
+    assert capsys.readouterr().err.startswith("shardkit: standard output cannot be written: " if code == 1 else "")
 
 
 @posix
