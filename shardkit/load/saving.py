@@ -17,7 +17,7 @@ from shardkit.destination import followed
 from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
 from shardkit.errors import LoadError, shown
-from shardkit.load.paged import Paged
+from shardkit.load.paged import Paged, is_address
 from shardkit.load.recipe import dtype_of
 from shardkit.payload import CHUNK, Buffer, Extent, Payload, check_range
 from shardkit.plan import plan_folder
@@ -122,7 +122,7 @@ def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
     if value.is_meta:
         raise LoadError(f"{shown(name)} is on the meta device, where it has no value", hint="load the model before it is saved")
     shape = (*value.shape[:-1], value.shape[-1] * dtype.packed) if value.ndim else ()
-    payload = value.payload if isinstance(value, Paged) else _held(value.detach(), dtype, storages)
+    payload = value.payload if isinstance(value, Paged) and is_address(value) else _held(value.detach(), dtype, storages)
     return TensorEntry((name,), dtype, shape, payload)
 
 

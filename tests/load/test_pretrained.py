@@ -18,7 +18,7 @@ from torch import nn
 from accelerators import KIND, RUNNERS, needs_one
 from shardkit.errors import BadDType, FormatError, LoadError, Mismatch, OverBudget, ReadOnly
 from shardkit.load import close, from_pretrained, tensors
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 from shardkit.load.transformers_model import _made
 from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, half, llama, logits, mixtral
 
