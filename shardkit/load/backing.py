@@ -12,6 +12,7 @@ from shardkit.load.budgets import device_key, free_memory
 from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.remote import Remote
 from shardkit.payload import Buffer
 from shardkit.sizes import format_size
 
@@ -47,8 +48,9 @@ class Backing:
         with torch.inference_mode(False):
             bytes_ = torch.empty(0, dtype=torch.uint8, device=plain.device)
             memory = bytes_.set_(plain.untyped_storage(), int(plain.storage_offset()) * plain.element_size(), (nbytes,), (1,))
-        host = Buffer(memory_of(memory if memory.device.type == "cpu" else memory.cpu()))
-        return cls(Recipe(host, dtype, tuple(plain.shape), plain.stride()), plain.device, memory=memory)
+        is_host = memory.device.type == "cpu"
+        content = Buffer(memory_of(memory)) if is_host else Remote.of(memory, (str(memory.device), memory.data_ptr()))
+        return cls(Recipe(content, dtype, tuple(plain.shape), plain.stride()), plain.device, memory=memory)
 
     def settle(self) -> None:
         """Read the tensor into memory of its own, unless it has memory.

@@ -25,7 +25,7 @@ from torch import nn
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, ReadOnly, shown_path
+from shardkit.errors import LoadError, ReadOnly, shown, shown_path
 from shardkit.load.backing import Backing
 from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
@@ -219,8 +219,7 @@ class Paged(torch.Tensor):
         return held
 
     def _address_or_memory(self) -> Address | torch.Tensor:
-        held = self.held
-        return self._as_address() if held is None else held
+        return self._as_address() if (held := self.held) is None else held
 
     def _as_address(self) -> Address:
         return Address(self.recipe, self.device, self.backing)
@@ -260,8 +259,7 @@ def is_address(tensor: torch.Tensor | None) -> bool:
 
 def _value(paged: Paged) -> torch.Tensor:
     """What to compute with in the place of *paged*."""
-    held = paged.held
-    return paged.read() if held is None else held
+    return paged.read() if (held := paged.held) is None else held
 
 
 def _made(address: Address) -> torch.Tensor:
@@ -288,12 +286,14 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
     targets = [each for each in written(func, args, options) if isinstance(each, Paged)]
     fixed = [each for each in targets if each.backing is None or changes_shapes(func)]
     if fixed:
+        what = "write to a Paged, which is the address of a weight and cannot be written"
+        if (backing := fixed[0].backing) is not None:
+            what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"
         raise ReadOnly(
-            f"{func.overloadpacket.__name__} would write to a Paged, which is the address of a weight and cannot be written",
+            f"{func.overloadpacket.__name__} would {what}",
             places=tuple((each.path, each.start, each.nbytes) for weight in fixed for each in weight.payload.sources),
             hint="write to a copy of it: tensor.clone()",
         )
-    for each in targets:
-        assert each.backing is not None
-        each.backing.settle()
+    for backing in filter(None, (each.backing for each in targets)):
+        backing.settle()
     return targets
