@@ -131,7 +131,7 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as t
 def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package."""
     from shardkit.load import load_checkpoint_and_dispatch
-    from shardkit.load.arrangement import attachments
+    from shardkit.load.attached import attachments
     from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(
@@ -156,7 +156,7 @@ def planned(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -
 def reading(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package, which brings every block to where it would be used, and computes nothing."""
     from shardkit.load import load_checkpoint_and_dispatch
-    from shardkit.load.arrangement import attachments
+    from shardkit.load.attached import attachments
     from shardkit.load.pager import Pager
 
     model = load_checkpoint_and_dispatch(

@@ -18,6 +18,7 @@ ShardkitError (.hint)
 ├── LoadError                       a checkpoint cannot become a running model
 │   ├── Mismatch (.missing .unexpected .wrong_shape)  the model and the checkpoint are not of one kind
 │   ├── ReadOnly (.places)          a weight would be written that is an address
+│   ├── NotTrained                  a gradient is asked of a weight that streams; also a RuntimeError
 │   └── OverBudget (.needed .available)  the memory that may be used is too small
 └── PluginError (.distribution .entry_point)  a plugin cannot be loaded
 
@@ -208,6 +209,10 @@ class ReadOnly(LoadError):
     def __init__(self, message: str, *, places: tuple[tuple[Path, int, int], ...] = (), hint: Hint | None = None) -> None:
         super().__init__(message, hint=hint)
         self.places = places
+
+
+class NotTrained(LoadError, RuntimeError):
+    """A gradient is asked of a weight that streams, or through it when it is no longer in memory."""
 
 
 class OverBudget(LoadError):

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardkit.load.arrangement import close as close
-    from shardkit.load.arrangement import remove_hooks as remove_hooks
+    from shardkit.load.attached import close as close
+    from shardkit.load.attached import remove_hooks as remove_hooks
     from shardkit.load.balance import get_balanced_memory as get_balanced_memory
     from shardkit.load.block_hints import no_split_pattern as no_split_pattern
     from shardkit.load.block_hints import recorded_order as recorded_order
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Paged": "paged",
     "check_device_map": "device_maps",
-    "close": "arrangement",
+    "close": "attached",
     "cpu_offload": "dispatch",
     "cpu_offload_with_hook": "handover",
     "disk_offload": "dispatch",
@@ -47,7 +47,7 @@ _HOMES = {
     "load_checkpoint_in_model": "loading",
     "no_split_pattern": "block_hints",
     "recorded_order": "block_hints",
-    "remove_hooks": "arrangement",
+    "remove_hooks": "attached",
     "save": "saving",
     "tensors": "mapping",
 }

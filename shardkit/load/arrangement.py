@@ -1,4 +1,4 @@
-"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks page in and out; and undo it.
+"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks page in and out.
 
 1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
 2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
@@ -6,14 +6,13 @@
    streams from where it lies. Tensors that are the model's own, and of none of its parts, go to its main device rather than to
    another, as in Accelerate: that is where its inputs come.
 3. A weight that should stream and is in no block stays in the memory of the device that it is needed on, as do buffers unless
-   they are to be offloaded; those that no checkpoint holds always do.
+   they are to be offloaded; those that no checkpoint holds always do, on the main device if the map leaves them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from types import UnionType
 
 import torch
 from torch import nn
@@ -21,25 +20,28 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.errors import LoadError, several
 from shardkit.load.assign import listed
+from shardkit.load.attached import attachments, detach
 from shardkit.load.blocks import Block, Cut, cut
 from shardkit.load.budgets import Device
 from shardkit.load.depths import Depth, Ring
-from shardkit.load.device_maps import device_of
+from shardkit.load.device_maps import covers, device_of
 from shardkit.load.forwards import Clock
+from shardkit.load.gradients import Training
 from shardkit.load.kept import kept_recipes
 from shardkit.load.lanes import Lane, lane_to
 from shardkit.load.layouts import Layout
 from shardkit.load.loading import torch_device
-from shardkit.load.moves import Mover, attach_movers
-from shardkit.load.paged import Paged
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.moves import attach_movers
+from shardkit.load.paged import Paged, is_address
+from shardkit.load.pager import Pager
 from shardkit.load.recipe import Recipe
 from shardkit.load.resident import place, renew
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
 from shardkit.load.stream import Stream
 from shardkit.load.streamed import StreamedBlock, ring_for
-from shardkit.load.together import Pipeline, called, models_of
+from shardkit.load.streamed_weight import Streamed
+from shardkit.load.together import called
 from shardkit.load.weights import Weight, weights_of
 
 _CPU = torch.device("cpu")
@@ -70,7 +72,9 @@ class Wish:
     chosen: bool = False
 
     def runs_on(self, name: str) -> torch.device:
-        """The device that uses the tensor *name*."""
+        """The device that uses the tensor *name*: the main one, if the map leaves it out, as it may with other buffers."""
+        if not covers(self.device_map, name):
+            return self.main
         device = device_of(name, self.device_map)
         return self.main if device in ("cpu", "disk") or "." not in name else torch_device(device)
 
@@ -114,7 +118,7 @@ def arrange(model: nn.Module, wish: Wish, *, addresses: Mapping[str, Recipe] | N
     check_ring(parts, wish, addresses)
     inside = (weight for block in parts.blocks for weight in block.weights)
     _refuse_empty([*parts.resident, *(weight for weight in inside if weight.names[0] not in addresses)])
-    _detach(model)
+    detach(model)
     settle([(weight, wish.runs_on(weight.names[0])) for weight in parts.resident])
     _settle_other_buffers(model, wish)
     blocks = list(parts.blocks)
@@ -159,7 +163,11 @@ def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
         LoadError: there is no room for it.
     """
     places = list(places)
-    paged = [(weight, device, weight.tensor) for weight, device in places if isinstance(weight.tensor, Paged)]
+    paged = [
+        (weight, device, weight.tensor)
+        for weight, device in places
+        if isinstance(weight.tensor, Paged) and is_address(weight.tensor)
+    ]
     laid_out = [tensor.recipe.in_memory for _, _, tensor in paged]
     flat = [
         ((payload, tensor.dtype, (tensor.numel(),)), device)
@@ -168,68 +176,20 @@ def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
     for (weight, _, tensor), (_, strides), placed in zip(paged, laid_out, place(flat), strict=True):
         put(weight, placed.as_strided(tensor.shape, strides))
     for weight, device in places:
-        if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
+        if isinstance(weight.tensor, Paged):
+            if not is_address(weight.tensor):  # it was written to
+                put(weight, weight.tensor.detach().to(device))
+        elif weight.tensor.device != device:
             renew(weight.seats, weight.tensor.detach().to(device))
 
 
 def put(weight: Weight, tensor: torch.Tensor) -> None:
     """Let *tensor* be in all places of *weight*, as a parameter if that was one."""
     if not weight.is_buffer and not isinstance(tensor, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=weight.tensor.requires_grad and not isinstance(tensor, Paged))
+        asks = weight.tensor.asks if isinstance(weight.tensor, Streamed) else weight.tensor.requires_grad
+        tensor = nn.Parameter(tensor, requires_grad=asks and not isinstance(tensor, Paged))
     for seat in weight.seats:
         seat.take(tensor)
-
-
-def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, object], int, object]]:
-    """What `arrange` attached to *model* or what it was copied from: module, table of hooks, key in it, and what is behind."""
-    for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
-                attached = getattr(hook, "__self__", None)
-                if isinstance(attached, Pager | Mover | Sources | Clock):
-                    yield module, table, key, attached
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Take away what was attached to *model*. What it had in memory before it was dispatched is there again.
-
-    Weights that were loaded to stream stay addresses, which are read whenever they are used: right, and slow.
-
-    Raises:
-        FormatError: a file cannot be read.
-    """
-    for pager in _detach(model):
-        pager.let_go()
-        for seat in pager.seats:
-            stood = seat.tensor
-            if isinstance(stood, Streamed) and stood.origin is not None:
-                value = stood.read().to(stood.origin)
-                seat.take(nn.Parameter(value, requires_grad=stood.learned) if isinstance(stood, nn.Parameter) else value)
-
-
-def close(model: nn.Module | Pipeline) -> None:
-    """Give back the threads and the memory that streaming took, for *model* and all copies of it, or the models of a pipeline.
-
-    The model still runs where it ran, and reads each weight whenever it is used.
-    """
-    for pager in (pager for each in models_of(model) for pager in _detach(each, Pager | Sources | Clock)):
-        pager.let_go()
-        pager.stream.close()
-
-
-def _detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
-    """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers among what was attached."""
-    pagers: dict[Pager, None] = {}
-    for module, table, key, attached in list(attachments(model)):
-        if not isinstance(attached, kinds):
-            continue
-        if isinstance(attached, Pager):
-            pagers[attached] = None
-        flags = [module._forward_pre_hooks_with_kwargs] if table is module._forward_pre_hooks else []
-        flags = flags or [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]
-        for each in (table, *flags):
-            each.pop(key, None)  # type: ignore[attr-defined]  # a dict, which the annotation does not let be changed
-    return list(pagers)
 
 
 def _kept_blocks(parts: Cut, wish: Wish, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
@@ -284,6 +244,7 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
     for callee in called(model) if streamed else ():
         sources.attach(callee)
         Clock(streams, chosen=wish.chosen, depths=depths).attach(callee)
+        Training().attach(callee)
 
 
 def _brought(block: Block, wish: Wish, addresses: Mapping[str, Recipe], lanes: dict[torch.device, Lane]) -> StreamedBlock:

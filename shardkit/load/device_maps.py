@@ -35,6 +35,11 @@ def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     return device_map[around]
 
 
+def covers(device_map: Mapping[str, object], name: str) -> bool:
+    """Whether *device_map* gives a device to the tensor or module *name*, or to a module around it."""
+    return any(prefix in device_map for prefix in prefixes(name))
+
+
 def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
     """What *device_map* says of *module*, by the names that its parts have in it."""
     own = {name.removeprefix(f"{module}."): device for name, device in device_map.items() if name.startswith(f"{module}.")}
@@ -55,6 +60,8 @@ def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     """Warn of names that are none in *model*, and see that each of its tensors has a device.
 
+    A buffer that no checkpoint holds needs none, as in Accelerate: without one, it is on the main device.
+
     Raises:
         LoadError: one has none.
     """
@@ -64,7 +71,7 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     unknown = [name for name in device_map if name not in known]
     if unknown:
         warnings.warn(f"the model has no part that the device map calls {_listed(unknown)}", UserWarning, stacklevel=2)
-    homeless = [name for name in weights if not any(prefix in device_map for prefix in prefixes(name))]
+    homeless = [name for name in weights if not covers(device_map, name)]
     if homeless:
         raise LoadError(
             f"the device map gives no device to {len(homeless)} of the model's tensors: {_listed(homeless)}",
@@ -86,7 +93,7 @@ def refuse_disk(
         OverBudget: something does; with what the last device before the disk would need, and what it may hold.
     """
     sizes = module_sizes(model, dtype, special_dtypes)
-    devices = {name: device_of(name, device_map) for name, _ in named_tensors(model)}
+    devices = {name: device_of(name, device_map) for name, _ in named_tensors(model) if covers(device_map, name)}
     landed = sum(sizes[name] for name, device in devices.items() if device == "disk")
     if "disk" not in devices.values():
         return

@@ -18,16 +18,18 @@ from torch import nn
 from shardkit.casting import Cast
 from shardkit.expansion import Framed
 from shardkit.load.account import Explanation, Part, PipelineExplanation
-from shardkit.load.arrangement import attachments
+from shardkit.load.attached import attachments
 from shardkit.load.blocks import cut
 from shardkit.load.budgets import Device, device_key
 from shardkit.load.cost import predict, step_of
-from shardkit.load.device_maps import device_of, inside
+from shardkit.load.device_maps import covers, device_of, inside
 from shardkit.load.forwards import Clock
 from shardkit.load.layouts import ALIGNMENT
 from shardkit.load.module_sizes import prefixes
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.paged import is_address
+from shardkit.load.pager import Pager
 from shardkit.load.rates import Product, Rates, common_product, measure
+from shardkit.load.streamed_weight import Streamed
 from shardkit.load.together import Pipeline
 from shardkit.load.weights import Seat, Weight, weights_of
 from shardkit.payload import Extent, Payload
@@ -153,8 +155,10 @@ class _Found:
 
     def _draft(self, weight: Weight) -> _Draft:
         pager = self.pagers.get(weight.seats[0])
-        if pager is None:
-            return _Draft(self._unit(weight), _place(weight.tensor.device), self._why_it_stays(weight))
+        written = isinstance(weight.tensor, Streamed) and not is_address(weight.tensor)
+        if pager is None or written:
+            why = "it was written, and has memory of its own" if written else self._why_it_stays(weight)
+            return _Draft(self._unit(weight), _place(weight.tensor.device), why)
         from_file = not isinstance(weight.tensor, Streamed) or bool(weight.tensor.recipe.storage.sources)
         return _Draft(self.names[pager], "disk" if from_file else "cpu", self._why_it_streams(weight, from_file=from_file))
 
@@ -186,10 +190,11 @@ class _Found:
     def _said(self, weight: Weight) -> Device | None:
         """Where the map sends *weight*; None if there is none, or it says nothing."""
         name = weight.names[0]
-        return device_of(name, self.device_map) if any(each in self.device_map for each in prefixes(name)) else None
+        return device_of(name, self.device_map) if covers(self.device_map, name) else None
 
     def _part(self, draft: _Draft) -> Part:
-        streamed = [each.tensor.recipe.in_memory[0] for each in draft.weights if isinstance(each.tensor, Streamed)]
+        lazy = (each.tensor for each in draft.weights if isinstance(each.tensor, Streamed) and is_address(each.tensor))
+        streamed = [tensor.recipe.in_memory[0] for tensor in lazy]
         runs_on = self.runner if streamed else draft.weights[0].tensor.device
         return Part(
             name=draft.name,

@@ -61,6 +61,9 @@ class _Weights(Mapping[str, Paged]):
         made = self._made.get(key)
         return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device))
 
+    def __deepcopy__(self, memo: object) -> _Weights:
+        return self  # which nobody can change; a copy of one of its tensors would be read
+
     def __iter__(self) -> Iterator[str]:
         yield from self._entries
         yield from self._undense

@@ -19,7 +19,7 @@ from shardkit.load.arrangement import Wish, put
 from shardkit.load.assign import assign, listed
 from shardkit.load.device_maps import device_of
 from shardkit.load.opened import Opened
-from shardkit.load.paged import Paged
+from shardkit.load.paged import Paged, is_address
 from shardkit.load.recipe import Recipe
 from shardkit.load.saving import entries_of
 from shardkit.load.weights import Weight, weights_of
@@ -97,7 +97,7 @@ def _without_values(model: nn.Module) -> list[Weight]:
 
 
 def _is_in_memory(weight: Weight) -> bool:
-    return not isinstance(weight.tensor, Paged) and not weight.tensor.is_meta
+    return not is_address(weight.tensor) and not weight.tensor.is_meta
 
 
 def _check_shape(weight: Weight, found: torch.Tensor) -> None:

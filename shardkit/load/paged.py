@@ -1,41 +1,45 @@
 """Paged: a tensor that is an address. It has shape, type and device as any tensor, and its bytes are read when they are used.
 
 1. What only moves elements or changes their float type is written into the recipe, and nothing is read: views of every kind,
-   splits, copies, casts, stacks and cats. What only asks for shapes is answered from them.
+   splits, casts, stacks and cats. What only asks for shapes is answered from them.
 2. Anything else reads its Paged arguments, and gives what torch computes with them. Nothing is kept: each use reads again.
-3. A Paged cannot be written. What is copied from it goes from its file into the target's own memory.
-4. It stands below autograd, autocast and the decomposition of composite operations (`__torch_dispatch__`, and no
+3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a module. So are casts, stacks and
+   cats of the weights of a model: it has been loaded, and what is made from its weights then is used as any other tensor.
+4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own, which its views share. What is
+   copied from a Paged goes from its file into the target's own memory.
+5. It stands below autograd, autocast and the decomposition of composite operations (`__torch_dispatch__`, and no
    `__torch_function__`), so that every path that leads to a kernel leads here first, those inside C++ too. Where such an
    operation chooses its kernel by the kind of tensor, as LSTM and singular values do, a last bit may differ.
-5. It is immutable but for the attributes that torch and others hang on it, and may be used by any number of threads.
+6. But for that memory, and the attributes that torch and others hang on it, it is immutable. Any number of threads may use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, ReadOnly, shown_path
+from shardkit.errors import LoadError, ReadOnly, shown, shown_path
+from shardkit.load.backing import Backing
 from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
-from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.operations import asked_of_to, changes_shapes, is_composite, outliving, replaced, written
+from shardkit.load.recipe import Recipe
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
-from shardkit.load.unseen import refuse_trace
-from shardkit.payload import Buffer, Payload
+from shardkit.load.unseen import hide_from_compiler, refuse_trace
+from shardkit.payload import Payload
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
     from shardkit.load.recording import Operation
 
-_Kind = TypeVar("_Kind")
+OWN = ("recipe", "backing", "seated", "origin", "learned", "copied")  # attributes that a copy does not get from `_attributes`
 
 
 class Paged(torch.Tensor):
@@ -43,11 +47,14 @@ class Paged(torch.Tensor):
 
     Attributes:
         recipe: which bytes, and how they become elements.
+        backing: what it shares with the weight of a model that it is, or is a view of, and the memory of what was written; None
+            for a tensor of a checkpoint.
     """
 
     recipe: Recipe
+    backing: Backing | None = None
 
-    # Rule 4: without this, torch would call Python once more on the way to every operation.
+    # Rule 5: without this, torch would call Python once more on the way to every operation.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
 
     @staticmethod
@@ -78,12 +85,18 @@ class Paged(torch.Tensor):
     @property
     def payload(self) -> Payload:
         """The address of its bytes: C order, little-endian, whatever its strides."""
-        return self.recipe.payload
+        return self._current.payload
 
     @property
     def stored(self) -> DType:
         """The type of the bytes that `payload` gives, which is that of the tensor."""
         return self.recipe.dtype
+
+    @property
+    def held(self) -> torch.Tensor | None:
+        """An ordinary tensor that shares its memory; None if it has none."""
+        backing = self.backing
+        return None if backing is None or backing.memory is None else backing.tensor(self.recipe)
 
     def read(self) -> torch.Tensor:
         """Its values in memory of their own, on its device.
@@ -94,6 +107,8 @@ class Paged(torch.Tensor):
             FormatError: the file cannot be read, or has become shorter.
             LoadError: there is no room for it.
         """
+        if (held := self.held) is not None:
+            return held.clone()
         payload, strides = self.recipe.in_memory
         with torch.inference_mode(False):  # what was read in inference mode can outlive it too
             memory = aligned(payload.nbytes)
@@ -106,15 +121,25 @@ class Paged(torch.Tensor):
     ) -> object:
         options = kwargs or {}
         refuse_trace()
-        _refuse_writing(func, args, options)
-        if _is_composite(func):
+        targets = _see_to_writing(func, args, options)
+        if is_composite(func):
             return func.decompose(*args, **options)
-        recorded = record(func, *_replaced((args, options), Paged, lambda paged: Address(paged.recipe, paged.device)))
+        recorded = record(func, *replaced((args, options), Paged, Paged._address_or_memory))
         if recorded is not NotImplemented:
-            return _replaced(recorded, Address, lambda address: Paged(address.recipe, address.device))
-        read = cache(Paged.read)  # an argument that comes twice is read once
-        with _outliving(func):
-            return func(*_replaced(args, Paged, read), **_replaced(options, Paged, read))
+            return replaced(recorded, Address, _made)
+        read = cache(_value)  # an argument that comes twice is read once
+        with outliving(func):
+            result = func(*replaced(args, Paged, read), **replaced(options, Paged, read))
+        return replaced(result, torch.Tensor, lambda each: _itself(each, targets, read)) if targets else result
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
+        _, is_copy = asked_of_to(args, kwargs)
+        moved: torch.Tensor = super().to(*args, **kwargs)
+        return moved.clone() if is_copy and isinstance(moved, Paged) else moved
+
+    def clone(self, *, memory_format: torch.memory_format | None = None) -> torch.Tensor:
+        copy = super().clone(memory_format=memory_format)
+        return copy.clone() if isinstance(copy, Paged) else copy  # it was asked to be contiguous, as `contiguous` asks it
 
     # What torch does without asking its dispatcher.
 
@@ -126,62 +151,91 @@ class Paged(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         given = value if isinstance(value, Paged) else _holding(value)
         vars(torch._C.TensorBase)["data"].__set__(self, given)
-        self.recipe = given.recipe
+        self._take(given)
+
+    def _take(self, given: Paged) -> None:
+        """Be what *given* is."""
+        self.recipe, self.backing = given.recipe, given.backing
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch hands what it would print to its own alone
         files = list(dict.fromkeys(source.path for source in self.payload.sources))
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         where = f" of {shown_path(files[0])}{more}" if files else ""
-        size = format_size(self.payload.nbytes)
-        return f"Paged({self.dtype}, {list(self.shape)}, device={str(self.device)!r}, {size}{where}, not read)"
+        size, state = format_size(self.payload.nbytes), "not read" if is_address(self) else "in memory"
+        return f"Paged({self.dtype}, {list(self.shape)}, device={str(self.device)!r}, {size}{where}, {state})"
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Paged:
+    def __copy__(self) -> Paged:
+        made = _rebuilt(self.recipe, self.device, self.requires_grad, self._attributes())
+        made.backing = self.backing
+        return made
+
+    def __deepcopy__(self, memo: dict[int, object]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = _rebuilt(self.recipe, self.device, self.requires_grad, deepcopy(self._attributes(), memo))
-        twin = memo[id(self)]
-        assert isinstance(twin, Paged)
-        return twin
+            attributes = deepcopy(self._attributes(), memo)
+            if is_address(self) and any(isinstance(each, nn.Module) for each in reversed(memo.values())):
+                twin = self._twin()
+            else:
+                twin = self._ordinary()
+                attributes.pop("_is_param", None)
+            twin.__dict__.update(attributes)
+            memo[id(self)] = twin
+        found = memo[id(self)]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def _twin(self) -> torch.Tensor:
+        """The same in the deep copy of its module."""
+        return _rebuilt(self.recipe, self.device, self.requires_grad, {})
+
+    def _ordinary(self) -> torch.Tensor:
+        """Its values as an ordinary tensor or parameter."""
+        value = self.read()
+        return nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
 
     def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
         if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
-            value = self.read()
-            held = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
-            return held.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return _rebuilt, (self.recipe, self.device, self.requires_grad, self._attributes())
+            return self._ordinary().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return _rebuilt, (self._current, self.device, self.requires_grad, self._attributes())
 
     def numpy(self, *, force: bool = False) -> Any:  # Any: an array, of a package that may not be installed
-        return self.read().numpy(force=force)
+        return _value(self).numpy(force=force)
 
     def tolist(self) -> Any:  # Any: as deeply nested as there are axes
         return self.read().tolist()
 
     def __dlpack__(self, **asked: Any) -> Any:  # Any: torch 2.6 knows fewer words than those that came after it
-        return self.read().__dlpack__(**asked)
+        return _value(self).__dlpack__(**asked)
 
     def data_ptr(self) -> int:
-        raise _no_memory()
+        return self._memory().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        raise _no_memory()
+        return self._memory().untyped_storage()
+
+    def _memory(self) -> torch.Tensor:
+        if (held := self.held) is None:
+            hint = "take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)"
+            raise LoadError("a Paged is the address of a weight in a checkpoint, and has no memory to point at", hint=hint)
+        return held
+
+    def _address_or_memory(self) -> Address | torch.Tensor:
+        return self._as_address() if (held := self.held) is None else held
+
+    def _as_address(self) -> Address:
+        return Address(self.recipe, self.device, self.backing)
+
+    @property
+    def _current(self) -> Recipe:
+        """The recipe of what it is now."""
+        held = self.held
+        return self.recipe if held is None else Backing.of(held).recipe
 
     def _attributes(self) -> dict[str, object]:
         """What was hung on it, as `Parameter` and model libraries do."""
-        return {name: value for name, value in self.__dict__.items() if name != "recipe"}
+        return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
 
-def _hide_from_dynamo() -> None:
-    """Let torch.compile run what this module does, and not trace it, which takes long and gives nothing.
-
-    `torch.compiler.disable` would do the same, and import the compiler, which takes as long as to import torch.
-    """
-    with suppress(ImportError):  # an older torch: it traces, and computes the same
-        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-
-        skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-        set_code_exec_strategy(vars(Paged)["__torch_dispatch__"].__func__.__code__, skip)
-
-
-_hide_from_dynamo()
+hide_from_compiler(vars(Paged)["__torch_dispatch__"].__func__)
 
 
 def _rebuilt(recipe: Recipe, device: torch.device, requires_grad: bool, attributes: Mapping[str, object]) -> Paged:
@@ -191,59 +245,55 @@ def _rebuilt(recipe: Recipe, device: torch.device, requires_grad: bool, attribut
 
 
 def _holding(tensor: torch.Tensor) -> Paged:
-    """A Paged whose address is the memory of *tensor*."""
-    held = tensor.detach().to("cpu").contiguous()
-    memory = Buffer(held.reshape(-1).view(torch.uint8).numpy().data)  # which keeps the tensor
-    dtype = dtype_of(held)
-    if dtype is None:
-        raise LoadError(f"a Paged cannot hold {held.dtype}, which no format stores", hint="keep this tensor in memory")
-    return Paged(Recipe(memory, dtype, tuple(held.shape), held.stride()), tensor.device)
+    """A Paged that has the memory of *tensor*."""
+    backing = Backing.of(tensor)
+    made = Paged(backing.recipe, tensor.device)
+    made.backing = backing
+    return made
 
 
-def _no_memory() -> LoadError:
-    return LoadError(
-        "a Paged is the address of a weight in a checkpoint, and has no memory to point at",
-        hint="take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)",
-    )
+def is_address(tensor: torch.Tensor | None) -> bool:
+    """Whether *tensor* is a Paged without memory."""
+    return isinstance(tensor, Paged) and tensor.held is None
 
 
-def _refuse_writing(func: Operation, args: Arguments, options: Options) -> None:
-    for position, name in _written(func):
-        target = args[position] if position < len(args) else options.get(name)
-        weights = [each for each in (target if isinstance(target, list | tuple) else [target]) if isinstance(each, Paged)]
-        if weights:
-            raise ReadOnly(
-                f"{func.overloadpacket.__name__} would write to a Paged, which is the address of a weight and cannot be written",
-                places=tuple((each.path, each.start, each.nbytes) for weight in weights for each in weight.payload.sources),
-                hint="take its value first: tensor.read(); or have it in memory, if its model writes to it: by the device map",
-            )
+def _value(paged: Paged) -> torch.Tensor:
+    """What to compute with in the place of *paged*."""
+    return paged.read() if (held := paged.held) is None else held
 
 
-def _outliving(func: Operation) -> AbstractContextManager[object]:
-    """No inference mode for a view, which may outlive it; to leave a mode that is not there would let gradients flow again."""
-    return torch.inference_mode(False) if func.is_view and torch.is_inference_mode_enabled() else nullcontext()
+def _made(address: Address) -> torch.Tensor:
+    made = Paged(address.recipe, address.device)
+    if address.is_copy:
+        return made.read()
+    if address.backing is not None:
+        made.backing = address.backing
+    return made
 
 
-@cache
-def _written(func: Operation) -> tuple[tuple[int, str], ...]:
-    """Which arguments *func* writes to."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, each.name) for i, each in arguments if each.alias_info is not None and each.alias_info.is_write)
+def _itself(tensor: torch.Tensor, targets: Iterable[Paged], read: Callable[[Paged], torch.Tensor]) -> torch.Tensor:
+    """The one of *targets* that *tensor* is the memory of; else *tensor*."""
+    return next((each for each in targets if read(each) is tensor), tensor)
 
 
-@cache
-def _is_composite(func: Operation) -> bool:
-    """Whether *func* is made of other operations; such a one arrives whole in inference mode only."""
-    name: str = func.name()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[Paged]:
+    """Give what *func* writes to memory of its own, and say what that is.
 
-
-def _replaced(value: Any, kind: type[_Kind], replacement: Callable[[_Kind], object]) -> Any:
-    """*value* with all of one *kind* in it replaced, however deep in lists and the like."""
-    if isinstance(value, kind):
-        return replacement(value)
-    if isinstance(value, list | tuple):
-        return type(value)([_replaced(each, kind, replacement) for each in value])
-    if isinstance(value, dict):
-        return {key: _replaced(each, kind, replacement) for key, each in value.items()}
-    return value
+    Raises:
+        OverBudget: there is too little memory.
+        ReadOnly: it is a tensor of a checkpoint, or gets another shape.
+    """
+    targets = [each for each in written(func, args, options) if isinstance(each, Paged)]
+    fixed = [each for each in targets if each.backing is None or changes_shapes(func)]
+    if fixed:
+        what = "write to a Paged, which is the address of a weight and cannot be written"
+        if (backing := fixed[0].backing) is not None:
+            what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"
+        raise ReadOnly(
+            f"{func.overloadpacket.__name__} would {what}",
+            places=tuple((each.path, each.start, each.nbytes) for weight in fixed for each in weight.payload.sources),
+            hint="write to a copy of it: tensor.clone()",
+        )
+    for backing in filter(None, (each.backing for each in targets)):
+        backing.settle()
+    return targets

@@ -6,9 +6,10 @@
    after KeyboardInterrupt and SystemExit: what these leave held is let go at the same thread's next block, at its end, or by
    closing. So every visit is released by name, and to release it twice does nothing.
 3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on the same stream.
-4. Where gradients are on, a weight that streams asks for none. Where they are off, it asks for one if it did in memory: then it
-   gets the same kernels, and so the same bits. Not in autocast, which would keep a cast of each.
-5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there.
+4. Where gradients are off, a weight that streams requires one if it did in memory: then it gets the same kernels, and so the same
+   bits. Not in autocast, which would keep a cast of each. Where gradients are on, it only says so (see `gradients`).
+5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there. A weight that was written is used
+   as it is. One that its block writes to has what was written from there on, and its page is read again for others.
 """
 
 from __future__ import annotations
@@ -20,86 +21,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from shardkit.errors import LoadError, ShardkitError
 from shardkit.forks import begin_again_in_children
-from shardkit.load.paged import Paged
+from shardkit.load.frames import module_call
+from shardkit.load.gradients import BY_FLAG, Asking, refuse_late
 from shardkit.load.recipe import Recipe
-from shardkit.load.recording import device_of
 from shardkit.load.stream import Stream
-from shardkit.load.unseen import eager, lasting
+from shardkit.load.streamed_weight import Streamed
+from shardkit.load.unseen import eager, is_watched, lasting
 from shardkit.load.weights import Seat
-
-
-class Streamed(Paged):
-    """A weight outside its block's forward. It cannot leave the device that its block runs on.
-
-    Attributes:
-        origin: the device that had it in memory before it streamed; None if none had.
-        learned: whether it asked for a gradient then.
-    """
-
-    origin: torch.device | None
-    learned: bool
-
-    @classmethod
-    def standing_for(
-        cls,
-        recipe: Recipe,
-        device: torch.device,
-        *,
-        is_buffer: bool,
-        origin: torch.device | None = None,
-        learned: bool = False,
-    ) -> Streamed:
-        """What stands in the place of the parameter, or the buffer, that *recipe* makes."""
-        made = cls.__new__(cls, recipe, device)
-        assert isinstance(made, Streamed)
-        made.origin, made.learned = origin, learned
-        if not is_buffer:
-            made._is_param = True  # what makes torch take a tensor of any class for a Parameter
-        return made
-
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
-        device: torch.device | None = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is not None and (device.type != self.device.type or device_of(device) != self.device):
-            raise _immovable()
-        moved: torch.Tensor = super().to(*args, **kwargs)
-        return moved
-
-    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to("cpu")
-
-    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to(_one_of("cuda", device))
-
-    def xpu(self, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to(_one_of("xpu", device))
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Streamed:
-        if id(self) not in memo:
-            twin = self.standing_for(self.recipe, self.device, is_buffer=True)
-            twin.__dict__.update(deepcopy({name: value for name, value in self.__dict__.items() if name != "recipe"}, memo))
-            memo[id(self)] = twin
-        found = memo[id(self)]
-        assert isinstance(found, Streamed)
-        return found
-
-
-def _one_of(kind: str, device: object) -> torch.device:
-    """*device*, which may be a number among those of its *kind*, or None for the current one."""
-    return torch.device(kind, device) if isinstance(device, int) else torch.device(str(device or kind))
-
-
-def _immovable() -> LoadError:
-    return LoadError(
-        "a model that streams some of its weights cannot be moved to another device",
-        hint="load it with another device_map; of a single weight, take weight.detach().to(device)",
-    )
 
 
 def refuse_pickling(attached: object) -> NoReturn:
@@ -149,8 +84,9 @@ class Pager:
         self._number = number
         self._seats = tuple(seats)
         self._recipes = tuple(recipes)
+        self._by_flag = False
         self._inside: set[Visit] = set()
-        self._taken: list[tuple[Seat, torch.Tensor, torch.Tensor]] = []
+        self._taken: list[tuple[Seat, torch.Tensor, Streamed, int | None]] = []
         begin_again_in_children(self, Pager.forked)  # after its stream, which was there before
 
     @property
@@ -165,6 +101,7 @@ class Pager:
 
     def attach(self, module: nn.Module) -> None:
         """Make *module* the block."""
+        self._by_flag = any(isinstance(part, BY_FLAG) for part in module.modules())
         module.register_forward_pre_hook(self.enter, prepend=True)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -174,12 +111,13 @@ class Pager:
         visits = _visits(self._stream)
         if visits:
             _end_abandoned(visits)
-        visit = Visit(self, _module_call())
+        visit = Visit(self, module_call())
         visits.append(visit)
         try:
             tensors = self._stream.claim(self._number, visit, holding=len(visits) > 1)
             if tensors is not None:
-                self._put_in(visit, lasting(tensors))
+                watched = is_watched()
+                self._put_in(visit, lasting(tensors) if watched else tensors, watched=watched)
         except BaseException:
             visit.end()
             visits.remove(visit)
@@ -188,6 +126,8 @@ class Pager:
     @eager
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Put the addresses back, and let the weights go."""
+        if torch.is_grad_enabled():
+            refuse_late(output, ((stood.backing.name, tensor) for _, tensor, stood, _ in self._taken))
         visits = _visits(self._stream)
         own = [position for position, visit in enumerate(visits) if visit.pager is self]
         if own:
@@ -204,9 +144,12 @@ class Pager:
         """End *visit*, if it is not ended."""
         with self._stream.lock:
             self._inside.discard(visit)
-            if not self._inside:
-                self._give_back()
-            self._stream.release(self._number, visit)
+            written = [] if self._inside else self._give_back()
+            try:
+                for stood, tensor in written:
+                    stood.keep(tensor)
+            finally:
+                self._stream.release(self._number, visit, written=bool(written))
 
     def forked(self) -> None:
         """In the child of a fork, put back what only threads had taken that are not there any more."""
@@ -219,25 +162,41 @@ class Pager:
     __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pager:
-        return Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
+        twin = Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
+        twin._by_flag = self._by_flag
+        return twin
 
-    def _give_back(self) -> None:
-        for seat, tensor, stood in self._taken:
+    def _give_back(self) -> list[tuple[Streamed, torch.Tensor]]:
+        """Put the addresses back, and say which weights were written to."""
+        written = []
+        for seat, tensor, stood, version in self._taken:
             if seat.tensor is tensor:
                 seat.take(stood)
+                if version is not None and tensor._version != version:
+                    written.append((stood, tensor))
         self._taken.clear()
+        return written
 
-    def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor]) -> None:
-        asking = not torch.is_grad_enabled() and not torch.is_autocast_enabled(self._stream.lane.device.type)
+    def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
+        learning = torch.is_grad_enabled()
+        asking = self._by_flag and not watched if learning else not torch.is_autocast_enabled(self._stream.lane.device.type)
         with self._stream.lock:
             self._inside.add(visit)
             for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
                 stood = seat.tensor
-                if isinstance(stood, Streamed) and (stood.recipe is recipe or stood.recipe == recipe):
-                    if asking and stood.learned:  # torch has kernels that differ by this, even where there are no gradients
-                        tensor = torch.Tensor._make_subclass(nn.Parameter, tensor, True)
-                    self._taken.append((seat, tensor, stood))
-                    seat.take(tensor)
+                if not isinstance(stood, Streamed):
+                    continue
+                version = None if watched else tensor._version
+                if stood.backing.memory is not None:
+                    if stood.is_trained:
+                        continue
+                    tensor, version = stood.alias(), None
+                elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
+                    continue
+                if asking and stood.learned:  # torch has kernels that differ by this, even without gradients
+                    tensor = Asking.of(tensor) if learning else torch.Tensor._make_subclass(nn.Parameter, tensor, True)
+                self._taken.append((seat, tensor, stood, version))
+                seat.take(tensor)
 
 
 class _Visits:
@@ -273,11 +232,3 @@ def _end_abandoned(visits: list[Visit]) -> None:
         if visit.call is not None and visit.call not in running:
             visit.end()
             visits.remove(visit)
-
-
-def _module_call() -> FrameType | None:
-    """The frame of the innermost module call that has hooks."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-        frame = frame.f_back
-    return frame

@@ -51,6 +51,7 @@ class Page:
         reading: the read; None while the page is nowhere.
         holders: the visits that need it.
         used: whether anybody has held it since it was read, or will not after all.
+        written: whether its block wrote to it, so that it must be read again.
         asked: when it was asked for, on the clock that counts reads.
     """
 
@@ -61,6 +62,7 @@ class Page:
     reading: Filling | None = None
     holders: set[Hashable] = field(default_factory=set)
     used: bool = False
+    written: bool = False
     asked: int = 0
 
     @classmethod
@@ -82,7 +84,7 @@ class Page:
 
     @property
     def failed(self) -> bool:
-        return self.reading is not None and self.reading.failed
+        return self.reading is not None and (self.reading.failed or self.written)
 
     @property
     def there(self) -> bool:

@@ -53,7 +53,7 @@ class Places:
         """Let the page of *place* be there, as soon as *reading* is over."""
         self._clock += 1
         page = self._pages[place.number]
-        page.place, page.reading, page.used, page.asked = place, reading, False, self._clock
+        page.place, page.reading, page.used, page.written, page.asked = place, reading, False, False, self._clock
 
     def vacate(self, page: Page) -> None:
         """Take the place of *page* back."""

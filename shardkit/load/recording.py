@@ -1,18 +1,23 @@
 """What becomes of an address when a tensor operation is done to it: another address, where nothing must be read to say which.
 
 The functions here take and give `Address` wherever the operation has a tensor without memory; NotImplemented stands for what only
-values can tell.
+values can tell. What torch documents as a copy is marked as one that must be read:
+
+1. of a weight of a model: every copy, so that it can be written like any other tensor;
+2. of a tensor of a checkpoint: a clone, and a cast to the type that it has. Other casts, joins and what only makes contiguous
+   stay addresses, because libraries that load models use them for every weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shardkit.errors import LoadError
+from shardkit.load.backing import Backing
 from shardkit.load.filling import read_into
 from shardkit.load.memory import memory_of
 from shardkit.load.recipe import Recipe, join
@@ -28,10 +33,19 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A tensor that is not read: what it is made of, and the device on which it will be."""
+    """A tensor that is not read.
+
+    Attributes:
+        recipe: what it is made of.
+        device: where it will be.
+        backing: what it shares with the weight of a model that it is, or is a view of; None if it is of none.
+        is_copy: whether it must be read now, because it is to be a tensor of its own.
+    """
 
     recipe: Recipe
     device: torch.device
+    backing: Backing | None = None
+    is_copy: bool = False
 
 
 def record(func: Operation, args: Arguments, options: Options) -> object:
@@ -62,14 +76,30 @@ def _view(func: Operation, args: Arguments, options: Options) -> object:
     views = func(source.recipe.shape_only(), *rest, **options)
     several = isinstance(views, list | tuple)
     recipes = [source.recipe.viewed(view) for view in (views if several else [views])]
-    made = [Address(recipe, source.device) for recipe in recipes if recipe is not None]
+    made = [Address(recipe, source.device, source.backing) for recipe in recipes if recipe is not None]
     if len(made) < len(recipes):
         return NotImplemented
     return made if several else made[0]
 
 
+def _clone(func: Operation, args: Arguments, options: Options) -> object:
+    """A copy; of a tensor of a checkpoint it is an address where it comes from `contiguous` or `reshape`."""
+    made = _copy(func, args, options)
+    asked = options.get("memory_format") in (None, torch.preserve_format)
+    return replace(made, is_copy=made.is_copy or asked) if isinstance(made, Address) else made
+
+
+def _cast(func: Operation, args: Arguments, options: Options) -> object:
+    """A cast, or a move to a device; a copy where it changes neither."""
+    made, source = _copy(func, args, options), args[0]
+    if not isinstance(made, Address):
+        return made
+    same = made.device == source.device and made.recipe.dtype == source.recipe.dtype
+    return replace(made, is_copy=made.is_copy or same)
+
+
 def _copy(func: Operation, args: Arguments, options: Options) -> object:
-    """A clone, a cast, or a move to a device: the recipe gains a Cast, or a new order of the axes."""
+    """The recipe gains a Cast, or a new order of the axes."""
     source, *rest = args
     if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
         return NotImplemented
@@ -79,7 +109,10 @@ def _copy(func: Operation, args: Arguments, options: Options) -> object:
     if device.type == "meta":
         return copy
     recipe = source.recipe.copied(copy)
-    return NotImplemented if recipe is None else Address(recipe, device if device == source.device else device_of(device))
+    if recipe is None:
+        return NotImplemented
+    there = device if device == source.device else device_of(device)
+    return Address(recipe, there, is_copy=source.backing is not None)
 
 
 def _pad(func: Operation, args: Arguments, options: Options) -> object:
@@ -102,7 +135,9 @@ def _join(func: Operation, args: Arguments, options: Options) -> object:
         recipes = [recipe for recipe in recipes if len(recipe.shape) == whole.ndim]  # a flat empty tensor may join in anywhere
         shapes = [recipe.shape for recipe in recipes]
     joined = join(recipes, shapes, dim, whole)
-    return NotImplemented if joined is None else Address(joined, sources[0].device)
+    if joined is None:
+        return NotImplemented
+    return Address(joined, sources[0].device, is_copy=any(each.backing is not None for each in sources))
 
 
 def _kind(address: Address) -> tuple[object, torch.device]:
@@ -139,8 +174,8 @@ _Recording = Callable[["Operation", Arguments, Options], object]
 _aten = torch.ops.aten
 
 _RECORDING: dict[object, _Recording] = {
-    _aten._to_copy.default: _copy,
-    _aten.clone.default: _copy,
+    _aten._to_copy.default: _cast,
+    _aten.clone.default: _clone,
     _aten.constant_pad_nd.default: _pad,
     _aten.cat.default: _join,
     _aten.stack.default: _join,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from shardkit.destination import followed
 from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
 from shardkit.errors import LoadError, OutputError, shown, shown_path
-from shardkit.load.paged import Paged
+from shardkit.load.paged import Paged, is_address
 from shardkit.load.recipe import dtype_of
-from shardkit.payload import CHUNK, Buffer, Extent, Payload, check_range
+from shardkit.load.remote import Remote
+from shardkit.payload import Buffer, Payload
 from shardkit.plan import plan_folder
 from shardkit.preparation import Conversion
 from shardkit.sizes import parse_size
@@ -65,44 +65,6 @@ def save(
     return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
 
 
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """The memory of an accelerator, of which each chunk is copied to main memory when it is asked for.
-
-    Equal are the same runs of one storage, which all of them keep; so its address tells it from others.
-
-    Attributes:
-        memory: uint8, of one axis.
-        origin: device and address of the storage.
-        start: where in the storage the run begins.
-    """
-
-    memory: torch.Tensor = field(compare=False, repr=False)
-    origin: tuple[str, int]
-    start: int = 0
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nbytes", len(self.memory))
-
-    @classmethod
-    def of(cls, memory: torch.Tensor, origin: tuple[str, int]) -> Remote:
-        """All of *memory*, once what was issued to write it is done: other threads copy it, and on streams of their own."""
-        torch.accelerator.synchronize(memory.device)
-        return cls(memory, origin)
-
-    @property
-    def sources(self) -> tuple[Extent, ...]:
-        return ()
-
-    def narrow(self, start: int, nbytes: int) -> Remote:
-        check_range(start, nbytes, self.nbytes)
-        return Remote(self.memory[start : start + nbytes], self.origin, self.start + start)
-
-    def chunks(self) -> Iterator[memoryview]:
-        return (self.memory[at : at + CHUNK].cpu().numpy().data for at in range(0, self.nbytes, CHUNK))
-
-
 _Held = dict[tuple[str, int], Buffer | Remote]
 """The storages of tensors in memory, by device and address."""
 
@@ -132,7 +94,7 @@ def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
     if value.is_meta:
         raise LoadError(f"{shown(name)} is on the meta device, where it has no value", hint="load the model before it is saved")
     shape = (*value.shape[:-1], value.shape[-1] * dtype.packed) if value.ndim else ()
-    payload = value.payload if isinstance(value, Paged) else _held(value.detach(), dtype, storages)
+    payload = value.payload if isinstance(value, Paged) and is_address(value) else _held(value.detach(), dtype, storages)
     return TensorEntry((name,), dtype, shape, payload)
 
 

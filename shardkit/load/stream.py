@@ -109,14 +109,14 @@ class Stream:
             self.release(number, visit)
             raise
 
-    def release(self, number: int, visit: Hashable) -> None:
-        """End the hold of *visit* on the page, if it has one.
+    def release(self, number: int, visit: Hashable, *, written: bool = False) -> None:
+        """End the hold of *visit* on the page, if it has one; if it was *written* to, it is read again.
 
         Raises:
             ShardkitError: it was held while the process forked, this is the child, and here it could not be read again.
         """
         with self.lock:
-            self._act(lambda: self._end_hold(number, visit))
+            self._act(lambda: self._end_hold(number, visit, written=written))
             inherited = self._inherited.pop(visit, None)
         if inherited is not None and inherited.error is not None:
             raise inherited.error
@@ -199,8 +199,8 @@ class Stream:
         page.used = True
         return True
 
-    def _end_hold(self, number: int, visit: Hashable) -> None:
-        page = self._pages[number]
+    def _end_hold(self, number: int, visit: Hashable, *, written: bool) -> None:
+        (page := self._pages[number]).written |= written
         if visit not in page.holders:
             return
         if page.place is not None and page.place.memory is not None:

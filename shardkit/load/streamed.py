@@ -17,11 +17,11 @@ from shardkit.load.depths import LITTLE, SMALL, USUAL, Depth, Ring, depth_for
 from shardkit.load.kept import kept_recipes, memory_of_page
 from shardkit.load.lanes import Lane
 from shardkit.load.layouts import Layout
-from shardkit.load.paged import Paged
-from shardkit.load.pager import Streamed
+from shardkit.load.paged import Paged, is_address
 from shardkit.load.pages import Piece
 from shardkit.load.rates import rates_for
 from shardkit.load.recipe import Recipe, dtype_of
+from shardkit.load.streamed_weight import Streamed
 from shardkit.load.weights import Seat, weights_of
 from shardkit.payload import Buffer
 
@@ -38,6 +38,7 @@ class StreamedBlock:
     Attributes:
         module: the block.
         device: what it runs on.
+        names: the first name of each of its weights.
         seats: where its weights belong.
         buffers: of each, whether it is a buffer.
         origins: of each, where it was.
@@ -46,6 +47,7 @@ class StreamedBlock:
 
     module: nn.Module
     device: torch.device
+    names: tuple[str, ...]
     seats: tuple[Seat, ...]
     buffers: tuple[bool, ...]
     origins: tuple[Origin, ...]
@@ -58,6 +60,7 @@ class StreamedBlock:
         return cls(
             module=block.module,
             device=device,
+            names=tuple(weight.names[0] for weight in block.weights),
             seats=tuple(block.seats),
             buffers=tuple(weight.is_buffer for weight in block.weights),
             origins=tuple(_origin(weight.tensor) for weight in block.weights),
@@ -88,14 +91,16 @@ class StreamedBlock:
 
     def stand_in(self) -> None:
         """Put the addresses in the places of the weights."""
-        for seat, recipe, is_buffer, (origin, learned) in zip(self.seats, self.recipes, self.buffers, self.origins, strict=True):
-            seat.take(Streamed.standing_for(recipe, self.device, is_buffer=is_buffer, origin=origin, learned=learned))
+        weights = zip(self.names, self.seats, self.recipes, self.buffers, self.origins, strict=True)
+        for name, seat, recipe, is_buffer, (origin, learned) in weights:
+            stands = Streamed.standing_for(recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned)
+            seat.take(stands)
 
 
 def _origin(tensor: torch.Tensor) -> Origin:
     """The device that has *tensor* in memory, or had it before it streamed, and whether it asks for a gradient."""
     if isinstance(tensor, Streamed):
-        return tensor.origin, tensor.learned
+        return tensor.origin if is_address(tensor) else tensor.device, tensor.asks
     return None if tensor.is_meta or isinstance(tensor, Paged) else tensor.device, tensor.requires_grad
 
 
@@ -137,7 +142,7 @@ def _multiplied(recipe: Recipe) -> int:
 def _recipe(tensor: torch.Tensor | None) -> Recipe:
     """How to make *tensor*, which may be in memory."""
     assert tensor is not None
-    if isinstance(tensor, Paged):
+    if isinstance(tensor, Paged) and is_address(tensor):
         return tensor.recipe
     held = tensor.detach().to("cpu").contiguous()
     dtype = dtype_of(held)

@@ -7,6 +7,8 @@ memory, renames, fuses and casts the weights, ties them, fills in what is missin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
 from shardkit.load.assign import listed
+from shardkit.load.empty import init_empty_weights
 from shardkit.load.mapping import tensors
 from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, library, prevalent_dtype, told
 from shardkit.load.module_sizes import class_names
@@ -66,8 +69,11 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         _check_plain(folder.path, model)
         if model.can_generate():
             model.generation_config = _generation_config(folder.path)
+    unset = _unset_buffers(folder, model) if request.trusted else []
     model.config.name_or_path = model.name_or_path = folder.name
-    return Addressed(model, info, class_names(model._no_split_modules), class_names(model._skip_keys_device_placement))
+    whole, skip = class_names(model._no_split_modules), class_names(model._skip_keys_device_placement)
+    notes = (_unset_note(unset, kind.__name__, transformers.__version__),) if unset else ()
+    return Addressed(model, info, whole, skip, notes)
 
 
 def _made(
@@ -98,6 +104,38 @@ def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
         for each in weight.payload.sources
         for path, start, nbytes in places
     )
+
+
+def _unset_buffers(folder: ModelFolder, model: PreTrainedModel) -> list[str]:
+    """The buffers of *model*, whose code is the folder's, that no checkpoint holds and that have not what that code computes."""
+    if not type(model).__module__.startswith("transformers_modules."):
+        return []
+    computed: dict[str, torch.Tensor] = {}
+    with suppress(LoadError), told(folder, library("transformers", LEAST)), init_empty_weights():
+        computed = dict(type(model)(deepcopy(model.config)).named_buffers())
+    unset = []
+    for prefix, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            full, buffer = f"{prefix}.{name}" if prefix else name, module._buffers.get(name)
+            if buffer is not None and full in computed and not _is_near(buffer, computed[full]):
+                unset.append(full)
+    return unset
+
+
+def _unset_note(names: Iterable[str], kind: str, version: str) -> str:
+    return (
+        f"the checkpoint has no values for {listed(names)}, and they differ from those that {kind} computes: "
+        f"Transformers {version} makes models without memory, so that only _init_weights can set such buffers; "
+        "let the code of the folder set them there, or set them now"
+    )
+
+
+def _is_near(buffer: torch.Tensor, computed: torch.Tensor) -> bool:
+    """Whether *buffer* may be *computed*, in whichever type that was done."""
+    if buffer.is_meta or buffer.shape != computed.shape:
+        return False
+    same, right = (each.detach().to("cpu", torch.complex128) for each in (buffer, computed))
+    return computed.is_meta or torch.allclose(same, right, rtol=0.02, equal_nan=True)
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache, wraps
+from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not _is_watched():
+        if not is_watched():
             return function(*args, **kwargs)
         with ExitStack() as aside:
             aside.enter_context(torch._C._DisableFuncTorch())
@@ -57,9 +58,20 @@ def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     return called
 
 
+def hide_from_compiler(function: FunctionType) -> None:
+    """Let torch.compile run *function*, and not trace it, which takes long and gives nothing.
+
+    `torch.compiler.disable` would do the same, and import the compiler, which takes as long as to import torch.
+    """
+    with suppress(ImportError):  # an older torch: it traces, and computes the same
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 def lasting(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """*tensors*, or copies of them where somebody may keep them."""
-    return _copies(tensors) if _is_watched() and (_is_written_down() or _has_way_back()) else tensors
+    """*tensors* where a forward is watched, or copies of them if somebody may keep them."""
+    return _copies(tensors) if _is_written_down() or _has_way_back() else tensors
 
 
 def refuse_trace() -> None:
@@ -75,7 +87,7 @@ def refuse_trace() -> None:
         )
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Asked for each block and forward: whether anything is on, whatever it is."""
     on = bool(torch._C._len_torch_dispatch_stack()) or torch._C._is_tracing()
     return on or torch._C._functorch.peek_interpreter_stack() is not None

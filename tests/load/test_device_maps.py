@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from libraries import peer
 from shardkit.errors import LoadError, OverBudget
+from shardkit.load import explain, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load.arrangement import Wish
 from shardkit.load.budgets import Device
 from shardkit.load.device_maps import check_device_map, clean_device_map, device_of, inside, refuse_disk
 
@@ -119,3 +124,80 @@ def test_nothing_lands_on_disk_in_silence() -> None:
 )
 def test_the_map_of_a_part_says_what_the_whole_map_says_of_it(device_map: dict[str, Device], found: dict[str, Device]) -> None:
     assert inside("unet", device_map) == found
+
+
+# Buffers that a map leaves out.
+
+
+class Inner(nn.Module):
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((4,), 2.0), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.first(x)) * self.get_buffer("scale")
+        return found
+
+
+class Outer(nn.Module):
+    """A model that is split, with a buffer of its own and one in a part that is split."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.inner, self.out = Inner(persistent=persistent), nn.Linear(4, 4)
+        self.register_buffer("shift", torch.ones(4), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(self.inner(x)) + self.get_buffer("shift")
+        return found
+
+
+SPLIT: dict[str, int | str] = {"inner.first": "disk", "inner.second": "cpu", "out": "disk"}
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_buffers_that_no_checkpoint_holds_may_be_left_out_as_in_accelerate(is_empty: bool, tmp_path: Path) -> None:
+    resident, x = Outer(persistent=False).eval(), torch.linspace(-1, 1, 8).reshape(2, 4)
+    save_file(resident.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    accelerate = peer("accelerate")
+    folder = str(tmp_path / "theirs")
+    made = accelerate.load_checkpoint_and_dispatch(
+        Outer(persistent=False), str(tmp_path / "model.safetensors"), dict(SPLIT), offload_folder=folder
+    )
+    with init_empty_weights() if is_empty else contextlib.nullcontext():
+        ours = Outer(persistent=False)
+    found = load_checkpoint_and_dispatch(ours.eval(), tmp_path / "model.safetensors", SPLIT)
+    assert torch.equal(found(x), resident(x))
+    assert torch.equal(made(x), resident(x))
+    for name, buffer in found.named_buffers():
+        assert buffer.device == made.get_buffer(name).device
+    assert found.hf_device_map == SPLIT
+    assert explain(found).parts
+
+
+def test_buffers_of_the_checkpoint_and_parameters_may_not_be_left_out(tmp_path: Path) -> None:
+    resident = Outer(persistent=True)
+    save_file(resident.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match=r"gives no device to 2 of the model's tensors: 'shift', 'inner\.scale'"):
+        load_checkpoint_and_dispatch(Outer(persistent=True), tmp_path / "model.safetensors", SPLIT)
+    with pytest.raises(ValueError, match=r"shift, inner\.scale"):
+        theirs.check_device_map(resident, SPLIT)
+    with pytest.raises(LoadError, match=r"no device to 2 of the model's tensors: 'out\.weight', 'out\.bias'"):
+        load_checkpoint_and_dispatch(Outer(persistent=False), tmp_path / "model.safetensors", {"inner": "cpu"})
+
+
+def test_a_map_that_leaves_out_buffers_can_refuse_the_disk(tmp_path: Path) -> None:
+    resident = Outer(persistent=False)
+    save_file(resident.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(OverBudget, match="would land on disk"):
+        load_checkpoint_and_dispatch(Outer(persistent=False), tmp_path / "model.safetensors", SPLIT, offload="never")
+    in_memory: dict[str, int | str] = {"inner": "cpu", "out": "cpu"}
+    found = load_checkpoint_and_dispatch(Outer(persistent=False), tmp_path / "model.safetensors", in_memory, offload="never")
+    x = torch.ones(2, 4)
+    assert torch.equal(found(x), resident(x))
+
+
+def test_a_buffer_that_is_left_out_goes_to_the_main_device() -> None:
+    wish = Wish({"inner.first": 1, "inner.second": "cpu", "out": "disk"}, torch.device("cuda", 1))
+    assert {wish.runs_on(name) for name in ("shift", "inner.scale", "inner.second.weight")} == {torch.device("cuda", 1)}

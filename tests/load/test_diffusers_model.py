@@ -18,7 +18,7 @@ from aligned import aligned
 from shardkit.errors import LoadError, Mismatch
 from shardkit.load import close, diffusers_model, from_pretrained
 from shardkit.load.model_folder import ModelFolder, Request
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 
 diffusers = pytest.importorskip("diffusers", reason="its models are loaded here")
 pytestmark = [

@@ -16,11 +16,12 @@ from aligned import aligned
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import close, explain, from_pretrained
 from shardkit.load.account import PipelineExplanation
-from shardkit.load.arrangement import attachments
+from shardkit.load.attached import attachments
 from shardkit.load.moves import RoundTrip
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.pager import Pager
 from shardkit.load.rates import Rates
 from shardkit.load.sources import Sources
+from shardkit.load.streamed_weight import Streamed
 from shardkit.sizes import format_size
 
 diffusers: Any = pytest.importorskip("diffusers", reason="its pipelines are loaded here")

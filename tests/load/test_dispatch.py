@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardkit.errors import LoadError, OverBudget
-from shardkit.load.arrangement import attachments, close
+from shardkit.load.attached import attachments, close
 from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from shardkit.load.empty import init_empty_weights
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.pager import Pager
 from shardkit.load.stream import _READERS
+from shardkit.load.streamed_weight import Streamed
 from toys import IDS, WIDTH, Toy, empty, loaded, logits, saved, trained
 
 

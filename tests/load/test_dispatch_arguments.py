@@ -15,9 +15,10 @@ from torch import nn
 from accelerators import KIND, RUNNERS, TIERS, needs_one
 from shardkit.errors import Mismatch
 from shardkit.load import dispatch
-from shardkit.load.arrangement import attachments
+from shardkit.load.attached import attachments
 from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.pager import Pager
+from shardkit.load.streamed_weight import Streamed
 
 WIDTH = 8
 X = torch.linspace(-1, 1, WIDTH)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 from small_models import IDS, MODELS, TOKENS, half, logits
 
 DEVICE_MAPS: dict[str, Callable[[nn.Module], dict[str, str]]] = {

@@ -19,7 +19,7 @@ from torch import nn
 
 from accelerators import RUNNERS
 from shardkit.errors import LoadError, Mismatch
-from shardkit.load.arrangement import attachments, close, remove_hooks
+from shardkit.load.attached import attachments, close, remove_hooks
 from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.moves import Mover, RoundTrip

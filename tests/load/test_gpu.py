@@ -28,7 +28,7 @@ from shardkit.load import (
     save,
 )
 from shardkit.load.kept import Kept
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 
 pytestmark = needs_one
 

@@ -35,16 +35,18 @@ from shardkit.load import (
     save,
 )
 from shardkit.load.arrangement import Wish
+from shardkit.load.attached import attachments
 from shardkit.load.device_maps import device_of
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.kept import Kept, keep, memory_of_page
 from shardkit.load.lanes import CpuLane, Lane
 from shardkit.load.layouts import Layout
 from shardkit.load.memory import memory_of
-from shardkit.load.pager import Pager, Streamed
+from shardkit.load.pager import Pager
 from shardkit.load.pages import Piece
 from shardkit.load.rates import Rates
 from shardkit.load.stream import Stream
+from shardkit.load.streamed_weight import Streamed
 from shardkit.load.weights import Weight
 from shardkit.payload import Buffer, Extent, Payload, Swapped, read_all
 
@@ -415,7 +417,7 @@ def test_kept_memory_is_gone_with_the_model(file: Path, device: LateLane) -> Non
     model = loaded(file, {"": "cpu"})
     model(X)
     blocks_of = [weakref.ref(payload.block.memory) for payload in recipes_of(model) if isinstance(payload, Kept)]
-    pagers = [each for *_, each in arrangement.attachments(model) if isinstance(each, Pager)]
+    pagers = [each for *_, each in attachments(model) if isinstance(each, Pager)]
     close(model)
     assert all(each() is not None for each in blocks_of)
     del model, pagers

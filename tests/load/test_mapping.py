@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -53,6 +54,13 @@ def test_every_format_gives_what_its_own_reader_gives(name: str) -> None:
     expected = {each["name"]: each for each in with_type}
     assert set(expected) <= set(found)
     assert described({name: found[name] for name in expected}) == list(expected.values())
+
+
+def test_a_deep_copy_of_all_weights_reads_none_and_one_of_a_weight_reads_it(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3.0), "b": torch.ones(2)}, tmp_path / "model.pt")
+    found = tensors(tmp_path / "model.pt")
+    assert isinstance(copy.deepcopy([found])[0]["b"], Paged)
+    assert type(copy.deepcopy(found["a"]).add_(1)) is torch.Tensor
 
 
 def test_a_type_that_torch_has_not_is_told_when_it_is_asked_for() -> None:

@@ -104,7 +104,6 @@ RECORDED: dict[str, Callable[[torch.Tensor], object]] = {
     "to fp8": lambda t: t.to(torch.float8_e4m3fn),
     "to its device": lambda t: t.to("cpu"),
     "to a device and a type": lambda t: t.to(device="cpu", dtype=torch.float64),
-    "to a copy": lambda t: t.to(torch.float32, copy=True),
     "to a copy that is turned": lambda t: t.transpose(0, 1).to(torch.float16),
     "to a copy of a window": lambda t: t[:, 1:3].to(torch.float16),
     "type_as": lambda t: t.type_as(torch.empty(0, dtype=torch.bfloat16)),
@@ -159,9 +158,6 @@ RECORDED: dict[str, Callable[[torch.Tensor], object]] = {
     "contiguous": lambda t: t.contiguous(),
     "contiguous of a window": lambda t: t[:, 1:3].contiguous(),
     "channels last": lambda t: t[None].contiguous(memory_format=torch.channels_last),
-    "clone": lambda t: t.clone(),
-    "clone of turned": lambda t: t.transpose(0, 1).clone(),
-    "clone made contiguous": lambda t: t.transpose(0, 1).clone(memory_format=torch.contiguous_format),
     "detach": lambda t: t.detach(),
     "data": lambda t: t.data,
     "pad by nothing": lambda t: F.pad(t, (0, 0)),
@@ -184,13 +180,58 @@ def test_what_only_moves_elements_is_recorded(name: str, mode: Callable[[], torc
     assert same(found, expected)
 
 
+COPIED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "clone": lambda t: t.clone(),
+    "clone by torch": torch.clone,
+    "clone of turned": lambda t: t.transpose(0, 1).clone(),
+    "clone made contiguous": lambda t: t.transpose(0, 1).clone(memory_format=torch.contiguous_format),
+    "clone of a cast": lambda t: t.half().clone(),
+    "clone of joined windows": lambda t: torch.cat([t[:, :1], t[:, 3:]], dim=1).clone(),
+    "clone of data": lambda t: t.data.clone(),
+    "to a copy": lambda t: t.to(torch.float32, copy=True),
+    "to a copy by position": lambda t: t.to(torch.float32, False, True),
+    "to a copy on its device": lambda t: t.to("cpu", copy=True),
+    "to a copy on its device by position": lambda t: t.to("cpu", torch.float64, False, True),
+    "to a copy like another": lambda t: t.to(torch.empty(0, dtype=torch.float16), copy=True),
+    "to a copy of another type": lambda t: t.to(torch.bfloat16, copy=True),
+    "to a copy in an order": lambda t: t[None].to(copy=True, memory_format=torch.channels_last),
+    "torch.tensor": torch.tensor,
+    "asarray": lambda t: torch.asarray(t, copy=True),
+    "deep copy": copy.deepcopy,
+    "deep copy in a list": lambda t: copy.deepcopy([t[1:], t])[1],
+    "deep copy in a dict": lambda t: copy.deepcopy({"weight": t})["weight"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("name", COPIED)
+def test_a_copy_is_an_ordinary_tensor_that_can_be_written(name: str, mode: Callable[[], torch.no_grad]) -> None:
+    weight = random((3, 4, 6))
+    with mode():
+        lazy = address(weight)
+        found, expected = COPIED[name](lazy), COPIED[name](weight)
+    assert type(found) is torch.Tensor
+    assert (found.dtype, found.device, found.stride()) == (expected.dtype, expected.device, expected.stride())
+    assert raw(found) == raw(expected)
+    found.zero_()
+    assert torch.equal(lazy, weight)
+
+
+def test_a_gradient_flows_through_a_copy() -> None:
+    for make in (torch.clone, lambda t: t.to(torch.float64, copy=True), lambda t: t.clone(memory_format=torch.contiguous_format)):
+        parameter = nn.Parameter(address(random((4, 6))))
+        torch.autograd.backward(make(parameter).sum())
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.ones(4, 6))
+
+
 STEPS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
     "transpose": lambda t, a, b: t.transpose(a % t.ndim, b % t.ndim),
     "slice": lambda t, a, b: t.narrow(a % t.ndim, 0, max(1, t.shape[a % t.ndim] - b % 2)),
     "step": lambda t, a, b: t[(slice(None),) * (a % t.ndim) + (slice(None, None, 1 + b % 2),)],
     "unsqueeze": lambda t, a, b: t.unsqueeze(a % (t.ndim + 1)),
     "flatten": lambda t, a, b: t.flatten(a % t.ndim),
-    "clone": lambda t, a, b: t.clone(),
     "contiguous": lambda t, a, b: t.contiguous(),
     "cast": lambda t, a, b: t.to([torch.float16, torch.bfloat16, torch.float32][a % 3]),
     "cat": lambda t, a, b: torch.cat([t, t], a % t.ndim),

@@ -20,7 +20,7 @@ from late_lane import LateLane
 from shardkit.errors import ShardkitError
 from shardkit.load import arrangement, close
 from shardkit.load.dispatch import load_checkpoint_and_dispatch
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 from shardkit.load.unseen import eager
 
 WIDTH = 8

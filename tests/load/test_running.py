@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from accelerators import RUNNERS
-from shardkit.errors import LoadError, Mismatch
-from shardkit.load.arrangement import attachments, remove_hooks
+from shardkit.errors import LoadError, Mismatch, NotTrained
+from shardkit.load.attached import attachments, remove_hooks
 from shardkit.load.dispatch import dispatch_model
 from shardkit.load.pager import Pager
 from toys import IDS, LAYERS, MAPS, WIDTH, Toy, empty, layer, loaded, logits, resident_on, run_on, saved, streamed, trained
@@ -215,8 +215,10 @@ def test_what_stays_learns_as_it_would_have(load: Load, resident: Toy, device: s
 
 def test_a_backward_that_comes_too_late_raises(load: Load) -> None:
     loss = load(ring=2)(IDS).sum()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(NotTrained, match=r"backward needs 'layers\.\d+\.\w+\.\w+' and \d more: they stream") as caught:
         loss.backward()
+    assert isinstance(caught.value, RuntimeError)
+    assert "gradient checkpointing" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

@@ -14,7 +14,7 @@ import shardkit
 from libraries import peer
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
 from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, remove_hooks, save, tensors
-from shardkit.load.saving import Remote
+from shardkit.load.remote import Remote
 from shardkit.payload import CHUNK
 from truth import values
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardkit.errors import LoadError
 from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch, tensors
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
