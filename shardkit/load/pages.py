@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 
+from shardkit.casting import Cast
+from shardkit.load.casts import cast_into
 from shardkit.load.files import Files
 from shardkit.load.filling import copy, read_into
 from shardkit.load.kept import Kept, memory_of_page
@@ -197,6 +199,8 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
         files.at(payload.path).read(memory, payload.start)
     elif isinstance(payload, Buffer | Kept):
         copy(memoryview(payload.memory), memory)
+    elif isinstance(payload, Cast) and isinstance(payload.inner, Extent) and not payload.inner.start % payload.source.itemsize:
+        cast_into(payload, memory, files)
     else:
         read = files.read_once if isinstance(grounds(payload), Extent) else files.read
         read_into(opened(payload, read), memory)
