@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardkit.casting import Cast
+from shardkit.expansion import Framed
 from shardkit.load.casts import cast_into
 from shardkit.payload import Concat, Extent, Payload, Swapped, ended_early, fill, unreadable
 from shardkit.pools import Pool
@@ -66,9 +67,18 @@ def read_into(payload: Payload, memory: memoryview) -> None:
         cast_into(payload, memory)
         return
     at = 0
-    for piece in payload.pieces() if isinstance(payload, Strided) else payload.chunks():
+    for piece in _pieces_of(payload):
         copy(piece, memory[at : at + len(piece)])
         at += len(piece)
+
+
+def _pieces_of(payload: Payload) -> Iterator[memoryview]:
+    """The bytes of *payload* as they come, where nobody needs them in chunks."""
+    if isinstance(payload, Strided):
+        return payload.pieces()
+    if isinstance(payload, Framed) and payload.nbytes == payload.whole:  # of which nothing is worth keeping
+        return payload.pieces()
+    return payload.chunks()
 
 
 def copy(source: memoryview, target: memoryview) -> None:

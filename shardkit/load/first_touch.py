@@ -39,7 +39,7 @@ class FirstTouch:
         self._advise = advise or _madvise
         self._clock = clock
         self._arenas: dict[int, tuple[int, int]] = {}  # first byte of an arena and the byte after it, by its mapping
-        self._costs: dict[bool, float] = {}  # nanoseconds of a byte, of huge pages (True) and of small ones
+        self._costs: dict[bool, float] = {}  # what a byte took last, in huge pages (True) and in small ones
         self._requests = 0
         self._populates = advise is not None or sys.platform == "linux"
 
@@ -66,7 +66,7 @@ class FirstTouch:
             begun = self._clock()
             self._advise(at, pages * HUGE, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
             self._populate(at, at + pages * HUGE)
-            self._note(huge, (self._clock() - begun) / (pages * HUGE))
+            self._costs[huge] = (self._clock() - begun) / (pages * HUGE)
             at += pages * HUGE
         if at < end:
             self._advise(at, end - at, _MADV_HUGEPAGE)
@@ -80,9 +80,6 @@ class FirstTouch:
             return True not in self._costs, 1
         huge = self._costs[True] <= self._costs[False]
         return (huge, left) if self._requests % _AGAIN else (not huge, 1)
-
-    def _note(self, huge: bool, cost: float) -> None:
-        self._costs[huge] = (self._costs.get(huge, cost) + cost) / 2
 
     def _populate(self, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE
