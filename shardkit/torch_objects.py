@@ -7,6 +7,7 @@ None of these functions runs anything of torch's; they take the arguments apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from shardkit.checkpoint import OtherKind
 from shardkit.dtypes import BY_CODE, BY_TORCH, DType
@@ -52,7 +53,13 @@ def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
             raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
-    return tuple(values)  # type: ignore[arg-type]  # mypy does not narrow by exact type
+    return _shared(tuple(values))  # type: ignore[arg-type]  # mypy does not narrow by exact type
+
+
+@lru_cache(4096)
+def _shared(row: tuple[int, ...]) -> tuple[int, ...]:
+    """*row*, as one object for all tensors that have it: most tensors of a model have the shape of another."""
+    return row
 
 
 def _rebuild_v1(args: tuple[object, ...]) -> Tensor:
