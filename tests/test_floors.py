@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
 errors sizes dtypes forks
-limits payload open_extents checkpoint
+limits payload open_extents small_reads checkpoint
 codec expansion zips format strict_json header index checksums manifest offload_record runs gathering strided joining casting \
     stand_ins pickle_machine pickle_opcodes pickles torch_tensors torch_objects module_tree object_tree diagnosis
 plugin roots edits named_blocks fitting block_layout plan framing \
