@@ -41,6 +41,11 @@ def save_tiny(path: Path) -> None:
     torch.save({f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(50_000)}, path)
 
 
+def save_many(path: Path) -> None:
+    """160,000 tensors of 64 bytes."""
+    torch.save({f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(160_000)}, path)
+
+
 def save_index(path: Path) -> None:
     """100,000 experts in 40 shards, and their index."""
     path.mkdir()
@@ -61,6 +66,7 @@ SAVERS = {
     "big.safetensors": save_safetensors,
     "big-fp32.bin": save_fp32,
     "tiny.pt": save_tiny,
+    "many.bin": save_many,
     "experts": save_index,
 }
 

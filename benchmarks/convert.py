@@ -8,6 +8,7 @@ The checkpoints are made once in FOLDER, which needs 45 GB with the outputs.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,6 +109,21 @@ def tiny(bench: Bench) -> None:
     report("tiny.pt (50,000 tensors)", contenders, bench, limit="torch.load(weights_only=True)", warm=source)
 
 
+def many(bench: Bench) -> None:
+    """160,000 tensors of 64 bytes, and what it takes to verify what came of them."""
+    source = bench.source("many.bin")
+    converted = bench.folder / "many-shards"
+    if not converted.exists():
+        subprocess.run([sys.executable, "-m", "shardkit", "convert", str(source), "-o", str(converted), "-q"], check=True)
+    contenders = {
+        "shardkit convert": bench.shardkit("convert", source, "--no-fsync"),
+        "shardkit verify": Contender((sys.executable, "-m", "shardkit", "verify", str(converted), "--against", str(source))),
+        "shardkit inspect": bench.shardkit("inspect", source),
+        "torch.load(weights_only=True)": bench.peer("load", source),
+    }
+    report("many.bin (160,000 tensors)", contenders, bench, limit="shardkit convert", warm=source)
+
+
 def index(bench: Bench) -> None:
     """An index of 100,000 entries over 40 shards."""
     contenders = {"shardkit inspect": bench.shardkit("inspect", bench.source("experts"))}
@@ -138,6 +154,7 @@ BENCHES: dict[str, Callable[[Bench], object]] = {
     "safetensors": lambda bench: same_bytes(bench, "big.safetensors"),
     "blocks": blocks,
     "compressed": compressed,
+    "many": many,
     "synced": synced,
     "cast": cast,
     "tiny": tiny,

@@ -1,10 +1,12 @@
-"""Load a checkpoint onto the CPU and touch every byte of it, as a process: ``python benchmarks/loaders.py JOB PATH``.
+"""Load a checkpoint onto the CPU and touch every byte of it, as a process: ``python benchmarks/loaders.py JOB PATH [small]``.
 
 What counts is printed last: the seconds from the call that loads to the last byte touched, imports and the empty model apart.
+With ``small``, Linux gives the process no huge pages, whatever it asks for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 import warnings
@@ -20,6 +22,7 @@ Job = Callable[[str], Callable[[], nn.Module]]
 
 _STEP = 64 << 20
 _PAGE = 4096
+_PR_SET_THP_DISABLE = 41  # linux/prctl.h
 
 
 def shardkit(path: str) -> Callable[[], nn.Module]:
@@ -36,11 +39,46 @@ def shardkit_mmap(path: str) -> Callable[[], nn.Module]:
     return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}, mmap=True))
 
 
-def accelerate(path: str) -> Callable[[], nn.Module]:
+def shardkit_cast(path: str) -> Callable[[], nn.Module]:
+    """The first, into a model of float32."""
+    from shardkit.load import load_checkpoint_in_model
+
+    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), torch.float32)
+
+
+def accelerate(path: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[], nn.Module]:
     """The function of the same name."""
     from accelerate import load_checkpoint_in_model  # type: ignore[import-untyped]  # has no types
 
-    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}))
+    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), dtype)
+
+
+def accelerate_cast(path: str) -> Callable[[], nn.Module]:
+    """The same, into a model of float32."""
+    return accelerate(path, torch.float32)
+
+
+def fastsafetensors(path: str) -> Callable[[], nn.Module]:
+    """IBM's reader, without the direct storage that only GPUs have."""
+    from fastsafetensors import fastsafe_open  # type: ignore[import-not-found, import-untyped, unused-ignore]  # a peer
+
+    def load(model: nn.Module) -> None:
+        with fastsafe_open(path, framework="pt", device="cpu", nogds=True) as file:
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)  # noqa: SIM118
+
+    return _into_empty(path, load)
+
+
+def runai(path: str) -> Callable[[], nn.Module]:
+    """Run:ai's streamer; its tensors are views of the memory that it reads into."""
+    from runai_model_streamer import SafetensorsStreamer  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    def load(model: nn.Module) -> None:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files([path])
+            model.load_state_dict(dict(streamer.get_tensors()), assign=True)
+
+    return _into_empty(path, load)
 
 
 def transformers(path: str) -> Callable[[], nn.Module]:
@@ -91,15 +129,21 @@ def copy(path: str) -> Callable[[], nn.Module]:
 JOBS: dict[str, Job] = {
     "shardkit": shardkit,
     "shardkit-mmap": shardkit_mmap,
+    "shardkit-cast": shardkit_cast,
     "accelerate": accelerate,
+    "accelerate-cast": accelerate_cast,
+    "fastsafetensors": fastsafetensors,
+    "runai": runai,
     "transformers": transformers,
     "assigned": assigned,
     "copy": copy,
 }
 
 
-def _into_empty(path: str, load: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
-    model = _empty(_shapes(path))
+def _into_empty(
+    path: str, load: Callable[[nn.Module], object], dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], nn.Module]:
+    model = _empty(_shapes(path), dtype)
 
     def run() -> nn.Module:
         load(model)
@@ -112,8 +156,8 @@ def _shapes(path: str) -> Shapes:
     return ((f"layers.{number}.weight", (16,)) for number in range(50_000)) if "tiny" in path else WIDE.shapes()
 
 
-def _empty(shapes: Shapes) -> nn.Module:
-    """Modules as the names have them, with parameters on the meta device."""
+def _empty(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
+    """Modules as the names have them, with parameters of *dtype* on the meta device; those of tiny.pt are float32."""
     model = nn.Module()
     for name, shape in shapes:
         *steps, last = name.split(".")
@@ -122,8 +166,8 @@ def _empty(shapes: Shapes) -> nn.Module:
             if step not in module._modules:
                 module.add_module(step, nn.Module())
             module = module.get_submodule(step)
-        dtype = torch.float32 if shape == (16,) else torch.bfloat16
-        module.register_parameter(last, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+        kind = torch.float32 if shape == (16,) else dtype
+        module.register_parameter(last, nn.Parameter(torch.empty(shape, dtype=kind, device="meta")))
     return model
 
 
@@ -140,6 +184,8 @@ def _touch(model: nn.Module) -> None:
 def main() -> None:
     """Run the job that is asked for."""
     warnings.simplefilter("ignore")
+    if sys.argv[3:] == ["small"] and ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0):
+        sys.exit("this system does not let a process do without huge pages")
     run = JOBS[sys.argv[1]](sys.argv[2])
     begun = time.perf_counter()
     _touch(run())

@@ -145,9 +145,10 @@ def in_page_cache(path: Path) -> None:
 
 
 def made(folder: Path, name: str) -> Path:
-    """The checkpoint called *name* of checkpoints.py in *folder*; made there, by a process of its own, if it is missing."""
+    """The checkpoint called *name* of checkpoints.py in *folder*; both are made, by a process of its own, if they are missing."""
     path = folder / name
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"making {path} …", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, Path(__file__).parent / "checkpoints.py", name, folder], check=True)
     return path

@@ -6,7 +6,11 @@ For 500 forwards of one token, which take a while and are run only if they are a
 The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has such arithmetic and in fp32 where
 it has not. 4.2 GB of it, the layers and the head, stream from disk in each forward. Accelerate, the floor (the same blocks into
 the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
-checkpoint before each forward. What the disk gave is told.
+checkpoint before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if they are missing.
+
+In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each layer,
+take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
+``pip install --no-deps airllm==4.0.0``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from cages import output_of
@@ -39,6 +44,7 @@ class Contender:
         ring: blocks in memory at a time; 0 for as many as shardkit finds that pay.
         tokens: how many go in.
         limit: of the memory, in bytes.
+        how: whether a forward is called, or `generate` for one token.
     """
 
     who: str
@@ -47,6 +53,13 @@ class Contender:
     ring: int = 4
     tokens: int = 16
     limit: int | None = MUCH
+    how: str = "forward"
+
+    def source(self, folder: Path, llama: Llama) -> Path:
+        """What it reads."""
+        if self.who == "airllm":
+            return folder / f"{llama.layout}-airllm"
+        return folder / (llama.plain if self.plain else llama.layout)
 
 
 @dataclass(slots=True)
@@ -93,6 +106,11 @@ CASES: dict[str, dict[str, Contender]] = {
         "shardkit, auto": Contender("planned", ring=0),
         "accelerate": Contender("accelerate"),
     },
+    "generate": {
+        "shardkit": Contender("shardkit", how="generate", limit=HALF),
+        "accelerate": Contender("accelerate", how="generate", limit=HALF),
+        "airllm": Contender("airllm", how="generate", limit=HALF),
+    },
     "0.8 GB": {
         "floor": Contender("floor", ring=2, limit=LITTLE),
         "compute": Contender("shardkit", resident=40, limit=None),
@@ -134,7 +152,7 @@ def main() -> None:
     for name in asked.only:
         print(f"\n{name}", flush=True)
         forwards = asked.forwards or LONG.get(name, 3)
-        found[name] = race(CASES[name], llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
+        found[name] = race(installed(CASES[name]), llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
         for who, result in found[name].items():
             limit = CASES[name][who].limit
             print(f"  {who:22}{result}  {f'of {limit / 1e6:.0f} MB' if limit else ''}".rstrip(), flush=True)
@@ -144,11 +162,25 @@ def main() -> None:
         draw(found, asked.plot)
 
 
+def installed(case: dict[str, Contender]) -> dict[str, Contender]:
+    """Those of *case* who can run here; a line tells of the others."""
+    missing = [name for name, each in case.items() if each.who == "airllm" and not find_spec("airllm")]
+    for name in missing:
+        print(f"  {name} is left out: it is not installed (pip install --no-deps airllm)")
+    return {name: each for name, each in case.items() if name not in missing}
+
+
 def prepared(folder: Path, llama: Llama) -> None:
     """Make the checkpoints, if they are missing."""
     plain, layout = made(folder, llama.plain), folder / llama.layout
     if not layout.exists():
         subprocess.run([sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", layout], check=True)
+    beside = Contender("airllm").source(folder, llama)
+    if find_spec("airllm") and not beside.exists():
+        beside.mkdir()
+        (beside / "config.json").write_text(llama.empty().config.to_json_string())
+        for path in layout.glob("model*"):
+            (beside / path.name).symlink_to(path.resolve())
 
 
 def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, forwards: int) -> dict[str, Result]:
@@ -156,8 +188,8 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
     results = {name: Result() for name in case}
     for _ in range(rounds):
         for name, each in case.items():
-            source = folder / (llama.plain if each.plain else llama.layout)
-            command = [sys.executable, STREAMING, llama.dtype, each.who, source, each.resident, each.ring, each.tokens, forwards]
+            numbers = [each.resident, each.ring, each.tokens, forwards]
+            command = [sys.executable, STREAMING, llama.dtype, each.who, each.source(folder, llama), *numbers, each.how]
             told = json.loads(output_of([str(part) for part in command], each.limit))
             result = results[name]
             result.seconds += told["seconds"]
@@ -169,7 +201,7 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
     answers = {
         answer
         for name, result in results.items()
-        if case[name].who in ("shardkit", "planned", "beside", "accelerate")
+        if case[name].who in ("shardkit", "planned", "beside", "accelerate", "airllm")
         for answer in result.told
     }
     if len(answers) > 1:
@@ -222,6 +254,7 @@ COMPARED = [
     ("shardkit, auto", "floor"),
     ("accelerate", "shardkit"),
     ("accelerate", "shardkit, auto"),
+    ("airllm", "shardkit"),
     ("shardkit", "none resident"),
     ("shardkit", "compute, read beside"),
 ]

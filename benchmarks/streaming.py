@@ -1,4 +1,4 @@
-"""One contender of stream.py, as a process: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS``.
+"""One contender of stream.py: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS HOW``.
 
 Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
 really read for it, what came out, and what the process held: before the model, after each forward, and after the end of it.
@@ -21,14 +21,17 @@ from typing import Any
 from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama
 
 RING_READ, THREADS = 4 << 20, 3
+GREEDY = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
 PLANNED = 1_000_000_000  # bytes, of the 1.5 GB that stream.py gives
 WATCHED: list[Any] = []  # the stream of the model, if it has one
 MODELS: list[Any] = []  # of shardkit, to be closed
+HOW: list[str] = []  # whether a forward is called, or `generate` for one token
 
 
 def main() -> None:
     """Run the one that is named."""
-    dtype, who, source, resident, ring, tokens, forwards = sys.argv[1:]
+    dtype, who, source, resident, ring, tokens, forwards, how = sys.argv[1:]
+    HOW.append(how)
     if who in ("shardkit", "planned", "beside"):
         load_libraries(BY_DTYPE[dtype])
     held = [holding()]
@@ -91,7 +94,7 @@ def drop(source: Path) -> None:
 
 def files_of(source: Path) -> list[Path]:
     """The files that hold weights."""
-    return sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    return sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
 
 
 def really_read() -> int:
@@ -123,6 +126,8 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as t
 
     def once() -> float:
         with torch.no_grad():
+            if HOW == ["generate"]:
+                return float(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0, -1])
             return float(model(ids, use_cache=False, logits_to_keep=1).logits.double().sum())
 
     return once
@@ -190,6 +195,26 @@ def accelerate(llama: Llama, source: Path, resident: int, ring: int, tokens: int
                 else:
                     set_module_tensor_to_device(model, name, "cpu", file.get_tensor(name).clone())
     return forward(dispatch_model(model, places, main_device="cpu", offload_index=index), tokens)
+
+
+def airllm(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """AirLLM, which has a file for each layer; it makes them when it sees the checkpoint first."""
+    from contextlib import redirect_stdout
+
+    with redirect_stdout(sys.stderr):  # where it tells what it does
+        from airllm import AirLLMBaseModel  # type: ignore[import-not-found, import-untyped, unused-ignore]  # a peer
+
+        class Untokenized(AirLLMBaseModel):  # type: ignore[misc, unused-ignore]  # of a class without types
+            def get_tokenizer(self, hf_token: object = None) -> None:
+                """None: what goes in is numbers."""
+
+        once = forward(Untokenized(str(source), device="cpu"), tokens)
+
+    def quietly() -> float | None:
+        with redirect_stdout(sys.stderr):
+            return once()
+
+    return quietly
 
 
 def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
@@ -262,6 +287,7 @@ CONTENDERS = {
     "planned": planned,
     "reading": reading,
     "accelerate": accelerate,
+    "airllm": airllm,
     "floor": floor,
     "beside": beside,
 }

@@ -19,7 +19,7 @@ from shardkit.payload import Extent, Payload, check_range, rechunked
 if TYPE_CHECKING:
     import torch
 
-_GRAIN = 32768  # elements; at::internal::GRAIN_SIZE, of which torch says that more is worth a second thread
+GRAIN = 32768  # elements; at::internal::GRAIN_SIZE, of which torch says that more is worth a second thread
 _OUTPUT = 1 << 20  # bytes of a chunk
 
 
@@ -70,12 +70,12 @@ class Cast:
         if not self.nbytes:
             return
         output = memoryview(bytearray(min(_OUTPUT, self.nbytes)))
-        rooms = _parts(_tensor(output, self.target), _GRAIN)
+        rooms = parts(tensor_over(output, self.target), GRAIN)
         for chunk in rechunked(self.inner.chunks(), self.inner.nbytes):
             # Torch warns of memory that must not be written, though it will only read it.
-            floats = _tensor(memoryview(bytearray(chunk)) if chunk.readonly else chunk, self.source)
-            for part in _parts(floats, _GRAIN * len(rooms)):
-                for room, grain in zip(rooms, _parts(part, _GRAIN), strict=False):
+            floats = tensor_over(memoryview(bytearray(chunk)) if chunk.readonly else chunk, self.source)
+            for part in parts(floats, GRAIN * len(rooms)):
+                for room, grain in zip(rooms, parts(part, GRAIN), strict=False):
                     room[: len(grain)].copy_(grain)
                 yield output[: len(part) * self.target.itemsize]
 
@@ -86,12 +86,12 @@ def can_cast(source: DType, target: DType) -> bool:
     return known and (source.kind != "complex" or target.kind == "complex")
 
 
-def _parts(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+def parts(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
     """*tensor* in parts of *count* elements and a rest."""
     return tensor.split(count)  # type: ignore[no-untyped-call, no-any-return]  # torch leaves it untyped
 
 
-def _tensor(memory: memoryview, dtype: DType) -> torch.Tensor:
+def tensor_over(memory: memoryview, dtype: DType) -> torch.Tensor:
     """*memory* as a tensor that shares it."""
     try:
         import torch

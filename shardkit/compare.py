@@ -19,9 +19,10 @@ from shardkit.copying import OnBytes
 from shardkit.edits import Edits, edit
 from shardkit.limits import Limits
 from shardkit.parallel import each
-from shardkit.payload import Payload
+from shardkit.payload import Extent, Payload
 from shardkit.roots import select_root
 from shardkit.sizes import format_size
+from shardkit.small_reads import SMALL, SmallReads
 from shardkit.soundness import checked
 from shardkit.uncompared import Side
 
@@ -91,9 +92,10 @@ def verify(
     """
     if against is None:
         return checked(locations.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
-    written = source.open(out, limits=limits)
+    # The source first: to read a pickle takes more memory than is kept of it, and now there is nothing beside it.
     origin = source.open(against, limits=limits)
     edited = edit(origin, replace(edits, ties="copy"))
+    written = source.open(out, limits=limits)
     inside = edited.left_out[len(origin.left_out) :]
     sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
     comparison = compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total)
@@ -110,13 +112,15 @@ def compare(
     """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`."""
     lefts = {entry.name: entry for entry in left}
     rights = {entry.name: entry for entry in right}
-    pairs = [(entry, rights[name]) for name, entry in lefts.items() if name in rights]
-    total = sum(entry.nbytes for entry, _ in pairs)
-    _LOG.info("%d tensors to compare, %s", len(pairs), format_size(total))
+    both = [name for name in lefts if name in rights]
+    total = sum(lefts[name].nbytes for name in both)
+    _LOG.info("%d tensors to compare, %s", len(both), format_size(total))
     (on_total or _unheard)(total)
-    changed = {entry.name: found for (entry, _), found in zip(pairs, _differences(pairs, on_bytes or _unheard), strict=True)}
-    differences = [*_in_order(lefts, changed), *(_only(entry, "added") for name, entry in rights.items() if name not in lefts)]
-    return Comparison(len(pairs), total, tuple(differences))
+    reads = SmallReads()
+    found = each(lambda name, report: _difference(lefts[name], rights[name], reads, report), both, on_bytes or _unheard)
+    changed = {name: difference for name, difference in zip(both, found, strict=True) if difference is not None}
+    differences = [*_in_order(lefts, rights, changed), *(_only(rights[name], "added") for name in rights if name not in lefts)]
+    return Comparison(len(both), total, tuple(differences))
 
 
 def _with_rest(comparison: Comparison, sides: Sequence[Side]) -> Comparison:
@@ -129,27 +133,26 @@ def _unheard(count: int) -> None:
     """Stand for a callback that nobody gave."""
 
 
-def _differences(pairs: Iterable[tuple[TensorEntry, TensorEntry]], on_bytes: OnBytes) -> list[Difference | None]:
-    return each(lambda pair, report: _difference(pair[0], pair[1], report), pairs, on_bytes)
-
-
-def _in_order(lefts: Mapping[str, TensorEntry], changed: Mapping[str, Difference | None]) -> Iterator[Difference]:
+def _in_order(
+    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], changed: Mapping[str, Difference]
+) -> Iterator[Difference]:
     for name, entry in lefts.items():
-        difference = changed[name] if name in changed else _only(entry, "removed")
-        if difference is not None:
-            yield difference
+        if name not in rights:
+            yield _only(entry, "removed")
+        elif name in changed:
+            yield changed[name]
 
 
 def _only(entry: TensorEntry, change: Literal["added", "removed"]) -> Difference:
     return Difference(entry.name, change, f"{entry.dtype.code} {list(entry.shape)}")
 
 
-def _difference(left: TensorEntry, right: TensorEntry, on_bytes: OnBytes) -> Difference | None:
+def _difference(left: TensorEntry, right: TensorEntry, reads: SmallReads, on_bytes: OnBytes) -> Difference | None:
     if left.dtype != right.dtype:
         return Difference(left.name, "dtype", f"{left.dtype.code} became {right.dtype.code}")
     if left.shape != right.shape:
         return Difference(left.name, "shape", f"{list(left.shape)} became {list(right.shape)}")
-    at = _first_difference(left.payload, right.payload, on_bytes)
+    at = _first_difference(left.payload, right.payload, reads, on_bytes)
     if at is None:
         return None
     return Difference(
@@ -159,9 +162,9 @@ def _difference(left: TensorEntry, right: TensorEntry, on_bytes: OnBytes) -> Dif
     )
 
 
-def _first_difference(left: Payload, right: Payload, on_bytes: OnBytes) -> int | None:
+def _first_difference(left: Payload, right: Payload, reads: SmallReads, on_bytes: OnBytes) -> int | None:
     """Offset of the first byte that differs; None if there is none."""
-    if left == right:
+    if left == right or (left.nbytes <= SMALL and _is_read_alike(left, right, reads)):
         on_bytes(left.nbytes)
         return None
     at = 0
@@ -171,6 +174,14 @@ def _first_difference(left: Payload, right: Payload, on_bytes: OnBytes) -> int |
         at += len(a)
         on_bytes(len(a))
     return None
+
+
+def _is_read_alike(left: Payload, right: Payload, reads: SmallReads) -> bool:
+    """Whether both are plain runs of files that hold the same bytes."""
+    if type(left) is not Extent or type(right) is not Extent:
+        return False
+    content = bytes(reads.read(left))
+    return content == reads.read(right)
 
 
 def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:

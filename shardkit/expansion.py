@@ -204,12 +204,13 @@ class Framed:
 
     def chunks(self) -> Iterator[memoryview]:
         if self.whole > CHUNK:
-            yield from rechunked(self._pieces(), self.nbytes)
+            yield from rechunked(self.pieces(), self.nbytes)
         elif self.nbytes:
-            content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole)._pieces()))
+            content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole).pieces()))
             yield memoryview(content)[self.start : self.start + self.nbytes]
 
-    def _pieces(self) -> Iterator[memoryview]:
+    def pieces(self) -> Iterator[memoryview]:
+        """The same bytes in pieces of any length, none of which is kept; for those who may cut elements."""
         at, stop = 0, self.start + self.nbytes
         try:
             for piece in self.codec.decompress(self.frame.chunks()):

@@ -86,7 +86,7 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
         raise LimitExceeded(path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
-    lines = sorted(_line(path, name, fields) for name, fields in document.items())
+    lines = sorted(_line(path, name, document.pop(name)) for name in list(document))  # which gives the memory of each back
     _check_cover(path, lines, data.nbytes)
     return Header(tuple(line.entry(data) for line in lines), metadata)
 

@@ -23,6 +23,7 @@ from shardkit.manifest import MANIFEST_NAME, Listed, Manifest, parse
 from shardkit.offload_record import BlockRun, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Extent, Payload, read_all
+from shardkit.small_reads import SmallReads, chunks_of
 from shardkit.zips import Member
 
 
@@ -182,7 +183,8 @@ def archive_faults(archive: Archive, entries: Iterable[TensorEntry], on_bytes: O
         FormatError: it cannot be read.
     """
     holds = _held(archive, entries)
-    found = each(lambda place, report: _member_fault(archive, *place, holds, report), archive.members, on_bytes)
+    reads = SmallReads()
+    found = each(lambda place, report: _member_fault(archive, *place, holds, reads, report), archive.members, on_bytes)
     return [fault for fault in found if fault is not None]
 
 
@@ -265,11 +267,11 @@ def _held(archive: Archive, entries: Iterable[TensorEntry]) -> dict[str, str]:
 
 
 def _member_fault(
-    archive: Archive, member: Member, content: Payload, holds: Mapping[str, str], on_bytes: OnBytes
+    archive: Archive, member: Member, content: Payload, holds: Mapping[str, str], reads: SmallReads, on_bytes: OnBytes
 ) -> Fault | None:
     """How the *content* of a zip *member* differs from its CRC, if it carries one; *holds* names the tensor in it."""
     crc = 0
-    for chunk in content.chunks():
+    for chunk in chunks_of(content, reads):
         crc = zlib.crc32(chunk, crc)
         on_bytes(len(chunk))
     if not member.crc or crc == member.crc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from shardkit.copying import OnBytes
 from shardkit.pools import Pool
@@ -24,18 +24,42 @@ def each(function: Callable[[Item, OnBytes], Result], items: Iterable[Item], on_
         items: they are all taken at once.
         on_bytes: called, from any thread, with those numbers.
     """
+    wanted = list(items)
+    results: list[Result | None] = [None] * len(wanted)
+    failures: dict[int, BaseException] = {}
     stop = threading.Event()
+    numbers = iter(range(len(wanted)))  # of which each thread takes the next: a step that no other thread can interrupt
 
     def report(count: int) -> None:
         if stop.is_set():
             raise _Stopped
         on_bytes(count)
 
-    with Pool(min(_TOGETHER, os.cpu_count() or 1), "shardkit-read") as pool:
+    def work() -> None:
+        for number in numbers:
+            if stop.is_set():
+                return
+            try:
+                results[number] = function(wanted[number], report)
+            except _Stopped:
+                return
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                failures[number] = error
+                stop.set()
+
+    together = min(_TOGETHER, os.cpu_count() or 1, len(wanted))
+    with Pool(max(1, together), "shardkit-read") as pool:
         try:
-            return list(pool.map(lambda item: function(item, report), items))
+            for future in [pool.submit(work) for _ in range(together)]:
+                future.result()
         finally:
             stop.set()
+    try:
+        if failures:
+            raise failures[min(failures)]
+    finally:
+        failures.clear()  # a frame that holds what raised is a circle, and would keep memory
+    return cast(list[Result], results)
 
 
 class _Stopped(BaseException):

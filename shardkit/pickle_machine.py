@@ -6,6 +6,7 @@ runs dry), a KeyError (a memo index never stored) or a ValueError with a sentenc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from struct import Struct
@@ -34,7 +35,9 @@ class Machine:
         refill_at: the byte of the window from which on `refill` is due.
         stack: the objects above the topmost mark.
         below: the stacks under each mark.
-        memo: objects by the index they were stored under.
+        memo: objects by the index they were stored under, but for those that the pickle never recalls.
+        recalled: all indices that it recalls, and perhaps others; None where too much would have to be read to know.
+        stored: how many times it has stored an object.
         calls: unknown classes and functions that would have been called, as a set in order.
         held: bytes of the objects made so far.
     """
@@ -54,6 +57,8 @@ class Machine:
         self.stack: list[Any] = []  # Any: what the stack holds is whatever the file says
         self.below: list[list[Any]] = []
         self.memo: dict[int, object] = {}
+        self.recalled = _recalled(content, start)
+        self.stored = 0
         self.globals: dict[tuple[str, str], object] = {}
         self.calls: dict[str, None] = {}
         self.held = 0
@@ -63,12 +68,12 @@ class Machine:
         self._check_held()
         self.base += self.at
         span = min(_WINDOW, self.content.nbytes - self.base)
-        self.window = b"".join(bytes(chunk) for chunk in self.content.narrow(self.base, span).chunks())
+        self.window = _bytes_of(self.content.narrow(self.base, span))
         self.at = 0
         self.refill_at = span - _ROOM if self.base + span < self.content.nbytes else span + 1
 
     def _check_held(self) -> None:
-        held = self.held + OBJECT * (len(self.memo) + len(self.below)) + 8 * len(self.stack)
+        held = self.held + OBJECT * (self.stored + len(self.below)) + 8 * len(self.stack)
         if held > self.limits.held_bytes:
             raise LimitExceeded(
                 self.path,
@@ -127,6 +132,12 @@ class Machine:
 
     def push(self, value: object) -> None:
         self.stack.append(value)
+
+    def store(self, index: int) -> None:
+        """Put the topmost object into the memo."""
+        self.stored += 1
+        if self.recalled is None or index in self.recalled:
+            self.memo[index] = self.stack[-1]
 
     def new(self, value: object) -> None:
         """Push a container that was made for it."""
@@ -199,3 +210,31 @@ class Machine:
                 target[key] = value
             else:
                 target.put(key, value)
+
+
+# An index of up to 255, four bytes behind LONG_BINGET, digits behind GET: what looks like one counts, wherever it stands.
+_RECALLS = re.compile(rb"(?=j(.{4})|g([0-9]{1,20})\n)", re.DOTALL)
+_SCANNED = 64 << 20  # bytes in which they are looked for
+_OVERLAP = 24
+
+
+def _recalled(content: Payload, start: int) -> frozenset[int] | None:
+    """The indices that some GET behind byte *start* may recall.
+
+    A pickle stores nearly every object that it makes, in case it is needed again, and nearly none is: what is not stored need
+    not be kept.
+    """
+    if content.nbytes - start > _SCANNED:
+        return None
+    found = set(range(256))
+    tail = b""
+    for at in range(start, content.nbytes, _WINDOW):
+        window = tail + _bytes_of(content.narrow(at, min(_WINDOW, content.nbytes - at)))
+        for long, digits in _RECALLS.findall(window):
+            found.add(int.from_bytes(long, "little") if long else int(digits))
+        tail = window[-_OVERLAP:]
+    return frozenset(found)
+
+
+def _bytes_of(payload: Payload) -> bytes:
+    return b"".join(bytes(chunk) for chunk in payload.chunks())

@@ -4,7 +4,7 @@
 2. The stream is read through a window of 256 KiB, so a `data.pkl` of any size takes no more memory than what it builds.
    Strings above 4 KiB (arrays, source code) are skipped over and kept as their address.
 3. Nothing recurses, and no foreign value is hashed, compared or printed; the memo is a dict, so that an index of 2³¹
-   costs what any other does.
+   costs what any other does, and holds only what the pickle may recall.
 4. Whatever the stream does wrong is Malformed with the byte it happened at: a stack that runs dry, a memo index never
    stored, an end without a STOP.
 """
@@ -67,7 +67,7 @@ def unpickle(path: Path, content: Payload, vocabulary: Vocabulary, *, limits: Li
 
 def _run(machine: Machine, most: int) -> None:
     """Do what the pickle says until it stops, or *most* operations are done."""
-    stack, below, memo = machine.stack, machine.below, machine.memo
+    stack, below, memo, recalled = machine.stack, machine.below, machine.memo, machine.recalled
     window, at, refill_at = b"", 0, 0
     try:
         for _ in repeat(None, most):
@@ -78,7 +78,10 @@ def _run(machine: Machine, most: int) -> None:
             code = window[at]
             # Of all operations of a torch pickle three quarters are these, so they are spared the call.
             if code == _LONG_BINPUT:
-                memo[_uint(window, at + 1)[0]] = stack[-1]
+                machine.stored += 1
+                index = _uint(window, at + 1)[0]
+                if recalled is None or index in recalled:
+                    memo[index] = stack[-1]
                 at += 5
             elif code == _BINGET:
                 stack.append(memo[window[at + 1]])

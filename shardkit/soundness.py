@@ -32,6 +32,7 @@ from shardkit.manifest import MANIFEST_NAME, Manifest
 from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Payload
+from shardkit.small_reads import SmallReads, chunks_of
 from shardkit.uncompared import Side
 
 
@@ -73,7 +74,7 @@ def _as_stored(checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_tot
     outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
     on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
     faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
-    each(_drained, outside, on_bytes)
+    _read_through(outside, on_bytes)
     expanded = _compressed(checkpoint.files, limits)
     notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
     unchecked = len(outside) + _without_crc(checkpoint, zips)
@@ -112,7 +113,7 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
     stored = {entry.payload: entry for entry in checkpoint.tensors}
     seen = {out / file.name for file in manifest.files}
     unlisted = [entry for payload, entry in stored.items() if entry.nbytes and not _reads_only(payload, seen)]
-    each(_drained, unlisted, lambda count: None)
+    _read_through(unlisted, lambda count: None)
     notes = [note]
     if unlisted:
         notes.append(f"{len(unlisted):,} tensors are in files that the manifest does not list: they were read, and are unchecked")
@@ -127,7 +128,7 @@ def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnByte
     outside = [entry for entry in checkpoint.tensors if entry.payload not in checked]
     on_total(sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside))
     found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
-    each(_drained, outside, on_bytes)
+    _read_through(outside, on_bytes)
     notes = [f"compared with the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
     notes += [f"{len(outside):,} tensors stand in no block, and are unchecked"] if outside else []
     nbytes = sum(size for _, size in record.dtypes) + sum(entry.nbytes for entry in outside)
@@ -144,6 +145,12 @@ def _reads_only(payload: Payload, files: set[Path]) -> bool:
     return bool(payload.sources) and all(extent.path in files for extent in payload.sources)
 
 
-def _drained(entry: TensorEntry, on_bytes: OnBytes) -> None:
-    for chunk in entry.payload.chunks():
+def _read_through(entries: Iterable[TensorEntry], on_bytes: OnBytes) -> None:
+    """Read all of *entries*, so that a byte that cannot be read is found."""
+    reads = SmallReads()
+    each(lambda entry, report: _drain(entry.payload, reads, report), entries, on_bytes)
+
+
+def _drain(payload: Payload, reads: SmallReads, on_bytes: OnBytes) -> None:
+    for chunk in chunks_of(payload, reads):
         on_bytes(len(chunk))

@@ -107,9 +107,10 @@ class Strided:
         return Strided(self.storage, self.dtype, self.axes, self.first + first, count, self.conj, self.neg)
 
     def chunks(self) -> Iterator[memoryview]:
-        return rechunked(self._pieces(), self.nbytes)
+        return rechunked(self.pieces(), self.nbytes)
 
-    def _pieces(self) -> Iterator[memoryview]:
+    def pieces(self) -> Iterator[memoryview]:
+        """The same bytes in pieces of any length, for those who may cut elements; each is valid until the next."""
         memory = memory_of(min(_SLAB, self.nbytes))
         for box in self._boxes():
             for slab in _slabs(box):

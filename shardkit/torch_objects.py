@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 
 from shardkit import numpy_arrays
@@ -57,7 +58,13 @@ def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
             raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
-    return tuple(values)  # type: ignore[arg-type]  # mypy does not narrow by exact type
+    return _shared(tuple(values))  # type: ignore[arg-type]  # mypy does not narrow by exact type
+
+
+@lru_cache(4096)
+def _shared(row: tuple[int, ...]) -> tuple[int, ...]:
+    """*row*, as one object for all tensors that have it: most tensors of a model have the shape of another."""
+    return row
 
 
 def _rebuild_v1(args: tuple[object, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
@@ -265,17 +266,26 @@ def _check_names(path: Path, rows: list[_Row]) -> None:
 
 def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
     """The rows as members that know where the next one begins, in the order of *rows*."""
-    starts = sorted(row[1] for row in rows)
-    following = dict(zip(starts, [*starts, end][1:], strict=True))
-    if len(following) != len(rows):
-        raise _broken(path, "two members begin at one byte")
-    for name, start, compressed, nbytes, method, crc in rows:
-        stop = following[start]
+    for (name, start, compressed, nbytes, method, crc), stop in zip(rows, _stops(path, rows, end), strict=True):
         if start + _LOCAL.size + compressed > stop:
             raise _broken(path, f"member {shown(name)} runs over what begins at byte {stop:,}")
         if method == STORED and compressed != nbytes:
             raise _broken(path, f"member {shown(name)} holds {several(nbytes, 'byte')} in {compressed:,} and is not compressed")
         yield Member(name, start, compressed, nbytes, method, crc, stop)
+
+
+def _stops(path: Path, rows: list[_Row], end: int) -> Iterator[int]:
+    """Where, for each of *rows*, the next member begins."""
+    if all(row[1] < behind[1] for row, behind in pairwise(rows)):  # as they are nearly always, and need no table
+        if rows:
+            yield from (row[1] for row in islice(rows, 1, None))
+            yield end
+        return
+    starts = sorted(row[1] for row in rows)
+    following = dict(zip(starts, [*starts, end][1:], strict=True))
+    if len(following) != len(rows):
+        raise _broken(path, "two members begin at one byte")
+    yield from (following[row[1]] for row in rows)
 
 
 def _broken(path: Path, fault: str) -> Malformed:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "shardkit"
 # One line per floor, lowest first; within a floor, from left to right.
 FLOORS = """
 hints errors sizes dtypes forks near_names brief
-limits payload open_extents checkpoint
+limits payload open_extents small_reads checkpoint
 codec expansion zips format strict_json header index checksums manifest records offload_record weight_names tie_records runs \
     gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
     torch_objects module_tree object_graph object_tree \

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MAGIC = bytes.fromhex("28b52ffd")
 _SKIPPABLE = bytes.fromhex("2a4d18")  # after a byte from 0x50 to 0x5f
 _LARGEST_WINDOW = 128 << 20  # what `zstd -d` takes unless it is told otherwise
-_BLOCKS_AT_ONCE = 16
+_BLOCKS_AT_ONCE = 2  # few, so that the memory for them is still in the processor's cache, and is used again
 _RLE = 1
 _LEVEL = 3
 _TABLE_FRAME = b"\x5e" + _SKIPPABLE
@@ -44,7 +44,7 @@ def sniff(head: bytes) -> bool:
 
 
 def decompress(pieces: Iterable[memoryview]) -> Iterator[bytes]:
-    """The expansion of all frames, in pieces of about 2 MiB at most.
+    """The expansion of all frames, in pieces of about 256 KiB at most.
 
     Raises:
         ValueError: the stream is broken or ends early.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from shardkit.object_tree import collect
 from shardkit.pickle_strings import Strings
 from shardkit.pickles import unpickle
-from shardkit.plugin import Checkpoint, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
+from shardkit.plugin import Checkpoint, Extent, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
 from shardkit.stand_ins import Vocabulary
 from shardkit.torch_objects import find
 from shardkit.torch_tensors import Storage, storage_of
@@ -72,7 +72,9 @@ class Records:
         """The bytes of a storage; ValueError if they are not as many as it says."""
         payload = self._storages.get(storage.key)
         if payload is None:
-            payload = self._storages[storage.key] = self._source.member(self.member(f"data/{storage.key}"))
+            payload = self._source.member(self.member(f"data/{storage.key}"))
+            if not isinstance(payload, Extent):  # it expands to a file, which is made once
+                self._storages[storage.key] = payload
         if payload.nbytes != storage.nbytes:
             raise ValueError(
                 f"record {shown(storage.key)} holds {payload.nbytes:,} bytes, and {storage.count:,} elements of "

@@ -36,7 +36,21 @@ class Arena:
 
     @classmethod
     def of(cls, nbytes: int) -> Arena:
-        """Fresh memory that begins at a page; huge ones are asked for, but none that reaches beyond the end.
+        """Fresh memory that begins at a page; huge pages are asked for, but none that reaches beyond the end.
+
+        Raises:
+            LoadError: there is no room for it.
+        """
+        arena = cls.untouched(nbytes)
+        whole = nbytes // HUGE * HUGE
+        if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                arena.mapping.madvise(mmap.MADV_HUGEPAGE, arena.start, whole)
+        return arena
+
+    @classmethod
+    def untouched(cls, nbytes: int) -> Arena:
+        """The same, but whoever fills it says which pages it gets.
 
         Raises:
             LoadError: there is no room for it.
@@ -51,7 +65,6 @@ class Arena:
         start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % HUGE
         whole = nbytes // HUGE * HUGE
         with suppress(OSError):  # a kernel without huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
             mapping.madvise(mmap.MADV_NOHUGEPAGE, start + whole, room - start - whole)
         return cls(mapping, start)
 

@@ -1,22 +1,29 @@
 """Fill memory with weights: by few large reads side by side, of which each fills what lies together in a file.
 
-What raises leaves nothing behind: no thread, no open file.
+1. What raises leaves nothing behind: no thread, no open file.
+2. Bytes go straight into the memory that they are for. What must be made of them is made in buffers that are used again.
+3. A disk is read by more threads than there are cores; what is computed is computed by one thread for each core.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardkit.casting import Cast
-from shardkit.payload import Extent, Payload, Swapped, ended_early, fill, unreadable
+from shardkit.expansion import Framed
+from shardkit.load.casts import cast_into
+from shardkit.payload import Concat, Extent, Payload, Swapped, ended_early, fill, unreadable
 from shardkit.pools import Pool
+from shardkit.strided import Strided
 
 WORKERS = 4
 Fill = tuple[Payload, memoryview]
 OnBytes = Callable[[int], object]
+Bring = Callable[[Sequence[memoryview]], object]
 
 _READ = 8 << 20
 _BUFFERS = 512  # of one read; half of what Linux takes (IOV_MAX)
@@ -24,18 +31,27 @@ _GAP = 16 << 10  # bytes between two tensors that are read along rather than lef
 _JUNK = memoryview(bytearray(_GAP))  # where they go; nobody looks at it, so that all threads may write it
 
 
-def fill_all(fills: Iterable[Fill], *, workers: int = WORKERS, on_bytes: OnBytes = lambda _: None) -> None:
+def fill_all(
+    fills: Iterable[Fill],
+    *,
+    workers: int = WORKERS,
+    on_bytes: OnBytes = lambda _: None,
+    bring: Bring = lambda buffers: None,
+) -> None:
     """Fill pieces of memory, each as long as its payload. They are read in the order given, so let it be that of the files.
 
     Args:
         fills: payloads, and where their bytes go.
         workers: how many reads are in flight.
         on_bytes: called in this thread with the number of bytes after each read.
+        bring: called with the pieces of memory that are about to be filled, by the thread that does it.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
     """
-    _carry_out(list(_jobs(fills)), workers, on_bytes)
+    jobs = list(_jobs(fills))
+    computes = any(isinstance(job, _Makings) for job in jobs)
+    _carry_out(jobs, min(workers, os.cpu_count() or 1) if computes else workers, on_bytes, bring)
 
 
 def read_into(payload: Payload, memory: memoryview) -> None:
@@ -47,10 +63,31 @@ def read_into(payload: Payload, memory: memoryview) -> None:
     if isinstance(payload, Extent):
         _Read(payload.path, payload.start, [memory], payload.nbytes, payload.nbytes).run()
         return
+    if isinstance(payload, Cast):
+        cast_into(payload, memory)
+        return
     at = 0
-    for chunk in payload.chunks():
-        memory[at : at + len(chunk)] = chunk
-        at += len(chunk)
+    for piece in _pieces_of(payload):
+        copy(piece, memory[at : at + len(piece)])
+        at += len(piece)
+
+
+def _pieces_of(payload: Payload) -> Iterator[memoryview]:
+    """The bytes of *payload* as they come, where nobody needs them in chunks."""
+    if isinstance(payload, Strided):
+        return payload.pieces()
+    if isinstance(payload, Framed) and payload.nbytes == payload.whole:  # of which nothing is worth keeping
+        return payload.pieces()
+    return payload.chunks()
+
+
+def copy(source: memoryview, target: memoryview) -> None:
+    """As by assignment; but where ctypes can, other threads run meanwhile."""
+    if source.readonly or not source.nbytes:
+        target[:] = source
+    else:
+        start, to = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in (source, target))
+        ctypes.memmove(to, start, source.nbytes)
 
 
 def address(payload: Payload) -> tuple[str, int]:
@@ -110,32 +147,51 @@ class _Read:
         return self.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Derivation:
-    """The same for what is made from bytes of files."""
+@dataclass(slots=True)
+class _Makings:
+    """The same for payloads that are made from bytes of files: one large one, or several small ones."""
 
-    payload: Payload
-    memory: memoryview
+    payloads: list[Payload] = field(default_factory=list)
+    buffers: list[memoryview] = field(default_factory=list)
+    nbytes: int = 0
+
+    def takes(self, payload: Payload) -> bool:
+        return self.nbytes + payload.nbytes <= _READ
+
+    def add(self, payload: Payload, memory: memoryview) -> None:
+        self.payloads.append(payload)
+        self.buffers.append(memory)
+        self.nbytes += payload.nbytes
 
     def run(self) -> int:
-        read_into(self.payload, self.memory)
-        return self.payload.nbytes
+        for payload, memory in zip(self.payloads, self.buffers, strict=True):
+            read_into(payload, memory)
+        return self.nbytes
 
 
-def _jobs(fills: Iterable[Fill]) -> Iterator[_Read | _Derivation]:
+_Job = _Read | _Makings
+
+
+def _jobs(fills: Iterable[Fill]) -> Iterator[_Job]:
     """What is to be done for *fills*, in pieces that may be done side by side."""
     read: _Read | None = None
+    makings = _Makings()
     for payload, memory in _cut(fills):
-        if not isinstance(payload, Extent):
-            yield _Derivation(payload, memory)
-            continue
-        if read is None or not read.takes(payload):
-            if read is not None:
-                yield read
-            read = _Read(payload.path, payload.start)
-        read.add(payload, memory)
+        if isinstance(payload, Extent):
+            if read is None or not read.takes(payload):
+                if read is not None:
+                    yield read
+                read = _Read(payload.path, payload.start)
+            read.add(payload, memory)
+        else:
+            if makings.payloads and not makings.takes(payload):
+                yield makings
+                makings = _Makings()
+            makings.add(payload, memory)
     if read is not None:
         yield read
+    if makings.payloads:
+        yield makings
 
 
 def _cut(fills: Iterable[Fill]) -> Iterator[Fill]:
@@ -148,6 +204,12 @@ def _cut(fills: Iterable[Fill]) -> Iterator[Fill]:
 
 
 def _pieces(payload: Payload, memory: memoryview) -> Iterator[Fill]:
+    if isinstance(payload, Concat):  # of frames, which are expanded one by one
+        at = 0
+        for part in payload.parts:
+            yield part, memory[at : at + part.nbytes]
+            at += part.nbytes
+        return
     divisible = isinstance(payload, Extent) or (isinstance(payload, Cast | Swapped) and isinstance(payload.inner, Extent))
     step = _READ if divisible else max(1, len(memory))
     for at in range(0, len(memory), step):
@@ -155,11 +217,17 @@ def _pieces(payload: Payload, memory: memoryview) -> Iterator[Fill]:
         yield payload.narrow(at, len(piece)) if len(piece) < len(memory) else payload, piece
 
 
-def _carry_out(jobs: Sequence[_Read | _Derivation], workers: int, on_bytes: OnBytes) -> None:
+def _carry_out(jobs: Sequence[_Job], workers: int, on_bytes: OnBytes, bring: Bring) -> None:
     """Run all *jobs*; after the first that fails no other is begun, and what was begun has ended."""
+
+    def run(job: _Job) -> int:
+        bring(job.buffers)
+        return job.run()
+
     pool = Pool(workers, "shardkit-read")
     try:
-        futures = [pool.submit(job.run) for job in reversed(jobs)]
+        futures = [pool.submit(run, job) for job in jobs]
+        futures.reverse()
         while futures:
             on_bytes(futures.pop().result())  # not kept: a frame that holds what raised is a circle, and would keep the memory
     finally:

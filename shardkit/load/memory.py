@@ -1,7 +1,6 @@
-"""Memory for weights: made once at its exact size, backed by huge pages, and filled by large reads side by side.
+"""Memory for weights: made once at its exact size, and filled by large reads side by side.
 
-1. First touch of fresh memory costs more than the copy. Huge pages take most of that cost away, and the reads themselves
-   touch the memory, several at a time.
+1. First touch of fresh memory costs more than the copy. `FirstTouch` makes it cheaper, and the threads that read share it.
 2. Tensors share an arena of `_ARENA` bytes, so that huge pages round up none of the small ones; a larger tensor has one of
    its own. Each tensor is a storage of its own, so that saving one saves no other, and an arena lives as long as one of its
    tensors does.
@@ -19,6 +18,7 @@ import torch
 
 from shardkit.load.arenas import HUGE, Arena
 from shardkit.load.filling import WORKERS, Fill, OnBytes, address, fill_all
+from shardkit.load.first_touch import FirstTouch
 from shardkit.payload import Extent, Payload
 
 Item = tuple[Payload, torch.dtype, Sequence[int]]
@@ -77,10 +77,11 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
     order = sorted(range(len(wanted)), key=[address(payload) for payload, _, _ in wanted].__getitem__)
     tensors: list[torch.Tensor] = [torch.empty(0)] * len(wanted)
     fills: list[Fill] = []
-    for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order]), strict=True):
+    pages = FirstTouch()
+    for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order], pages), strict=True):
         tensors[number] = tensor
         fills.append((wanted[number][0], memory))
-    fill_all(fills, workers=workers, on_bytes=on_bytes)
+    fill_all(fills, workers=workers, on_bytes=on_bytes, bring=pages.bring)
     return tensors
 
 
@@ -111,10 +112,11 @@ def _is_mappable(extent: Extent, dtype: torch.dtype) -> bool:
     return bool(extent.nbytes) and extent.start % dtype.itemsize == 0
 
 
-def _rooms(items: Iterable[Item]) -> Iterator[tuple[torch.Tensor, memoryview]]:
-    """For each of *items* a fresh tensor and its memory."""
+def _rooms(items: Iterable[Item], pages: FirstTouch) -> Iterator[tuple[torch.Tensor, memoryview]]:
+    """For each of *items* a fresh tensor and its memory, whose *pages* can be asked for."""
     for group, nbytes in _grouped(items):
-        arena = Arena.of(max(1, nbytes))
+        arena = Arena.untouched(max(1, nbytes))
+        pages.add(arena, nbytes)
         memory = arena.memory(0, nbytes)
         for at, (payload, dtype, shape) in group:
             yield arena.tensor(at, dtype, shape), memory[at : at + payload.nbytes]

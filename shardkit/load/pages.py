@@ -9,8 +9,10 @@ from functools import partial
 
 import torch
 
+from shardkit.casting import Cast
+from shardkit.load.casts import cast_into
 from shardkit.load.files import Files
-from shardkit.load.filling import read_into
+from shardkit.load.filling import copy, read_into
 from shardkit.load.kept import Kept, memory_of_page
 from shardkit.load.layouts import READ, Layout, Making, Read, evened, grounds
 from shardkit.load.memory import memory_of
@@ -198,19 +200,12 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
     if isinstance(payload, Extent):
         files.at(payload.path).read(memory, payload.start)
     elif isinstance(payload, Buffer | Kept):
-        _copy(memoryview(payload.memory), memory)
+        copy(memoryview(payload.memory), memory)
+    elif isinstance(payload, Cast) and isinstance(payload.inner, Extent) and not payload.inner.start % payload.source.itemsize:
+        cast_into(payload, memory, files)
     else:
         read = files.read_once if isinstance(grounds(payload), Extent) else files.read
         read_into(opened(payload, read), memory)
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    """As by assignment; but where ctypes can, other threads run meanwhile."""
-    if source.readonly or not source.nbytes:
-        target[:] = source
-    else:
-        start, to = (ctypes.addressof(ctypes.c_char.from_buffer(each)) for each in (source, target))
-        ctypes.memmove(to, start, source.nbytes)
 
 
 class Habit:
