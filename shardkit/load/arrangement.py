@@ -22,9 +22,9 @@ from torch.nn.parameter import is_lazy
 from shardkit.errors import LoadError
 from shardkit.load.assign import listed
 from shardkit.load.blocks import Block, Cut, cut
-from shardkit.load.budgets import Device
+from shardkit.load.budgets import Device, device_key
 from shardkit.load.depths import Depth, Ring
-from shardkit.load.device_maps import device_of
+from shardkit.load.device_maps import DeviceMap, device_of, inside, reported
 from shardkit.load.forwards import Clock
 from shardkit.load.kept import kept_recipes
 from shardkit.load.lanes import Lane, lane_to
@@ -180,6 +180,12 @@ def put(weight: Weight, tensor: torch.Tensor) -> None:
         seat.take(tensor)
 
 
+def reported_map(model: nn.Module, wish: Wish, device_map: DeviceMap) -> dict[str, int | str | torch.device]:
+    """What *model*, which runs as *wish* says, has as hf_device_map where *device_map* was asked for."""
+    streamed = (weight.names for weight in weights_of(model) if isinstance(weight.tensor, Streamed))
+    return reported(device_map, device_key(wish.main), (name for names in streamed for name in names))
+
+
 def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, object], int, object]]:
     """What `arrange` attached to *model* or what it was copied from: module, table of hooks, key in it, and what is behind."""
     for module in model.modules():
@@ -281,9 +287,11 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
         depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as was asked for")
         for number, each in enumerate(group):
             Pager(stream, number, each.seats, each.recipes).attach(each.module)
+    names = {each: name for name, each in model.named_children()}
     for callee in called(model) if streamed else ():
         sources.attach(callee)
-        Clock(streams, chosen=wish.chosen, depths=depths).attach(callee)
+        device_map = wish.device_map if callee is model else inside(names[callee], wish.device_map)
+        Clock(streams, chosen=wish.chosen, depths=depths, device_map=device_map).attach(callee)
 
 
 def _brought(block: Block, wish: Wish, addresses: Mapping[str, Recipe], lanes: dict[torch.device, Lane]) -> StreamedBlock:

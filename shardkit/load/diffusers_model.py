@@ -64,7 +64,8 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         opened = replace(opened, entries=_renamed(model, opened.entries))
     found = match(model, opened, dtype=dtype, keep_in_fp32=class_names(model._keep_in_fp32_modules))
     learned = [name for name, each in model.named_parameters() if each.requires_grad]
-    install(model, found.homes, {home.name: Paged.of(home.stored) for home in found.homes}, read_extra(found.extra))
+    lazy = {home.name: Paged.of(home.stored, files=opened.files) for home in found.homes}
+    install(model, found.homes, lazy, read_extra(found.extra))
     for name in learned:
         model.get_parameter(name).requires_grad_()
     info: Info = {

@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint import SourceFile, TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, ReadOnly, shown_path
 from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
+from shardkit.load.sources import refuse_changed
+from shardkit.load.storages import STORAGES, Storage
 from shardkit.load.unseen import refuse_trace
 from shardkit.payload import Buffer, Payload
 from shardkit.sizes import format_size
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from shardkit.load.recording import Operation
 
 _Kind = TypeVar("_Kind")
+OWN = ("recipe", "_storage")  # attributes that are made anew for a copy
 
 
 class Paged(torch.Tensor):
@@ -46,6 +49,7 @@ class Paged(torch.Tensor):
     """
 
     recipe: Recipe
+    _storage: Storage  # as soon as it was asked for
 
     # Rule 4: without this, torch would call Python once more on the way to every operation.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
@@ -67,13 +71,18 @@ class Paged(torch.Tensor):
         return made
 
     @classmethod
-    def of(cls, entry: TensorEntry, device: str | torch.device = "cpu") -> Paged:
+    def of(cls, entry: TensorEntry, device: str | torch.device = "cpu", *, files: tuple[SourceFile, ...] = ()) -> Paged:
         """The tensor that *entry* describes.
+
+        Args:
+            entry: its bytes, type and shape.
+            device: where `read` puts it.
+            files: those of its checkpoint, as they were when it was opened. To read from one that changed is an error.
 
         Raises:
             LoadError: torch has no such tensors, or there is no such device.
         """
-        return cls(Recipe.of(entry), device_of(device))
+        return cls(Recipe.of(entry, files), device_of(device))
 
     @property
     def payload(self) -> Payload:
@@ -92,12 +101,13 @@ class Paged(torch.Tensor):
 
         Raises:
             FormatError: the file cannot be read, or has become shorter.
-            LoadError: there is no room for it.
+            LoadError: the file changed since it was opened, or there is no room for the tensor.
         """
         payload, strides = self.recipe.in_memory
         with torch.inference_mode(False):  # what was read in inference mode can outlive it too
             memory = aligned(payload.nbytes)
             read_into(payload, memory_of(memory))
+            refuse_changed(self.recipe.files, payload)
             return memory.view(self.dtype).as_strided(self.shape, strides, 0).to(self.device)
 
     @classmethod
@@ -127,6 +137,7 @@ class Paged(torch.Tensor):
         given = value if isinstance(value, Paged) else _holding(value)
         vars(torch._C.TensorBase)["data"].__set__(self, given)
         self.recipe = given.recipe
+        vars(self).pop("_storage", None)
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch hands what it would print to its own alone
         files = list(dict.fromkeys(source.path for source in self.payload.sources))
@@ -144,6 +155,7 @@ class Paged(torch.Tensor):
 
     def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
         if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
+            refuse_changed(self.recipe.files, self.payload)  # as where torch has just opened that very file to write to it
             value = self.read()
             held = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
             return held.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -159,14 +171,24 @@ class Paged(torch.Tensor):
         return self.read().__dlpack__(**asked)
 
     def data_ptr(self) -> int:
-        raise _no_memory()
+        """Where the values can be read: in the pages of the file, or of a temporary one (see `storages`); 0 if there are none."""
+        if self.device.type != "cpu":
+            raise _no_memory()
+        start = self.untyped_storage().filled()
+        return start and start + self.recipe.offset * self.recipe.dtype.itemsize
 
-    def untyped_storage(self) -> torch.UntypedStorage:
+    def untyped_storage(self) -> Storage:  # type: ignore[override]  # it has what those ask for who save tensors
+        """What tells apart the storages of tensors, and finds ties; nothing is read."""
+        if not hasattr(self, "_storage"):
+            self._storage = STORAGES.of(self.recipe.storage, self.recipe.files)
+        return self._storage
+
+    def _typed_storage(self) -> torch.TypedStorage:
         raise _no_memory()
 
     def _attributes(self) -> dict[str, object]:
         """What was hung on it, as `Parameter` and model libraries do."""
-        return {name: value for name, value in self.__dict__.items() if name != "recipe"}
+        return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
 
 def _hide_from_dynamo() -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from shardkit.errors import LoadError, ShardkitError
 from shardkit.forks import begin_again_in_children
-from shardkit.load.paged import Paged
+from shardkit.load.paged import OWN, Paged
 from shardkit.load.recipe import Recipe
 from shardkit.load.recording import device_of
 from shardkit.load.stream import Stream
@@ -83,7 +83,7 @@ class Streamed(Paged):
     def __deepcopy__(self, memo: dict[int, object]) -> Streamed:
         if id(self) not in memo:
             twin = self.standing_for(self.recipe, self.device, is_buffer=True)
-            twin.__dict__.update(deepcopy({name: value for name, value in self.__dict__.items() if name != "recipe"}, memo))
+            twin.__dict__.update(deepcopy({name: value for name, value in self.__dict__.items() if name not in OWN}, memo))
             memo[id(self)] = twin
         found = memo[id(self)]
         assert isinstance(found, Streamed)

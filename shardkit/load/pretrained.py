@@ -21,7 +21,7 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown
 from shardkit.load import diffusers_model, diffusers_pipeline, transformers_model
-from shardkit.load.arrangement import Wish, arrange
+from shardkit.load.arrangement import Wish, arrange, reported_map
 from shardkit.load.assign import listed
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.depths import Ring
@@ -113,9 +113,10 @@ def from_pretrained(
     terms = Terms(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
     devices, depth = terms.residents(tree, str(device_map) if given is None else given)
     check_device_map(tree, devices)
-    _place(tree, models.values(), devices, depth, chosen=given is None)
+    wish = _wish(models.values(), devices, depth, chosen=given is None)
+    _place(tree, wish)
     if device_map is not None:
-        made.hf_device_map = dict(devices)
+        made.hf_device_map = reported_map(tree, wish, devices) if tree is made else dict(devices)
     info = {name: model.info for name, model in models.items()}
     return (made, info.get("", info)) if output_loading_info else made
 
@@ -180,9 +181,9 @@ def _rates(model: nn.Module, device: Device) -> Rates:
     return rates_for(((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device))
 
 
-def _place(tree: nn.Module, models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> None:
-    """Put the weights of all models where *devices* wants them."""
-    wish = Wish(
+def _wish(models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> Wish:
+    """How *models* shall run."""
+    return Wish(
         device_map=devices,
         main=main_device(devices),
         whole=frozenset[str]().union(*(each.whole for each in models)),
@@ -191,6 +192,10 @@ def _place(tree: nn.Module, models: Collection[Addressed], devices: Mapping[str,
         hooks=len(set(devices.values())) > 1 or "disk" in devices.values(),
         chosen=chosen,
     )
+
+
+def _place(tree: nn.Module, wish: Wish) -> None:
+    """Put the weights of all models where *wish* wants them."""
     _warn_of_computed(tree, wish)
     arrange(tree, wish)
 
