@@ -45,9 +45,9 @@ def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
 def reported(device_map: DeviceMap, main: Device, streamed: Iterable[str]) -> dict[str, int | str | torch.device]:
     """What a model that *device_map* dispatched reports as its hf_device_map, which libraries read.
 
-    A part that is offloaded is where it runs, with its buffers and whatever is added to it later; its weights are where they stream
-    from. So the map still says where everything is, an adapter that is loaded into such a part goes to where it is used, and
-    the first device of the map is one that inputs can be moved to.
+    A part that is offloaded is on the device that runs it, as are its buffers and whatever is added to it later; its weights are
+    named one by one, with where they stream from. So an adapter that is loaded into such a part goes to where it is used, and the
+    first device of the map is one that inputs can be moved to.
 
     Args:
         device_map: what was asked for, or chosen.

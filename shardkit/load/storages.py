@@ -251,7 +251,7 @@ def no_room(nbytes: int, error: OSError) -> NoRoom:
     return NoRoom(
         f"{shown_path(Path(tempfile.gettempdir()))}: a temporary file with {format_size(nbytes)} of weights cannot be written: "
         f"{error.strerror}",
-        hint="free some space, set TMPDIR to a folder on a larger disk, or save with shardkit.load.save, which needs no such file",
+        hint="set TMPDIR to a folder on a larger disk, or save with shardkit.load.save, which needs no such file",
     )
 
 

@@ -6,9 +6,11 @@ memory, renames, fuses and casts the weights, ties them, fills in what is missin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from torch import nn
 from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
 from shardkit.load.assign import listed
 from shardkit.load.mapping import tensors
-from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, library, prevalent_dtype, told
+from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, Saved, library, prevalent_dtype, told, written
 from shardkit.load.module_sizes import class_names
 from shardkit.load.paged import Paged
 from shardkit.load.weights import weights_of
@@ -98,6 +100,32 @@ def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
         for each in weight.payload.sources
         for path, start, nbytes in places
     )
+
+
+def saved(model: nn.Module) -> Saved | None:
+    """What Transformers would save of *model*, of which no weight is read that it only splits or renames.
+
+    None if the model is not its own; or has adapters, of which Transformers would save these alone.
+    """
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.dynamic_module_utils import custom_object_save
+
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    config = deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    saves: list[Callable[[str], object]] = [config.save_pretrained]
+    if model.can_generate():
+        saves.append(model.generation_config.save_pretrained)
+    if type(model)._auto_class is not None:  # a class of the user's own, whose code goes along
+        saves.insert(0, lambda folder: custom_object_save(model, folder, config=cast("Any", config)))  # declared as a dict
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return Saved(revert_weight_conversion(model, state), written(*saves), frozenset(model.all_tied_weights_keys))
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:

@@ -7,7 +7,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,20 @@ from safetensors.torch import load_file, save_file, save_model
 
 from shardkit.checkpoint import TensorEntry
 from shardkit.dtypes import BY_CODE
-from shardkit.errors import LoadError, Malformed, NoRoom
+from shardkit.errors import LoadError, Malformed
 from shardkit.load import Paged, tensors
-from shardkit.load.storages import STORAGES
 from shardkit.payload import Buffer, Concat, Extent, Literal
 from truth import values
 
 
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    named = {"wide": torch.rand(3, 5, dtype=torch.float64), "odd": torch.arange(7, dtype=torch.uint8), "half": torch.rand(6, 4).half()}
+    named = {"wide": torch.rand(3, 5, dtype=torch.float64), "half": torch.rand(6, 4).half(), "odd": torch.arange(7).byte()}
     return named | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "flags": torch.tensor([True, False])}
+
+
+def in_bytes(named: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: values(each) for name, each in named.items()}
 
 
 def stored(tmp_path: Path, suffix: str) -> Path:
@@ -103,11 +106,13 @@ def test_what_is_in_memory_is_pointed_at_where_it_is() -> None:
 
 def test_a_storage_goes_with_the_last_tensor_that_has_it(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1000)}, tmp_path / "w.safetensors")
-    lazy, cast = (w := tensors(tmp_path / "w.safetensors")["w"]), w.half()
+    lazy = tensors(tmp_path / "w.safetensors")["w"]
+    cast = lazy.half()
     before = open_files()
-    assert content(lazy) and content(cast)
-    assert open_files() > before
-    del lazy, cast, w
+    assert content(lazy) == values(torch.ones(1000))
+    assert content(cast) == values(torch.ones(1000).half())
+    assert open_files() > before or sys.platform != "linux"
+    del lazy, cast
     gc.collect()
     assert open_files() == before
 
@@ -132,17 +137,14 @@ def test_a_file_that_is_replaced_while_it_is_saved_is_read_as_it_was(tmp_path: P
         each.untyped_storage()  # as who looks for ties among all weights, and then writes them file by file
     save_file({"other": torch.zeros(100)}, path)
     save_file(named, tmp_path / "out.safetensors")
-    expected = state() | {"cast": state()["half"].float()}
-    assert {name: values(each) for name, each in load_file(tmp_path / "out.safetensors").items()} == {
-        name: values(each) for name, each in expected.items()
-    }
+    assert in_bytes(load_file(tmp_path / "out.safetensors")) == in_bytes(state() | {"cast": state()["half"].float()})
 
 
 def test_a_model_can_be_saved_over_its_own_file(tmp_path: Path) -> None:
     path = stored(tmp_path, ".safetensors")
     lazy = tensors(path)
     save_file({name: lazy[name] for name in state()}, path)
-    assert {name: values(each) for name, each in load_file(path).items()} == {name: values(each) for name, each in state().items()}
+    assert in_bytes(load_file(path)) == in_bytes(state())
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -199,7 +201,6 @@ def test_a_disk_without_room_is_a_sentence_that_says_what_to_do(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "w.safetensors")], capture_output=True, text=True)
     assert "cannot be written: File too large" in done.stdout, done.stderr
     assert "TMPDIR" in done.stdout
-    assert NoRoom.__name__
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -215,14 +216,3 @@ def test_a_child_writes_to_other_temporary_files_than_its_parent(tmp_path: Path)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     second = lazy["a"].bfloat16()
     assert content(second) == values(torch.ones(1000).bfloat16())
-
-
-def test_nothing_is_left_of_storages_that_nobody_has() -> None:
-    lazy = Paged.of(TensorEntry(("w",), BY_CODE["U8"], (4,), Concat((Literal(b"12"), Literal(b"34")))))
-    assert content(lazy) == b"1234"
-    storage = STORAGES.of(lazy.recipe.storage, ())
-    assert storage is lazy.untyped_storage()
-    before = id(storage)
-    del lazy, storage
-    gc.collect()
-    assert not [each for each in gc.get_objects() if type(each).__name__ == "Storage" and id(each) == before]
