@@ -33,6 +33,7 @@ from shardkit.load.loading import torch_device
 from shardkit.load.moves import Mover, attach_movers
 from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
+from shardkit.load.quantised import is_packed
 from shardkit.load.recipe import Recipe
 from shardkit.load.resident import place, renew
 from shardkit.load.rings import room_for
@@ -83,7 +84,8 @@ class Wish:
         name = weight.names[0]
         device, runs_on = device_of(name, self.device_map), self.runs_on(name)
         offloaded = device == "disk" or (device == "cpu" and runs_on.type != "cpu")
-        return (device, runs_on) if offloaded and (self.offload_buffers or not weight.is_buffer) else None
+        may = (self.offload_buffers or not weight.is_buffer) and not is_packed(weight.tensor)
+        return (device, runs_on) if offloaded and may else None
 
     def keeps(self, block: Block) -> bool:
         """Whether *block*, which streams, does so from main memory."""
@@ -169,7 +171,17 @@ def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
         put(weight, placed.as_strided(tensor.shape, strides))
     for weight, device in places:
         if not isinstance(weight.tensor, Paged) and weight.tensor.device != device:
-            renew(weight.seats, weight.tensor.detach().to(device))
+            _move(weight, device)
+
+
+def _move(weight: Weight, device: torch.device) -> None:
+    """Bring *weight*, which is in memory, into that of *device*."""
+    if not is_packed(weight.tensor):
+        renew(weight.seats, weight.tensor.detach().to(device))
+        return
+    moved = weight.tensor.to(device)  # which brings along what belongs to it
+    for seat in weight.seats:
+        seat.take(moved)
 
 
 def put(weight: Weight, tensor: torch.Tensor) -> None:

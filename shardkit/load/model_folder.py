@@ -149,6 +149,7 @@ class Addressed:
         whole: the classes whose modules stay on one device; none if the model does not say.
         skip: keys of arguments that stay where they are.
         notes: sentences that the user should see.
+        stays: whether none of its weights can stream.
     """
 
     model: nn.Module
@@ -156,6 +157,7 @@ class Addressed:
     whole: frozenset[str]
     skip: frozenset[str]
     notes: tuple[str, ...] = ()
+    stays: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -21,6 +21,7 @@ from shardkit.load.mapping import tensors
 from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, Saved, library, prevalent_dtype, told, written
 from shardkit.load.module_sizes import class_names
 from shardkit.load.paged import Paged
+from shardkit.load.quantised import expands_itself, is_packed, method_of, packed_names
 from shardkit.load.weights import weights_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         kind = kind or _class(folder, request.trusted)
         config = _configuration(folder, kind, request.trusted)
     weights = tensors(_weights(folder, request, config))
+    packed = packed_names(weights) if method_of(folder.fields) == "bitsandbytes" else ()
     dtype = request.dtype or (
         prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values()) if request.as_stored else "auto"
     )
@@ -58,6 +60,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         model, info = _made(
             load,
             weights,
+            {name: weights[name].read() for name in packed},
             config=config,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # which are told below, by name
@@ -69,28 +72,34 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         if model.can_generate():
             model.generation_config = _generation_config(folder.path)
     model.config.name_or_path = model.name_or_path = folder.name
-    return Addressed(model, info, class_names(model._no_split_modules), class_names(model._skip_keys_device_placement))
+    whole, skip = class_names(model._no_split_modules), class_names(model._skip_keys_device_placement)
+    return Addressed(model, info, whole, skip, stays=expands_itself(model))
 
 
 def _made(
-    load: Callable[..., tuple[PreTrainedModel, Info]], weights: Mapping[str, Paged], **options: object
+    load: Callable[..., tuple[PreTrainedModel, Info]],
+    weights: Mapping[str, Paged],
+    read: Mapping[str, torch.Tensor],
+    **options: object,
 ) -> tuple[PreTrainedModel, Info]:
-    """What *load* makes of *weights*, those of them in memory that it writes to, as where it fills in what it has loaded already.
+    """What *load* makes of *weights*.
+
+    Those in *read* are in memory, and so are those that it writes to, as where it fills in what it has loaded already.
 
     Raises:
-        ReadOnly: it writes to others.
+        ReadOnly: it writes to many.
     """
-    read: dict[str, torch.Tensor] = {}
+    most = len(read) + _FEW
     while True:
         try:
             return load(None, state_dict={**weights, **read} if read else weights, **options)
         except ReadOnly as refusal:
-            if len(read) >= _FEW:
+            if len(read) >= most:
                 raise  # it writes to all there are, one by one, and each time is made anew
             found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
             if not found:
                 raise
-            read |= {name: weights[name].read() for name in found}
+            read = {**read, **{name: weights[name].read() for name in found}}
 
 
 def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
@@ -125,7 +134,9 @@ def saved(model: nn.Module) -> Saved | None:
         saves.insert(0, lambda folder: custom_object_save(model, folder, config=cast("Any", config)))  # declared as a dict
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    return Saved(revert_weight_conversion(model, state), written(*saves), frozenset(model.all_tied_weights_keys))
+    if getattr(model, "hf_quantizer", None) is None:  # else it has the names of its checkpoint, and no way back from there
+        state = revert_weight_conversion(model, state)
+    return Saved(state, written(*saves), frozenset(model.all_tied_weights_keys))
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:
@@ -217,8 +228,8 @@ def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...],
 
 
 def _check_plain(folder: Path, model: nn.Module) -> None:
-    """See that no weight is an object of a library that quantises: it could neither stream nor be moved as it should."""
-    odd = next((weight for weight in weights_of(model) if type(weight.tensor) not in _PLAIN), None)
+    """See that no weight is an object of a library that is not known: it could neither stream nor be moved as it should."""
+    odd = next((each for each in weights_of(model) if type(each.tensor) not in _PLAIN and not is_packed(each.tensor)), None)
     if odd is not None:
         raise LoadError(
             f"{shown_path(folder)}: {shown(odd.names[0])} becomes a {type(odd.tensor).__name__}, and is no plain tensor then",
