@@ -35,6 +35,7 @@ from shardkit.load.paged import Paged
 from shardkit.load.pager import Pager, Streamed
 from shardkit.load.quantised import is_packed
 from shardkit.load.recipe import Recipe
+from shardkit.load.reloading import guard, unguard
 from shardkit.load.resident import place, renew
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
@@ -237,6 +238,8 @@ def close(model: nn.Module | Pipeline) -> None:
 
 def _detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
     """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers among what was attached."""
+    if kinds is object:
+        unguard(model)
     pagers: dict[Pager, None] = {}
     for module, table, key, attached in list(attachments(model)):
         if not isinstance(attached, kinds):
@@ -299,6 +302,7 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
         depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as was asked for")
         for number, each in enumerate(group):
             Pager(stream, number, each.seats, each.recipes).attach(each.module)
+    guard(model, [each.module for each in streamed])
     names = {each: name for name, each in model.named_children()}
     for callee in called(model) if streamed else ():
         sources.attach(callee)
