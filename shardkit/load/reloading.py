@@ -48,6 +48,6 @@ def refuse_copying(
     if streamed:
         raise LoadError(
             f"load_state_dict would copy into {listed(streamed)}, which stream and cannot be written to; nothing was changed",
-            hint="call load_state_dict(..., assign=True), which keeps the new weights in memory; or save them, and load that file "
-            "with load_checkpoint_and_dispatch, so that they stream",
+            hint="call load_state_dict(..., assign=True), which keeps the new weights in memory; or save them, and load that "
+            "file with load_checkpoint_and_dispatch, so that they stream",
         )
