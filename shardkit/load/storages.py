@@ -6,8 +6,8 @@
 3. Anything else (a cast, a join, what is compressed) gets a place in a temporary file without a name, which is mapped too. Its
    bytes are written there when somebody asks for a pointer.
 4. A storage keeps the files that it needs: one that is replaced meanwhile, as by safetensors, which writes beside it and renames,
-   is read as it was. One that was written to in place is an error; one that is cut while somebody reads through a pointer ends the
-   process, as any mapped file does.
+   is read as it was. One that was written to in place is an error. One that is cut while somebody reads through a pointer ends
+   the process, as any mapped file does.
 5. Equal payloads of the same files have one storage for as long as a tensor has it. So ties are found, and cost no second copy.
 """
 
