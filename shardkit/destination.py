@@ -17,7 +17,7 @@ from shardkit.errors import NoRoom, OutputError, shown, shown_path
 from shardkit.hints import option, output
 from shardkit.manifest import MANIFEST_NAME
 from shardkit.offload_record import OFFLOAD_NAME
-from shardkit.plan import INDEX_NAME, Plan, is_shard_name
+from shardkit.plan import INDEX_NAMES, Plan, is_shard_name
 from shardkit.sizes import format_size
 
 _ELSEWHERE = ("choose another output with ", output())
@@ -122,7 +122,7 @@ def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> No
 
 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
-    ours = {file.name for file in plan.files} | {INDEX_NAME, MANIFEST_NAME, OFFLOAD_NAME}
+    ours = {file.name for file in plan.files} | {*INDEX_NAMES, MANIFEST_NAME, OFFLOAD_NAME}
     if out.is_dir():
         found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
     else:

@@ -47,6 +47,13 @@ def price_of(box: Sequence[Axis], itemsize: int) -> float:
     return _cheapest(box, itemsize).price
 
 
+def address_of(memory: memoryview) -> int:
+    """Where the first byte of *memory* is, which may be read-only."""
+    import numpy as np
+
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
+
+
 @contextmanager
 def reading(storage: Payload) -> Iterator[Read]:
     """How to fill a buffer from a byte of *storage* on; its file, if it is in one, is opened once.

@@ -31,8 +31,11 @@ from shardkit.runs import coalesced
 
 _Run = TypeVar("_Run")
 
-INDEX_NAME = "model.safetensors.index.json"
-_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.\w+)?")
+STEM = "model"  # what the names of the files begin with
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+INDEX_NAME = f"{STEM}.safetensors.index.json"
+INDEX_NAMES = (INDEX_NAME, f"{DIFFUSERS_STEM}.safetensors.index.json")
+_SHARD_NAME = re.compile(rf"({STEM}|{DIFFUSERS_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,17 @@ class Plan:
 
 
 def plan_folder(
-    edited: Edited, layout: Format, *, max_shard: int | None, metadata: Mapping[str, str], companions: Sequence[OutputFile] = ()
+    edited: Edited,
+    layout: Format,
+    *,
+    max_shard: int | None,
+    metadata: Mapping[str, str],
+    companions: Sequence[OutputFile] = (),
+    stem: str = STEM,
 ) -> Plan:
     """Shards of at most *max_shard* bytes (None: one shard), an index if there are several, and the *companions*.
+
+    Their names begin with *stem*, which is `STEM` or `DIFFUSERS_STEM`.
 
     Raises:
         Unwritable: the format has no way to hold a tensor.
@@ -131,8 +142,8 @@ def plan_folder(
     folds = _Folds.of(edited.aliases, metadata)
     fixed = header.fixed_room(metadata)
     runs = [edited.entries] if max_shard is None else list(by_size(edited.entries, max_shard - fixed, folds.size))
-    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in _named(runs)]
-    return _folder(edited, shards, runs, max_shard, companions, layout.name)
+    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in _named(runs, stem)]
+    return _folder(edited, shards, runs, max_shard, companions, layout.name, stem)
 
 
 def plan_blocks(
@@ -254,11 +265,13 @@ def _folder(
     max_shard: int | None,
     companions: Sequence[OutputFile],
     form: str,
+    stem: str = STEM,
 ) -> Plan:
     """The *shards*, which hold *runs*, and what belongs beside them."""
     weight_map = {entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run}
     total_size = sum(entry.nbytes for entry in edited.entries)
-    listing = [OutputFile(INDEX_NAME, (Literal(index.dump(weight_map, total_size)),))] if len(runs) > 1 else []
+    content = Literal(index.dump(weight_map, total_size))
+    listing = [OutputFile(f"{stem}.safetensors.index.json", (content,))] if len(runs) > 1 else []
     oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
     return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form)
 
@@ -279,11 +292,11 @@ def _record(
     return OffloadRecord(algorithm, origin, tuple(sorted(dtypes.items())), tuple(known), tuple(runs))
 
 
-def _named(runs: Iterable[_Run]) -> Iterator[tuple[str, _Run]]:
+def _named(runs: Iterable[_Run], stem: str = STEM) -> Iterator[tuple[str, _Run]]:
     """*runs*, each with the name of the shard that it becomes."""
     runs = list(runs)
-    names = (f"model-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1))
-    return zip(names if len(runs) > 1 else ("model.safetensors",), runs, strict=True)
+    names = (f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1))
+    return zip(names if len(runs) > 1 else (f"{stem}.safetensors",), runs, strict=True)
 
 
 def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:

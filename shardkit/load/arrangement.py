@@ -22,9 +22,9 @@ from shardkit.errors import LoadError, several
 from shardkit.load.assign import listed
 from shardkit.load.attached import attachments, detach
 from shardkit.load.blocks import Block, Cut, cut
-from shardkit.load.budgets import Device
+from shardkit.load.budgets import Device, device_key
 from shardkit.load.depths import Depth, Ring
-from shardkit.load.device_maps import covers, device_of
+from shardkit.load.device_maps import DeviceMap, covers, device_of, inside, reported
 from shardkit.load.forwards import Clock
 from shardkit.load.gradients import Training
 from shardkit.load.kept import kept_recipes
@@ -34,7 +34,9 @@ from shardkit.load.loading import torch_device
 from shardkit.load.moves import attach_movers
 from shardkit.load.paged import Paged, is_address
 from shardkit.load.pager import Pager
+from shardkit.load.quantised import is_packed
 from shardkit.load.recipe import Recipe
+from shardkit.load.reloading import guard
 from shardkit.load.resident import place, renew
 from shardkit.load.rings import room_for
 from shardkit.load.sources import Sources
@@ -87,7 +89,8 @@ class Wish:
         name = weight.names[0]
         device, runs_on = device_of(name, self.device_map), self.runs_on(name)
         offloaded = device == "disk" or (device == "cpu" and runs_on.type != "cpu")
-        return (device, runs_on) if offloaded and (self.offload_buffers or not weight.is_buffer) else None
+        may = (self.offload_buffers or not weight.is_buffer) and not is_packed(weight.tensor)
+        return (device, runs_on) if offloaded and may else None
 
     def keeps(self, block: Block) -> bool:
         """Whether *block*, which streams, does so from main memory."""
@@ -180,7 +183,17 @@ def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
             if not is_address(weight.tensor):  # it was written to
                 put(weight, weight.tensor.detach().to(device))
         elif weight.tensor.device != device:
-            renew(weight.seats, weight.tensor.detach().to(device))
+            _move(weight, device)
+
+
+def _move(weight: Weight, device: torch.device) -> None:
+    """Bring *weight*, which is in memory, into that of *device*."""
+    if not is_packed(weight.tensor):
+        renew(weight.seats, weight.tensor.detach().to(device))
+        return
+    moved = weight.tensor.to(device)  # which brings along what belongs to it
+    for seat in weight.seats:
+        seat.take(moved)
 
 
 def put(weight: Weight, tensor: torch.Tensor) -> None:
@@ -190,6 +203,12 @@ def put(weight: Weight, tensor: torch.Tensor) -> None:
         tensor = nn.Parameter(tensor, requires_grad=asks and not isinstance(tensor, Paged))
     for seat in weight.seats:
         seat.take(tensor)
+
+
+def reported_map(model: nn.Module, wish: Wish, device_map: DeviceMap) -> dict[str, int | str | torch.device]:
+    """What *model*, which runs as *wish* says, has as hf_device_map where *device_map* was asked for."""
+    streamed = (weight.names for weight in weights_of(model) if isinstance(weight.tensor, Streamed))
+    return reported(device_map, device_key(wish.main), (name for names in streamed for name in names))
 
 
 def _kept_blocks(parts: Cut, wish: Wish, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
@@ -241,9 +260,12 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
         depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as was asked for")
         for number, each in enumerate(group):
             Pager(stream, number, each.seats, each.recipes).attach(each.module)
+    guard(model, [each.module for each in streamed])
+    names = {each: name for name, each in model.named_children()}
     for callee in called(model) if streamed else ():
         sources.attach(callee)
-        Clock(streams, chosen=wish.chosen, depths=depths).attach(callee)
+        device_map = wish.device_map if callee is model else inside(names[callee], wish.device_map)
+        Clock(streams, chosen=wish.chosen, depths=depths, device_map=device_map).attach(callee)
         Training().attach(callee)
 
 

@@ -12,6 +12,7 @@ from shardkit.load.gradients import Training
 from shardkit.load.moves import Mover
 from shardkit.load.paged import is_address
 from shardkit.load.pager import Pager
+from shardkit.load.reloading import unguard
 from shardkit.load.sources import Sources
 from shardkit.load.streamed_weight import Streamed
 from shardkit.load.together import Pipeline, models_of
@@ -58,6 +59,8 @@ def close(model: nn.Module | Pipeline) -> None:
 
 def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
     """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers among what was attached."""
+    if kinds is object:
+        unguard(model)
     pagers: dict[Pager, None] = {}
     for module, table, key, attached in list(attachments(model)):
         if not isinstance(attached, kinds):

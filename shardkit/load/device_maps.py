@@ -47,6 +47,30 @@ def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
     return {"": whole[-1], **own} if whole else own
 
 
+def reported(device_map: DeviceMap, main: Device, streamed: Iterable[str]) -> dict[str, int | str | torch.device]:
+    """What a model that *device_map* dispatched reports as its hf_device_map, which libraries read.
+
+    A part that is offloaded is on the device that runs it, as are its buffers and whatever is added to it later; its weights are
+    named one by one, with where they stream from. So an adapter that is loaded into such a part goes to where it is used, and the
+    first device of the map is one that inputs can be moved to.
+
+    Args:
+        device_map: what was asked for, or chosen.
+        main: what runs the parts that are on CPU or disk.
+        streamed: names of the weights that stream.
+    """
+    below: dict[str, list[str]] = {}
+    for name in streamed:
+        below.setdefault(next(each for each in reversed(list(prefixes(name))) if each in device_map), []).append(name)
+    made: dict[str, int | str | torch.device] = {}
+    for part, device in device_map.items():
+        made[part] = main if str(device) in ("cpu", "disk") and str(device) != main else device
+        made |= dict.fromkeys(below.get(part, ()), device)
+    if next(iter(made.values()), main) == "disk":  # the first part is itself a weight
+        made = {"": made.get("", main), **made}
+    return made
+
+
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
     """The same map with fewer names: where all names below one have the same device, that one stands for them."""
     places = [_Place("")]

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,21 +27,23 @@ from shardkit.load.model_folder import (
     Info,
     ModelFolder,
     Request,
+    Saved,
     library,
     loads_as_all_do,
     prevalent_dtype,
     told,
+    written,
 )
 from shardkit.load.module_sizes import class_names
 from shardkit.load.opened import Opened
 from shardkit.load.paged import Paged
 from shardkit.load.resident import install, read_extra
+from shardkit.plan import DIFFUSERS_STEM
 
 LEAST = (0, 37)
 _Model = Any  # Diffusers leaves its models half typed: the class that it exports is a dummy, for want of torch
 _Kind = Any  # and so the classes
-_NAME = "diffusion_pytorch_model"
-_WEIGHTS = (f"{_NAME}.safetensors.index.json", f"{_NAME}.safetensors", f"{_NAME}.bin", f"{_NAME}.bin.index.json")
+_WEIGHTS = tuple(f"{DIFFUSERS_STEM}.{each}" for each in ("safetensors.index.json", "safetensors", "bin", "bin.index.json"))
 
 
 def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) -> Addressed:
@@ -64,7 +67,8 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         opened = replace(opened, entries=_renamed(model, opened.entries))
     found = match(model, opened, dtype=dtype, keep_in_fp32=class_names(model._keep_in_fp32_modules))
     learned = [name for name, each in model.named_parameters() if each.requires_grad]
-    install(model, found.homes, {home.name: Paged.of(home.stored) for home in found.homes}, read_extra(found.extra))
+    lazy = {home.name: Paged.of(home.stored, files=opened.files) for home in found.homes}
+    install(model, found.homes, lazy, read_extra(found.extra))
     for name in learned:
         model.get_parameter(name).requires_grad_()
     info: Info = {
@@ -74,6 +78,18 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         "error_msgs": [],
     }
     return Addressed(model.eval(), info, _whole(model), class_names(model._skip_keys), (*opened.notes, *found.notes))
+
+
+def saved(model: nn.Module) -> Saved | None:
+    """What Diffusers would save of *model*, of which no weight is read; None if it is not its own."""
+    if "diffusers" not in sys.modules:
+        return None
+    from diffusers import ModelMixin
+
+    own: Any = model  # as above
+    if not isinstance(model, ModelMixin):
+        return None
+    return Saved(model.state_dict(), written(own.save_config), stem=DIFFUSERS_STEM)
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:

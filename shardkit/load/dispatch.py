@@ -22,8 +22,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from shardkit.checkpoint import SourceFile
 from shardkit.load import resident
-from shardkit.load.arrangement import Wish, arrange, check_ring, kept_addresses
+from shardkit.load.arrangement import Wish, arrange, check_ring, kept_addresses, reported_map
 from shardkit.load.blocks import Cut
 from shardkit.load.budgets import Device, MaxMemory, device_key
 from shardkit.load.depths import Ring
@@ -118,7 +119,7 @@ def load_checkpoint_and_dispatch(
     check_device_map(model, device_map)
     wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, depth, chosen=chosen)
     parts = wish.cut(model)
-    stored = _stored(parts, found.homes)
+    stored = _stored(parts, found.homes, opened.files)
     check_ring(parts, wish, stored)
     if verify:
         opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
@@ -133,7 +134,7 @@ def load_checkpoint_and_dispatch(
     idle = without_meaning(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
     for note in (*opened.notes, *found.notes, *idle):
         warnings.warn(note, UserWarning, stacklevel=2)
-    return _mapped(model, device_map)
+    return _mapped(model, wish, device_map)
 
 
 def dispatch_model(
@@ -176,7 +177,7 @@ def dispatch_model(
     check_device_map(model, device_map)
     wish = _wish(device_map, main_device, class_names(preload_module_classes), offload_buffers, skip_keys, force_hooks, ring)
     _dispatch(model, wish, state_dict, offload_dir, offload_index)
-    return _mapped(model, device_map)
+    return _mapped(model, wish, device_map)
 
 
 def cpu_offload(
@@ -271,10 +272,10 @@ def _rates(homes: Sequence[Home], device: Device) -> Rates:
     return rates_for(((home.payload, home.dtype, home.shape) for home in homes), torch_device(device))
 
 
-def _stored(parts: Cut, homes: Iterable[Home]) -> dict[str, Recipe]:
-    """Where those of *homes* are that stream."""
+def _stored(parts: Cut, homes: Iterable[Home], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:
+    """Where those of *homes* are that stream, in a checkpoint that consists of *files*."""
     streamed = {weight.names[0] for block in parts.blocks for weight in block.weights}
-    return {home.name: Recipe.of(home.stored) for home in homes if home.name in streamed}
+    return {home.name: Recipe.of(home.stored, files) for home in homes if home.name in streamed}
 
 
 def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
@@ -284,6 +285,6 @@ def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
     return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))
 
 
-def _mapped(model: _Model, device_map: DeviceMap) -> _Model:
-    model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # an attribute that no module declares
+def _mapped(model: _Model, wish: Wish, device_map: DeviceMap) -> _Model:
+    model.hf_device_map = reported_map(model, wish, device_map)  # type: ignore[assignment]  # an attribute that no module declares
     return model

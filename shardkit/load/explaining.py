@@ -116,17 +116,19 @@ class _Found:
 
     @classmethod
     def of(cls, model: nn.Module, device_map: Mapping[str, Device]) -> _Found:
+        """What is found in *model*, whose *device_map* says where its parts are if nothing streams."""
         names = {module: name for name, module in model.named_modules()}
         attached = [(names[module], each) for module, *_, each in attachments(model)]
         pagers = {each: name for name, each in attached if isinstance(each, Pager)}
+        clock = next((each for _, each in attached if isinstance(each, Clock)), None)
         weights = list(weights_of(model))
         blocks = cut(model, weights, target=lambda weight: None if weight.is_buffer else "anywhere").blocks
         return cls(
             model=model,
             pagers={seat: pager for pager in pagers for seat in pager.seats},
             names=pagers,
-            clock=next((each for _, each in attached if isinstance(each, Clock)), None),
-            device_map=device_map,
+            clock=clock,
+            device_map=clock.device_map if clock else device_map,
             units=frozenset(block.name for block in blocks),
         )
 

@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shardkit.forks import begin_again_in_children, never_free
+from shardkit.load.budgets import Device
 from shardkit.load.counts import Counts
 from shardkit.load.lanes import CpuLane, Moment
 from shardkit.load.pager import refuse_pickling
@@ -47,16 +49,25 @@ class Series:
 class Clock:
     """The hooks of a model whose forwards are timed."""
 
-    def __init__(self, streams: Iterable[Stream], *, chosen: bool, depths: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        streams: Iterable[Stream],
+        *,
+        chosen: bool,
+        depths: Sequence[str] = (),
+        device_map: Mapping[str, Device] = MappingProxyType({}),
+    ) -> None:
         """Count nothing yet.
 
         Args:
             streams: those that the model uses.
             chosen: whether it was chosen for it what streams.
             depths: of each stream, how deep its ring is, and why.
+            device_map: where the parts of the model were to go.
         """
         self.chosen = chosen
         self.depths = tuple(depths)
+        self.device_map = device_map
         self._streams = tuple(streams)
         self._lanes = [stream.lane for stream in self._streams] or [CpuLane()]
         self._thread = threading.local()
@@ -105,7 +116,7 @@ class Clock:
     __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
-        return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths)
+        return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths, device_map=self.device_map)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()

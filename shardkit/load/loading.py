@@ -228,7 +228,7 @@ def _fill(model: nn.Module, opened: Opened, assignment: Assignment, places: _Pla
     values = share(home for home, device in resident if device.type == "cpu") if mmap else {}
     copied = [each for each in resident if each[0].name not in values] if values else resident
     values |= read(copied)
-    values |= {home.name: Paged.of(home.stored, places.main) for home in on_disk}
+    values |= {home.name: Paged.of(home.stored, places.main, files=opened.files) for home in on_disk}
     extra = read_extra(assignment.extra)
     opened.check_unchanged()
     install(model, assignment.homes, values, extra)

@@ -8,7 +8,7 @@ from os import PathLike
 
 import torch
 
-from shardkit.checkpoint import Other, TensorEntry
+from shardkit.checkpoint import Other, SourceFile, TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, UnknownTensor, listed, shown
 from shardkit.limits import Limits
@@ -41,14 +41,21 @@ def tensors(
     """
     opened = Opened.at(path, root=root, limits=limits)
     undense = {name: other for name, other in opened.others.items() if other.is_weight}
-    return _Weights(opened.entries, undense, device_of(device))
+    return _Weights(opened.entries, undense, device_of(device), opened.files)
 
 
 class _Weights(Mapping[str, Paged]):
-    def __init__(self, entries: Mapping[str, TensorEntry], undense: Mapping[str, Other], device: torch.device) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        undense: Mapping[str, Other],
+        device: torch.device,
+        files: tuple[SourceFile, ...],
+    ) -> None:
         self._entries = entries
         self._undense = undense
         self._device = device
+        self._files = files
         self._made: dict[tuple[Payload, DType, tuple[int, ...]] | str, Paged] = {}
 
     def __getitem__(self, name: str) -> Paged:
@@ -59,7 +66,7 @@ class _Weights(Mapping[str, Paged]):
             raise UnknownTensor(name, near(name, self))
         key = (entry.payload, entry.dtype, entry.shape) if entry.nbytes else name  # what is tied is one object
         made = self._made.get(key)
-        return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device))
+        return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device, files=self._files))
 
     def __deepcopy__(self, memo: object) -> _Weights:
         return self  # which nobody can change; a copy of one of its tensors would be read

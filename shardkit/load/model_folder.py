@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from shardkit.dtypes import DType
 from shardkit.errors import LoadError, shown, shown_path
 from shardkit.load.assign import listed
 from shardkit.load.weights import torch_type
+from shardkit.plan import STEM
 
 MAKE_IT = "make the model yourself, and call load_checkpoint_and_dispatch"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -151,6 +153,7 @@ class Addressed:
         whole: the classes whose modules stay on one device; none if the model does not say.
         skip: keys of arguments that stay where they are.
         notes: sentences that the user should see.
+        stays: whether none of its weights can stream.
     """
 
     model: nn.Module
@@ -158,6 +161,33 @@ class Addressed:
     whole: frozenset[str]
     skip: frozenset[str]
     notes: tuple[str, ...] = ()
+    stays: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Saved:
+    """What a library would save of one of its models.
+
+    Attributes:
+        state: its weights, under the names that they have in a checkpoint.
+        files: what stands beside them, such as config.json: for each name the content.
+        tied: names whose weights the library takes from other names, where the checkpoint has none under them.
+        stem: what the names of the files with weights begin with.
+    """
+
+    state: Mapping[str, object]
+    files: Mapping[str, bytes]
+    tied: frozenset[str] = frozenset()
+    stem: str = STEM
+
+
+def written(*saves: Callable[[str], object]) -> dict[str, bytes]:
+    """The files that functions write to the folder that they are given, by their names in it."""
+    with TemporaryDirectory() as folder:
+        for save in saves:
+            save(folder)
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def prevalent_dtype(stored: Iterable[tuple[DType, int]]) -> torch.dtype:

@@ -56,10 +56,12 @@ def fill_empty(
             _check_shape(weight, found)
             put(weight, found.detach().to(weight.tensor.dtype))
     if wanted and (folder is not None or index):
-        entries = _indexed(index, folder) if index else Opened.at(folder).entries if folder else {}
+        opened = Opened.at(folder) if folder and not index else None
+        entries, files = (opened.entries, opened.files) if opened else (_indexed(index, folder), ())
         homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes
         names = {weight.names[0] for weight in wanted if not any(name in state_dict for name in weight.names)}
-        resident.install(model, homes, {home.name: Paged.of(home.stored) for home in homes if home.name in names})
+        lazy = {home.name: Paged.of(home.stored, files=files) for home in homes if home.name in names}
+        resident.install(model, homes, lazy)
 
 
 def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe]:
@@ -85,8 +87,8 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe
         _check_holds(folder, entries)
     else:
         _write(folder, entries)
-    stored = Opened.at(folder).entries
-    return {name: Recipe.of(stored[name]) for name in names}
+    opened = Opened.at(folder)
+    return {name: Recipe.of(opened.entries[name], opened.files) for name in names}
 
 
 def _without_values(model: nn.Module) -> list[Weight]:

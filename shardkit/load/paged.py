@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint import SourceFile, TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, ReadOnly, shown, shown_path
 from shardkit.load.backing import Backing
@@ -32,6 +32,8 @@ from shardkit.load.memory import aligned, memory_of
 from shardkit.load.operations import asked_of_to, changes_shapes, is_composite, outliving, replaced, written
 from shardkit.load.recipe import Recipe
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
+from shardkit.load.sources import refuse_changed
+from shardkit.load.storages import STORAGES, Storage
 from shardkit.load.unseen import hide_from_compiler, refuse_trace
 from shardkit.payload import Payload
 from shardkit.sizes import format_size
@@ -39,7 +41,8 @@ from shardkit.sizes import format_size
 if TYPE_CHECKING:
     from shardkit.load.recording import Operation
 
-OWN = ("recipe", "backing", "seated", "origin", "learned", "copied")  # attributes that a copy does not get from `_attributes`
+# Attributes that a copy does not get from `_attributes`.
+OWN = ("recipe", "backing", "seated", "origin", "learned", "copied", "_storage")
 
 
 class Paged(torch.Tensor):
@@ -53,6 +56,7 @@ class Paged(torch.Tensor):
 
     recipe: Recipe
     backing: Backing | None = None
+    _storage: Storage  # as soon as it was asked for
 
     # Rule 5: without this, torch would call Python once more on the way to every operation.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
@@ -74,13 +78,18 @@ class Paged(torch.Tensor):
         return made
 
     @classmethod
-    def of(cls, entry: TensorEntry, device: str | torch.device = "cpu") -> Paged:
+    def of(cls, entry: TensorEntry, device: str | torch.device = "cpu", *, files: tuple[SourceFile, ...] = ()) -> Paged:
         """The tensor that *entry* describes.
+
+        Args:
+            entry: its bytes, type and shape.
+            device: where `read` puts it.
+            files: those of its checkpoint, as they were when it was opened. To read from one that changed is an error.
 
         Raises:
             LoadError: torch has no such tensors, or there is no such device.
         """
-        return cls(Recipe.of(entry), device_of(device))
+        return cls(Recipe.of(entry, files), device_of(device))
 
     @property
     def payload(self) -> Payload:
@@ -105,7 +114,7 @@ class Paged(torch.Tensor):
 
         Raises:
             FormatError: the file cannot be read, or has become shorter.
-            LoadError: there is no room for it.
+            LoadError: the file changed since it was opened, or there is no room for the tensor.
         """
         if (held := self.held) is not None:
             return held.clone()
@@ -113,6 +122,7 @@ class Paged(torch.Tensor):
         with torch.inference_mode(False):  # what was read in inference mode can outlive it too
             memory = aligned(payload.nbytes)
             read_into(payload, memory_of(memory))
+            refuse_changed(self.recipe.files, payload)
             return memory.view(self.dtype).as_strided(self.shape, strides, 0).to(self.device)
 
     @classmethod
@@ -151,6 +161,7 @@ class Paged(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         given = value if isinstance(value, Paged) else _holding(value)
         vars(torch._C.TensorBase)["data"].__set__(self, given)
+        vars(self).pop("_storage", None)
         self._take(given)
 
     def _take(self, given: Paged) -> None:
@@ -194,6 +205,8 @@ class Paged(torch.Tensor):
 
     def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
         if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
+            if is_address(self):
+                refuse_changed(self.recipe.files, self.payload)  # as where torch has just opened that very file to write to it
             return self._ordinary().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return _rebuilt, (self._current, self.device, self.requires_grad, self._attributes())
 
@@ -207,16 +220,27 @@ class Paged(torch.Tensor):
         return _value(self).__dlpack__(**asked)
 
     def data_ptr(self) -> int:
-        return self._memory().data_ptr()
+        """Where the values can be read: in the pages of the file, or of a temporary one (see `storages`); 0 if there are none."""
+        if (held := self.held) is not None:
+            return held.data_ptr()
+        if self.device.type != "cpu":
+            raise _no_memory()
+        start = self._lazy_storage().filled()
+        return start and start + self.recipe.offset * self.recipe.dtype.itemsize
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self._memory().untyped_storage()
+    def untyped_storage(self) -> Storage | torch.UntypedStorage:  # type: ignore[override]  # it has what those ask for who save
+        """What tells apart the storages of tensors, and finds ties; nothing is read."""
+        return self._lazy_storage() if (held := self.held) is None else held.untyped_storage()
 
-    def _memory(self) -> torch.Tensor:
+    def _typed_storage(self) -> torch.TypedStorage:
         if (held := self.held) is None:
-            hint = "take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)"
-            raise LoadError("a Paged is the address of a weight in a checkpoint, and has no memory to point at", hint=hint)
-        return held
+            raise _no_memory()
+        return held._typed_storage()
+
+    def _lazy_storage(self) -> Storage:
+        if not hasattr(self, "_storage"):
+            self._storage = STORAGES.of(self.recipe.storage, self.recipe.files)
+        return self._storage
 
     def _address_or_memory(self) -> Address | torch.Tensor:
         return self._as_address() if (held := self.held) is None else held
@@ -250,6 +274,13 @@ def _holding(tensor: torch.Tensor) -> Paged:
     made = Paged(backing.recipe, tensor.device)
     made.backing = backing
     return made
+
+
+def _no_memory() -> LoadError:
+    return LoadError(
+        "a Paged is the address of a weight in a checkpoint, and has no memory to point at",
+        hint="take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)",
+    )
 
 
 def is_address(tensor: torch.Tensor | None) -> bool:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -21,19 +21,21 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown
 from shardkit.load import diffusers_model, diffusers_pipeline, transformers_model
-from shardkit.load.arrangement import Wish, arrange
+from shardkit.load.arrangement import Wish, arrange, reported_map
 from shardkit.load.assign import listed
 from shardkit.load.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.depths import Ring
-from shardkit.load.device_maps import DeviceMap, check_device_map
+from shardkit.load.device_maps import DeviceMap, check_device_map, device_of
 from shardkit.load.loading import floating, main_device, torch_device, without_meaning
 from shardkit.load.model_folder import Addressed, ModelFolder, Request
 from shardkit.load.modes import MODES, Terms
 from shardkit.load.module_sizes import module_sizes
 from shardkit.load.paged import Paged
+from shardkit.load.quantised import is_packed
 from shardkit.load.rates import Rates, rates_for
 from shardkit.load.together import Together
-from shardkit.load.weights import weights_of
+from shardkit.load.weights import Weight, weights_of
+from shardkit.sizes import format_size
 
 AnyMap = str | int | torch.device | DeviceMap | None
 
@@ -113,9 +115,11 @@ def from_pretrained(
     terms = Terms(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
     devices, depth = terms.residents(tree, str(device_map) if given is None else given)
     check_device_map(tree, devices)
-    _place(tree, models.values(), devices, depth, chosen=given is None)
+    devices = _with_what_stays(tree, models, devices)
+    wish = _wish(models.values(), devices, depth, chosen=given is None)
+    _place(tree, wish)
     if device_map is not None:
-        made.hf_device_map = dict(devices)
+        made.hf_device_map = reported_map(tree, wish, devices) if tree is made else dict(devices)
     info = {name: model.info for name, model in models.items()}
     return (made, info.get("", info)) if output_loading_info else made
 
@@ -183,9 +187,27 @@ def _rates(model: nn.Module, device: Device) -> Rates:
     return rates_for(((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device))
 
 
-def _place(tree: nn.Module, models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> None:
-    """Put the weights of all models where *devices* wants them."""
-    wish = Wish(
+def _with_what_stays(tree: nn.Module, models: Mapping[str, Addressed], devices: Mapping[str, Device]) -> dict[str, Device]:
+    """*devices*, but that models of which nothing can stream are in the memory of what runs them."""
+    made, main = dict(devices), device_key(main_device(devices))
+    for name in (name for name, model in models.items() if model.stays):
+        inside = {part for part in devices if not name or f"{part}.".startswith(f"{name}.")} | ({name} if name else set())
+        made |= {part: main for part in inside if device_of(part, devices) in ("cpu", "disk")}
+    if made != devices:
+        streams = (each for each in weights_of(tree) if device_of(each.names[0], devices) != device_of(each.names[0], made))
+        nbytes = sum(weight.tensor.nbytes for weight in streams)
+        warnings.warn(
+            f"in memory, and not streamed: {format_size(nbytes)} of weights, and more from the first forward on, in which "
+            "compressed-tensors expands them all",
+            UserWarning,
+            stacklevel=3,
+        )
+    return made
+
+
+def _wish(models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> Wish:
+    """How *models* shall run."""
+    return Wish(
         device_map=devices,
         main=main_device(devices),
         whole=frozenset[str]().union(*(each.whole for each in models)),
@@ -194,17 +216,27 @@ def _place(tree: nn.Module, models: Collection[Addressed], devices: Mapping[str,
         hooks=len(set(devices.values())) > 1 or "disk" in devices.values(),
         chosen=chosen,
     )
+
+
+def _place(tree: nn.Module, wish: Wish) -> None:
+    """Put the weights of all models where *wish* wants them, and say which cannot be there."""
     _warn_of_computed(tree, wish)
     arrange(tree, wish)
 
 
 def _warn_of_computed(model: nn.Module, wish: Wish) -> None:
     """Say which weights should stream and cannot, since their library did more to them than can be noted down."""
-    weights = [weight for block in wish.cut(model).blocks for weight in block.weights]
-    computed = [weight.names[0] for weight in weights if not isinstance(weight.tensor, Paged)]
-    if computed:
-        warnings.warn(
-            f"in memory, and not streamed, since they were computed or the checkpoint has none: {listed(computed)}",
-            UserWarning,
-            stacklevel=4,
-        )
+    parts = wish.cut(model)
+    should = [weight for block in parts.blocks for weight in block.weights if not isinstance(weight.tensor, Paged)]
+    if should:
+        _warn_of(should, "which were computed, or of which the checkpoint has none")
+    packed = [weight for weight in parts.resident if is_packed(weight.tensor)]
+    offloaded = [weight for weight in packed if device_of(weight.names[0], wish.device_map) == "disk"]
+    if offloaded:
+        _warn_of(offloaded, "of which bitsandbytes makes objects of its own")
+
+
+def _warn_of(weights: Sequence[Weight], why: str) -> None:
+    nbytes = format_size(sum(weight.tensor.nbytes for weight in weights))
+    names = listed(weight.names[0] for weight in weights)
+    warnings.warn(f"in memory, and not streamed: {nbytes} of weights, {why}: {names}", UserWarning, stacklevel=5)

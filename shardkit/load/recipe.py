@@ -7,13 +7,13 @@ with the same matrix made contiguous, and what is computed with an address must 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 from shardkit.casting import Cast, can_cast
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint import SourceFile, TensorEntry
 from shardkit.dtypes import BY_TORCH, DType
 from shardkit.errors import LoadError, shown
 from shardkit.joining import joined
@@ -31,6 +31,7 @@ class Recipe:
         shape: lengths of the axes.
         strides: elements of the storage from one index to the next on each axis.
         offset: the view's first element.
+        files: the files of the checkpoint, as they were when it was opened; none where nobody looked.
     """
 
     storage: Payload
@@ -38,10 +39,11 @@ class Recipe:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
+    files: tuple[SourceFile, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
-    def of(cls, entry: TensorEntry) -> Recipe:
-        """The whole of *entry*.
+    def of(cls, entry: TensorEntry, files: tuple[SourceFile, ...] = ()) -> Recipe:
+        """The whole of *entry*, of a checkpoint that consists of *files*.
 
         Raises:
             LoadError: torch has no such tensors.
@@ -59,7 +61,7 @@ class Recipe:
                     hint="leave the name out; shardkit.open gives its bytes as they are",
                 )
             shape = (*shape[:-1], shape[-1] // entry.dtype.packed)
-        return cls(entry.payload, entry.dtype, shape, _contiguous(shape))
+        return cls(entry.payload, entry.dtype, shape, _contiguous(shape), files=files)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -90,7 +92,8 @@ class Recipe:
         """The recipe of *view*, a view of what `shape_only` gave; None if it changes more than geometry and type."""
         if view.is_conj() or view.is_neg() or (dtype := dtype_of(view)) is None:
             return None
-        return Recipe(self.storage, dtype, tuple(view.shape), view.stride(), int(view.storage_offset()))
+        geometry = tuple(view.shape), view.stride(), int(view.storage_offset())
+        return Recipe(self.storage, dtype, *geometry, files=self.files)
 
     def copied(self, copy: torch.Tensor) -> Recipe | None:
         """The recipe of a copy with the type and strides of *copy*, which has no gaps; None where torch must compute it."""
@@ -102,7 +105,7 @@ class Recipe:
             if not can_cast(self.dtype, dtype):
                 return None
             payload = Cast(payload, self.dtype, dtype)
-        return Recipe(payload, dtype, self.shape, copy.stride())
+        return Recipe(payload, dtype, self.shape, copy.stride(), files=self.files)
 
     def _in(self, order: Sequence[int]) -> Payload:
         """The elements, with the axes in *order*, outermost first."""
@@ -126,7 +129,9 @@ def join(parts: Sequence[Recipe], shapes: Sequence[Sequence[int]], dim: int, who
     recipes = (part.viewed(view) for part, view in zip(parts, viewed, strict=True))
     payloads = [recipe._in(order) for recipe in recipes if recipe is not None]
     payload = joined(payloads, [[shape[axis] for axis in order] for shape in shapes], order.index(dim))
-    return Recipe(payload, parts[0].dtype, tuple(whole.shape), whole.stride())
+    several = dict.fromkeys(part.files for part in parts)  # one in most cases: all parts are of one checkpoint
+    files = tuple(dict.fromkeys(file for each in several for file in each))
+    return Recipe(payload, parts[0].dtype, tuple(whole.shape), whole.stride(), files=files)
 
 
 def dtype_of(tensor: torch.Tensor) -> DType | None:

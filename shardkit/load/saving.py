@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from shardkit.destination import followed
 from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
 from shardkit.errors import LoadError, OutputError, shown, shown_path
+from shardkit.load import diffusers_model, transformers_model
+from shardkit.load.model_folder import Saved
 from shardkit.load.paged import Paged, is_address
 from shardkit.load.recipe import dtype_of
 from shardkit.load.remote import Remote
-from shardkit.payload import Buffer, Payload
-from shardkit.plan import plan_folder
+from shardkit.payload import Buffer, Literal, Payload
+from shardkit.plan import STEM, OutputFile, plan_folder
 from shardkit.preparation import Conversion
 from shardkit.sizes import parse_size
 from shardkit.strided import strided
@@ -29,13 +31,16 @@ from shardkit.strided import strided
 def save(
     model: nn.Module, folder: str | PathLike[str], *, max_shard: str | int | None = "5GB", overwrite: bool = False
 ) -> Report:
-    """Write the state dict of *model* to *folder*, as safetensors shards and an index.
+    """Write *model* to *folder*, as safetensors shards and an index.
+
+    `from_pretrained` loads what is written of a model of Transformers or Diffusers: its configuration is there too, and weights
+    have the names that they have in its checkpoints, such as one for each expert. Of other models it is the state dict.
 
     Weights that are addresses go from their files to the output without being held, and those on an accelerator by way of main
     memory, a few MB at a time. A weight under several names is written once, and its other names recorded.
 
     Args:
-        model: its configuration, where it has one, is saved by its own library.
+        model: on any device, dispatched or not.
         folder: what will appear, whole or not at all.
         max_shard: bound on each file, header included, as ``"2GB"`` or bytes; None for one shard.
         overwrite: replace an earlier output of shardkit.
@@ -45,17 +50,24 @@ def save(
 
     Raises:
         LoadError: something in the state dict is no dense tensor, or has no value.
-        FormatError: a file that weights are read from has changed.
+        FormatError: a file that weights are read from has changed since it was opened.
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
     """
-    entries = tuple(entries_of(model.state_dict()))
-    kept, aliases = fold_ties(entries)
+    known = transformers_model.saved(model) or diffusers_model.saved(model)
+    state = known.state if known else model.state_dict()
+    entries = tuple(entries_of(state))
+    # A tie that the library would not make again is no tie there: without a weight of its own the name would be missing.
+    untied = state.keys() - known.tied if known else ()
+    kept, aliases = fold_ties(sorted(entries, key=_comes_last(known)), {"format", *untied})
     checkpoint = Checkpoint(entries)
-    files = tuple(SourceFile.of(path) for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources))
     edited = Edited(kept, aliases, ())
     limit = None if max_shard is None else parse_size(max_shard)
-    plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=limit, metadata={"format": "pt"})
+    companions = [OutputFile(name, (Literal(content),)) for name, content in (known.files if known else {}).items()]
+    layout = registry.format_named("safetensors")
+    stem = known.stem if known else STEM
+    plan = plan_folder(edited, layout, max_shard=limit, metadata={"format": "pt"}, companions=companions, stem=stem)
+    files = tuple(_files(state, entries))
     out = followed(locations.to_write(folder))
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise OutputError(
@@ -63,6 +75,19 @@ def save(
         )
     origin = Path(type(model).__name__)  # which messages call the source
     return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
+
+
+def _comes_last(known: Saved | None) -> Callable[[TensorEntry], bool]:
+    """Which entries stand behind all others, so that of what is tied the name is kept that the library looks for."""
+    return (lambda entry: entry.name in known.tied) if known else (lambda entry: False)
+
+
+def _files(state: Mapping[str, object], entries: Iterable[TensorEntry]) -> Iterator[SourceFile]:
+    """The files that *entries* are read from, as they were when they were opened."""
+    opened = {file for value in state.values() if isinstance(value, Paged) for file in value.recipe.files}
+    known = {file.path: file for file in opened}
+    for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources):
+        yield known.get(path) or SourceFile.of(path)
 
 
 _Held = dict[tuple[str, int], Buffer | Remote]

@@ -8,10 +8,33 @@ from pathlib import Path
 
 from torch import nn
 
+from shardkit.checkpoint import SourceFile
 from shardkit.errors import LoadError, shown_path
 from shardkit.load.unseen import eager
+from shardkit.payload import Payload
 
 _Identity = tuple[int, int, int, int, int]
+
+
+def changed(file: SourceFile) -> LoadError:
+    """The *file* that weights are read from is no longer what it was when it was opened."""
+    return LoadError(
+        f"{shown_path(file.path)} changed since it was opened, and weights that were not read yet lie in it",
+        hint="load it again; to save over a checkpoint that is in use, save to another file, and rename that",
+    )
+
+
+def refuse_changed(files: Iterable[SourceFile], payload: Payload) -> None:
+    """See that those of *files* that *payload* is read from are what they were.
+
+    Raises:
+        FormatError: one cannot be looked at.
+        LoadError: one is not.
+    """
+    used = {extent.path for extent in payload.sources}
+    for file in files:
+        if file.path in used and SourceFile.of(file.path) != file:
+            raise changed(file)
 
 
 class Sources:

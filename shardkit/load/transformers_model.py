@@ -6,11 +6,12 @@ memory, renames, fuses and casts the weights, ties them, fills in what is missin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
 from shardkit.load.assign import listed
 from shardkit.load.empty import init_empty_weights
 from shardkit.load.mapping import tensors
-from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, library, prevalent_dtype, told
+from shardkit.load.model_folder import Addressed, Info, ModelFolder, Request, Saved, library, prevalent_dtype, told, written
 from shardkit.load.module_sizes import class_names
 from shardkit.load.paged import Paged
+from shardkit.load.quantised import expands_itself, is_packed, method_of, packed_names
 from shardkit.load.weights import weights_of
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         kind = kind or _class(folder, request.trusted)
         config = _configuration(folder, kind, request.trusted)
     weights = tensors(_weights(folder, request, config))
+    packed = packed_names(weights) if method_of(folder.fields) == "bitsandbytes" else ()
     dtype = request.dtype or (
         prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values()) if request.as_stored else "auto"
     )
@@ -59,6 +62,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         model, info = _made(
             load,
             weights,
+            {name: weights[name].read() for name in packed},
             config=config,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # which are told below, by name
@@ -73,28 +77,33 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     model.config.name_or_path = model.name_or_path = folder.name
     whole, skip = class_names(model._no_split_modules), class_names(model._skip_keys_device_placement)
     notes = (_unset_note(unset, kind.__name__, transformers.__version__),) if unset else ()
-    return Addressed(model, info, whole, skip, notes)
+    return Addressed(model, info, whole, skip, notes, stays=expands_itself(model))
 
 
 def _made(
-    load: Callable[..., tuple[PreTrainedModel, Info]], weights: Mapping[str, Paged], **options: object
+    load: Callable[..., tuple[PreTrainedModel, Info]],
+    weights: Mapping[str, Paged],
+    read: Mapping[str, torch.Tensor],
+    **options: object,
 ) -> tuple[PreTrainedModel, Info]:
-    """What *load* makes of *weights*, those of them in memory that it writes to, as where it fills in what it has loaded already.
+    """What *load* makes of *weights*.
+
+    Those in *read* are in memory, and so are those that it writes to, as where it fills in what it has loaded already.
 
     Raises:
-        ReadOnly: it writes to others.
+        ReadOnly: it writes to many.
     """
-    read: dict[str, torch.Tensor] = {}
+    most = len(read) + _FEW
     while True:
         try:
             return load(None, state_dict={**weights, **read} if read else weights, **options)
         except ReadOnly as refusal:
-            if len(read) >= _FEW:
+            if len(read) >= most:
                 raise  # it writes to all there are, one by one, and each time is made anew
             found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
             if not found:
                 raise
-            read |= {name: weights[name].read() for name in found}
+            read = {**read, **{name: weights[name].read() for name in found}}
 
 
 def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
@@ -136,6 +145,34 @@ def _is_near(buffer: torch.Tensor, computed: torch.Tensor) -> bool:
         return False
     same, right = (each.detach().to("cpu", torch.complex128) for each in (buffer, computed))
     return computed.is_meta or torch.allclose(same, right, rtol=0.02, equal_nan=True)
+
+
+def saved(model: nn.Module) -> Saved | None:
+    """What Transformers would save of *model*, of which no weight is read that it only splits or renames.
+
+    None if the model is not its own; or has adapters, of which Transformers would save these alone.
+    """
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.dynamic_module_utils import custom_object_save
+
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    config = deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    saves: list[Callable[[str], object]] = [config.save_pretrained]
+    if model.can_generate():
+        saves.append(model.generation_config.save_pretrained)
+    if type(model)._auto_class is not None:  # a class of the user's own, whose code goes along
+        saves.insert(0, lambda folder: custom_object_save(model, folder, config=cast("Any", config)))  # declared as a dict
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    if getattr(model, "hf_quantizer", None) is None:  # else it has the names of its checkpoint, and no way back from there
+        state = revert_weight_conversion(model, state)
+    return Saved(state, written(*saves), frozenset(model.all_tied_weights_keys))
 
 
 def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:
@@ -235,8 +272,8 @@ def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...],
 
 
 def _check_plain(folder: Path, model: nn.Module) -> None:
-    """See that no weight is an object of a library that quantises: it could neither stream nor be moved as it should."""
-    odd = next((weight for weight in weights_of(model) if type(weight.tensor) not in _PLAIN), None)
+    """See that no weight is an object of a library that is not known: it could neither stream nor be moved as it should."""
+    odd = next((each for each in weights_of(model) if type(each.tensor) not in _PLAIN and not is_packed(each.tensor)), None)
     if odd is not None:
         raise LoadError(
             f"{shown_path(folder)}: {shown(odd.names[0])} becomes a {type(odd.tensor).__name__}, and is no plain tensor then",

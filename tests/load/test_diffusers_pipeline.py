@@ -370,3 +370,27 @@ def test_a_folder_that_holds_no_such_pipeline_is_refused_with_a_sentence(fault: 
     spoil(folder)
     with pytest.raises((LoadError, FormatError), match=sentence):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize("device_map", DEVICE_MAPS)
+def test_a_lora_is_loaded_and_taken_off_as_from_a_pipeline_in_memory(device_map: str, folder: Path, tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft", reason="Diffusers loads adapters by it")
+    theirs = saved(folder)
+    ours = from_pretrained(folder, DEVICE_MAPS[device_map], ring=2)
+    bare = images(ours)
+    torch.manual_seed(3)
+    adapted = type(theirs.unet).from_pretrained(folder / "unet")
+    adapted.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    theirs.save_lora_weights(tmp_path / "lora", unet_lora_layers=peft.get_peft_model_state_dict(adapted))
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(tmp_path / "lora")
+    found = [{name: each for name, each in pipe.unet.state_dict().items() if "lora_" in name} for pipe in (ours, theirs)]
+    assert found[0]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], each) for name, each in found[1].items())
+    with_adapter = images(ours)
+    assert not torch.equal(with_adapter, bare)
+    torch.testing.assert_close(with_adapter, images(theirs))
+    ours.unload_lora_weights()
+    assert torch.equal(images(ours), bare)
+    close(ours)

@@ -114,7 +114,8 @@ def test_each_part_has_its_place_and_its_reason(loaded: Load) -> None:
 def test_a_chosen_map_says_what_fits_and_what_has_no_room(loaded: Load) -> None:
     model: Any = loaded("auto", max_memory={"cpu": 150_000})
     told = explain(model, rates=RATES)
-    assert streamed(told) == [name for name, device in model.hf_device_map.items() if device == "disk"]
+    on_disk = [name for name, device in model.hf_device_map.items() if device == "disk"]
+    assert streamed(told) == [*dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in on_disk)]
     assert {why for _, place, why in reasons(told) if place == "disk"} == {"no room beside what stays"}
     assert ("layers.2", "cpu", "fits") in reasons(told)
 

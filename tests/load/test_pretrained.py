@@ -110,10 +110,10 @@ def test_weights_that_are_written_to_are_read_if_they_are_few(tmp_path: Path) ->
         return state_dict, {}
 
     few: Any = {name: weights[name] for name in list(weights)[:3]}
-    made: Any = _made(load, few)[0]
+    made: Any = _made(load, few, {})[0]
     assert [weight.tolist() for weight in made.values()] == [[0.0] * 4] * 3
     with pytest.raises(ReadOnly, match="zero_ would write to a Paged"):
-        _made(load, weights)
+        _made(load, weights, {})
 
 
 def test_no_weight_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

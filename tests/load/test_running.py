@@ -18,6 +18,7 @@ from torch import nn
 from accelerators import RUNNERS
 from shardkit.errors import LoadError, Mismatch, NotTrained
 from shardkit.load.attached import attachments, remove_hooks
+from shardkit.load.device_maps import device_of
 from shardkit.load.dispatch import dispatch_model
 from shardkit.load.pager import Pager
 from toys import IDS, LAYERS, MAPS, WIDTH, Toy, empty, layer, loaded, logits, resident_on, run_on, saved, streamed, trained
@@ -72,7 +73,11 @@ def test_every_map_of_every_format_computes_the_same_bits(
         assert torch.equal(found, expected)
     assert torch.equal(logits(model), expected)
     assert not any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values())
-    assert model.hf_device_map == run_on(MAPS[name], device)
+    assert isinstance(model.hf_device_map, dict)
+    reported = {key: device_of(key, model.hf_device_map) for key in model.state_dict()}
+    assert {key for key, each in reported.items() if each == "disk"} == streamed(model)
+    assert {str(each) for key, each in reported.items() if key not in streamed(model)} <= {device, "cpu"}
+    assert model.hf_device_map.keys() >= run_on(MAPS[name], device).keys()
     stored = resident.state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor + 0, stored[key] + 0), key

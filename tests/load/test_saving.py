@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ from torch import nn
 import shardkit
 from libraries import peer
 from shardkit.errors import LoadError, Malformed, OutputError, Unwritable
-from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, remove_hooks, save, tensors
+from shardkit.load import (
+    Paged,
+    close,
+    from_pretrained,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    remove_hooks,
+    save,
+    tensors,
+)
 from shardkit.load.remote import Remote
 from shardkit.payload import CHUNK
 from truth import values
 
+diffusers = peer("diffusers")
 transformers = peer("transformers")
 
 
@@ -93,18 +104,66 @@ def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_transformers_loads_what_was_written_from_addresses(tmp_path: Path) -> None:
-    config: Any = transformers.LlamaConfig
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**more: Any) -> Any:  # Any, here and below: neither library types its models
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=48, **more))
+
+
+def qwen_moe() -> Any:
+    experts = {"moe_intermediate_size": 16, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts))
+
+
+def unet() -> Any:
+    sizes: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return diffusers.UNet2DModel(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **sizes)
+
+
+LIBRARY_MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "experts": qwen_moe,
+    "unet": unet,
+}
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, None], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("name", LIBRARY_MODELS)
+def test_the_library_of_a_model_loads_what_was_written(name: str, device_map: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    kind: Any = transformers.LlamaForCausalLM
-    theirs = kind(config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64))
+    theirs = LIBRARY_MODELS[name]().eval()
+    if name != "unet":
+        theirs.generation_config.max_new_tokens = 7
     theirs.save_pretrained(tmp_path / "theirs")
-    lazy = kind.from_pretrained(None, config=theirs.config, state_dict=tensors(tmp_path / "theirs"), dtype=torch.float16)
-    save(lazy, tmp_path / "ours", max_shard="40kB")
-    lazy.config.save_pretrained(tmp_path / "ours")
-    loaded, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report.values())
-    assert state_of(loaded) == state_of(theirs.half())
+    ours = from_pretrained(tmp_path / "theirs", device_map)
+    report = save(ours, tmp_path / "ours", max_shard="40kB")
+    assert report.shards > 1
+    loaded, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    assert state_of(loaded) == state_of(theirs)
+    if name != "unet":
+        assert loaded.generation_config.max_new_tokens == 7
+    type(theirs).from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "again")
+    beside = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.suffix == ".json"}
+    assert {each: (tmp_path / "ours" / each).read_bytes() for each in beside} == beside
+    stored = {each for shard in (tmp_path / "theirs").glob("*.safetensors") for each in load_file(shard)}
+    assert {each for shard in (tmp_path / "ours").glob("*.safetensors") for each in load_file(shard)} == stored
+    assert state_of(from_pretrained(tmp_path / "ours", device_map)) == state_of(ours)
+    close(ours)
+
+
+def test_equal_weights_that_the_configuration_does_not_tie_are_written_under_both_names(tmp_path: Path) -> None:
+    tied = llama(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    shardkit.convert(tmp_path / "tied", tmp_path / "both")
+    ours = llama()
+    state = dict(tensors(tmp_path / "both"))
+    ours.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, assign=True)
+    assert not save(ours, tmp_path / "out").aliases
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert state_of(loaded) == state_of(tied)
 
 
 def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
