@@ -92,7 +92,8 @@ def address_of(memory: memoryview) -> int:
 
 
 def _madvise(start: int, nbytes: int, advice: int) -> bool:
-    return _libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0
+    done: int = _libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)
+    return done == 0
 
 
 @cache

@@ -235,7 +235,8 @@ class Paged(torch.Tensor):
     def _typed_storage(self) -> torch.TypedStorage:
         if (held := self.held) is None:
             raise _no_memory()
-        return held._typed_storage()
+        typed: torch.TypedStorage = held._typed_storage()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return typed
 
     def _lazy_storage(self) -> Storage:
         if not hasattr(self, "_storage"):

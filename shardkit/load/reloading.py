@@ -13,7 +13,7 @@ from torch import nn
 
 from shardkit.errors import LoadError
 from shardkit.load.assign import listed
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 
 
 def guard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:

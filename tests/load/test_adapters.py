@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from shardkit.load import close, from_pretrained, infer_auto_device_map
 from shardkit.load.device_maps import device_of, reported
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 
 peft: Any = pytest.importorskip("peft", reason="its adapters are loaded here")  # Any: as below, half typed
 transformers: Any = pytest.importorskip("transformers", reason="its models are adapted here")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shardkit.load import close, from_pretrained, save
-from shardkit.load.pager import Streamed
 from shardkit.load.quantised import expands_itself, is_packed, method_of, packed_names
+from shardkit.load.streamed_weight import Streamed
 from shardkit.sizes import format_size
 
 transformers: Any = pytest.importorskip("transformers", reason="it loads them")  # Any: it leaves its models half typed

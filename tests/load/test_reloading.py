@@ -15,7 +15,7 @@ from torch import nn
 
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import Paged, close, remove_hooks, tensors
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 from toys import IDS, Toy, loaded, logits, saved, streamed, trained
 from truth import values
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from libraries import peer
 from shardkit.load import close, dispatch_model, from_pretrained, init_empty_weights, load_checkpoint_and_dispatch
-from shardkit.load.pager import Streamed
+from shardkit.load.streamed_weight import Streamed
 from truth import values
 
 accelerate: Any = peer("accelerate")  # Any, here and below: these libraries leave their models half typed
