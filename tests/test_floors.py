@@ -43,6 +43,7 @@ ONLY_IN = {
     "safetensors": ("reference_reader",),
     "xxhash": ("checksums",),
     "click": ("cli",),
+    "tqdm": ("progress",),
     "importlib.metadata": ("registry", "cli"),  # cli: the version
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}

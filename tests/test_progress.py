@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import doctest
 import io
 import os
 import sys
 import threading
-from itertools import count
+import time
 from pathlib import Path
 
 import pytest
 
-import shardkit.progress
-from shardkit.progress import Bar, line, progress
+from shardkit.progress import progress
 
 if os.name == "posix":
     from terminals import Session, on_a_terminal
@@ -52,7 +50,7 @@ def run(code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path
 WORK: dict[str, tuple[str, list[str | Path], str]] = {
     "convert": (COMMAND, ["convert", TRAINING, "-o", "out", "--max-shard", "2kB"], "→ out/: "),
     "offload-prep": (COMMAND, ["offload-prep", TRAINING, "-o", "out"], "→ out/: "),
-    "verify": (COMMAND, ["verify", TRAINING], "is whole"),
+    "verify": (COMMAND, ["verify", TRAINING], "is complete"),
     "diff": (COMMAND, ["diff", TRAINING, TRAINING.with_name("legacy-training.pt")], "no difference"),
     "load": (LOAD, [TRAINING], "loaded"),
 }
@@ -102,103 +100,81 @@ def test_an_error_leaves_a_sentence_on_the_terminal(columns: int, tmp_path: Path
     assert b"%" in session.raw
 
 
-def ticking(monkeypatch: pytest.MonkeyPatch, step: float = 1.0) -> None:
-    """Let each look at the clock of the bar find it *step* seconds later."""
-    clock = count()
-    monkeypatch.setattr("shardkit.progress.time.monotonic", lambda: next(clock) * step)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the body of a test, as capsys replaces stderr before it: a terminal, and a bar that appears at once."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("shardkit.progress._DELAY", 1e-9)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
 
 
-def test_a_bar_appears_after_a_delay_and_is_blank_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticking(monkeypatch, 0.2)
-    stream = io.StringIO()
-    bar = Bar(stream, "writing", 1000)
-    bar.add(100)  # after 0.2 s
-    assert stream.getvalue() == ""
-    bar.add(400)
-    assert "writing:  50%" in stream.getvalue()
-    bar.end()
-    drawn = len(stream.getvalue())
-    bar.add(500)
-    assert len(stream.getvalue()) == drawn, "nothing is drawn after the end"
-    assert stream.getvalue().endswith("  \r")
+def test_the_whole_may_be_told_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    soon(monkeypatch)
+    with progress("writing") as bar:
+        bar.expect(10)
+        assert capsys.readouterr().err == "", "nothing is drawn before something is done"
+        time.sleep(0.11)  # tqdm draws ten times a second
+        bar.add(5)
+        assert "writing:  50%" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("  \r")
 
 
-def test_the_whole_may_be_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticking(monkeypatch)
-    stream = io.StringIO()
-    bar = Bar(stream, "writing", None)
-    bar.expect(10)
-    assert stream.getvalue() == ""
-    bar.add(10)
-    assert "writing: 100%" in stream.getvalue()
-
-
-class Gone(io.StringIO):
-    """A terminal whose window was closed."""
-
-    def write(self, text: str) -> int:
-        raise OSError(5, "Input/output error")
+def test_what_is_done_soon_needs_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    soon(monkeypatch)
+    monkeypatch.setattr("shardkit.progress._DELAY", 1e9)
+    with progress("writing") as bar:
+        bar.expect(10)
+        time.sleep(0.11)
+        bar.add(10)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_that_is_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticking(monkeypatch)
-    bar = Bar(Gone(), "writing", 10)
-    bar.add(5)
-    bar.end()
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr("shardkit.progress._DELAY", 1e-9)
+    with progress("writing", 10) as bar:
+        time.sleep(0.11)
+        bar.add(5)
 
 
-def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticking(monkeypatch, 0.01)
-    stream = io.StringIO()
-    bar = Bar(stream, "writing", 4000)
-
-    def add() -> None:
-        for _ in range(1000):
-            bar.add(1)
-
-    threads = [threading.Thread(target=add) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    bar.add(0)
-    assert "writing: 100%" in stream.getvalue()
+def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    soon(monkeypatch)
+    with progress("writing", 4001) as bar:
+        threads = [threading.Thread(target=lambda: [bar.add(1) for _ in range(1000)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        time.sleep(0.11)
+        bar.add(1)
+    assert "4.00k/4.00k" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("room", [1, 10, 20, 40, 75, 195])
-@pytest.mark.parametrize(
-    ("done", "total", "seconds"), [(0, None, 0.0), (0, 5, 0.0), (1, 10**14, 9.0), (7, 5, 1.0), (10**12, 10**13, 9.0)]
-)
-def test_a_line_never_is_wider_than_its_room(done: int, total: int | None, seconds: float, room: int) -> None:
-    text = line("placing weights", done, total, seconds, room)
-    assert len(text) <= room
-    assert text.isascii(), "a terminal of any character set can show it"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "left"), [(1.0, "9 s left"), (10.0, "1:30 min left"), (1000.0, "2:30 h left")], ids=["s", "min", "h"]
-)
-def test_a_line_says_how_long_it_will_take(seconds: float, left: str) -> None:
-    assert line("writing", 10, 100, seconds, 80).endswith(left)
-
-
-def test_the_example_of_a_line_is_true() -> None:
-    assert doctest.testmod(shardkit.progress).attempted == 1
-    assert doctest.testmod(shardkit.progress).failed == 0
+def test_a_terminal_needs_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    soon(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress("writing", 10) as bar:
+        bar.expect(10)
+        bar.add(10)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_it_may_be_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    ticking(monkeypatch)
+    soon(monkeypatch)
     with progress("writing", 10, quiet=True) as bar:
+        time.sleep(0.11)
         bar.add(5)
     assert capsys.readouterr() == ("", "")
 
 
-def test_where_stderr_is_no_terminal_nothing_is_shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ticking(monkeypatch)
+def test_where_stderr_is_no_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("writing", 10) as bar:
+        time.sleep(0.4)
         bar.add(5)
     assert capsys.readouterr() == ("", "")

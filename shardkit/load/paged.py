@@ -3,10 +3,10 @@
 1. What only moves elements or changes their float type is written into the recipe, and nothing is read: views of every kind,
    splits, casts, stacks and cats. What only asks for shapes is answered from them.
 2. Anything else reads its Paged arguments, and gives what torch computes with them. Nothing is kept: each use reads again.
-3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a module. So are casts, stacks and
-   cats of the weights of a model: it has been loaded, and what is made from its weights then is used as any other tensor.
-4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own, which its views share. What is
-   copied from a Paged goes from its file into the target's own memory.
+3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a module. So is a cast of a weight
+   of a model.
+4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own, which its views share. So can
+   stacks and cats of weights. What is copied from a Paged goes from its file into the target's own memory.
 5. It stands below autograd, autocast and the decomposition of composite operations (`__torch_dispatch__`, and no
    `__torch_function__`), so that every path that leads to a kernel leads here first, those inside C++ too. Where such an
    operation chooses its kernel by the kind of tensor, as LSTM and singular values do, a last bit may differ.

@@ -3,9 +3,12 @@
 The functions here take and give `Address` wherever the operation has a tensor without memory; NotImplemented stands for what only
 values can tell. What torch documents as a copy is marked as one that must be read:
 
-1. of a weight of a model: every copy, so that it can be written like any other tensor;
-2. of a tensor of a checkpoint: a clone, and a cast to the type that it has. Other casts, joins and what only makes contiguous
-   stay addresses, because libraries that load models use them for every weight.
+1. A clone, and a cast to the type that the tensor has.
+2. Any cast of a weight of a model, which is then used as any other tensor. A cast of a tensor of a checkpoint stays an address,
+   because libraries that load models cast every weight.
+
+A join, and what only makes contiguous, is an address: libraries that save models do that to every weight. Made of weights of a
+model it has a backing of its own, so that it can be written like any other tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Address:
         recipe: what it is made of.
         device: where it will be.
         backing: what it shares with the weight of a model that it is, or is a view of; None if it is of none.
-        is_copy: whether it must be read now, because it is to be a tensor of its own.
+        is_copy: whether it must be read now, because it is to be an ordinary tensor.
     """
 
     recipe: Recipe
@@ -83,10 +86,13 @@ def _view(func: Operation, args: Arguments, options: Options) -> object:
 
 
 def _clone(func: Operation, args: Arguments, options: Options) -> object:
-    """A copy; of a tensor of a checkpoint it is an address where it comes from `contiguous` or `reshape`."""
-    made = _copy(func, args, options)
-    asked = options.get("memory_format") in (None, torch.preserve_format)
-    return replace(made, is_copy=made.is_copy or asked) if isinstance(made, Address) else made
+    """A copy; an address where it comes from `contiguous` or `reshape`."""
+    made, source = _copy(func, args, options), args[0]
+    if not isinstance(made, Address):
+        return made
+    if options.get("memory_format") in (None, torch.preserve_format):
+        return replace(made, is_copy=True)
+    return _backed(replace(made, is_copy=False), [source])
 
 
 def _cast(func: Operation, args: Arguments, options: Options) -> object:
@@ -137,7 +143,13 @@ def _join(func: Operation, args: Arguments, options: Options) -> object:
     joined = join(recipes, shapes, dim, whole)
     if joined is None:
         return NotImplemented
-    return Address(joined, sources[0].device, is_copy=any(each.backing is not None for each in sources))
+    return _backed(Address(joined, sources[0].device), sources)
+
+
+def _backed(made: Address, sources: Sequence[Address]) -> Address:
+    """*made*, with a backing of its own if one of its *sources* has one."""
+    names = [each.backing.name for each in sources if each.backing is not None]
+    return replace(made, backing=Backing(made.recipe, made.device, names[0])) if names else made
 
 
 def _kind(address: Address) -> tuple[object, torch.device]:

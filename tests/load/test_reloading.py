@@ -118,7 +118,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("read", [Paged.read, lambda weight: weight + 0, lambda weight: weight.to(torch.float64) + 0], ids=str)
+READS: dict[str, Callable[[Paged], object]] = {
+    "read": Paged.read,
+    "computed with": lambda weight: weight + 0,
+    "cast": lambda weight: weight.to(torch.float64) + 0,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_is_not_read_from_a_file_that_changed(change: str, read: Callable[[Paged], object], tmp_path: Path) -> None:
     path = stored(tmp_path, ".safetensors")
