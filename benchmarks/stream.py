@@ -8,8 +8,8 @@ it has not. 4.2 GB of it, the layers and the head, stream from disk in each forw
 the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
 checkpoint before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if they are missing.
 
-In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each layer,
-take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
+In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each
+layer, take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
 ``pip install --no-deps airllm==4.0.0``.
 """
 
