@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cages import output_of
 from llama import BY_DTYPE, Llama, suited
-from measuring import made
+from measuring import machine, made
 
 STREAMING = Path(__file__).parent / "streaming.py"
 MUCH, LITTLE, HALF = 1_500_000_000, 800_000_000, 4_000_000_000  # limits of memory, in bytes
@@ -147,6 +147,7 @@ def main() -> None:
     asked = parser.parse_args()
     llama = BY_DTYPE[asked.dtype]
     prepared(asked.folder, llama)
+    print(machine())
     print(f"{llama.dtype}, hidden {llama.hidden}, inner {llama.inner}")
     found = {}
     for name in asked.only:
