@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -42,8 +43,21 @@ def run_those_asked_for(told: str, benches: Mapping[str, Callable[[_Bench], obje
     parser.add_argument("--only", nargs="*", choices=benches, default=list(benches))
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
+    print(machine(), end="\n\n", flush=True)
     for name in asked.only:
         benches[name](kind(asked.folder, asked.rounds))
+
+
+def machine() -> str:
+    """The processor and memory of this machine, and when Linux gives huge pages, for whoever quotes the figures."""
+    facts = Path("/proc/cpuinfo"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    told, pages = (path.read_text() if path.exists() else "" for path in facts)
+    names = dict.fromkeys(line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name"))
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{told} ".replace("\n", " ")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0
+    processor = " + ".join(names) or platform.processor() or platform.machine()
+    huge = pages.partition("[")[2].partition("]")[0] or "unknown"
+    return f"{processor} ({', '.join(flags)}), {os.cpu_count()} cores, {memory:.0f} GB of memory, huge pages: {huge}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ it has not. 4.2 GB of it, the layers and the head, stream from disk in each forw
 the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
 checkpoint before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if they are missing.
 
-In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each layer,
-take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
+In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each
+layer, take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
 ``pip install --no-deps airllm==4.0.0``.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cages import output_of
 from llama import BY_DTYPE, Llama, suited
-from measuring import made
+from measuring import machine, made
 
 STREAMING = Path(__file__).parent / "streaming.py"
 MUCH, LITTLE, HALF = 1_500_000_000, 800_000_000, 4_000_000_000  # limits of memory, in bytes
@@ -147,6 +147,7 @@ def main() -> None:
     asked = parser.parse_args()
     llama = BY_DTYPE[asked.dtype]
     prepared(asked.folder, llama)
+    print(machine())
     print(f"{llama.dtype}, hidden {llama.hidden}, inner {llama.inner}")
     found = {}
     for name in asked.only:

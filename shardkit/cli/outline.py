@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 _DEEPEST = 64  # parts of one name, so that a name of a million dots is no tree of a million levels
 _FEWEST_ALIKE = 3
@@ -42,13 +43,16 @@ class Leaf:
         return self.kind, self.shape, self.nbytes, self.tie or self.remark
 
 
+_NOTHING: MappingProxyType[str, Place] = MappingProxyType({})  # most places have nothing below, and there may be many
+
+
 @dataclass(slots=True)
 class Place:
     """A part of a name: what is at it, and what lies below, with how many tensors and bytes there are in all."""
 
     label: str
-    leaves: list[Leaf] = field(default_factory=list)
-    children: dict[str, Place] = field(default_factory=dict)
+    leaves: tuple[Leaf, ...] = ()
+    children: dict[str, Place] | MappingProxyType[str, Place] = field(default_factory=lambda: _NOTHING)
     tensors: int = 0
     nbytes: int = 0
     look: int = 0
@@ -116,17 +120,20 @@ def outline(leaves: Iterable[tuple[tuple[str, ...], Leaf]], *, most: int | None)
 def _grown(leaves: Iterable[tuple[tuple[str, ...], Leaf]]) -> list[Place]:
     """All places, each before those below it."""
     places = [Place("")]
+    labels: dict[str, str] = {}  # most names end as others do, and one text is enough for them
     for path, leaf in leaves:
         place = places[0]
         for label in _parts(path):
             child = place.children.get(label)
             if child is None:
-                child = place.children[label] = Place(label)
+                child = Place(labels.setdefault(label, label))
+                place.children = place.children if isinstance(place.children, dict) else {}
+                place.children[child.label] = child
                 places.append(child)
             place = child
             place.tensors += leaf.is_tensor
             place.nbytes += leaf.nbytes
-        place.leaves.append(leaf)
+        place.leaves = (*place.leaves, leaf)
     return places
 
 

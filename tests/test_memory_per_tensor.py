@@ -1,0 +1,57 @@
+"""Memory grows with the number of tensors, by little for each: the peaks of whole processes on two checkpoints of many."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardkit
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+
+FEW, MANY = 5_000, 25_000
+INSPECT = "list(shardkit.cli.portrait.portrait(pathlib.Path(sys.argv[1]), shardkit.open(sys.argv[1]), everything=False))"
+
+PROGRAM = """
+import pathlib, sys, shardkit
+import shardkit.cli.portrait
+{statement}
+status = open("/proc/self/status").read()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for count in (FEW, MANY):
+        state = {f"layers.{number}.weight": torch.full((4,), float(number)) for number in range(count)}
+        torch.save(state, folder / f"{count}.bin")
+        shardkit.convert(folder / f"{count}.bin", folder / f"{count}", sync=False)
+    return folder
+
+
+def peak(statement: str, folder: Path, count: int, out: Path) -> int:
+    arguments = [str(folder / f"{count}.bin"), str(folder / f"{count}"), str(out / f"{count}")]
+    command = [sys.executable, "-c", PROGRAM.format(statement=statement), *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("statement", "most"),
+    [
+        ("shardkit.open(sys.argv[1])", 1024),
+        (INSPECT, 1200),
+        ("shardkit.verify(sys.argv[2], sys.argv[1])", 1400),
+        # Half of it is what the reference reader of safetensors takes, in which the output is opened.
+        ("shardkit.convert(sys.argv[1], sys.argv[3], sync=False)", 2100),
+    ],
+    ids=["open", "inspect", "verify", "convert"],
+)
+def test_a_tensor_more_takes_little_memory_more(statement: str, most: int, folder: Path, tmp_path: Path) -> None:
+    few, many = (peak(statement, folder, count, tmp_path) for count in (FEW, MANY))
+    assert (many - few) / (MANY - FEW) < most
