@@ -112,7 +112,9 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     """
     rooted = select_root(checkpoint, edits.root)
     wanted = _Wanted.of(edits)
-    _refuse_idle_globs(edits, [*(each.name for each in rooted.tensors), *(each.name for each in rooted.others)])
+    names = [*(entry.name for entry in rooted.tensors), *(other.name for other in rooted.others)]
+    if idle := _idle(edits.include, names):
+        raise NothingSelected(f"include {_matches_none(idle[0], names)}", hint=_SHOWS)
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
@@ -120,9 +122,11 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     renamed = _renamed(entries, edits.rename)
     _refuse_clashes(renamed, entries)
     entries = renamed
-    notes: tuple[str, ...] = ()
+    # What is to be left out and is not there is left out: one list of globs may serve many checkpoints.
+    notes = tuple(f"exclude {_matches_none(glob, names)}" for glob in _idle(edits.exclude, names))
     if edits.dtype is not None:
-        entries, notes = cast_to(entries, edits.dtype)
+        entries, more = cast_to(entries, edits.dtype)
+        notes += more
     kept, aliases = fold_ties(entries, {"format", LISTING, *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
     return Edited(kept, aliases, (*checkpoint.left_out, *rooted.left_out), notes)
 
@@ -209,15 +213,13 @@ _ADVICE = {
 }
 
 
-def _refuse_idle_globs(edits: Edits, names: Sequence[str]) -> None:
-    """A glob that matches nothing is a slip: what it was to take or leave out is not what it takes or leaves out."""
-    for name, globs in (("include", edits.include), ("exclude", edits.exclude)):
-        for glob in globs:
-            matches = re.compile(translate(glob)).match
-            if names and not any(map(matches, names)):
-                raise NothingSelected(
-                    f"{name} {shown(glob)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS
-                )
+def _idle(globs: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Those of *globs* that match none of *names*."""
+    return [glob for glob in globs if names and not any(map(re.compile(translate(glob)).match, names))]
+
+
+def _matches_none(pattern: str, names: Sequence[str]) -> str:
+    return f"{shown(pattern)} matches none of the {several(len(names), 'name')}{_as_in(names)}"
 
 
 def _as_in(names: Iterable[str]) -> str:
@@ -248,7 +250,7 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
             ) from None
         if not any(count for _, count in changes):
             names = [entry.name for entry in entries]
-            raise PlanError(f"rename {shown(pattern)} matches none of the {len(names)} names{_as_in(names)}", hint=_SHOWS)
+            raise PlanError(f"rename {_matches_none(pattern, names)}", hint=_SHOWS)
         entries = tuple(
             entry if entry.name == name else replace(entry, path=(name,))
             for entry, (name, _) in zip(entries, changes, strict=True)

@@ -67,7 +67,8 @@ def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> I
         return
     stream = sys.stderr
     with tqdm(desc=label, total=nbytes, unit="B", unit_scale=True, leave=False, delay=_DELAY, file=stream) as bar:
-        bar.dynamic_ncols = _room  # a terminal may be made wider or narrower meanwhile
+        # A terminal may be made wider or narrower meanwhile. The stubs know the argument only, which is a bool.
+        bar.dynamic_ncols = _room  # type: ignore[assignment]
         try:
             yield Progress(bar)
         finally:

@@ -198,7 +198,6 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
             ["convert", "--include", "*.weight", "--include", "wieght"],
             "include 'wieght' matches none of the 7 names, as in '0.weight'",
         ),
-        (["convert", "--exclude", "optimizer*"], "exclude 'optimizer*' matches none of the 7 names"),
         (["convert", "--rename", "^module\\.="], "rename '^module\\.' matches none of the 7 names, as in '0.weight'"),
         (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
         (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),

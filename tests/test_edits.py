@@ -168,3 +168,10 @@ def test_the_hint_leaves_out_all_that_is_undense_and_nothing_else() -> None:
 def test_selecting_nothing_says_why(checkpoint: Checkpoint, edits: Edits, reason: str) -> None:
     with pytest.raises(NothingSelected, match=reason):
         edit(checkpoint, edits)
+
+
+def test_what_is_excluded_and_not_there_is_noted() -> None:
+    edited = edit(WEIGHTS, Edits(exclude=("layers*", "*.num_batches_tracked")))
+    assert [entry.name for entry in edited.entries] == ["embed.w", "n"]
+    (note,) = edited.notes
+    assert note.startswith("exclude '*.num_batches_tracked' matches none of the 4 names, as in 'embed.w', ")

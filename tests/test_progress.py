@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_terminal_that_is_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) 
 def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     soon(monkeypatch)
     with progress("writing", 4001) as bar:
-        threads = [threading.Thread(target=lambda: [bar.add(1) for _ in range(1000)]) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: deque(map(bar.add, [1] * 1000), 0)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

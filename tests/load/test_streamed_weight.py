@@ -59,7 +59,8 @@ COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tensor": torch.tensor,
     "deep copy": copy.deepcopy,
 }
-LAZY = {"cat", "stack", "made contiguous", "a shape that needs a copy", "clone made contiguous"}  # what saving does to every weight
+# What libraries do to every weight to save it.
+LAZY = {"cat", "stack", "made contiguous", "a shape that needs a copy", "clone made contiguous"}
 TAKES: dict[str, Callable[[nn.Parameter], torch.Tensor]] = {
     "it": lambda w: w,
     "detached": lambda w: w.detach(),
