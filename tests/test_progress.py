@@ -51,7 +51,7 @@ def run(code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path
 WORK: dict[str, tuple[str, list[str | Path], str]] = {
     "convert": (COMMAND, ["convert", TRAINING, "-o", "out", "--max-shard", "2kB"], "→ out/: "),
     "offload-prep": (COMMAND, ["offload-prep", TRAINING, "-o", "out"], "→ out/: "),
-    "verify": (COMMAND, ["verify", TRAINING], "is complete"),
+    "verify": (COMMAND, ["verify", TRAINING], "is intact"),
     "diff": (COMMAND, ["diff", TRAINING, TRAINING.with_name("legacy-training.pt")], "no difference"),
     "load": (LOAD, [TRAINING], "loaded"),
 }
