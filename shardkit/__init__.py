@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shardkit.errors import NameClash as NameClash
     from shardkit.errors import NoRoom as NoRoom
     from shardkit.errors import NothingSelected as NothingSelected
+    from shardkit.errors import NotTrained as NotTrained
     from shardkit.errors import OutputError as OutputError
     from shardkit.errors import OverBudget as OverBudget
     from shardkit.errors import PlanError as PlanError
@@ -58,6 +59,7 @@ _HOMES = {
     "Mismatch": "errors",
     "NameClash": "errors",
     "NoRoom": "errors",
+    "NotTrained": "errors",
     "NothingSelected": "errors",
     "OutputError": "errors",
     "OverBudget": "errors",

@@ -107,7 +107,7 @@ def _refuse_working_folder(out: Path) -> None:
     if place == here or place in here.parents:
         raise OutputError(
             f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be replaced",
-            hint=f"choose a folder in it: -o {place / 'shards'}",
+            hint=("choose a folder in it: ", output(place / "shards")),
         )
 
 

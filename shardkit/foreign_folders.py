@@ -96,11 +96,6 @@ def _head(source: Source, name: str) -> bytes:
 
 
 def _inside(folder: Path, names: list[str]) -> str:
-    folders = [name for name in names if (folder / name).is_dir()]
-    if "snapshots" in folders:
+    if "snapshots" in names and (folder / "snapshots").is_dir():
         return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
-    return (
-        f"give one of its folders, as in {folder / folders[0]}"
-        if folders
-        else "give the file or folder with the weights"
-    )
+    return "give the file or folder with the weights"

@@ -14,7 +14,7 @@ from shardkit import registry, source
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.comparison import Comparison, Difference
 from shardkit.copying import OnBytes
-from shardkit.errors import listed
+from shardkit.errors import listed, several
 from shardkit.format import Source
 from shardkit.freshness import record_in
 from shardkit.integrity import (
@@ -96,16 +96,17 @@ def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator
     """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
     expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
     if expanded:
-        yield f"{expanded:,} tensors were expanded, and held against the checksums in their frames, where these have any"
+        yield f"expanded, and compared with the checksums in the frames, where there are any: {several(expanded, 'tensor')}"
     if expanded < len(entries):
-        yield f"{len(entries) - expanded:,} tensors carry no checksum: their bytes can be read, and are unchecked"
+        yield f"readable, but unchecked, being without a checksum: {several(len(entries) - expanded, 'tensor')}"
 
 
 def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
     on_total(sum(file.nbytes for file in manifest.files))
     found = each(lambda file, report: listed_faults(out, file, manifest.algorithm, report), manifest.files, on_bytes)
     runs = [run for file in manifest.files for run in file.runs]
-    note = f"compared with the {manifest.algorithm} of {len(manifest.files):,} files and {len(runs):,} tensors in {MANIFEST_NAME}"
+    amount = f"{several(len(manifest.files), 'file')} and {several(len(runs), 'tensor')}"
+    note = f"compared with the {manifest.algorithm} of {amount} in {MANIFEST_NAME}"
     faults = [fault for faults in found for fault in faults]
     if faults:
         return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))
@@ -116,7 +117,7 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
     _read_through(unlisted, lambda count: None)
     notes = [note]
     if unlisted:
-        notes.append(f"{len(unlisted):,} tensors are in files that the manifest does not list: they were read, and are unchecked")
+        notes.append(f"readable, but unchecked, being in files that the manifest does not list: {several(len(unlisted), 'tensor')}")
     nbytes = sum(entry.nbytes for entry in stored.values())
     return _with_rest(Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)), Side(out, checkpoint), seen)
 
@@ -129,8 +130,8 @@ def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnByte
     on_total(sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside))
     found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
     _read_through(outside, on_bytes)
-    notes = [f"compared with the {record.algorithm} of {len(record.blocks):,} blocks in {OFFLOAD_NAME}"]
-    notes += [f"{len(outside):,} tensors stand in no block, and are unchecked"] if outside else []
+    notes = [f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in {OFFLOAD_NAME}"]
+    notes += [f"unchecked, being in no block: {several(len(outside), 'tensor')}"] if outside else []
     nbytes = sum(size for _, size in record.dtypes) + sum(entry.nbytes for entry in outside)
     faults = [fault for fault in found if fault is not None]
     count = len(in_blocks) + len(outside)

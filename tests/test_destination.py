@@ -83,14 +83,6 @@ def test_messages_name_the_output_as_it_was_given(
     assert str(caught.value) == f"{'out' if named == 'link' else Path(named)} exists"
 
 
-def test_an_output_without_a_name_of_its_own_is_made_in_place(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert shardkit.convert(source, ".").out == tmp_path / "here"
-
-
 def test_what_exists_is_not_touched_without_overwrite(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shardkit.convert(source, out)

@@ -14,7 +14,7 @@ from torch import nn
 
 from accelerators import KIND, RUNNERS, TIERS, needs_one
 from shardkit.errors import Mismatch
-from shardkit.load import dispatch
+from shardkit.load import arrangement, dispatch
 from shardkit.load.attached import attachments
 from shardkit.load.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from shardkit.load.pager import Pager
@@ -147,6 +147,7 @@ def test_keys_that_are_skipped_stay_where_they_are(ways: Ways, expected: torch.T
 
 def test_the_main_device_runs_what_no_accelerator_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "torch_device", lambda device: torch.device("cpu" if device == "cpu" else "meta"))
+    monkeypatch.setattr(arrangement, "device_key", lambda device: 0)  # the meta device has none
     for main in (0, "cuda:1", torch.device("cuda")):
         run = dispatch_model(Elsewhere(), {"": "cpu"}, main, skip_keys=["past"], force_hooks=True)
         assert not run(X, past=[torch.ones(1)])["y"].is_meta  # it goes back to where the input was
