@@ -53,7 +53,7 @@ def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
             raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
-    return _shared(tuple(values))  # type: ignore[arg-type]  # mypy does not narrow by exact type
+    return _shared(tuple(values))
 
 
 @lru_cache(4096)

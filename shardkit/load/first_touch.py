@@ -92,7 +92,7 @@ def address_of(memory: memoryview) -> int:
 
 
 def _madvise(start: int, nbytes: int, advice: int) -> bool:
-    return _libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0
+    return bool(_libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0)
 
 
 @cache
