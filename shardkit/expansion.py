@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -209,11 +209,15 @@ class Framed:
             content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole).pieces()))
             yield memoryview(content)[self.start : self.start + self.nbytes]
 
-    def pieces(self) -> Iterator[memoryview]:
-        """The same bytes in pieces of any length, none of which is kept; for those who may cut elements."""
+    def pieces(self, compressed: Iterable[memoryview] | None = None) -> Iterator[memoryview]:
+        """The same bytes in pieces of any length, none of which is kept; for those who may cut elements.
+
+        Args:
+            compressed: the bytes of the frame, from who reads them by other means.
+        """
         at, stop = 0, self.start + self.nbytes
         try:
-            for piece in self.codec.decompress(self.frame.chunks()):
+            for piece in self.codec.decompress(self.frame.chunks() if compressed is None else compressed):
                 yield memoryview(piece)[max(0, self.start - at) : max(0, stop - at)]
                 at += len(piece)
                 if at > self.whole or (at >= stop and stop < self.whole):

@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from struct import Struct, iter_unpack
 from typing import TYPE_CHECKING
 
-from shardkit.plugin import Codec, Frame, Payload, PluginError, read_all
+from shardkit.plugin import CHUNK, Codec, Frame, Payload, PluginError, read_all
 
 if TYPE_CHECKING:
     from zstandard import ZstdCompressor, ZstdDecompressor
@@ -50,16 +51,21 @@ def decompress(pieces: Iterable[memoryview]) -> Iterator[bytes]:
         ValueError: the stream is broken or ends early.
         PluginError: the package zstandard is not there.
     """
-    decompressor = _decompressor()
+    decompressor, _idle.decompressor = _idle.decompressor or _decompressor(), None
     stream = _Stream(pieces)
+    expanded = 0
     while not stream.at_end():
         magic = stream.take(4)
         if magic == _MAGIC:
-            yield from _expanded(stream, decompressor)
+            for piece in _expanded(stream, decompressor):
+                expanded += len(piece)
+                yield piece
         elif _is_skippable(magic):
             stream.skip(int.from_bytes(stream.take(4), "little"))
         else:
             raise ValueError(f"{magic.hex(' ')} at byte {stream.taken - 4:,} begins no frame")
+    if expanded <= CHUNK:  # so much of its memory has been touched at most
+        _idle.decompressor = decompressor
 
 
 def frames(payload: Payload) -> tuple[Frame, ...]:
@@ -104,6 +110,15 @@ def table(frames: Sequence[Frame]) -> bytes:
 
 
 CODEC = Codec(name="zstd", suffix=".zst", sniff=sniff, decompress=decompress, frames=frames, compress=compress, table=table)
+
+
+class _Idle(threading.local):
+    """A decompressor of each thread that nobody uses: its memory, a window of the frame, need not be touched anew."""
+
+    decompressor: ZstdDecompressor | None = None
+
+
+_idle = _Idle()
 
 
 class _Stream:

@@ -6,31 +6,14 @@ casts, and so other threads read and cast meanwhile.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import torch
 
 from shardkit.casting import GRAIN, Cast, parts, tensor_over
-from shardkit.gathering import reading
-from shardkit.load.arenas import Arena
 from shardkit.load.files import SECTOR, Files
+from shardkit.load.rooms import PIECE, ROOM, pieces_of, room
 from shardkit.payload import Extent
-
-_ROOM = 2 << 20  # bytes of one direct read
-_PIECE = 512 << 10  # bytes of any other: they stay in the processor's second cache
-
-
-class _Rooms(threading.local):
-    """A buffer for each thread. It begins at a page, and the child of a fork finds zeros in it: disks write to it."""
-
-    def __init__(self) -> None:
-        arena = Arena.untouched(_ROOM + SECTOR)
-        arena.wipe_in_children()
-        self.memory = arena.memory(0, _ROOM + SECTOR)
-
-
-_rooms = _Rooms()
 
 
 def cast_into(cast: Cast, memory: memoryview, files: Files | None = None) -> None:
@@ -59,29 +42,21 @@ def _numbers(cast: Cast, files: Files | None) -> Iterator[torch.Tensor]:
     if not isinstance(inner, Extent):
         pieces = _writable(inner.chunks())
     elif files is None:
-        pieces = _read(inner)
+        pieces = pieces_of(inner)
     else:
         pieces = _read_directly(inner, files)
     return (tensor_over(piece, cast.source) for piece in pieces)
-
-
-def _read(extent: Extent) -> Iterator[memoryview]:
-    with reading(extent) as read:
-        for at in range(0, extent.nbytes, _PIECE):
-            piece = _rooms.memory[: min(_PIECE, extent.nbytes - at)]
-            read(piece, at)
-            yield piece
 
 
 def _read_directly(extent: Extent, files: Files) -> Iterator[memoryview]:
     """The same by reads of whole sectors."""
     file = files.at(extent.path)
     stop = extent.start + extent.nbytes
-    for at in range(extent.start, stop, _ROOM):
-        before, nbytes = at % SECTOR, min(_ROOM, stop - at)
+    for at in range(extent.start, stop, ROOM):
+        before, nbytes = at % SECTOR, min(ROOM, stop - at)
         whole = -(-(before + nbytes) // SECTOR) * SECTOR
-        file.read_sectors(_rooms.memory[:whole], at - before, before + nbytes)
-        yield _rooms.memory[before : before + nbytes]
+        file.read_sectors(room()[:whole], at - before, before + nbytes)
+        yield room()[before : before + nbytes]
 
 
 def _writable(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -90,7 +65,7 @@ def _writable(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
         if not chunk.readonly:
             yield chunk
             continue
-        for at in range(0, len(chunk), _PIECE):
-            piece = _rooms.memory[: min(_PIECE, len(chunk) - at)]
-            piece[:] = chunk[at : at + _PIECE]
+        for at in range(0, len(chunk), PIECE):
+            piece = room()[: min(PIECE, len(chunk) - at)]
+            piece[:] = chunk[at : at + PIECE]
             yield piece

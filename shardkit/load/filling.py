@@ -16,6 +16,7 @@ from pathlib import Path
 from shardkit.casting import Cast
 from shardkit.expansion import Framed
 from shardkit.load.casts import cast_into
+from shardkit.load.rooms import pieces_of
 from shardkit.payload import Concat, Extent, Payload, Swapped, ended_early, fill, unreadable
 from shardkit.pools import Pool
 from shardkit.strided import Strided
@@ -77,7 +78,7 @@ def _pieces_of(payload: Payload) -> Iterator[memoryview]:
     if isinstance(payload, Strided):
         return payload.pieces()
     if isinstance(payload, Framed) and payload.nbytes == payload.whole:  # of which nothing is worth keeping
-        return payload.pieces()
+        return payload.pieces(pieces_of(payload.frame) if isinstance(payload.frame, Extent) else None)
     return payload.chunks()
 
 

@@ -92,8 +92,7 @@ def address_of(memory: memoryview) -> int:
 
 
 def _madvise(start: int, nbytes: int, advice: int) -> bool:
-    done: int = _libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)
-    return done == 0
+    return bool(_libc_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0)
 
 
 @cache
