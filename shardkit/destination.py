@@ -74,7 +74,7 @@ def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: 
             hint=("choose a folder in it: ", output(out / "shards")),
         )
     if out.exists() and not out.is_dir() and not out.is_file():
-        raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint="choose another output with -o")
+        raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint=_ELSEWHERE)
     _refuse_working_folder(out)
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return

@@ -163,7 +163,7 @@ class UnknownTensor(ShardkitError, KeyError):
 
     def __init__(self, name: object, near: Sequence[str] = ()) -> None:
         """Say so, with names that are *near*."""
-        hint = f"near to it: {listed([shown(each) for each in near])}" if near else None
+        hint = f"near to it: {listed([shown(each) for each in near])}" if near else "list the names to see what there is"
         super().__init__(f"there is no tensor {shown(name)}", hint=hint)
         self.name = name
 

@@ -117,7 +117,8 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
     _read_through(unlisted, lambda count: None)
     notes = [note]
     if unlisted:
-        notes.append(f"readable, but unchecked, being in files that the manifest does not list: {several(len(unlisted), 'tensor')}")
+        count = several(len(unlisted), "tensor")
+        notes.append(f"readable, but unchecked, being in files that the manifest does not list: {count}")
     nbytes = sum(entry.nbytes for entry in stored.values())
     return _with_rest(Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)), Side(out, checkpoint), seen)
 

@@ -26,6 +26,7 @@ from shardkit.errors import (
     ReadOnly,
     ShardkitError,
     UnknownFormat,
+    UnknownTensor,
 )
 from shardkit.hints import Hint, excluding, in_python, on_command_line, option, output, renaming
 
@@ -43,6 +44,7 @@ ERRORS: dict[str, ShardkitError] = {
     ),
     "ReadOnly": ReadOnly("is an address", places=((PATH, 1, 2),), hint=HINT),
     "OverBudget": OverBudget("too little", needed=3, available=2, hint=HINT),
+    "UnknownTensor": UnknownTensor("wieght", ["weight"]),
     "PluginError": PluginError("toy 1.0", "shardkit.formats:toy", "is broken", hint=HINT),
 }
 COPIES: dict[str, Callable[[ShardkitError], object]] = {
@@ -157,7 +159,7 @@ def test_a_foreign_name_in_a_hint_obeys_no_terminal() -> None:
     assert error.command_hint.isprintable()
 
 
-ADVISED_BY_DEFAULT = ("Malformed", "LimitExceeded")
+ADVISED_BY_DEFAULT = ("Malformed", "LimitExceeded", "UnknownTensor")
 TREE = {name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, ShardkitError)}
 
 

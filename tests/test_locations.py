@@ -42,12 +42,12 @@ NOT_READ = {
     "file:///tmp/a%20b.pt": ("is a URL", "give its path: '/tmp/a b.pt'"),
     "abfss://box@account.dfs.core.windows.net/x": ("is a URL", "download it, and give its local path"),
     "what://x": ("is a URL", "download it, and give its local path"),
-    "a\0b": ("is no path: embedded null byte", None),
+    "a\0b": ("is no path: embedded null byte", "check the path"),
     "org/name": ("No such file", "hf download org/name, and give the folder that this prints"),
     "meta-llama/Llama-3.2-1B": ("No such file", "hf download meta-llama/Llama-3.2-1B"),
-    "nothing.bin": ("No such file", None),
-    "./org/name/x": ("No such file", None),
-    "/org/name": ("No such file", None),
+    "nothing.bin": ("No such file", "check the path"),
+    "./org/name/x": ("No such file", "check the path"),
+    "/org/name": ("No such file", "check the path"),
 }
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_local_path_is_not_read(do: object, location: str, tmp_path: 
     with pytest.raises(ShardkitError) as raised:
         do(location)
     assert sentence in str(raised.value)
-    assert raised.value.hint is None if hint is None else hint in (raised.value.hint or "")
+    assert hint in (raised.value.command_hint or "")
     assert not list(tmp_path.iterdir())
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_output_is_not_made(do: object, location: str, tmp_path: Path
         do(TRAINING, location)
     assert sentence in str(raised.value)
     if hint is not None:
-        assert hint in (raised.value.hint or "")
+        assert hint in (raised.value.command_hint or "")
     assert not list(tmp_path.iterdir())
 
 

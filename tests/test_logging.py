@@ -32,7 +32,7 @@ def test_verbose_says_what_was_recognised_how_it_was_copied_and_how_long_it_took
     assert main(["verify", "out", "-vv"]) == 0
     shown = capsys.readouterr()
     assert "model.safetensors: read as safetensors" in shown.err
-    assert "is whole" in shown.out
+    assert "is complete" in shown.out
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["place"], ["diff", TRAINING], ["verify"]], ids=lambda command: command[0])

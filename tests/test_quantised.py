@@ -71,7 +71,7 @@ def test_what_decodes_codes_keeps_its_type(layout: str) -> None:
         entry.name: "BF16" if is_cast else entry.dtype.code for entry, is_cast in expected
     }
     wide = [e for e, is_cast in expected if not is_cast and e.dtype.kind == "float" and e.dtype.bits >= 16]
-    many = "1 tensor keeps its type" if len(wide) == 1 else f"{len(wide)} tensors keep their type"
+    many = "not cast: 1 tensor of " if len(wide) == 1 else f"not cast: {len(wide)} tensors of "
     said = [note for note in notes if note.startswith(many) and "scales, zero points or tables" in note]
     assert len(said) == bool(wide)
 
@@ -87,7 +87,7 @@ def test_a_conversion_says_what_it_left_as_it_is_and_the_bytes_are_the_same(tmp_
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["l.scales"], state["l.scales"])
     assert written["n.weight"].dtype is torch.bfloat16
-    assert report.notes == ("1 tensor keeps its type, being scales, zero points or tables of quantised weights: 'l.scales'",)
+    assert report.notes == ("not cast: 1 tensor of scales, zero points or tables of quantised weights: 'l.scales'",)
     assert report.cast == 1
 
 

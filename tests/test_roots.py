@@ -118,7 +118,7 @@ def test_the_model_of_training_programs_is_found_and_the_rest_is_told(
 def test_what_could_be_the_model_too_is_asked_for(contents: list[TensorEntry | Other], hint: str) -> None:
     with pytest.raises(AmbiguousRoot) as caught:
         select_root(checkpoint_of(contents), None)
-    assert hint in str(caught.value.hint)
+    assert hint in str(caught.value.command_hint)
 
 
 def test_a_state_dict_of_dicts_is_not_cut_where_a_module_is_called_model() -> None:
@@ -173,8 +173,8 @@ def test_a_file_that_is_no_model_is_refused_with_what_it_is_and_where_the_model_
     checkpoint = checkpoint_of(contents)
     with pytest.raises(NothingSelected, match=f"holds .*{state}, and no model") as caught:
         select_root(checkpoint, None)
-    assert model in str(caught.value.hint)
-    assert "--root ." in str(caught.value.hint)
+    assert model in str(caught.value.command_hint)
+    assert "--root ." in str(caught.value.command_hint)
     assert len(select_root(checkpoint, ".").tensors) == len(checkpoint.tensors)
 
 
