@@ -61,7 +61,7 @@ def diff(
         Side(Path(path), replace(checkpoint, others=chosen.others), chosen.left_out)
         for path, checkpoint, chosen in zip((a, b), opened, rooted, strict=True)
     ]
-    lefts, rights = (_by_name(chosen.tensors, shown_path(path)) for path, chosen in zip((a, b), rooted, strict=True))
+    lefts, rights = (_by_name(chosen.tensors, shown_path(Path(path))) for path, chosen in zip((a, b), rooted, strict=True))
     comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(comparison, sides)
 
@@ -103,7 +103,7 @@ def verify(
     written = source.open(out, limits=limits)
     inside = edited.left_out[len(origin.left_out) :]
     sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
-    lefts, rights = _by_name(edited.entries, shown_path(against)), _by_name(written.tensors, shown_path(out))
+    lefts, rights = _by_name(edited.entries, shown_path(Path(against))), _by_name(written.tensors, shown_path(Path(out)))
     comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
 
