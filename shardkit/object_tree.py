@@ -8,7 +8,8 @@
    where shared containers would give more names than there is time for, the places that are not walked are weights left out.
 4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not mentioned, unless they are
    tensors: torch leaves these out of the state dict too, but they should not vanish in silence.
-5. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
+5. The attributes of an OrderedDict that hold tensors are named like its items. A tensor in a key is refused by name.
+6. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
    packed weights: both are refused by name.
 """
 
@@ -23,7 +24,18 @@ from shardkit.errors import LimitExceeded, Malformed, listed, shown
 from shardkit.limits import Limits
 from shardkit.module_tree import Item, module_items, module_state, packed_class
 from shardkit.numpy_arrays import Array, Numbers, is_tensor, numbers_of
-from shardkit.object_graph import CONTAINERS, Named, attribute, attributes, bearing_of, children, described, inside, nbytes_of
+from shardkit.object_graph import (
+    CONTAINERS,
+    Key,
+    Named,
+    attribute,
+    attributes,
+    bearing_of,
+    children,
+    described,
+    inside,
+    nbytes_of,
+)
 from shardkit.payload import Literal, Payload
 from shardkit.pickle_strings import Strings
 from shardkit.repeats import Meeting, Repeats
@@ -110,7 +122,7 @@ class _Walk:
             for name, value in items:
                 if self._visit(around, name, value):
                     self._names.append(name)
-                    stack.append((id(value), children(value)))
+                    stack.append((id(value), children(value, self._holds)))
                     break
             else:
                 stack.pop()
@@ -140,6 +152,10 @@ class _Walk:
             self._dense(self._path_to(name) or ("tensor",), value)
         elif is_tensor(value):
             self.weight(self._path_to(name) or ("tensor",), value)
+        elif type(value) is Key:
+            self.other(
+                self._path_to(name), OtherKind.UNKNOWN_TENSOR, "a tensor in a key of a dict", self._nbytes_below((value.value,))
+            )
         elif id(value) not in self.bearing:
             self.other(self._path_to(name), OtherKind.OBJECT, described(value))
         elif packed_class(value) is not None:
@@ -161,6 +177,9 @@ class _Walk:
                 reason = f"{same}, whose tensors would have too many names"
                 self.other(self._path_to(name), OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
         return meeting is Meeting.ENTER
+
+    def _holds(self, value: object) -> bool:
+        return is_tensor(value) or id(value) in self.bearing
 
     def _path_to(self, name: str) -> Names:
         # The first name is that of the root, which has none.
@@ -210,8 +229,8 @@ class _Walk:
             self.weight(path, value.tensor)
             return
         states = value.state if isinstance(value.state, tuple) else (value.state,)
-        named = (item for state in states for item in attributes(state))
-        bearing = [attribute(name, part) for name, part in named if is_tensor(part) or id(part) in self.bearing]
+        named = (item for state in states for item in attributes(state, self._holds))
+        bearing = [attribute(name, part) for name, part in named if self._holds(part)]
         reason = f"{value.name} with tensors in its attributes {listed(bearing, most=3)}"
         self.other(path, OtherKind.UNKNOWN_TENSOR, reason, value.nbytes + self._nbytes_below(value))
 

@@ -183,3 +183,15 @@ def test_objects_are_entered_by_their_arguments_items_keys_and_states() -> None:
 def test_a_view_that_its_storage_cannot_give_is_named(view: View, fault: str) -> None:
     with pytest.raises(Malformed, match=f"tensor 'w': .*{fault}"):
         walked(table(w=view))
+
+
+def test_attributes_of_dicts_in_attributes_of_dicts_are_found_without_recursion() -> None:
+    outer = table(w=TENSOR)
+    inner = outer
+    for _ in range(20_000):
+        inner.state = table()
+        inner = inner.state
+    inner.state = table(w=TENSOR)
+    around = table(w=TENSOR)
+    around.state = around
+    assert [entry.path[-1] for entry in walked(table(deep=outer, around=around)).tensors] == ["w", "w", "w"]

@@ -7,7 +7,7 @@ import io
 import pathlib
 import re
 from collections import OrderedDict, defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from shardkit.checkpoint import Checkpoint, OtherKind
 from shardkit.dtypes import BY_TORCH
-from shardkit.errors import FormatError, LimitExceeded
+from shardkit.edits import Edits, edit
+from shardkit.errors import FormatError, LimitExceeded, Unwritable
 from shardkit.format import Format, Source
 from shardkit.formats import torch_legacy, torch_zip
 from shardkit.limits import Limits
@@ -359,3 +360,34 @@ def test_which_of_two_equal_parts_was_pickled_first_makes_no_model(first: str, f
     assert rooted.path == ("state_dict",)
     assert [entry.name for entry in rooted.tensors] == list(PART)
     assert [part.path for part in rooted.left_out] == ["hyper_parameters"]
+
+
+@both
+def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(form: Format, tmp_path: Path) -> None:
+    state = OrderedDict({"w": torch.ones(3)})
+    vars(state).update(_metadata={"": {"version": 1}}, extra=torch.zeros(2), deep={"x": [torch.zeros(4)]}, itself=state)
+    path = saved({"model": state}, form, tmp_path)
+    assert torch.load(path, weights_only=False)["model"].extra.shape == (2,)
+    checkpoint = scanned(path, form)
+    assert {entry.name: entry.shape for entry in checkpoint.tensors} == {
+        "model.w": (3,),
+        "model.extra": (2,),
+        "model.deep.x.0": (4,),
+    }
+    assert [(other.name, other.kind) for other in checkpoint.others] == [("model.itself", OtherKind.OBJECT)]
+
+
+@both
+@pytest.mark.parametrize(
+    "make",
+    [lambda tensor: tensor, lambda tensor: (tensor, 1), lambda tensor: (1, (tensor,))],
+    ids=["alone", "in a tuple", "deeper"],
+)
+def test_a_tensor_in_a_key_is_a_weight_that_cannot_be_converted(
+    make: Callable[[torch.Tensor], object], form: Format, tmp_path: Path
+) -> None:
+    checkpoint = scanned(saved({"model": {"w": torch.ones(1), make(torch.ones(3)): "value"}}, form, tmp_path), form)
+    (weight,) = (other for other in checkpoint.others if other.is_weight)
+    assert (weight.name, weight.kind, weight.nbytes) == ("model.<key of item 0>", OtherKind.UNKNOWN_TENSOR, 12)
+    with pytest.raises(Unwritable, match="a tensor in a key of a dict"):
+        edit(checkpoint, Edits())
