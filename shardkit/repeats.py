@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
+from shardkit.module_tree import module_items, module_state
 from shardkit.object_graph import inside
 
 _MOST_AGAIN = 100_000
@@ -35,6 +36,7 @@ class Repeats:
         self.refused = 0
         self._bearing = bearing
         self._left = min(most, _MOST_AGAIN)
+        self._count = self._most = 0  # objects below the container that is being counted
         self._to_count = _MOST_COUNTED
         self._first: dict[int, tuple[int, str]] = {}  # where each was first met: the one around it, and its name
         self._around: dict[int, None] = {}  # from the root to the container that is being walked
@@ -49,11 +51,10 @@ class Repeats:
         if key not in self._first:
             self._first[key] = (around, name)
         elif self._again is None:
-            count = self._count(node, min(self._left, room))
-            if count is None:
+            if not self._fits(node, min(self._left, room)):
                 self.refused += 1
                 return Meeting.TOO_MANY
-            self._left -= count
+            self._left -= self._count
             self._again = key
         self._around[key] = None
         return Meeting.ENTER
@@ -73,25 +74,46 @@ class Repeats:
             names.append(name)
         return ".".join(reversed(names[:-1])) or "the root"
 
-    def _count(self, node: object, most: int) -> int | None:
-        """How many objects the walk would meet below *node*; None if they are more than *most*, or than can be counted."""
+    def _fits(self, node: object, most: int) -> bool:
+        """Whether the walk would meet no more than *most* objects below *node*, as far as they can be counted."""
         if id(node) in self._too_large:
-            return None
-        count = 1
+            return False
+        self._count, self._most = 0, most
+        try:
+            self._count_below(node)
+        except _TooMany:
+            self._too_large.add(id(node))
+            return False
+        return True
+
+    def _count_below(self, node: object) -> None:
         way: list[tuple[int, Iterator[object]]] = [(id(node), inside(node))]
         within = {id(node)}
         while way:
             for child in way[-1][1]:
-                count += 1
-                self._to_count -= 1
-                if count > most or self._to_count <= 0:
-                    self._too_large.add(id(node))
-                    return None
+                self._one_more()
                 key = id(child)
                 if key in self._bearing and key not in within and key not in self._around:
                     within.add(key)
-                    way.append((key, inside(child)))
+                    way.append((key, self._inside(child)))
                     break
             else:
                 within.remove(way.pop()[0])
-        return count
+
+    def _inside(self, node: object) -> Iterator[object]:
+        """What the walk meets directly in a container; of a module it meets the weights, and not the parts that it is made of."""
+        state = module_state(node)
+        if state is None:
+            yield from inside(node)
+        else:
+            yield from (None for _ in module_items(state, self._one_more, lambda value: id(value) in self._bearing))
+
+    def _one_more(self, _length: int = 0) -> None:
+        self._count += 1
+        self._to_count -= 1
+        if self._count > self._most or self._to_count <= 0:
+            raise _TooMany
+
+
+class _TooMany(Exception):
+    """There is more below a container than may be walked again."""

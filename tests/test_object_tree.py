@@ -195,3 +195,18 @@ def test_attributes_of_dicts_in_attributes_of_dicts_are_found_without_recursion(
     around = table(w=TENSOR)
     around.state = around
     assert [entry.path[-1] for entry in walked(table(deep=outer, around=around)).tensors] == ["w", "w", "w"]
+
+
+def test_a_large_module_in_what_lies_at_two_places_is_counted_by_its_weights() -> None:
+    def module(parameters: Dict, modules: Dict) -> Opaque:
+        made = Opaque("x.Module")
+        plain = {f"attribute{i}": i for i in range(40)}
+        made.states.append(table(_parameters=parameters, _buffers=table(), _modules=modules, **plain))
+        return made
+
+    net = module(table(), table(**{f"m{i}": module(table(w=TENSOR), table()) for i in range(5_000)}))
+    shared = table(net=net)
+    found = walked(table(a=shared, b=shared, c=shared))
+    assert len(found.tensors) == 15_000
+    assert not found.others
+    assert {entry.path[0] for entry in found.tensors} == {"a", "b", "c"}
