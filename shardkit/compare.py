@@ -16,7 +16,9 @@ from shardkit import locations, source
 from shardkit.checkpoint import TensorEntry
 from shardkit.comparison import Comparison, Difference
 from shardkit.copying import OnBytes
-from shardkit.edits import Edits, edit
+from shardkit.edits import Edits, clash, edit
+from shardkit.errors import shown_path
+from shardkit.hints import Hint, option
 from shardkit.limits import Limits
 from shardkit.parallel import each
 from shardkit.payload import Extent, Payload
@@ -51,6 +53,7 @@ def diff(
     Raises:
         FormatError: one of them cannot be read.
         AmbiguousRoot: several subtrees of one could be the model.
+        NameClash: two tensors of one have the same dotted name.
     """
     opened = [source.open(path, limits=limits) for path in (a, b)]
     rooted = [select_root(checkpoint, root) for checkpoint in opened]
@@ -58,7 +61,8 @@ def diff(
         Side(Path(path), replace(checkpoint, others=chosen.others), chosen.left_out)
         for path, checkpoint, chosen in zip((a, b), opened, rooted, strict=True)
     ]
-    comparison = compare(rooted[0].tensors, rooted[1].tensors, on_bytes=on_bytes, on_total=on_total)
+    lefts, rights = (_by_name(chosen.tensors, shown_path(Path(path))) for path, chosen in zip((a, b), rooted, strict=True))
+    comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(comparison, sides)
 
 
@@ -89,6 +93,7 @@ def verify(
     Raises:
         FormatError: one of them cannot be read.
         PlanError: *edits* cannot be applied to *against*.
+        NameClash: two tensors of one have the same dotted name.
     """
     if against is None:
         return checked(locations.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
@@ -98,7 +103,8 @@ def verify(
     written = source.open(out, limits=limits)
     inside = edited.left_out[len(origin.left_out) :]
     sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
-    comparison = compare(edited.entries, written.tensors, on_bytes=on_bytes, on_total=on_total)
+    lefts, rights = _by_name(edited.entries, shown_path(Path(against))), _by_name(written.tensors, shown_path(Path(out)))
+    comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
 
 
@@ -109,9 +115,29 @@ def compare(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`."""
-    lefts = {entry.name: entry for entry in left}
-    rights = {entry.name: entry for entry in right}
+    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`.
+
+    Raises:
+        NameClash: two tensors of one side have the same dotted name.
+    """
+    return _compared(_by_name(left), _by_name(right), on_bytes, on_total)
+
+
+def _by_name(entries: Iterable[TensorEntry], where: str = "") -> dict[str, TensorEntry]:
+    """*entries* by dotted name, of which each is to be compared."""
+    named: dict[str, TensorEntry] = {}
+    for entry in entries:
+        if (first := named.setdefault(entry.name, entry)) is not entry:
+            raise clash(first, entry, where, hint=_BELOW_ONE)
+    return named
+
+
+_BELOW_ONE: Hint = ("compare what is below one of them with ", option("root"))
+
+
+def _compared(
+    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], on_bytes: OnBytes | None, on_total: OnBytes | None
+) -> Comparison:
     both = [name for name in lefts if name in rights]
     total = sum(lefts[name].nbytes for name in both)
     _LOG.info("%d tensors to compare, %s", len(both), format_size(total))

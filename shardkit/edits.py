@@ -268,8 +268,14 @@ def _refuse_clashes(entries: Sequence[TensorEntry], before: Sequence[TensorEntry
         if first.name != old.name:
             both = f"{shown(first.name)} and {shown(old.name)}"
             raise NameClash(f"rename gives {both} the same name, {shown(entry.name)}", hint=_RENAMED)
-        paths = (" → ".join(shown(step) for step in each.path) for each in (first, old))
-        raise NameClash(f"two tensors would be called {shown(entry.name)}: {', and '.join(paths)}", hint=_APART)
+        raise clash(first, old)
+
+
+def clash(first: TensorEntry, second: TensorEntry, where: str = "", *, hint: Hint | None = None) -> NameClash:
+    """The error that says that two tensors of *where* have one dotted name."""
+    paths = (" → ".join(shown(step) for step in each.path) for each in (first, second))
+    message = f"two tensors would be called {shown(first.name)}: {', and '.join(paths)}"
+    return NameClash(f"{where}: {message}" if where else message, hint=hint or _APART)
 
 
 _SHOWS = "run `shardkit inspect` to see what the file holds"

@@ -5,7 +5,8 @@ Nothing here recurses, so that a structure may be cyclic, 100,000 deep, or share
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from shardkit.dtypes import DType
 from shardkit.errors import shown
@@ -17,34 +18,58 @@ CONTAINERS = frozenset({Dict, list, tuple, Opaque, Array, Stateful})
 """Types of the objects that have parts. An array has them if it is one of objects, a tensor if it has attributes."""
 
 
-def children(node: object) -> Iterator[tuple[str, object]]:
-    """What lies directly in a container, by name."""
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a dict that holds a tensor: a weight, and no place for a name."""
+
+    value: object
+
+
+Holds = Callable[[object], bool]
+"""Says of an object whether it is a tensor, or a container with tensors, near or far."""
+
+
+def children(node: object, holds: Holds) -> Iterator[tuple[str, object]]:
+    """What lies directly in a container, by name. Of keys and the attributes of a dict only those that *holds* is true of."""
     match node:
         case Dict():
             yield from ((key if type(key) is str else key_text(key), value) for key, value in node.items())
-            yield from ((f"<{shown(key)}, item {i}>", value) for i, (key, value) in enumerate(node.pairs or ()))
+            for i, (key, value) in enumerate(node.pairs or ()):
+                yield f"<{shown(key)}, item {i}>", value
+                if holds(key):
+                    yield f"<key of item {i}>", Key(key)
+            if node.state is not None and holds(node.state):
+                yield from ((name, value) for name, value in _attributes_of_dict(node.state) if holds(value))
         case list() | tuple():
             yield from ((str(i), value) for i, value in enumerate(node))
         case Array():
-            yield from children(node.elements)
+            yield from children(node.elements, holds)
         case Opaque():
-            yield from children(node.args)
-            yield from children(node.items or ())
-            yield from children(node.mapping)
+            yield from children(node.args, holds)
+            yield from children(node.items or (), holds)
+            yield from children(node.mapping, holds)
             for state in node.states:
-                yield from attributes(state)
+                yield from attributes(state, holds)
 
 
-def attributes(state: object) -> Iterator[tuple[str, object]]:
+def attributes(state: object, holds: Holds) -> Iterator[tuple[str, object]]:
     """The parts of what `__setstate__` is given: most often a dict, or a dict beside one for the slots."""
     match state:
         case Dict() | list():
-            yield from children(state)
+            yield from children(state, holds)
         case tuple() if all(part is None or isinstance(part, Dict) for part in state):
             for part in state:
-                yield from children(part)
+                yield from children(part, holds)
         case _:
             yield "state", state
+
+
+def _attributes_of_dict(state: object) -> Iterator[tuple[str, object]]:
+    """The attributes of an OrderedDict. What is no plain dict of them is one part, since a dict may be its own attributes."""
+    if isinstance(state, Dict) and state.pairs is None and state.state is None:
+        yield from ((key_text(key), value) for key, value in state.items())
+    else:
+        yield "__dict__", state
 
 
 def inside(node: object) -> Iterator[object]:
@@ -52,7 +77,10 @@ def inside(node: object) -> Iterator[object]:
     match node:
         case Dict():
             yield from node.values()
-            yield from (value for _, value in node.pairs or ())
+            for pair in node.pairs or ():
+                yield from pair
+            if node.state is not None:
+                yield node.state
         case list() | tuple():
             yield from node
         case Array():

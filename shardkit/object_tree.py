@@ -4,10 +4,12 @@
 2. A module is known by the shape of its state (`_parameters`, `_buffers`, `_modules`), since its class cannot be imported.
    It stands for its state dict: names relative to the outermost module are one step, joined with dots, in torch's order.
    A module under two names gives both, as in torch. What `get_extra_state` would compute cannot be known and is missing.
-3. Any other container is entered once, so that cycles and shared structures end; the second time it is named as the same.
+3. Any other container gives its tensors at every place where it lies, as torch does. It is not entered inside of itself; and
+   where shared containers would give more names than there is time for, the places that are not walked are weights left out.
 4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not mentioned, unless they are
    tensors: torch leaves these out of the state dict too, but they should not vanish in silence.
-5. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
+5. The attributes of an OrderedDict that hold tensors are named like its items. A tensor in a key is refused by name.
+6. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
    packed weights: both are refused by name.
 """
 
@@ -22,15 +24,28 @@ from shardkit.errors import LimitExceeded, Malformed, listed, shown
 from shardkit.limits import Limits
 from shardkit.module_tree import Item, module_items, module_state, packed_class
 from shardkit.numpy_arrays import Array, Numbers, is_tensor, numbers_of
-from shardkit.object_graph import CONTAINERS, Named, attribute, attributes, bearing_of, children, described, inside, nbytes_of
+from shardkit.object_graph import (
+    CONTAINERS,
+    Key,
+    Named,
+    attribute,
+    attributes,
+    bearing_of,
+    children,
+    described,
+    inside,
+    nbytes_of,
+)
 from shardkit.payload import Literal, Payload
 from shardkit.pickle_strings import Strings
+from shardkit.repeats import Meeting, Repeats
 from shardkit.sizes import format_size
 from shardkit.stand_ins import Dict
 from shardkit.torch_tensors import Record, Stateful, Storage, Undense, View
 
 Names = tuple[str, ...]
 _MOST_COUNTED = 1_000_000
+_NAME = 64  # bytes of a name, for a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,7 @@ class _Walk:
         self.bearing = bearing
         self.tensors: list[TensorEntry] = []
         self.others: list[Other] = []
-        self._entered: dict[int, tuple[int, str]] = {}  # where a container was first met: the one around it, and its name
+        self._repeats = Repeats(bearing, limits.tensors // 2)
         self._known: dict[int, TensorEntry] = {}  # an array under several names is one payload
         self._arrays = 0  # names of arrays
         self._named = Named()
@@ -107,11 +122,13 @@ class _Walk:
             for name, value in items:
                 if self._visit(around, name, value):
                     self._names.append(name)
-                    stack.append((id(value), children(value)))
+                    stack.append((id(value), children(value, self._holds)))
                     break
             else:
                 stack.pop()
-                del self._names[-1:]
+                if stack:
+                    self._repeats.leave()
+                    del self._names[-1]
         for path, item in self._attributes:  # now that all that has a name is known
             if nbytes := self._named.rest(item.value):
                 self.other(path, OtherKind.OBJECT, item.aside, nbytes)
@@ -125,6 +142,9 @@ class _Walk:
         if self._left_out:
             left = listed(self._left_out, most=3)
             yield f"tensors in plain attributes of modules are left out, as by state_dict(): {left}"
+        if refused := self._repeats.refused:
+            places = "1 place holds an object" if refused == 1 else f"{refused:,} places hold objects"
+            yield f"{places} that the file has at another place too; the tensors in it are named at the other place only"
 
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
@@ -132,29 +152,38 @@ class _Walk:
             self._dense(self._path_to(name) or ("tensor",), value)
         elif is_tensor(value):
             self.weight(self._path_to(name) or ("tensor",), value)
+        elif type(value) is Key:
+            self.other(
+                self._path_to(name), OtherKind.UNKNOWN_TENSOR, "a tensor in a key of a dict", self._nbytes_below((value.value,))
+            )
         elif id(value) not in self.bearing:
             self.other(self._path_to(name), OtherKind.OBJECT, described(value))
         elif packed_class(value) is not None:
             self._unreadable(self._path_to(name), value)
         elif (state := module_state(value)) is not None:
             self._module(self._path_to(name), state)
-        elif id(value) in self._entered:
-            self.other(self._path_to(name), OtherKind.OBJECT, f"the same object as {shown(self._first_name(id(value)))}")
         else:
-            self._entered[id(value)] = (around, name)
-            return True
+            return self._enters(around, name, value)
         return False
+
+    def _enters(self, around: int, name: str, value: object) -> bool:
+        room = (self.limits.held_bytes // 2 - self._held) // (8 * len(self._names) + _NAME)
+        meeting = self._repeats.meet(value, around, name, room)
+        if meeting is not Meeting.ENTER:
+            same = f"the same object as {shown(self._repeats.first_name(value))}"
+            if meeting is Meeting.CYCLE:
+                self.other(self._path_to(name), OtherKind.OBJECT, same)
+            else:
+                reason = f"{same}, whose tensors would have too many names"
+                self.other(self._path_to(name), OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
+        return meeting is Meeting.ENTER
+
+    def _holds(self, value: object) -> bool:
+        return is_tensor(value) or id(value) in self.bearing
 
     def _path_to(self, name: str) -> Names:
         # The first name is that of the root, which has none.
         return (*self._names[1:], name) if self._names else ()
-
-    def _first_name(self, node: int) -> str:
-        names: list[str] = []
-        while node in self._entered:
-            node, name = self._entered[node]
-            names.append(name)
-        return ".".join(reversed(names[:-1])) or "the root"
 
     def _module(self, names: Names, state: Dict) -> None:
         for item in module_items(state, self._spend, lambda value: id(value) in self.bearing):
@@ -200,8 +229,8 @@ class _Walk:
             self.weight(path, value.tensor)
             return
         states = value.state if isinstance(value.state, tuple) else (value.state,)
-        named = (item for state in states for item in attributes(state))
-        bearing = [attribute(name, part) for name, part in named if is_tensor(part) or id(part) in self.bearing]
+        named = (item for state in states for item in attributes(state, self._holds))
+        bearing = [attribute(name, part) for name, part in named if self._holds(part)]
         reason = f"{value.name} with tensors in its attributes {listed(bearing, most=3)}"
         self.other(path, OtherKind.UNKNOWN_TENSOR, reason, value.nbytes + self._nbytes_below(value))
 

@@ -8,7 +8,7 @@ from shardkit.checkpoint import TensorEntry
 from shardkit.compare import compare
 from shardkit.dtypes import BY_CODE
 from shardkit.edits import Edits
-from shardkit.errors import Malformed
+from shardkit.errors import Malformed, NameClash
 from shardkit.payload import CHUNK, Concat, Literal
 
 GOOD = Path(__file__).parent.parent / "fixtures" / "good"
@@ -97,3 +97,20 @@ def test_ties_are_compared_under_each_of_their_names(tmp_path: Path) -> None:
     assert comparison.same
     assert comparison.tensors == report.tensors + len(report.aliases)
     assert shardkit.diff(source, out).same
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["on the left", "on the right"])
+def test_two_tensors_of_one_name_are_refused_and_never_compared_as_one(tmp_path: Path, turned: bool) -> None:
+    torch = pytest.importorskip("torch")
+    twofold, plain = tmp_path / "twofold.pt", tmp_path / "plain.pt"
+    torch.save({"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}}, twofold)
+    torch.save({"a.b": torch.ones(2)}, plain)
+    sides = (plain, twofold) if turned else (twofold, plain)
+    with pytest.raises(NameClash, match=r"twofold\.pt: two tensors would be called 'a\.b': 'a\.b', and 'a' → 'b'") as caught:
+        shardkit.diff(*sides, root=".")
+    assert "root" in str(caught.value.hint)
+    with pytest.raises(NameClash):
+        shardkit.verify(*sides, Edits(root="."))
+    entries = shardkit.open(twofold).tensors
+    with pytest.raises(NameClash, match=r"'a\.b'"):
+        compare(*((entries[1:], entries) if turned else (entries, entries[1:])))

@@ -7,7 +7,7 @@ import io
 import pathlib
 import re
 from collections import OrderedDict, defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from shardkit.checkpoint import Checkpoint, OtherKind
 from shardkit.dtypes import BY_TORCH
-from shardkit.errors import FormatError, LimitExceeded
+from shardkit.edits import Edits, edit
+from shardkit.errors import FormatError, LimitExceeded, Unwritable
 from shardkit.format import Format, Source
 from shardkit.formats import torch_legacy, torch_zip
 from shardkit.limits import Limits
+from shardkit.roots import select_root
 
 # Torch warns of what is young (nested, CSR) and of what is old (quantised), and both are saved here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -320,3 +322,72 @@ def test_a_tensor_that_does_not_fit_its_storage_is_named(form: Format, tmp_path:
     path.write_bytes(whole.replace(shape, b"M\x2d\x01\x85"))
     with pytest.raises(FormatError, match="'weight'"):
         scanned(path, form)
+
+
+PART = {"l.weight": torch.arange(4.0), "l.bias": torch.ones(2)}
+SHARING: dict[str, tuple[object, list[str]]] = {
+    "two models": ({"encoder": PART, "decoder": PART}, ["encoder", "decoder"]),
+    "a setting pickled first": (
+        {"hyper_parameters": {"pretrained": PART}, "state_dict": PART},
+        ["hyper_parameters.pretrained", "state_dict"],
+    ),
+    "an average pickled first": ({"ema": PART, "model": PART}, ["ema", "model"]),
+    "an optimizer's copy": (
+        {"optimizer": {"state": {}, "param_groups": [], "master": PART}, "model": PART},
+        ["optimizer.master", "model"],
+    ),
+    "a list": ([PART, PART], ["0", "1"]),
+    "an OrderedDict at two depths": ({"a": {"b": (shared := OrderedDict(PART))}, "c": [shared]}, ["a.b", "c.0"]),
+}
+
+
+@both
+@pytest.mark.parametrize(("value", "places"), SHARING.values(), ids=SHARING)
+def test_what_is_saved_at_two_places_is_found_at_both(value: object, places: list[str], form: Format, tmp_path: Path) -> None:
+    checkpoint = scanned(saved(value, form, tmp_path), form)
+    assert list(checkpoint) == [f"{place}.{name}" for place in places for name in PART]
+    for entry in checkpoint.tensors:
+        assert entry.read() == content(PART[entry.path[-1]])
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in PART.values())
+
+
+@both
+@pytest.mark.parametrize("first", ["state_dict", "hyper_parameters"])
+def test_which_of_two_equal_parts_was_pickled_first_makes_no_model(first: str, form: Format, tmp_path: Path) -> None:
+    parts = {"state_dict": PART, "hyper_parameters": {"pretrained": PART}}
+    checkpoint = scanned(saved({first: parts[first], **parts}, form, tmp_path), form)
+    rooted = select_root(checkpoint, None)
+    assert rooted.path == ("state_dict",)
+    assert [entry.name for entry in rooted.tensors] == list(PART)
+    assert [part.path for part in rooted.left_out] == ["hyper_parameters"]
+
+
+@both
+def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(form: Format, tmp_path: Path) -> None:
+    state = OrderedDict({"w": torch.ones(3)})
+    vars(state).update(_metadata={"": {"version": 1}}, extra=torch.zeros(2), deep={"x": [torch.zeros(4)]}, itself=state)
+    path = saved({"model": state}, form, tmp_path)
+    assert torch.load(path, weights_only=False)["model"].extra.shape == (2,)
+    checkpoint = scanned(path, form)
+    assert {entry.name: entry.shape for entry in checkpoint.tensors} == {
+        "model.w": (3,),
+        "model.extra": (2,),
+        "model.deep.x.0": (4,),
+    }
+    assert [(other.name, other.kind) for other in checkpoint.others] == [("model.itself", OtherKind.OBJECT)]
+
+
+@both
+@pytest.mark.parametrize(
+    "make",
+    [lambda tensor: tensor, lambda tensor: (tensor, 1), lambda tensor: (1, (tensor,))],
+    ids=["alone", "in a tuple", "deeper"],
+)
+def test_a_tensor_in_a_key_is_a_weight_that_cannot_be_converted(
+    make: Callable[[torch.Tensor], object], form: Format, tmp_path: Path
+) -> None:
+    checkpoint = scanned(saved({"model": {"w": torch.ones(1), make(torch.ones(3)): "value"}}, form, tmp_path), form)
+    (weight,) = (other for other in checkpoint.others if other.is_weight)
+    assert (weight.name, weight.kind, weight.nbytes) == ("model.<key of item 0>", OtherKind.UNKNOWN_TENSOR, 12)
+    with pytest.raises(Unwritable, match="a tensor in a key of a dict"):
+        edit(checkpoint, Edits())
