@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
-from shardkit.root_names import is_coefficient, is_progress
+from shardkit.root_names import is_coefficient, is_model, is_progress
 
 OPTIMIZER = "optimizer state"
 PARTITION = "optimizer state that DeepSpeed ZeRO has partitioned"
@@ -91,8 +91,9 @@ class Node:
             return None
         if self.is_random or is_progress(self.step):
             return "loop or random-number state"
-        beside_training = self.parent is not None and self.parent.keeps_training
-        return "scalars beside training state" if beside_training and not is_coefficient(self.step) else None
+        if is_model(self.step) or is_coefficient(self.step) or self.parent is None:
+            return None
+        return "scalars beside training state" if self.parent.keeps_training else None
 
     @property
     def keeps_training(self) -> bool:

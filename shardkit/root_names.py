@@ -42,6 +42,11 @@ def is_state_dict(name: str) -> bool:
     return name.lower().endswith(("state_dict", "model_state"))
 
 
+def is_model(name: str) -> bool:
+    """Whether *name* is one that training programs give to the model."""
+    return name in CONVENTIONAL or is_state_dict(name)
+
+
 def is_average(name: str) -> bool:
     """Whether *name* says that it is a moving average of weights."""
     return not _AVERAGE.isdisjoint(_words(name))

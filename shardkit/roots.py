@@ -147,7 +147,8 @@ def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
         return
     where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the file"
     model = (
-        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which is there too, joins the partitions"
+        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which DeepSpeed writes into the checkpoint "
+        "folder, joins the partitions"
     )
     if PARTITION not in state:
         model = "the model is probably in a file beside it, such as model.safetensors or pytorch_model.bin"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import shardkit
-from shardkit.errors import AmbiguousRoot
+from shardkit.errors import AmbiguousRoot, NothingSelected
 
 W = torch.ones(3, 3)
 SCALAR = torch.tensor(1.0)
@@ -67,3 +67,14 @@ def test_two_parts_of_which_one_is_a_scalar_are_asked_about(tmp_path: Path) -> N
         shardkit.convert(tmp_path / "a.pt", tmp_path / "out")
     shardkit.convert(tmp_path / "a.pt", tmp_path / "out", root=".")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"encoder.w", "logit_scale.v"}
+
+
+def test_a_model_of_scalars_is_found_by_its_name(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(1, 1)
+    contents = {"model": layer.state_dict(), "optimizer": OPTIMIZER, "epoch": 3}
+    assert converted(tmp_path, contents) == {"weight", "bias"}
+
+
+def test_where_all_is_set_aside_the_error_says_what(tmp_path: Path) -> None:
+    with pytest.raises(NothingSelected, match=r"no model was found among the file's 1 tensor: 'part' \(scalars beside"):
+        converted(tmp_path, {"part": {"w": SCALAR}, "epoch": 3})
