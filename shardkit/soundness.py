@@ -100,7 +100,7 @@ def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) ->
     """*comparison* with what lies in the folder and was not looked into."""
     names = side.others(seen)
     beside = [f"files beside the weights were not checked: {listed(names)}"] if names else []
-    notes = (*comparison.notes, *side.checkpoint.notes, *beside)
+    notes = (*comparison.notes, *side.checkpoint.notes, *side.indexes(), *beside)
     return replace(comparison, notes=notes, left_out=tuple(side.left_out()))
 
 

@@ -63,3 +63,16 @@ def test_a_file_that_nothing_lists_is_not_compared_with_the_digests_of_others(fo
     save_file({"w": torch.ones(3)}, other)
     comparison = verify(other)
     assert (comparison.same, comparison.unchecked) == (True, 1)
+
+
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "against"])
+def test_an_index_whose_shards_are_gone_is_a_note_and_no_part_with_weights(
+    against: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
+    extra = ["--against", str(tmp_path / "model.safetensors")] if against else []
+    assert main(["verify", str(tmp_path), *extra]) == 0
+    said = "".join(capsys.readouterr())
+    assert f"'{INDEX}', an index, was not read: 1 of its 1 files is missing" in said
+    assert "not compared" not in said
