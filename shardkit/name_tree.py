@@ -91,9 +91,14 @@ class Node:
             return None
         if self.is_random or is_progress(self.step):
             return "loop or random-number state"
-        if is_model(self.step) or is_coefficient(self.step) or self.parent is None:
+        if is_model(self.step) or self.is_called_weight or self.parent is None:
             return None
         return "scalars beside training state" if self.parent.keeps_training else None
+
+    @property
+    def is_called_weight(self) -> bool:
+        """Whether it could be a parameter by its name, if it is a scalar; one of integers is a counter."""
+        return is_coefficient(self.step) and (not self.tensors or any(entry.dtype.kind == "float" for entry in self.tensors))
 
     @property
     def keeps_training(self) -> bool:

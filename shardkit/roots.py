@@ -24,7 +24,6 @@ from shardkit.name_tree import PARTITION, RANDOM, Node, is_only_random, tree_of
 from shardkit.root_names import (
     CONVENTIONAL,
     is_average,
-    is_coefficient,
     is_no_model,
     is_parameter,
     is_state_dict,
@@ -125,7 +124,7 @@ def _is_rival(child: Node, model: Node) -> bool:
     if is_no_model(child.step) or child.is_list:
         return False
     if child.is_incidental and child.tensors:
-        return is_coefficient(child.step) or not is_unmistakable(model.step)
+        return child.is_called_weight or not is_unmistakable(model.step)
     if is_unmistakable(model.step):
         return is_parameter(child.step) if not child.children else child.has_matrix
     return is_parameter(child.step) or bool(child.children) or child.has_matrix

@@ -37,6 +37,8 @@ KEPT = {
 ASIDE = {
     "a counter": {"model": {"w": W}, "global_step": torch.tensor(7)},
     "what an unknown name is beside training keys": {"model": {"w": W}, "epoch": 3, "ratio": SCALAR},
+    "a counter that is called like a parameter": {"state_dict": {"w": W}, "tokens_seen": torch.tensor(5)},
+    "one beside another counter": {"model": {"w": W}, "tokens_seen": torch.tensor(5), "num_updates": torch.tensor(5)},
     "the best result": {"state_dict": {"w": W}, "best_acc": SCALAR},
     "the scale of losses": {"model": {"w": W}, "loss_scale": SCALAR},
     "a scaler": {"model": {"w": W}, "scaler": {"scale": SCALAR, "_growth_tracker": torch.tensor(0)}},
