@@ -108,7 +108,7 @@ def _cast(func: Operation, args: Arguments, options: Options) -> object:
 def _copy(func: Operation, args: Arguments, options: Options) -> object:
     """The recipe gains a Cast, or a new order of the axes."""
     source, *rest = args
-    if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
+    if not isinstance(source, Address) or options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
         return NotImplemented
     device = torch.device(options.get("device") or source.device)
     elsewhere = {"device": "meta"} if "device" in options else {}
@@ -160,6 +160,8 @@ def _kind(address: Address) -> tuple[object, torch.device]:
 def _empty(func: Operation, args: Arguments, options: Options) -> object:
     """A new tensor that takes nothing from the old one but its geometry."""
     source, *rest = args
+    if not isinstance(source, Address):
+        return NotImplemented
     return func(source.recipe.shape_only(), *rest, **(options | {"device": options.get("device") or source.device}))
 
 
