@@ -321,12 +321,16 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
     fixed = [each for each in targets if each.backing is None or changes_shapes(func)]
     if fixed:
         what = "write to a Paged, which is the address of a weight and cannot be written"
+        hint = "write to a copy of it: tensor.clone()"
         if (backing := fixed[0].backing) is not None:
             what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"
+            if func.overloadpacket is torch.ops.aten.set_:
+                what = f"replace the memory of {shown(backing.name)}, which streams"
+                hint = "keep its layer in memory: by the device_map"
         raise ReadOnly(
             f"{func.overloadpacket.__name__} would {what}",
             places=tuple((each.path, each.start, each.nbytes) for weight in fixed for each in weight.payload.sources),
-            hint="write to a copy of it: tensor.clone()",
+            hint=hint,
         )
     for backing in filter(None, (each.backing for each in targets)):
         backing.settle()

@@ -285,7 +285,7 @@ def test_what_would_change_the_shape_of_a_weight_is_refused(name: str, written: 
         if written:
             weight.add_(0)
         for each in (weight, view):
-            with pytest.raises(ReadOnly, match=r"would change the shape of '2\.weight', which streams"):
+            with pytest.raises(ReadOnly, match=r"would (change the shape|replace the memory) of '2\.weight', which streams"):
                 SHAPES[name](each)
     assert torch.equal(model(X), resident()(X))
 
@@ -419,3 +419,13 @@ def test_a_model_is_cast_after_a_weight_was_written(dtype: torch.dtype, tmp_path
         found, there = model.to(dtype)(X.to(dtype)), expected.to(dtype)(X.to(dtype))
     assert {each.dtype for each in model.parameters()} == {dtype}
     assert torch.equal(found, there)
+
+
+def test_a_parametrization_is_refused_with_what_it_would_do_and_what_to_do(tmp_path: Path) -> None:
+    model = streaming(tmp_path)
+    with pytest.raises(ReadOnly, match=r"set_ would replace the memory of '2\.weight', which streams") as refused:
+        nn.utils.parametrizations.spectral_norm(model[2])
+    assert "device_map" in str(refused.value.hint)
+    mixed = load_checkpoint_and_dispatch(resident(), tmp_path / "model.pt", {"": "disk", "2": "cpu"}, ring=2)
+    nn.utils.parametrizations.spectral_norm(mixed.get_submodule("2"))  # as the hint says
+    assert mixed(X).shape == X.shape
