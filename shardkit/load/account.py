@@ -181,6 +181,8 @@ class Explanation:
         streamed = sum(part.nbytes for part in self.parts if part.streams)
         total = sum(part.nbytes for part in self.parts)
         says = f"{format_size(streamed)} of it stream" if streamed else "nothing streams"
+        if streamed and not self.ring:
+            says = f"{format_size(streamed)} of it are read whenever they are used: the model is closed; load it again to stream"
         yield f"{self.model}: {format_size(total)} of weights, {says}"
 
     def _rows(self) -> Iterator[Sequence[str]]:

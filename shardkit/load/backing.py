@@ -13,6 +13,7 @@ from shardkit.load.filling import read_into
 from shardkit.load.memory import aligned, memory_of
 from shardkit.load.recipe import Recipe, dtype_of
 from shardkit.load.remote import Remote
+from shardkit.load.unseen import unseen
 from shardkit.payload import Buffer
 from shardkit.sizes import format_size
 
@@ -34,6 +35,7 @@ class Backing:
     memory: torch.Tensor | None = None
 
     @classmethod
+    @unseen
     def of(cls, tensor: torch.Tensor) -> Backing:
         """The memory of *tensor*, which is shared and not copied.
 
@@ -52,6 +54,7 @@ class Backing:
         content = Buffer(memory_of(memory)) if is_host else Remote.of(memory, (str(memory.device), memory.data_ptr()))
         return cls(Recipe(content, dtype, tuple(plain.shape), plain.stride()), plain.device, memory=memory)
 
+    @unseen
     def settle(self) -> None:
         """Read the tensor into memory of its own, unless it has memory.
 
@@ -69,6 +72,7 @@ class Backing:
             read_into(self.recipe.storage.narrow(self.recipe.offset * itemsize, nbytes), memory_of(memory))
             self.memory = memory.to(self.device)
 
+    @unseen
     def tensor(self, recipe: Recipe) -> torch.Tensor:
         """The part of the memory that *recipe* looks at: an ordinary tensor that shares it."""
         assert self.memory is not None

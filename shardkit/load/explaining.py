@@ -158,6 +158,9 @@ class _Found:
     def _draft(self, weight: Weight) -> _Draft:
         pager = self.pagers.get(weight.seats[0])
         written = isinstance(weight.tensor, Streamed) and not is_address(weight.tensor)
+        if pager is None and isinstance(weight.tensor, Streamed) and not written:
+            place = "disk" if weight.tensor.recipe.storage.sources else "cpu"
+            return _Draft(self._unit(weight), place, "closed: read whenever it is used")
         if pager is None or written:
             why = "it was written, and has memory of its own" if written else self._why_it_stays(weight)
             return _Draft(self._unit(weight), _place(weight.tensor.device), why)
@@ -197,7 +200,7 @@ class _Found:
     def _part(self, draft: _Draft) -> Part:
         lazy = (each.tensor for each in draft.weights if isinstance(each.tensor, Streamed) and is_address(each.tensor))
         streamed = [tensor.recipe.in_memory[0] for tensor in lazy]
-        runs_on = self.runner if streamed else draft.weights[0].tensor.device
+        runs_on = self.runner if streamed and self.pagers else draft.weights[0].tensor.device
         return Part(
             name=draft.name,
             place=draft.place,

@@ -34,7 +34,7 @@ from shardkit.load.recipe import Recipe
 from shardkit.load.recording import Address, Arguments, Options, device_of, record
 from shardkit.load.sources import refuse_changed
 from shardkit.load.storages import STORAGES, Storage
-from shardkit.load.unseen import hide_from_compiler, refuse_trace
+from shardkit.load.unseen import hide_from_compiler, is_watched, refuse_trace, unseen
 from shardkit.payload import Payload
 from shardkit.sizes import format_size
 
@@ -107,6 +107,7 @@ class Paged(torch.Tensor):
         backing = self.backing
         return None if backing is None or backing.memory is None else backing.tensor(self.recipe)
 
+    @unseen
     def read(self) -> torch.Tensor:
         """Its values in memory of their own, on its device.
 
@@ -297,7 +298,8 @@ def _value(paged: Paged) -> torch.Tensor:
 def _made(address: Address) -> torch.Tensor:
     made = Paged(address.recipe, address.device)
     if address.is_copy:
-        return made.read()
+        value = made.read()
+        return value.clone() if is_watched() else value  # a graph copies it each time it runs, since what follows may write to it
     if address.backing is not None:
         made.backing = address.backing
     return made
@@ -319,12 +321,16 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
     fixed = [each for each in targets if each.backing is None or changes_shapes(func)]
     if fixed:
         what = "write to a Paged, which is the address of a weight and cannot be written"
+        hint = "write to a copy of it: tensor.clone()"
         if (backing := fixed[0].backing) is not None:
             what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"
+            if func.overloadpacket is torch.ops.aten.set_:
+                what = f"replace the memory of {shown(backing.name)}, which streams"
+                hint = "keep its layer in memory: by the device_map"
         raise ReadOnly(
             f"{func.overloadpacket.__name__} would {what}",
             places=tuple((each.path, each.start, each.nbytes) for weight in fixed for each in weight.payload.sources),
-            hint="write to a copy of it: tensor.clone()",
+            hint=hint,
         )
     for backing in filter(None, (each.backing for each in targets)):
         backing.settle()

@@ -24,6 +24,7 @@ from shardkit.load.backing import Backing
 from shardkit.load.filling import read_into
 from shardkit.load.memory import memory_of
 from shardkit.load.recipe import Recipe, join
+from shardkit.load.unseen import is_watched
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -107,7 +108,7 @@ def _cast(func: Operation, args: Arguments, options: Options) -> object:
 def _copy(func: Operation, args: Arguments, options: Options) -> object:
     """The recipe gains a Cast, or a new order of the axes."""
     source, *rest = args
-    if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
+    if not isinstance(source, Address) or options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
         return NotImplemented
     device = torch.device(options.get("device") or source.device)
     elsewhere = {"device": "meta"} if "device" in options else {}
@@ -159,13 +160,15 @@ def _kind(address: Address) -> tuple[object, torch.device]:
 def _empty(func: Operation, args: Arguments, options: Options) -> object:
     """A new tensor that takes nothing from the old one but its geometry."""
     source, *rest = args
+    if not isinstance(source, Address):
+        return NotImplemented
     return func(source.recipe.shape_only(), *rest, **(options | {"device": options.get("device") or source.device}))
 
 
 def _fill(func: Operation, args: Arguments, options: Options) -> object:
     """A copy into memory that is there: read straight into it, where it lies in one piece and torch need not compute."""
     target, source, *_ = args
-    if not isinstance(source, Address) or target.shape != source.recipe.shape or not _is_plain(target):
+    if is_watched() or not isinstance(source, Address) or target.shape != source.recipe.shape or not _is_plain(target):
         return NotImplemented
     recipe = source.recipe.copied(target)
     if recipe is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from shardkit.dtypes import DType
 from shardkit.edits import Edited, fold_ties
 from shardkit.errors import LoadError, OutputError, shown, shown_path
 from shardkit.load import diffusers_model, transformers_model
+from shardkit.load.assign import listed
 from shardkit.load.model_folder import Saved
 from shardkit.load.paged import Paged, is_address
 from shardkit.load.recipe import dtype_of
@@ -49,11 +52,12 @@ def save(
         What was done.
 
     Raises:
-        LoadError: something in the state dict is no dense tensor, or has no value.
+        LoadError: *model* is no module, or has adapters of PEFT; something in its state dict is no dense tensor, or has no value.
         FormatError: a file that weights are read from has changed since it was opened.
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
     """
+    _check_whole(model)
     known = transformers_model.saved(model) or diffusers_model.saved(model)
     state = known.state if known else model.state_dict()
     entries = tuple(entries_of(state))
@@ -75,6 +79,34 @@ def save(
         )
     origin = Path(type(model).__name__)  # which messages call the source
     return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
+
+
+def _check_whole(model: object) -> None:
+    """See that *model* is one module, and has the names that its library loads.
+
+    Raises:
+        LoadError: it is a pipeline or no model at all, or has adapters, which give its weights other names.
+    """
+    if not isinstance(model, nn.Module):
+        what, hint = "no torch.nn.Module", "give the model itself: save(model, folder)"
+        if hasattr(model, "components") and hasattr(model, "save_pretrained"):
+            what, hint = "a pipeline of several", "write all of it with pipeline.save_pretrained(folder)"
+        raise LoadError(f"save writes one model, and {shown(type(model).__name__)} is {what}", hint=hint)
+    if adapters := _adapters(model):
+        raise LoadError(
+            f"the model has adapters of PEFT ({listed(adapters)}), which give its weights names that no library loads",
+            hint="merge them first: save(model.merge_and_unload(), folder), with the model that get_peft_model returned; "
+            "or save the adapters alone: model.save_pretrained(folder)",
+        )
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters of PEFT in *model*."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # as long as nobody imported it, there are none
+    if tuners is None:
+        return []
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, tuners.BaseTunerLayer)]  # Any: as PEFT declares it
+    return sorted({name for each in layers for part in each.adapter_layer_names for name in getattr(each, part, ())})
 
 
 def _comes_last(known: Saved | None) -> Callable[[TensorEntry], bool]:

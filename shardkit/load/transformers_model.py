@@ -150,7 +150,7 @@ def _is_near(buffer: torch.Tensor, computed: torch.Tensor) -> bool:
 def saved(model: nn.Module) -> Saved | None:
     """What Transformers would save of *model*, of which no weight is read that it only splits or renames.
 
-    None if the model is not its own; or has adapters, of which Transformers would save these alone.
+    None if the model is not its own.
     """
     if "transformers" not in sys.modules:
         return None
@@ -158,7 +158,7 @@ def saved(model: nn.Module) -> Saved | None:
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.dynamic_module_utils import custom_object_save
 
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PreTrainedModel):
         return None
     config = deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")

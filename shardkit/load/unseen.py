@@ -37,8 +37,9 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
         with ExitStack() as aside:
             aside.enter_context(torch._C._DisableFuncTorch())
             aside.enter_context(_disable_current_modes())
-            aside.callback(_set_trace, torch._C._get_tracing_state())
-            _set_trace(None)
+            if (trace := torch._C._get_tracing_state()) is not None:  # torch lets none be set below its dispatcher
+                aside.callback(_set_trace, trace)
+                _set_trace(None)
             return function(*args, **kwargs)
 
     return called

@@ -11,7 +11,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from shardkit.load import close, from_pretrained, infer_auto_device_map
+from shardkit.errors import LoadError
+from shardkit.load import close, from_pretrained, infer_auto_device_map, save
 from shardkit.load.device_maps import device_of, reported
 from shardkit.load.streamed_weight import Streamed
 
@@ -208,3 +209,40 @@ def test_a_map_of_ours_is_not_changed_by_what_is_reported(resident: Any) -> None
     before = dict(given)
     reported(given, "cpu", [name for name, _ in resident.named_parameters() if device_of(name, given) == "disk"])
     assert given == before
+
+
+ADAPTED: dict[str, Callable[[Any], Any]] = {
+    "PeftModel": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])),
+    "its base": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])).base_model.model,
+    "injected": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["v_proj"]), model),
+    "of an embedding": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["embed_tokens"]), model),
+    "whole layers": lambda model: peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]), model
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_model_is_not_saved_under_the_names_that_adapters_give_its_weights(
+    name: str, place: str, resident: Any, tmp_path: Path
+) -> None:
+    model = ADAPTED[name](from_pretrained(tmp_path / "base", **PLACES[place]))
+    with pytest.raises(LoadError, match=r"adapters of PEFT \(.?default.?\)") as refused:
+        save(model, tmp_path / "out")
+    assert "merge_and_unload()" in str(refused.value.hint)
+    assert not (tmp_path / "out").exists()
+    if name == "PeftModel":
+        merged = model.merge_and_unload()
+        save(merged, tmp_path / "out")
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(logits(loaded), logits(resident))
+
+
+def test_a_model_is_not_saved_with_an_adapter_that_it_loaded(resident: Any, tmp_path: Path) -> None:
+    folder = adapter(resident, tmp_path / "adapter")
+    model = from_pretrained(tmp_path / "base", device_map={"": "disk"})
+    model.load_adapter(str(folder), adapter_name="own")
+    with pytest.raises(LoadError, match=r"adapters of PEFT \(.?own.?\)"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

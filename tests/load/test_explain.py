@@ -383,3 +383,19 @@ def test_rates_are_measured_when_nothing_is_being_read(file: Path, monkeypatch: 
     explain(model, rates=RATES)
     assert told == ["at rest", "measured"]
     close(model)
+
+
+def test_a_closed_model_is_said_to_be_closed(loaded: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardkit.load.explaining.measure", None)  # nothing is predicted
+    model = loaded({"": "cpu", "layers": "disk"})
+    before = explain(model, rates=RATES)
+    close(model)
+    told = explain(model)
+    assert sum(part.nbytes for part in told.parts) == sum(part.nbytes for part in before.parts)
+    assert streamed(told) == streamed(before)
+    assert {part.why for part in told.parts if part.streams} == {"closed: read whenever it is used"}
+    assert {part.place for part in told.parts if part.streams} == {"disk"}
+    assert "197 kB of it are read whenever they are used: the model is closed" in str(told)
+    assert "nothing streams" not in str(told)
+    assert (told.predicted, told.ring) == (None, 0)
+    assert told.as_dict()["predicted"] is None

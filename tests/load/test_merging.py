@@ -143,3 +143,11 @@ def test_an_adapter_of_diffusers_is_fused_and_taken_out_again(tmp_path: Path) ->
     for expected, output in zip(*outputs, strict=True):
         torch.testing.assert_close(output, expected)  # the weights that Diffusers loads are aligned as they are in its file
     assert not torch.equal(outputs[1][0], outputs[1][1])
+
+
+@MAPS
+def test_a_model_is_cast_after_adapters_were_merged(device_map: dict[str, str], tmp_path: Path) -> None:
+    same, model = adapted(llama(tmp_path / "model")), adapted(from_pretrained(tmp_path / "model", device_map=device_map))
+    same, model = (each.merge_and_unload().half() for each in (same, model))
+    assert {each.dtype for each in model.parameters()} == {torch.float16}
+    assert torch.equal(logits(model), logits(same))

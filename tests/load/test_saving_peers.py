@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from libraries import peer
-from shardkit.load import close, dispatch_model, from_pretrained, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.errors import LoadError
+from shardkit.load import close, dispatch_model, from_pretrained, init_empty_weights, load_checkpoint_and_dispatch, save
 from shardkit.load.streamed_weight import Streamed
 from truth import values
 
@@ -221,3 +222,14 @@ def test_a_large_model_is_saved_in_the_memory_of_a_few_weights(dtype: str, tmp_p
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype).state_dict()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], each) for name, each in theirs.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+def test_a_pipeline_is_refused_with_what_saves_it(tmp_path: Path) -> None:
+    pipeline = diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler())
+    with pytest.raises(LoadError, match="'DDPMPipeline' is a pipeline of several") as refused:
+        save(pipeline, tmp_path / "out")
+    assert "pipeline.save_pretrained(folder)" in str(refused.value.hint)
+    with pytest.raises(LoadError, match=r"'dict' is no torch\.nn\.Module"):
+        save({}, tmp_path / "out")  # type: ignore[arg-type]  # a state dict in the place of a model
+    assert not (tmp_path / "out").exists()

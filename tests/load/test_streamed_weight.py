@@ -285,7 +285,7 @@ def test_what_would_change_the_shape_of_a_weight_is_refused(name: str, written: 
         if written:
             weight.add_(0)
         for each in (weight, view):
-            with pytest.raises(ReadOnly, match=r"would change the shape of '2\.weight', which streams"):
+            with pytest.raises(ReadOnly, match=r"would (change the shape|replace the memory) of '2\.weight', which streams"):
                 SHAPES[name](each)
     assert torch.equal(model(X), resident()(X))
 
@@ -368,3 +368,64 @@ def test_a_weight_cannot_be_moved_whatever_the_form_of_the_arguments(tmp_path: P
             move()
     assert weight.to("cpu") is weight.to(torch.float32) is weight.to(torch.empty(0)) is weight
     assert isinstance(weight, Streamed)
+
+
+# What torch does to a weight that was written is as in memory.
+
+OF_WRITTEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{name: copied for name, copied in COPIES.items() if name not in ("tensor", "deep copy")},
+    "clone": lambda w: w.clone(),
+    "half": lambda w: w.half(),
+    "pad": lambda w: nn.functional.pad(w, (1, 0)),
+    "empty": lambda w: torch.empty_like(w).fill_(1),
+    "zeros": torch.zeros_like,
+    "ones": torch.ones_like,
+    "full": lambda w: torch.full_like(w, 3),
+    "random": lambda w: torch.rand_like(w) + torch.randn_like(w),
+    "new": lambda w: torch.cat([w.new_zeros(2), w.new_ones(2), w.new_full((2,), 3), w.new_empty(2).fill_(4)]),
+    "new with strides": lambda w: w.new_empty_strided((2, 3), (1, 2)).fill_(5),
+    "copied from": lambda w: torch.zeros_like(w).copy_(w),
+    "flattened": lambda w: w.flatten(),
+    "to the device that it is on": lambda w: w.to("cpu").cpu(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("of", ["weight", "join"])
+@pytest.mark.parametrize("name", OF_WRITTEN)
+def test_what_was_written_is_copied_and_cast_like_any_tensor(
+    name: str, of: str, mode: Callable[[], contextlib.AbstractContextManager[None]], tmp_path: Path
+) -> None:
+    def made(model: nn.Module) -> torch.Tensor:
+        weight: torch.Tensor = weight_of(model)
+        if of == "join":
+            weight = torch.cat([weight.detach(), model.get_parameter("3.weight").detach()])
+        weight.add_(1)
+        torch.manual_seed(1)
+        return OF_WRITTEN[name](weight)
+
+    with mode():
+        found, expected = made(streaming(tmp_path)), made(resident())
+    assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_is_cast_after_a_weight_was_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, expected = streaming(tmp_path), resident()
+    with torch.no_grad():
+        for each in (model, expected):
+            weight_of(each).add_(1)
+        found, there = model.to(dtype)(X.to(dtype)), expected.to(dtype)(X.to(dtype))
+    assert {each.dtype for each in model.parameters()} == {dtype}
+    assert torch.equal(found, there)
+
+
+def test_a_parametrization_is_refused_with_what_it_would_do_and_what_to_do(tmp_path: Path) -> None:
+    model = streaming(tmp_path)
+    with pytest.raises(ReadOnly, match=r"set_ would replace the memory of '2\.weight', which streams") as refused:
+        nn.utils.parametrizations.spectral_norm(model[2])
+    assert "device_map" in str(refused.value.hint)
+    mixed = load_checkpoint_and_dispatch(resident(), tmp_path / "model.pt", {"": "disk", "2": "cpu"}, ring=2)
+    nn.utils.parametrizations.spectral_norm(mixed.get_submodule("2"))  # as the hint says
+    assert mixed(X).shape == X.shape

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardkit.errors import LoadError
-from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch, tensors
+from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, tensors
 from shardkit.load.streamed_weight import Streamed
 
 pytestmark = [
@@ -112,3 +112,94 @@ def test_what_is_compiled_by_torch_jit_stays_in_memory(device_map: dict[str, str
     model = load_checkpoint_and_dispatch(model, tmp_path / "model.pt", device_map)
     assert torch.equal(model(x), resident(x))
     assert not any(isinstance(weight, Streamed) for weight in model[1].parameters())
+
+
+# Weights that are read outside their block's forward.
+
+READS: dict[str, Callable[[nn.Sequential, torch.Tensor], torch.Tensor]] = {
+    "a weight": lambda model, x: nn.functional.linear(x, model[1].weight),
+    "a view": lambda model, x: x @ model[1].weight.T[:, 1:],
+    "a stack": lambda model, x: torch.stack([model[1].weight, model[2].weight]) @ x.T,
+    "a copy": lambda model, x: torch.zeros(4, 4).copy_(model[1].weight) + x[0],
+    "a clone that is written": lambda model, x: model[1].weight.detach().clone().add_(1) + x[0],
+    "a cast": lambda model, x: model[1].weight.double() + x[0],
+    "a new tensor": lambda model, x: model[1].weight.new_zeros(4).add_(1) + x[0],
+    "a module": lambda model, x: model[1](x),
+    "the model": lambda model, x: model(x),
+}
+
+
+def linearized(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    along: torch.Tensor = torch.func.linearize(function, x)[1](x + 1)
+    return along
+
+
+def pulled_back(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    value, back = torch.func.vjp(function, x)
+    gradient: torch.Tensor = back(torch.ones_like(value))[0]
+    return gradient
+
+
+def run_twice(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    graph = make_fx(function)(x + 1)
+    return torch.stack([graph(x), graph(x)])
+
+
+OUTSIDE: dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]] = {
+    "graph": run_twice,
+    "graph of functions": lambda function, x: run_twice(torch.func.functionalize(function), x),
+    "linearize": linearized,
+    "forward mode": lambda function, x: torch.func.jvp(function, (x,), (x,))[1],
+    "backward": pulled_back,
+    "vmap": lambda function, x: torch.vmap(function)(torch.stack([x, x + 1])),
+}
+
+
+def opened(state: str, resident: nn.Sequential, folder: Path) -> nn.Sequential:
+    """A model that has the weights of *resident*, which no ring brings."""
+    if state == "addresses":
+        model = copy.deepcopy(resident)
+        model.load_state_dict(tensors(folder / "model.pt"), assign=True)
+        return model.requires_grad_(False)
+    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), folder / "model.pt", {"": "disk"}, ring=2)
+    assert isinstance(model, nn.Sequential)
+    if state == "written":
+        with torch.no_grad():
+            for each in (*model.parameters(), *resident.parameters()):
+                each.add_(1)
+    elif state == "closed":
+        close(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # linearize, of constants in its own graphs
+@pytest.mark.parametrize("state", ["streams", "closed", "written", "addresses"])
+@pytest.mark.parametrize("watch", OUTSIDE)
+@pytest.mark.parametrize("read", READS)
+def test_what_watches_a_weight_that_is_read_by_itself_gets_its_values(read: str, watch: str, state: str, tmp_path: Path) -> None:
+    resident, x = layers(tmp_path).requires_grad_(False), torch.randn(2, 4)
+    model = opened(state, resident, tmp_path)
+    expected = OUTSIDE[watch](lambda x: READS[read](resident, x), x)
+    assert torch.equal(OUTSIDE[watch](lambda x: READS[read](model, x), x), expected)
+
+
+@pytest.mark.parametrize("state", ["streams", "written"])
+def test_fake_tensors_meet_a_weight_that_is_read_by_itself(state: str, tmp_path: Path) -> None:
+    resident, x = layers(tmp_path), torch.randn(2, 4)
+    model = opened(state, resident, tmp_path)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert nn.functional.linear(mode.from_tensor(x), model[1].weight).shape == (2, 4)
+    assert torch.equal(nn.functional.linear(x, model[1].weight), nn.functional.linear(x, resident[1].weight))
+
+
+def test_a_weight_that_is_written_under_a_mode_gets_memory_with_its_values(tmp_path: Path) -> None:
+    resident, x = layers(tmp_path), torch.randn(2, 4)
+    model = opened("streams", resident, tmp_path)
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        return x
+
+    make_fx(written)(x)
+    assert torch.equal(model[1].weight, resident[1].weight + 1)
