@@ -124,7 +124,8 @@ def _is_rival(child: Node, model: Node) -> bool:
     if is_no_model(child.step) or child.is_list:
         return False
     if child.is_incidental and child.tensors:
-        return child.is_called_weight or not is_unmistakable(model.step)
+        # A scalar beside "net" may belong to it; beside what training programs call the model it is theirs.
+        return child.is_called_weight or not (is_unmistakable(model.step) or model.step == "model")
     if is_unmistakable(model.step):
         return is_parameter(child.step) if not child.children else child.has_matrix
     return is_parameter(child.step) or bool(child.children) or child.has_matrix
