@@ -117,7 +117,7 @@ _READING = {
     errno.ESTALE: "run the command again: a network file system has replaced the file",
     errno.EMFILE: "raise the limit of open files, as with: ulimit -n 4096",
 }
-_AGAIN = "run the same command again: it goes on from what is done"
+_AGAIN = "run the same command again: it resumes where it stopped"
 _ELSEWHERE: Hint = ("choose another output with ", output())
 _WRITING: dict[int, Hint] = {
     errno.ENOSPC: f"free some space and {_AGAIN}",

@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_goes_on_when_there_is_room(
     before = stamps(source)
     with pytest.raises(OutputError, match="No space left on device") as caught:
         shardkit.convert(source, small / "out", max_shard=MAX_SHARD, jobs=1, on_bytes=fill)
-    assert "goes on from what is done" in str(caught.value.hint)
+    assert "resumes where it stopped" in str(caught.value.hint)
     assert sorted(os.listdir(small)) == ["others", "out.partial"]
     others.unlink()
     assert shardkit.convert(source, small / "out", max_shard=MAX_SHARD).resumed > 0

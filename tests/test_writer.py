@@ -158,7 +158,7 @@ def test_a_full_disk_is_a_sentence(source: Path, tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
         written(plan_of(OutputFile("a", (Failing(full),))), tmp_path / "out")
-    assert "goes on from what is done" in str(caught.value.hint)
+    assert "resumes where it stopped" in str(caught.value.hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
         "used": fitted.used,
         "left": fitted.left,
         "largest": {"name": found.largest.name, "nbytes": found.largest.nbytes},
-        "brought": fitted.brought,
+        "largest_loaded": fitted.brought,
         "lacking": fitted.lacking,
         "read_per_forward": found.read,
         "forecast": forecast.as_dict() if forecast else None,
