@@ -12,6 +12,7 @@ CONVENTIONAL = ("state_dict", "model_state_dict", "model", "module", "net")
 """What the model is called, the surest name first."""
 
 _UNMISTAKABLE = frozenset({"state_dict", "model_state_dict"})  # no module has a child of this name
+_TRAINING = _UNMISTAKABLE | {"model"}  # what training programs call the model; scalars beside it are their own
 _AVERAGE = frozenset({"ema", "swa", "average", "averaged", "avg", "shadow", "polyak"})
 _NO_MODEL = (  # as a word of a name
     {"optimizer", "optimizers", "optim", "scheduler", "schedulers", "sched", "scaler", "scalers", "rng"}
@@ -35,6 +36,11 @@ _PARAMETER = re.compile(r".*\.|(.*_)?(weight|bias|kernel|gamma|beta|embed|embedd
 def is_unmistakable(name: str) -> bool:
     """Whether *name* is one that only checkpoints use, and no module for a part of it."""
     return name in _UNMISTAKABLE
+
+
+def is_of_training(name: str) -> bool:
+    """Whether *name* is what training programs call the model, so that scalars beside it are their own."""
+    return name in _TRAINING
 
 
 def is_state_dict(name: str) -> bool:

@@ -25,6 +25,7 @@ from shardkit.root_names import (
     CONVENTIONAL,
     is_average,
     is_no_model,
+    is_of_training,
     is_parameter,
     is_state_dict,
     is_unmistakable,
@@ -124,8 +125,7 @@ def _is_rival(child: Node, model: Node) -> bool:
     if is_no_model(child.step) or child.is_list:
         return False
     if child.is_incidental and child.tensors:
-        # A scalar beside "net" may belong to it; beside what training programs call the model it is theirs.
-        return child.is_called_weight or not (is_unmistakable(model.step) or model.step == "model")
+        return child.is_called_weight or not is_of_training(model.step)
     if is_unmistakable(model.step):
         return is_parameter(child.step) if not child.children else child.has_matrix
     return is_parameter(child.step) or bool(child.children) or child.has_matrix

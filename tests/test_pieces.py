@@ -351,7 +351,7 @@ def test_what_torch_mobile_reads_without_code_has_advice_of_its_own(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.jit.script(torch.nn.Linear(3, 4))
-        module._save_for_lite_interpreter(str(tmp_path / "m.ptl"))  # type: ignore[no-untyped-call]
+        module._save_for_lite_interpreter(str(tmp_path / "m.ptl"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with zipfile.ZipFile(tmp_path / "m.ptl") as whole, zipfile.ZipFile(tmp_path / "bare.ptl", "w") as bare:
         for name in whole.namelist():
             if "/code/" not in name:
@@ -366,7 +366,8 @@ def test_what_torch_mobile_writes_is_read_or_named(flatbuffer: bool, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.jit.script(torch.nn.Linear(3, 4))
-        module._save_for_lite_interpreter(str(tmp_path / "m.ptl"), _use_flatbuffer=flatbuffer)  # type: ignore[no-untyped-call]
+        path = str(tmp_path / "m.ptl")
+        module._save_for_lite_interpreter(path, _use_flatbuffer=flatbuffer)  # type: ignore[no-untyped-call]  # likewise
     if flatbuffer:
         with pytest.raises(UnknownFormat, match=r"is a flatbuffer of PyTorch Mobile \(\.ptl\)"):
             shardkit.open(tmp_path / "m.ptl")

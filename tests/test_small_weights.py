@@ -38,6 +38,7 @@ ASIDE = {
     "a counter": {"model": {"w": W}, "global_step": torch.tensor(7)},
     "what an unknown name is beside training keys": {"model": {"w": W}, "epoch": 3, "ratio": SCALAR},
     "a counter that is called like a parameter": {"state_dict": {"w": W}, "tokens_seen": torch.tensor(5)},
+    "whatever lies beside what training programs call the model": {"model": {"w": W}, "ratio": SCALAR},
     "one beside another counter": {"model": {"w": W}, "tokens_seen": torch.tensor(5), "num_updates": torch.tensor(5)},
     "the best result": {"state_dict": {"w": W}, "best_acc": SCALAR},
     "the scale of losses": {"model": {"w": W}, "loss_scale": SCALAR},

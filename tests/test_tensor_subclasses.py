@@ -35,7 +35,7 @@ class Scaled(torch.Tensor):
 
 def scaled() -> torch.Tensor:
     made = torch.ones(2).as_subclass(Scaled)
-    made.scale = torch.ones(1)  # type: ignore[attr-defined]
+    made.scale = torch.ones(1)  # type: ignore[attr-defined]  # an attribute that no tensor declares
     return made
 
 
