@@ -13,7 +13,7 @@ import time
 import torch
 from torch import nn
 
-from shardkit.load.moves import Mover, RoundTrip
+from shardkit.load.hooks.device_moves import Mover, RoundTrip
 
 _BLOCKS = 200
 _FORWARDS = 20

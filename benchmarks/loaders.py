@@ -102,8 +102,8 @@ def assigned(path: str) -> Callable[[], nn.Module]:
 
 def copy(path: str) -> Callable[[], nn.Module]:
     """The limit: as many bytes, from memory that is warm into memory that is fresh and as good as there is."""
-    from shardkit.load.filling import WORKERS
-    from shardkit.load.memory import aligned
+    from shardkit.load.memory.allocate import aligned
+    from shardkit.load.memory.parallel_reads import WORKERS
 
     threads = torch.get_num_threads()
     shapes = [shape for _, shape in _shapes(path)]

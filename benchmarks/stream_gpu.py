@@ -108,8 +108,8 @@ def ours(source: Path, tier: str) -> Any:  # Any: a model of transformers
 
 def stream_of(model: Any) -> Any:  # Any: likewise; what brings its weights
     """What counts the bytes that are read for *model*."""
-    from shardkit.load.attached import attachments
-    from shardkit.load.pager import Pager
+    from shardkit.load.dispatch.attachments import attachments
+    from shardkit.load.hooks.streaming_hooks import Pager
 
     return next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
 

@@ -136,8 +136,8 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as t
 def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package."""
     from shardkit.load import load_checkpoint_and_dispatch
-    from shardkit.load.attached import attachments
-    from shardkit.load.pager import Pager
+    from shardkit.load.dispatch.attachments import attachments
+    from shardkit.load.hooks.streaming_hooks import Pager
 
     model = load_checkpoint_and_dispatch(
         llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
@@ -161,8 +161,8 @@ def planned(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -
 def reading(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package, which brings every block to where it would be used, and computes nothing."""
     from shardkit.load import load_checkpoint_and_dispatch
-    from shardkit.load.attached import attachments
-    from shardkit.load.pager import Pager
+    from shardkit.load.dispatch.attachments import attachments
+    from shardkit.load.hooks.streaming_hooks import Pager
 
     model = load_checkpoint_and_dispatch(
         llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring

@@ -6,15 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardkit.checkpoint import Checkpoint as Checkpoint
-    from shardkit.checkpoint import TensorEntry as TensorEntry
-    from shardkit.compare import diff as diff
-    from shardkit.compare import verify as verify
-    from shardkit.comparison import Comparison as Comparison
-    from shardkit.comparison import Difference as Difference
-    from shardkit.conversion import Report as Report
-    from shardkit.conversion import convert as convert
-    from shardkit.edits import Edits as Edits
+    from shardkit.checkpoint.edits import Edits as Edits
+    from shardkit.checkpoint.entries import Checkpoint as Checkpoint
+    from shardkit.checkpoint.entries import TensorEntry as TensorEntry
     from shardkit.errors import AmbiguousRoot as AmbiguousRoot
     from shardkit.errors import BadDType as BadDType
     from shardkit.errors import BadSize as BadSize
@@ -37,20 +31,26 @@ if TYPE_CHECKING:
     from shardkit.errors import UnknownTensor as UnknownTensor
     from shardkit.errors import Unwritable as Unwritable
     from shardkit.limits import Limits as Limits
-    from shardkit.offload import offload_prep as offload_prep
-    from shardkit.plan import Plan as Plan
-    from shardkit.source import open as open
+    from shardkit.operations.compare import diff as diff
+    from shardkit.operations.compare import verify as verify
+    from shardkit.operations.comparison import Comparison as Comparison
+    from shardkit.operations.comparison import Difference as Difference
+    from shardkit.operations.convert import Report as Report
+    from shardkit.operations.convert import convert as convert
+    from shardkit.operations.offload_prep import offload_prep as offload_prep
+    from shardkit.planning.plan import Plan as Plan
+    from shardkit.sources.open import open as open
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_LAZY_EXPORTS = {
     "AmbiguousRoot": "errors",
     "BadDType": "errors",
     "BadSize": "errors",
-    "Checkpoint": "checkpoint",
-    "Comparison": "comparison",
-    "Difference": "comparison",
-    "Edits": "edits",
+    "Checkpoint": "checkpoint.entries",
+    "Comparison": "operations.comparison",
+    "Difference": "operations.comparison",
+    "Edits": "checkpoint.edits",
     "FormatError": "errors",
     "LimitExceeded": "errors",
     "Limits": "limits",
@@ -63,31 +63,31 @@ _HOMES = {
     "NothingSelected": "errors",
     "OutputError": "errors",
     "OverBudget": "errors",
-    "Plan": "plan",
+    "Plan": "planning.plan",
     "PlanError": "errors",
     "PluginError": "errors",
     "ReadOnly": "errors",
-    "Report": "conversion",
+    "Report": "operations.convert",
     "ShardkitError": "errors",
-    "TensorEntry": "checkpoint",
+    "TensorEntry": "checkpoint.entries",
     "UnknownFormat": "errors",
     "UnknownTensor": "errors",
     "Unwritable": "errors",
-    "convert": "conversion",
-    "diff": "compare",
-    "offload_prep": "offload",
-    "open": "source",
-    "verify": "compare",
+    "convert": "operations.convert",
+    "diff": "operations.compare",
+    "offload_prep": "operations.offload_prep",
+    "open": "sources.open",
+    "verify": "operations.compare",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the table above is the one list of public names
+__all__ = [*_LAZY_EXPORTS, "__version__"]  # noqa: PLE0604 - the table above is the one list of public names
 
 
 def __getattr__(name: str) -> object:
     """Import what a public name stands for when it is first used, so that `import shardkit` costs nothing (PEP 562)."""
-    if name not in _HOMES:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'shardkit' has no attribute {name!r}")
-    return getattr(import_module(f"shardkit.{_HOMES[name]}"), name)
+    return getattr(import_module(f"shardkit.{_LAZY_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

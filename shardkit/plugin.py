@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from shardkit.checkpoint import Checkpoint, Other, OtherKind, SourceFile, TensorEntry
-from shardkit.codec import Codec, Frame
+from shardkit.checkpoint.entries import Checkpoint, Other, OtherKind, SourceFile, TensorEntry
 from shardkit.dtypes import BY_CODE, BY_TORCH, DTYPES, DType
 from shardkit.errors import (
     FormatError,
@@ -17,16 +16,17 @@ from shardkit.errors import (
     several,
     shown,
 )
-from shardkit.expansion import Expanded, Framed
-from shardkit.format import Format, Source
 from shardkit.hints import Hint, Option, option, renaming
-from shardkit.index import fault_of_name
 from shardkit.limits import Limits
-from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
-from shardkit.runs import coalesced
-from shardkit.strict_json import parse_json
-from shardkit.strided import strided
-from shardkit.zips import STORED, Member
+from shardkit.metadata.shard_index import fault_of_name
+from shardkit.metadata.strict_json import parse_json
+from shardkit.payloads.coalesce import coalesced
+from shardkit.payloads.codec import Codec, Frame
+from shardkit.payloads.compressed import Expanded, Framed
+from shardkit.payloads.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
+from shardkit.payloads.strided import strided
+from shardkit.sources.format import Format, Source
+from shardkit.sources.zip_directory import STORED, Member
 
 __all__ = [
     "BY_CODE",

@@ -15,18 +15,19 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 import shardkit
-from shardkit import brief, checkpoint, errors, near_names
-from shardkit.checkpoint import TensorEntry
+from repository import GOOD
+from shardkit import brief, errors, near_names
+from shardkit.checkpoint import entries
+from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DTYPES
 from shardkit.errors import BadDType, FormatError, LimitExceeded, Malformed, Mismatch, PluginError, ShardkitError, UnknownTensor
 from shardkit.load import tensors
-from shardkit.load.account import Explanation, Part
-from shardkit.load.cost import Step
+from shardkit.load.diagnostics.explanation import Explanation, Part
+from shardkit.load.performance.cost_model import Step
 from shardkit.near_names import near
-from shardkit.payload import Literal
-from shardkit.preparation import prepare
+from shardkit.payloads.payload import Literal
+from shardkit.planning.prepare import prepare
 
-GOOD = Path(__file__).parent.parent / "fixtures" / "good"
 MATRIX = GOOD / "safetensors-matrix.safetensors"
 TRAINING = GOOD / "zip-training.pt"
 
@@ -191,7 +192,7 @@ def test_a_repr_names_what_is_there() -> None:
     assert repr(tensors(TRAINING)) == "<7 tensors on cpu, read when they are used: '0.weight', '0.bias', '1.weight' …>"
 
 
-@pytest.mark.parametrize("module", [brief, checkpoint, near_names], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [brief, entries, near_names], ids=lambda module: module.__name__)
 def test_examples_are_true(module: object) -> None:
     assert inspect.ismodule(module)
     assert doctest.testmod(module).failed == 0

@@ -16,7 +16,7 @@ import pytest
 import shardkit
 from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, NoRoom, OutputError
-from shardkit.records import JOURNAL_NAME
+from shardkit.metadata.journal_records import JOURNAL_NAME
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, and reads paths of descriptors from /proc")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import shardkit
-from shardkit.checkpoint import OtherKind, TensorEntry
+from repository import FIXTURES
+from shardkit.checkpoint.entries import OtherKind, TensorEntry
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 MANIFEST = json.loads((FIXTURES / "manifest.json").read_text())
 CALLS = [name for name in MANIFEST if name.startswith("pickle-calls-")]
 

@@ -1,50 +1,43 @@
-"""The house's floors: which module may import which, and where the outside world comes in.
+"""The packages of shardkit, from the ground up: which may import which, and where the outside world comes in.
 
-A module imports only from lower floors, or from what stands before it on its own floor, so that no circle is possible.
+A module imports only from packages that stand before its own, or from modules that stand before it in its own package, so that
+no circle is possible. CONTRIBUTING shows both lists as the map of the project.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import ROOT as REPOSITORY
 
-ROOT = Path(__file__).parent.parent / "shardkit"
+ROOT = REPOSITORY / "shardkit"
 
-# One line per floor, lowest first; within a floor, from left to right.
-FLOORS = """
-hints errors sizes dtypes forks near_names brief
-limits payload open_extents small_reads checkpoint
-codec expansion zips format strict_json header index checksums manifest records offload_record weight_names tie_records runs \
-    gathering strided joining casting stand_ins pickle_machine pickle_opcodes pickles pickle_strings torch_tensors numpy_arrays \
-    torch_objects module_tree object_graph repeats object_tree \
-    foreign_kinds foreign_marks foreign_archives foreign_files foreign_folders pieces diagnosis
-plugin root_names name_tree roots emptiness quantised edits named_blocks fitting block_layout plan framing \
-    codecs codecs.zstd formats formats.safetensors formats.torch_zip formats.torch_legacy formats.torch_script \
-    formats.accelerate_dat
-registry locations shards freshness candidates scanner surroundings leftovers loose_files source companions \
-    destination copying pools parallel integrity placing journal compressing \
-    reference_reader writer host_memory progress
-comparison uncompared soundness preparation conversion offload compare load testing
-__init__ cli __main__
-""".strip().splitlines()
+# One line per package, in order; its modules in the order in which they may import each other. A module in brackets is a package.
+PACKAGES = """
+@PACKAGES@
+"""
+LOAD = """
+@LOAD@
+"""
 
-# What comes from outside the standard library or prints, and the only rooms that may know it. A room is a module or a package.
+# What comes from outside the standard library or prints, and the only places that may know it: modules or packages.
 ONLY_IN = {
-    "torch": ("casting", "load"),
-    "transformers": ("load.transformers_model", "load.diffusers_pipeline"),
-    "diffusers": ("load.diffusers_model", "load.diffusers_pipeline"),
-    "huggingface_hub": ("load.model_folder",),
-    "numpy": ("gathering", "checkpoint"),  # checkpoint: TensorEntry.numpy, which is asked for by name
+    "torch": ("payloads.cast", "load"),
+    "transformers": ("load.libraries",),
+    "diffusers": ("load.libraries",),
+    "huggingface_hub": ("load.libraries.model_folder",),
+    "numpy": ("payloads.gather", "checkpoint.entries"),  # entries: TensorEntry.numpy, which is asked for by name
     "zstandard": ("codecs.zstd",),
-    "safetensors": ("reference_reader",),
-    "xxhash": ("checksums",),
+    "safetensors": ("writing.reference_check",),
+    "xxhash": ("payloads.digests",),
     "click": ("cli",),
-    "tqdm": ("progress",),
-    "importlib.metadata": ("registry", "cli"),  # cli: the version
+    "tqdm": ("system.progress",),
+    "importlib.metadata": ("sources.registry", "cli"),  # cli: the version
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}
 
@@ -80,7 +73,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 def own_module(name: str) -> str:
-    """The module of shardkit that importing *name* ('shardkit.payload.Extent') loads."""
+    """The module of shardkit that importing *name* ('shardkit.payloads.payload.Extent') loads."""
     inside = name.removeprefix("shardkit").removeprefix(".")
     while inside and inside not in MODULES:
         inside = inside.rpartition(".")[0]

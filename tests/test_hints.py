@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import shardkit
+from repository import ROOT
 from shardkit import errors
 from shardkit.cli import main
 from shardkit.errors import (
@@ -30,7 +31,6 @@ from shardkit.errors import (
 )
 from shardkit.hints import Hint, excluding, in_python, on_command_line, option, output, renaming
 
-ROOT = Path(__file__).parent.parent
 HINT: Hint = ("choose one with ", option("root", "ema"))
 PATH = Path("big.bin")
 ERRORS: dict[str, ShardkitError] = {

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import shardkit
+from repository import ROOT
 from shardkit.cli import main
 from shardkit.errors import NoRoom, ShardkitError
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = sorted((ROOT / "fixtures" / "hostile").iterdir())
 GOOD_FILES = sorted(path for path in (ROOT / "fixtures" / "good").iterdir() if path.is_file())
 INDEXES = sorted((ROOT / "fixtures" / "good").glob("*/*.index.json"))

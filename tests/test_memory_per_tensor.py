@@ -14,11 +14,11 @@ import shardkit
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 
 FEW, MANY = 5_000, 25_000
-INSPECT = "list(shardkit.cli.portrait.portrait(pathlib.Path(sys.argv[1]), shardkit.open(sys.argv[1]), everything=False))"
+INSPECT = "list(shardkit.cli.output.inspect_text.portrait(pathlib.Path(sys.argv[1]), shardkit.open(sys.argv[1]), everything=False))"
 
 PROGRAM = """
 import pathlib, sys, shardkit
-import shardkit.cli.portrait
+import shardkit.cli.output.inspect_text
 {statement}
 status = open("/proc/self/status").read()
 print(int(status.split("VmHWM:")[1].split()[0]) * 1024)

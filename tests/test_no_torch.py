@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from repository import ROOT
+
 FIXTURE = ROOT / "fixtures" / "good" / "zip-training.pt"
 
 # What a library user does, in a fresh interpreter; it prints which of the names in its second argument were imported.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from repository import ROOT
+
 FIXTURES = ROOT / "fixtures"
 NPZ = ROOT / "plugins" / "shardkit-npz"
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import real_files
 import shardkit
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint.entries import TensorEntry
 from truth import described
 
 pytestmark = pytest.mark.network

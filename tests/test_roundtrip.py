@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shardkit
-from shardkit.checkpoint import TensorEntry
+from shardkit.checkpoint.edits import Edits
+from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DTYPES, DType
-from shardkit.edits import Edits
-from shardkit.format import Source
 from shardkit.formats import safetensors
 from shardkit.limits import Limits
-from shardkit.payload import Literal, Trailer
+from shardkit.payloads.payload import Literal, Trailer
+from shardkit.sources.format import Source
 from truth import described
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from repository import ROOT
+
 ROW = re.compile(r"^\| (?P<promise>[^|]+) \| (?P<tests>[^|]+) \|$", re.MULTILINE)
 NAMED = re.compile(r"`(?:(?P<file>[\w/]+\.py)|(?P<test>test_\w+)|(?P<folder>[\w/*-]+))`")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from shardkit.cli.printing import Role, painted, printable, say, stdout_or_sentence
+from shardkit.cli.output.printing import Role, painted, printable, say, stdout_or_sentence
 
 _CONTRADICTIONS = (
     ("quiet", "as_json", "--quiet has no effect with --json, which prints nothing but the document: leave one of them out"),

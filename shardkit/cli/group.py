@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from shardkit import __version__
-from shardkit.cli.printing import put, stdout_or_sentence
+from shardkit.cli.output.printing import put, stdout_or_sentence
 
 _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
@@ -23,7 +23,7 @@ _COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are the modules of this package."""
+    """A group whose commands are the modules of `commands`."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = import_module(f"shardkit.cli.{cmd_name.replace('-', '_')}").command
+        command = import_module(f"shardkit.cli.commands.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from shardkit.cli import completing
+from shardkit.cli import completion
 from shardkit.dtypes import DType, parse_dtype
 from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
 from shardkit.sizes import parse_size
 
 if TYPE_CHECKING:
-    from shardkit.edits import Ties
+    from shardkit.checkpoint.edits import Ties
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Parsed = TypeVar("Parsed")
@@ -45,7 +45,7 @@ def edit_options(command: Callable[..., object]) -> Callable[..., object]:
         ties: Ties,
         **others: object,
     ) -> object:
-        from shardkit.edits import Edits
+        from shardkit.checkpoint.edits import Edits
 
         return command(*args, edits=Edits(root, include, exclude, rename, dtype, ties), **others)
 
@@ -119,8 +119,8 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         quiet: bool,
         **others: object,
     ) -> object:
-        from shardkit.cli.writing import Writing
-        from shardkit.preparation import Terms
+        from shardkit.cli.run_conversion import Writing
+        from shardkit.planning.prepare import Terms
 
         terms = Terms(max_shard, format, not no_companions, checksum, compress, limits)
         writing = Writing(jobs, not no_fsync, dry_run, overwrite, as_json, quiet)
@@ -140,7 +140,7 @@ limit_option = click.option(
     metavar="NAME=VALUE",
     multiple=True,
     callback=parse_limits,
-    shell_complete=completing.limits,
+    shell_complete=completion.limits,
     help=f"Raise a guard against malicious files; the error that needs it says so. Names: {', '.join(_NAMES)}.",
 )
 
@@ -156,7 +156,7 @@ shard_size_option = click.option(
 format_option = click.option(
     "--format",
     metavar="NAME",
-    shell_complete=completing.formats,
+    shell_complete=completion.formats,
     help="Read SRC as this format, not as the one it is recognised as.",
 )
 
@@ -181,7 +181,7 @@ _EDITS = (
         "--dtype",
         metavar="TYPE",
         callback=parse_type,
-        shell_complete=completing.types,
+        shell_complete=completion.types,
         help="Cast floats to bf16, fp16, fp32 ...; needs torch.",
     ),
     click.option(
@@ -209,7 +209,7 @@ _WRITING = (
     click.option(
         "--compress",
         metavar="CODEC",
-        shell_complete=completing.codecs,
+        shell_complete=completion.codecs,
         help="Compress the shards: zstd, in its seekable format, so that they are read in place, and zstd -d expands them.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),

@@ -1,6 +1,6 @@
 """safetensors: read and written.
 
-1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``, see `shardkit.tie_records`)
+1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``, see `shardkit.checkpoint.tie_records`)
    becomes an entry again, with the payload of the tensor that was kept, and leaves the metadata.
 2. What is written stands in the order given, unless a tensor would then be misaligned to its type; then wide types go first.
 3. A file that is one aligned run of one source file starts its data at the source's offset modulo a page, so that a file system
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from shardkit import header, tie_records
+from shardkit.checkpoint import tie_records
+from shardkit.metadata import safetensors_header
 from shardkit.plugin import PAGE, Checkpoint, Extent, Format, Literal, Part, Payload, Source, TensorEntry, coalesced
 
 _ALIGNMENT = 64
@@ -22,21 +23,21 @@ _ALIGNMENT = 64
 def sniff(source: Source) -> bool:
     """Whether the file begins with a length and a header; one that lies about its length counts too."""
     head = source.head
-    length = int.from_bytes(head[: header.LENGTH_NBYTES], "little")
-    rest = head[header.LENGTH_NBYTES :]
-    if length <= header.MAX_JSON_NBYTES:
+    length = int.from_bytes(head[: safetensors_header.LENGTH_NBYTES], "little")
+    rest = head[safetensors_header.LENGTH_NBYTES :]
+    if length <= safetensors_header.MAX_JSON_NBYTES:
         return rest.startswith(b"{") or b'"data_offsets"' in rest
-    return rest.startswith(b"{") and b'"data_offsets"' in rest and not head[: header.LENGTH_NBYTES].isascii()
+    return rest.startswith(b"{") and b'"data_offsets"' in rest and not head[: safetensors_header.LENGTH_NBYTES].isascii()
 
 
 def scan(source: Source) -> Checkpoint:
     """The tensors of the file, read from its header alone."""
-    first = source.read(0, min(header.LENGTH_NBYTES, source.size))
-    nbytes = header.json_nbytes(source.path, first, source.size, source.limits)
-    start = header.LENGTH_NBYTES + nbytes
-    content = source.read(header.LENGTH_NBYTES, nbytes)
+    first = source.read(0, min(safetensors_header.LENGTH_NBYTES, source.size))
+    nbytes = safetensors_header.json_nbytes(source.path, first, source.size, source.limits)
+    start = safetensors_header.LENGTH_NBYTES + nbytes
+    content = source.read(safetensors_header.LENGTH_NBYTES, nbytes)
     data = source.payload(start, source.size - start)
-    parsed = header.parse(source.path, content, data, source.limits)
+    parsed = safetensors_header.parse(source.path, content, data, source.limits)
     if parsed.metadata.keys() <= {"format"}:
         return Checkpoint(parsed.tensors, metadata=parsed.metadata)
     return _with_ties(parsed)
@@ -49,19 +50,19 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
         Unwritable: a type without a code, a name that the format keeps for itself, or too many tensors for one header.
         NameClash: two entries have one name.
     """
-    metadata = header.as_readers_need(metadata)
+    metadata = safetensors_header.as_readers_need(metadata)
     residue = _residue_of_source(entries)
     if residue is not None:
-        return (Literal(header.dump(entries, metadata, residue=residue, modulus=PAGE)), *_data(entries))
+        return (Literal(safetensors_header.dump(entries, metadata, residue=residue, modulus=PAGE)), *_data(entries))
     if not _is_aligned(entries, at=0):
         entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    return (Literal(header.dump(entries, metadata, modulus=_ALIGNMENT)), *_data(entries))
+    return (Literal(safetensors_header.dump(entries, metadata, modulus=_ALIGNMENT)), *_data(entries))
 
 
 FORMAT = Format(name="safetensors", suffixes=(".safetensors",), sniff=sniff, scan=scan, lay_out=lay_out)
 
 
-def _with_ties(parsed: header.Header) -> Checkpoint:
+def _with_ties(parsed: safetensors_header.Header) -> Checkpoint:
     """What *parsed* says, and what its metadata say of tied tensors."""
     stored = {entry.name: entry for entry in parsed.tensors}
     ties = tie_records.ties(parsed.metadata, stored.keys())

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardkit.object_tree import collect
-from shardkit.pickle_strings import Strings
-from shardkit.pickles import Pickle, unpickle
+from shardkit.pickles.byte_strings import Strings
+from shardkit.pickles.objects import Global, Vocabulary
+from shardkit.pickles.torch_globals import find
+from shardkit.pickles.torch_tensors import Storage, storage_of
+from shardkit.pickles.unpickle import Pickle, unpickle
+from shardkit.pickles.walk import collect
 from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, several, shown
 from shardkit.sizes import format_size
-from shardkit.stand_ins import Global, Vocabulary
-from shardkit.torch_objects import find
-from shardkit.torch_tensors import Storage, storage_of
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from shardkit.formats.torch_zip import Records, has_member
-from shardkit.object_tree import collect
-from shardkit.pickles import Pickle, unpickle
+from shardkit.pickles.objects import Builder, Dict, Opaque, Vocabulary
+from shardkit.pickles.torch_globals import find
+from shardkit.pickles.torch_tensors import Undense, View, storage_of
+from shardkit.pickles.unpickle import Pickle, unpickle
+from shardkit.pickles.walk import collect
 from shardkit.plugin import Checkpoint, Format, LimitExceeded, Malformed, Member, Other, OtherKind, Source, SourceFile, shown
-from shardkit.stand_ins import Builder, Dict, Opaque, Vocabulary
-from shardkit.torch_objects import find
-from shardkit.torch_tensors import Undense, View, storage_of
 
 
 def sniff(source: Source) -> bool:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from shardkit.object_tree import collect
-from shardkit.pickle_strings import Strings
-from shardkit.pickles import unpickle
+from shardkit.pickles.byte_strings import Strings
+from shardkit.pickles.objects import Vocabulary
+from shardkit.pickles.torch_globals import find
+from shardkit.pickles.torch_tensors import Storage, storage_of
+from shardkit.pickles.unpickle import unpickle
+from shardkit.pickles.walk import collect
 from shardkit.plugin import Checkpoint, Extent, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
-from shardkit.stand_ins import Vocabulary
-from shardkit.torch_objects import find
-from shardkit.torch_tensors import Storage, storage_of
 
 
 def sniff(source: Source) -> bool:

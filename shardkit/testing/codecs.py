@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from shardkit.codec import Codec, Frame
-from shardkit.payload import CHUNK, Extent, Literal
+from shardkit.payloads.codec import Codec, Frame
+from shardkit.payloads.payload import CHUNK, Extent, Literal
 from shardkit.testing import foreign
 from shardkit.testing.damage import changed, damages, places
 from shardkit.testing.payloads import Watched, expect

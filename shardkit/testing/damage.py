@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardkit.errors import FormatError, ShardkitError
-from shardkit.format import Format, Source
 from shardkit.limits import Limits
-from shardkit.payload import Extent, Literal
+from shardkit.payloads.payload import Extent, Literal
+from shardkit.sources.format import Format, Source
 from shardkit.testing.payloads import Watched, expect
 from shardkit.testing.sources import claims, saying
 

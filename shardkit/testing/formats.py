@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from shardkit.checkpoint import Checkpoint, Other, TensorEntry
-from shardkit.codec import Codec
+from shardkit.checkpoint.entries import Checkpoint, Other, TensorEntry
 from shardkit.errors import FormatError
-from shardkit.expansion import Expanded, Framed, Spool
-from shardkit.format import Format, Source
 from shardkit.limits import Limits
-from shardkit.payload import Concat, Extent, Literal, read_all
+from shardkit.payloads.codec import Codec
+from shardkit.payloads.compressed import Expanded, Framed, Spool
+from shardkit.payloads.payload import Concat, Extent, Literal, read_all
+from shardkit.sources.format import Format, Source
 from shardkit.testing import foreign
 from shardkit.testing.payloads import Watched, check_payload, expect, grown, outside, overlap
 from shardkit.testing.sources import Exact, claims, saying, source_of, watched

@@ -1,4 +1,4 @@
-"""Payloads that watch and are watched: the rules of `shardkit.payload` as a check, and contents that remember what was read."""
+"""Payloads that watch and are watched: the rules of `shardkit.payloads.payload` as a check, and contents that remember what was read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardkit.payload import CHUNK, PAGE, Concat, Extent, Literal, Payload, check_range, read_all
+from shardkit.payloads.payload import CHUNK, PAGE, Concat, Extent, Literal, Payload, check_range, read_all
 
 _ZEROS = bytes(1 << 20)
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shardkit.errors import FormatError
-from shardkit.format import Format, Source
 from shardkit.limits import Limits
-from shardkit.payload import Extent, read_all
+from shardkit.payloads.payload import Extent, read_all
+from shardkit.sources.format import Format, Source
 from shardkit.testing.payloads import Watched, expect
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shardkit.format import Format
+from shardkit.sources.format import Format
 from shardkit.testing.damage import check_damage, check_truncation
 from shardkit.testing.formats import (
     check_foreign,

@@ -13,12 +13,12 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from shardkit.checkpoint import Checkpoint, TensorEntry
+from shardkit.checkpoint.entries import Checkpoint, TensorEntry
 from shardkit.dtypes import BY_CODE, DTYPES, DType
 from shardkit.errors import FormatError, NameClash, Unwritable
-from shardkit.format import Format
 from shardkit.limits import Limits
-from shardkit.payload import Concat, Literal, Part, Payload, Trailer, read_all
+from shardkit.payloads.payload import Concat, Literal, Part, Payload, Trailer, read_all
+from shardkit.sources.format import Format
 from shardkit.testing.payloads import Unreadable, Watched, Zeros, expect
 from shardkit.testing.sources import Exact, saying, source_of
 

@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
-import shardkit.placing
-import shardkit.writer
+import shardkit.writing.commit
+import shardkit.writing.writer
 
 # What each call acts on: the number of the argument that is a path or a descriptor.
 Watched = tuple[tuple[object, str, int], ...]
@@ -28,8 +28,8 @@ WRITES: Watched = (
     (io, "open", 0),  # pathlib's
     (fcntl, "flock", 0),
     (fcntl, "ioctl", 0),
-    (shardkit.writer, "reserve", 0),  # fallocate
-    (shardkit.placing, "_exchange", 0),  # renameat2
+    (shardkit.writing.writer, "reserve", 0),  # fallocate
+    (shardkit.writing.commit, "_exchange", 0),  # renameat2
 )
 READS: Watched = (
     *((os, name, 0) for name in ("stat", "read", "copy_file_range")),

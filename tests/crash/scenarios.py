@@ -12,17 +12,17 @@ from unittest.mock import patch
 
 import shardkit
 from injection import Layer
-from shardkit import header
-from shardkit.checkpoint import TensorEntry
-from shardkit.conversion import Report, carry_out
+from shardkit.checkpoint.edits import Edits
+from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import parse_dtype
-from shardkit.edits import Edits
 from shardkit.errors import OutputError, ShardkitError
-from shardkit.offload import prepare_offload
-from shardkit.payload import Extent, Literal, Trailer
-from shardkit.plan import OutputFile
-from shardkit.preparation import Terms, prepare
-from shardkit.records import JOURNAL_NAME
+from shardkit.metadata import safetensors_header
+from shardkit.metadata.journal_records import JOURNAL_NAME
+from shardkit.operations.convert import Report, carry_out
+from shardkit.operations.offload_prep import prepare_offload
+from shardkit.payloads.payload import Extent, Literal, Trailer
+from shardkit.planning.plan import OutputFile
+from shardkit.planning.prepare import Terms, prepare
 
 MAX_SHARD = "7kB"
 FOREIGN = {"mine.txt": b"mine", "out.old/mine.txt": b"mine too", "out.partial.old/.shardkit-journal": b"mine as well"}
@@ -56,7 +56,7 @@ def make_source(folder: Path) -> Path:
     folder.mkdir()
     contents = [bytes([number]) * 3000 for number in range(8)]
     entries = [TensorEntry((f"layers.{n}",), parse_dtype("fp32"), (750,), Literal(data)) for n, data in enumerate(contents)]
-    (folder / "model.safetensors").write_bytes(header.dump(entries, {"format": "pt"}, modulus=64) + b"".join(contents))
+    (folder / "model.safetensors").write_bytes(safetensors_header.dump(entries, {"format": "pt"}, modulus=64) + b"".join(contents))
     (folder / "config.json").write_text("{}")
     (folder / "sub").mkdir()
     (folder / "sub" / "vocab.txt").write_text("a b c")
@@ -231,7 +231,7 @@ def _overwrite(source: Path, work: Path) -> Report:
 
 
 def _by_renames(source: Path, work: Path) -> Report:
-    with patch("shardkit.placing._exchange", lambda first, second: False):
+    with patch("shardkit.writing.commit._exchange", lambda first, second: False):
         return _overwrite(source, work)
 
 

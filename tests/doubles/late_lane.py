@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardkit.load.lanes import Instant, Moment, Ticket
-from shardkit.load.memory import aligned, private
+from shardkit.load.devices.transfers import Instant, Moment, Ticket
+from shardkit.load.memory.allocate import aligned, private
 
 
 class LateTicket:

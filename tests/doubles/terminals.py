@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from repository import ROOT
+
 import fcntl
 import os
 import pty
@@ -16,7 +18,6 @@ from pathlib import Path
 
 import pyte
 
-ROOT = Path(__file__).parent.parent.parent
 _ROWS = 50
 
 # Makes the pseudo-terminal the one that Ctrl-C comes from, and then is the program.

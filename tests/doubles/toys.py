@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch
-from shardkit.load.attached import attachments
-from shardkit.load.pager import Pager
-from shardkit.load.streamed_weight import Streamed
+from shardkit.load.dispatch.attachments import attachments
+from shardkit.load.hooks.streaming_hooks import Pager
+from shardkit.load.lazy.streamed_weight import Streamed
 
 WIDTH = 16
 LAYERS = 11  # so that layers.1 is the beginning of layers.10

@@ -19,7 +19,7 @@ from mutations import changed
 
 with atheris.instrument_imports(include=["shardkit", "shardkit_npz"]):
     from parsers import PARSERS, check
-    from shardkit import registry
+    from shardkit.sources import registry
 
     registry.formats(), registry.codecs()  # imported here, that they are instrumented too
 

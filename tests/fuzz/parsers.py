@@ -21,9 +21,9 @@ import zstandard
 
 import shardkit
 from assembly import FOUR_FLOATS, safetensors, torch_zip
-from shardkit import manifest, offload_record
 from shardkit.errors import ShardkitError
 from shardkit.limits import Limits
+from shardkit.metadata import manifest, offload_index
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 LONGEST_SEED = 8 << 10
@@ -95,7 +95,7 @@ def _manifest(content: bytes, folder: Path) -> None:
 
 
 def _record(content: bytes, folder: Path) -> None:
-    offload_record.parse(folder / offload_record.OFFLOAD_NAME, content, LIMITS)
+    offload_index.parse(folder / offload_index.OFFLOAD_NAME, content, LIMITS)
 
 
 def _offloaded(content: bytes, folder: Path) -> None:

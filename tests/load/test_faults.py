@@ -29,7 +29,7 @@ from torch import nn
 import shardkit
 from shardkit.errors import FormatError, ShardkitError
 from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
-from shardkit.load.stream import _READERS
+from shardkit.load.streaming.prefetcher import _READERS
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the paths of descriptors"),
@@ -456,7 +456,7 @@ folder, width, layers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 sys.path[:0] = sys.argv[4:]
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch
-from shardkit.load.paged import Paged
+from shardkit.load.lazy.paged import Paged
 with init_empty_weights():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers)))
 model = load_checkpoint_and_dispatch(model.eval(), folder, {"": "disk"}, ring=2)

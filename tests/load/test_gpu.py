@@ -27,8 +27,8 @@ from shardkit.load import (
     load_checkpoint_in_model,
     save,
 )
-from shardkit.load.kept import Kept
-from shardkit.load.streamed_weight import Streamed
+from shardkit.load.lazy.streamed_weight import Streamed
+from shardkit.load.memory.pinned_payload import Kept
 
 pytestmark = needs_one
 

@@ -30,7 +30,7 @@ from shardkit.load import (
     save,
     tensors,
 )
-from shardkit.load.streamed_weight import Streamed
+from shardkit.load.lazy.streamed_weight import Streamed
 from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, layers, llama, logits
 
 transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")

@@ -18,7 +18,7 @@ import shardkit
 from accelerators import COUNT, KIND
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
-from shardkit.offload import offload_prep
+from shardkit.operations.offload_prep import offload_prep
 
 WIDTH, LAYERS = 16, 11
 Budgets = dict[int | str | torch.device, int | float | str]

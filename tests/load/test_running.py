@@ -17,10 +17,10 @@ from torch import nn
 
 from accelerators import RUNNERS
 from shardkit.errors import LoadError, Mismatch, NotTrained
-from shardkit.load.attached import attachments, remove_hooks
-from shardkit.load.device_maps import device_of
-from shardkit.load.dispatch import dispatch_model
-from shardkit.load.pager import Pager
+from shardkit.load.dispatch.accelerate_api import dispatch_model
+from shardkit.load.dispatch.attachments import attachments, remove_hooks
+from shardkit.load.hooks.streaming_hooks import Pager
+from shardkit.load.placement.device_map import device_of
 from toys import IDS, LAYERS, MAPS, WIDTH, Toy, empty, layer, loaded, logits, resident_on, run_on, saved, streamed, trained
 
 Load = Callable[..., Toy]
@@ -179,7 +179,7 @@ def test_a_copy_shares_the_stream_and_nothing_else(load: Load, expected: torch.T
 
 def test_the_state_dict_reads_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load()
-    monkeypatch.setattr("shardkit.load.paged.read_into", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("shardkit.load.lazy.paged.read_into", lambda *_: pytest.fail("read"))
     assert list(model.state_dict()) == list(empty().state_dict())
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardkit.checkpoint import Checkpoint, OtherKind, TensorEntry
+from shardkit.checkpoint.entries import Checkpoint, OtherKind, TensorEntry
 from shardkit.dtypes import BY_CODE, DTYPES, DType
 from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable
-from shardkit.format import Format, Source
 from shardkit.limits import Limits
-from shardkit.payload import Literal, Trailer, read_all
+from shardkit.payloads.payload import Literal, Trailer, read_all
+from shardkit.sources.format import Format, Source
 from shardkit.testing import READING, WRITING, Watched, check_foreign
 from shardkit.testing.payloads import Zeros
 from shardkit_npz import npy, npz

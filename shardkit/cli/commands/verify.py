@@ -1,0 +1,98 @@
+"""`shardkit verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardkit.cli import options
+from shardkit.cli.command import Command
+from shardkit.cli.output.printing import named
+from shardkit.errors import several
+from shardkit.system.progress import progress
+
+if TYPE_CHECKING:
+    from shardkit.checkpoint.edits import Edits
+    from shardkit.limits import Limits
+    from shardkit.operations.comparison import Comparison
+
+
+@click.command(
+    "verify",
+    cls=Command,
+    epilog="""\b
+For example:
+  shardkit verify big-shards
+  shardkit verify big-shards --against big.bin
+  shardkit verify ema-bf16 --against run/last.ckpt --root ema --dtype bf16""",
+)
+@options.path_argument("output", "OUT")
+@click.option("--against", metavar="SRC", type=click.Path(), help="Hold OUT against this checkpoint, bit for bit.")
+@options.edit_options
+@options.limit_option
+@options.json_option("the differences")
+@options.quiet_option
+@click.pass_context
+def command(
+    context: click.Context,
+    output: str,
+    against: str | None,
+    edits: Edits,
+    limits: Limits,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check that OUT is complete: every header, the index against its shards, every byte there to be read, and every checksum
+    that there is: the digests of shardkit.manifest.json or offload.json, or the CRCs of a zip archive.
+
+    With --against, check that it holds the tensors that converting SRC gives: the same names, types, shapes and bits, a tied
+    weight under each of its names. Give the edits that were given to convert. Two checkpoints of any formats can be compared.
+
+    What is not compared (subfolders, other weights, files beside the weights) is listed.
+
+    The exit code is 0 if all is well, 1 if something differs or is damaged, and 2 if OUT or SRC cannot be read. In the list,
+    - is missing from OUT, + is only in OUT, and ~ differs.
+    """
+    from shardkit.cli.output.comparison_report import report
+    from shardkit.operations.compare import verify
+
+    if against is None:
+        _refuse_idle(context, edits)
+    with progress("checking", quiet=quiet or as_json) as bar:
+        comparison = verify(output, against, edits, limits=limits, on_bytes=bar.add, on_total=bar.expect)
+    report(
+        "verify",
+        comparison,
+        _verdict(comparison, Path(output), Path(against) if against is not None else None),
+        as_json=as_json,
+        quiet=quiet,
+    )
+    context.exit(0 if comparison.same else 1)
+
+
+def _refuse_idle(context: click.Context, edits: Edits) -> None:
+    """Edits without a source to apply them to would look like a check that was made."""
+    from shardkit.checkpoint.edits import Edits
+
+    if edits != Edits():
+        raise click.UsageError("the edits are applied to the source: name it with --against", context)
+
+
+def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
+    from shardkit.cli.output.comparison_report import beside
+    from shardkit.sizes import format_size
+
+    amount = f"{several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
+    rest = beside(comparison)
+    if against is None and comparison.same:
+        is_checked = comparison.tensors and not comparison.unchecked
+        state = "is intact" if is_checked else "is complete"
+        how = "every byte read and compared with a checksum" if is_checked else "every byte read"
+        return f"{named(output)} {state}: {amount}, {how}{rest}"
+    if against is None:
+        return f"{named(output)} is damaged in {several(len(comparison.differences), 'place')}"
+    if comparison.same:
+        return f"{named(output)} holds the same tensors as {named(against)}: {amount}, bit for bit{rest}"
+    return f"{named(output)} differs from {named(against)} in {several(len(comparison.differences), 'tensor')}{rest}"

@@ -1,0 +1,88 @@
+"""What convert and offload-prep do with what they decided: print it, or carry it out and say what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardkit.cli import Terminated
+from shardkit.cli.output.printing import named, put_json, say
+from shardkit.system.progress import progress
+
+if TYPE_CHECKING:
+    from shardkit.operations.convert import Report
+    from shardkit.planning.prepare import Conversion
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How an output is written, and what is printed.
+
+    Attributes:
+        jobs: files written at a time; None for as many as pay.
+        sync: make every file last before the output appears.
+        dry_run: print the plan, and write nothing.
+        overwrite: replace an earlier output.
+        as_json: print what was done as JSON.
+        quiet: print nothing.
+    """
+
+    jobs: int | None
+    sync: bool
+    dry_run: bool
+    overwrite: bool
+    as_json: bool
+    quiet: bool
+
+
+def write(command: str, conversion: Conversion, begun: float, how: Writing) -> None:
+    """Carry out *conversion*, which *command* has decided, or only show it, and say what was done.
+
+    Args:
+        command: its name.
+        conversion: what to write.
+        begun: when it began, on the clock of `time.monotonic`.
+        how: how to write it, and what to print.
+
+    Raises:
+        FormatError: the source cannot be read.
+        OutputError: the output cannot be written.
+    """
+    if how.dry_run:
+        from shardkit.cli.output.dry_run import rehearse
+
+        rehearse(command, conversion, overwrite=how.overwrite, as_json=how.as_json)
+        return
+    report = replace(_written(conversion, how), seconds=time.monotonic() - begun)
+    if how.as_json:
+        put_json(command, asdict(report))
+    elif not how.quiet:
+        from shardkit.cli.output.summary import summary
+
+        say("\n".join(summary(report)))
+
+
+def _written(conversion: Conversion, how: Writing) -> Report:
+    from shardkit.operations.convert import carry_out
+
+    with _resumable(conversion.out), progress("writing", quiet=how.quiet or how.as_json) as bar:
+        bar.expect(conversion.plan.nbytes)
+        return carry_out(conversion, jobs=how.jobs, overwrite=how.overwrite, on_bytes=bar.add, sync=how.sync)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Say, where a signal stops the run, how it goes on."""
+    from shardkit.planning.output_path import partial_folder
+
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        partial = partial_folder(out)
+        if partial.exists():
+            stop.add_note(f"what is done is kept in {named(partial)}, and the same command goes on from there")
+        raise

@@ -1,0 +1,297 @@
+"""Accelerate's family of big-model inference, with its names, arguments and meaning, on what shardkit can open.
+
+What is different, and why:
+
+1. Weights that the device map sends to the disk stream from the checkpoint itself, whatever its format. Nothing is written for
+   it, so *offload_folder* stays empty; *offload_dir* is written to only where a model that is in memory goes to disk.
+2. Everything that is wrong is said before a weight is touched, and for every device. *strict* means both directions.
+3. Outside its block's forward a streamed weight is an address that is read when it is used, and not a meta tensor.
+4. *preload_module_classes* are classes whose modules stream as one. That is so for more than they name (see `blocks`), so that
+   it is seldom needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from shardkit.checkpoint.entries import SourceFile
+from shardkit.load.devices.budgets import Device, MaxMemory, device_key
+from shardkit.load.dispatch.attach import Wish, arrange, check_ring, kept_addresses, reported_map
+from shardkit.load.dispatch.offload_to_disk import fill_empty, spill
+from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.lazy_view import Recipe
+from shardkit.load.loading import install
+from shardkit.load.loading.load_checkpoint import (
+    floating,
+    load_checkpoint_in_model,
+    main_device,
+    match,
+    torch_device,
+    without_meaning,
+)
+from shardkit.load.loading.match import Home
+from shardkit.load.modules.blocks import Cut
+from shardkit.load.modules.sizes import class_names
+from shardkit.load.modules.weights import weights_of
+from shardkit.load.performance.bandwidth import Rates, rates_for
+from shardkit.load.performance.cost_model import Ring
+from shardkit.load.placement.device_map import DeviceMap, check_device_map, device_of
+from shardkit.load.placement.resolve_device_map import Terms
+
+_Model = TypeVar("_Model", bound=nn.Module)
+AnyDevice = str | int | torch.device
+Names = Iterable[str] | str | None
+
+
+def load_checkpoint_and_dispatch(
+    model: _Model,
+    checkpoint: str | PathLike[str],
+    device_map: str | DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    no_split_module_classes: Names = None,
+    offload_folder: str | PathLike[str] | None = None,
+    offload_buffers: bool = False,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool | None = None,
+    skip_keys: Names = None,
+    preload_module_classes: Names = None,
+    force_hooks: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
+    *,
+    offload: Literal["allow", "never"] = "allow",
+    ring: int | str | None = None,
+    verify: bool = False,
+) -> _Model:
+    """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
+
+    Args:
+        model: the model, empty or not. It is changed, and returned.
+        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, a folder.
+        device_map: a device for each part of the model, by name; or how to make one: "auto" and "balanced" spread it over the
+            accelerators, and choose what streams so that most of it is hidden; "balanced_low_0" leaves the first as empty as can
+            be, "sequential" fills one after the other. None loads all weights where the model has them, empty ones onto the CPU,
+            and attaches nothing.
+        max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where *device_map* is a word.
+        no_split_module_classes: names of classes whose modules stay on one device, and stream as one.
+        offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning says so.
+        offload_buffers: let buffers stream with the parameters beside them, where they would stay in memory.
+        dtype: what floats are cast to; None for the types that *model* has.
+        offload_state_dict: likewise.
+        skip_keys: keys of arguments that stay where they are.
+        preload_module_classes: names of classes whose modules stream as one, for forwards that use their parts' weights.
+        force_hooks: move inputs and outputs even if all of the model is on one device.
+        strict: let missing and unexpected names be errors. If not, they are warnings, and missing weights keep their values.
+        full_state_dict: a checkpoint is read by one process, whole; False is an error.
+        broadcast_from_rank0: likewise; True is an error.
+        offload: "never" to fail rather than let weights stream from disk.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
+            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
+            as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
+        verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
+
+    Raises:
+        FormatError: the checkpoint cannot be read.
+        PlanError: several parts of it could be the model.
+        LoadError: it does not fit the model, or the model the memory; and before a weight is touched.
+    """
+    if device_map is None or broadcast_from_rank0 or not full_state_dict:  # the last two are errors, and it says so
+        load_checkpoint_in_model(
+            model,
+            checkpoint,
+            dtype=dtype,
+            strict=strict,
+            full_state_dict=full_state_dict,
+            broadcast_from_rank0=broadcast_from_rank0,
+            verify=verify,
+        )
+        return model
+    target, no_split = floating(dtype), class_names(no_split_module_classes)
+    opened = Opened.at(checkpoint)
+    found = match(model, opened, dtype=target, strict=strict)
+    preload = class_names(preload_module_classes)
+    rates = partial(_rates, found.homes)
+    terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers, rates)
+    chosen = isinstance(device_map, str)
+    device_map, depth = terms.residents(model, device_map)
+    check_device_map(model, device_map)
+    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, depth, chosen=chosen)
+    parts = wish.cut(model)
+    stored = _stored(parts, found.homes, opened.files)
+    check_ring(parts, wish, stored)
+    if verify:
+        opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
+    addresses = {name: recipe for name, recipe in stored.items() if device_of(name, wish.device_map) == "disk"}
+    addresses |= kept_addresses(parts, wish, stored)
+    values = install.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
+    extra = install.read_extra(found.extra)
+    opened.check_unchanged()
+    install.install(model, found.homes, values, extra)
+    arrange(model, wish, addresses=addresses)
+    opened.check_unchanged()  # from here on, each forward sees to that
+    idle = without_meaning(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
+    for note in (*opened.notes, *found.notes, *idle):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return _mapped(model, wish, device_map)
+
+
+def dispatch_model(
+    model: _Model,
+    device_map: DeviceMap,
+    main_device: AnyDevice | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    offload_dir: str | PathLike[str] | None = None,
+    offload_index: Mapping[str, Mapping[str, Any]] | None = None,  # Any: as Accelerate has it
+    offload_buffers: bool = False,
+    skip_keys: Names = None,
+    preload_module_classes: Names = None,
+    force_hooks: bool = False,
+    *,
+    ring: int | str | None = None,
+) -> _Model:
+    """Let *model* run over accelerators, CPU and disk.
+
+    Args:
+        model: the model. It is changed, and returned.
+        device_map: a device for each part of it, by name.
+        main_device: what runs the parts on CPU and disk; None for the first accelerator in *device_map*, or else the CPU.
+        state_dict: the values of weights that are on the meta device.
+        offload_dir: a checkpoint with the values of weights that are on the meta device, from which those on disk stream. Where
+            weights that go to disk are in memory, they are written there, to a folder that is new, empty, or holds just them.
+        offload_index: the files of weights that are on the meta device, as in
+            ``{"a.weight": {"safetensors_file": "x.safetensors"}}``; or, for what *offload_dir* holds, type and shape.
+        offload_buffers: let buffers stream with the parameters beside them.
+        skip_keys: keys of arguments that stay where they are.
+        preload_module_classes: names of classes whose modules stream as one.
+        force_hooks: move inputs and outputs even if all of the model is on one device.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
+            "500MB"; None for as many as pay.
+
+    Raises:
+        FormatError: a file cannot be read.
+        OutputError: *offload_dir* cannot be written.
+        LoadError: the map or the files do not fit the model, or a weight has no value.
+    """
+    check_device_map(model, device_map)
+    wish = _wish(device_map, main_device, class_names(preload_module_classes), offload_buffers, skip_keys, force_hooks, ring)
+    _dispatch(model, wish, state_dict, offload_dir, offload_index)
+    return _mapped(model, wish, device_map)
+
+
+def cpu_offload(
+    model: _Model,
+    execution_device: AnyDevice | None = None,
+    offload_buffers: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    preload_module_classes: Names = None,
+) -> _Model:
+    """Keep the weights of *model* in main memory, and let them stream to *execution_device*.
+
+    Args:
+        model: the model. It is changed, and returned.
+        execution_device: what runs it; None for the device of its first parameter. On the CPU nothing needs to stream.
+        offload_buffers: let buffers stream too.
+        state_dict: the values of weights that are on the meta device.
+        preload_module_classes: names of classes whose modules stream as one.
+
+    Raises:
+        LoadError: a weight has no value, or there is no room.
+    """
+    wish = _wish({"": "cpu"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
+    _dispatch(model, wish, state_dict, None, None)
+    return model
+
+
+def disk_offload(
+    model: _Model,
+    offload_dir: str | PathLike[str],
+    execution_device: AnyDevice | None = None,
+    offload_buffers: bool = False,
+    preload_module_classes: Names = None,
+) -> _Model:
+    """Let the weights of *model* stream from *offload_dir*.
+
+    Args:
+        model: the model. It is changed, and returned.
+        offload_dir: as for `dispatch_model`.
+        execution_device: what runs it; None for the device of its first parameter.
+        offload_buffers: let buffers stream too.
+        preload_module_classes: names of classes whose modules stream as one.
+
+    Raises:
+        FormatError: a file cannot be read.
+        OutputError: *offload_dir* cannot be written.
+        LoadError: the files do not fit the model, or a weight has no value.
+    """
+    wish = _wish({"": "disk"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
+    _dispatch(model, wish, None, offload_dir, None)
+    return model
+
+
+def _dispatch(
+    model: nn.Module,
+    wish: Wish,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    offload_dir: str | PathLike[str] | None,
+    offload_index: Mapping[str, Mapping[str, Any]] | None,  # Any: as Accelerate has it
+) -> None:
+    folder = None if offload_dir is None else Path(offload_dir)
+    fill_empty(model, state_dict or {}, folder, offload_index or {})
+    arrange(model, wish, addresses=spill(model, wish, folder))
+
+
+def _wish(
+    device_map: DeviceMap,
+    runs_on: AnyDevice | None,
+    whole: Names,
+    offload_buffers: bool,
+    skip_keys: Names,
+    force_hooks: bool,
+    ring: Ring,
+    *,
+    chosen: bool = False,
+) -> Wish:
+    devices = {name: device_key(device) for name, device in device_map.items()}
+    several = len(set(devices.values())) > 1 or "disk" in devices.values()
+    return Wish(
+        device_map=devices,
+        main=main_device(devices) if runs_on is None else torch_device(device_key(runs_on)),
+        whole=class_names(whole),
+        offload_buffers=offload_buffers,
+        skip=class_names(skip_keys),
+        ring=ring,
+        hooks=several or force_hooks,
+        chosen=chosen,
+    )
+
+
+def _rates(homes: Sequence[Home], device: Device) -> Rates:
+    """Those at which what lives in *homes* streams to *device*."""
+    return rates_for(((home.payload, home.dtype, home.shape) for home in homes), torch_device(device))
+
+
+def _stored(parts: Cut, homes: Iterable[Home], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:
+    """Where those of *homes* are that stream, in a checkpoint that consists of *files*."""
+    streamed = {weight.names[0] for block in parts.blocks for weight in block.weights}
+    return {home.name: Recipe.of(home.stored, files) for home in homes if home.name in streamed}
+
+
+def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
+    """*device*, which may be 0; or that of the first weight of *model*."""
+    if device is not None:
+        return device
+    return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))
+
+
+def _mapped(model: _Model, wish: Wish, device_map: DeviceMap) -> _Model:
+    model.hf_device_map = reported_map(model, wish, device_map)  # type: ignore[assignment]  # an attribute that no module declares
+    return model

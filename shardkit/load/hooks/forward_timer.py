@@ -1,0 +1,157 @@
+"""How long the forwards of a model that streams take, and what its streams did meanwhile.
+
+1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring what another left there.
+2. A forward takes from when its device comes to it until it is done there, which may be long after it was issued.
+3. A clock costs a few microseconds for each forward, and nothing for each block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.transfers import CpuLane, Moment
+from shardkit.load.hooks.streaming_hooks import refuse_pickling
+from shardkit.load.modules.torch_modes import eager
+from shardkit.load.streaming.counters import Counts
+from shardkit.system.fork import begin_again_in_children, never_free
+
+if TYPE_CHECKING:
+    from shardkit.load.streaming.prefetcher import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Forwards of one size, one behind the other.
+
+    Attributes:
+        rows: vectors that each of them multiplies, such as tokens.
+        forwards: how many were counted.
+        seconds: what they took.
+        counts: what the streams of the model did meanwhile, for whomever.
+    """
+
+    rows: int
+    forwards: int = 0
+    seconds: float = 0.0
+    counts: Counts = field(default_factory=Counts)
+
+
+class Clock:
+    """The hooks of a model whose forwards are timed."""
+
+    def __init__(
+        self,
+        streams: Iterable[Stream],
+        *,
+        chosen: bool,
+        depths: Sequence[str] = (),
+        device_map: Mapping[str, Device] = MappingProxyType({}),
+    ) -> None:
+        """Count nothing yet.
+
+        Args:
+            streams: those that the model uses.
+            chosen: whether it was chosen for it what streams.
+            depths: of each stream, how deep its ring is, and why.
+            device_map: where the parts of the model were to go.
+        """
+        self.chosen = chosen
+        self.depths = tuple(depths)
+        self.device_map = device_map
+        self._streams = tuple(streams)
+        self._lanes = [stream.lane for stream in self._streams] or [CpuLane()]
+        self._thread = threading.local()
+        self._series = Series(0)
+        self._before = Counts()
+        self._begin()
+        begin_again_in_children(self, Clock._forked)
+
+    @property
+    def series(self) -> Series:
+        """The forwards since the last one of another size."""
+        with self._lock:
+            self._count(lambda _: True)
+            return Series(self._series.rows, self._series.forwards, self._series.seconds, self._now().since(self._before))
+
+    def attach(self, model: nn.Module) -> None:
+        """Time the forwards of *model*."""
+        model.register_forward_pre_hook(self.start, prepend=True, with_kwargs=True)
+        model.register_forward_hook(self.stop, always_call=True)
+
+    @eager
+    def start(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],  # Any: whatever a model takes
+    ) -> None:
+        """The hook before a forward."""
+        self._thread.begun = self._moments(), _rows((args, kwargs)) or 1
+
+    @eager
+    def stop(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """The hook behind it; one that raised is counted like any other."""
+        begun, self._thread.begun = getattr(self._thread, "begun", None), None
+        if begun is None:
+            return
+        (moments, rows), ended = begun, self._moments()
+        with self._lock:
+            if rows != self._series.rows:
+                self._series, self._before = Series(rows), self._now()
+                self._issued.clear()
+            else:
+                self._issued.append((moments, ended))
+            self._count(lambda moment: moment.passed)
+
+    __reduce__ = refuse_pickling
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Clock:
+        return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths, device_map=self.device_map)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._issued: deque[tuple[list[Moment], list[Moment]]] = deque()
+
+    def _forked(self) -> None:
+        if self._issued:
+            never_free(self._issued)  # what they are told from is on the device of the parent
+        self._begin()
+
+    def _moments(self) -> list[Moment]:
+        """Those of now, for each device that something streams to."""
+        return [lane.moment() for lane in self._lanes]
+
+    def _count(self, may: Callable[[Moment], bool]) -> None:
+        """Add the forwards that were issued to the series, as long as one *may* be looked at; under the lock."""
+        while self._issued and all(map(may, self._issued[0][1])):
+            begun, ended = self._issued.popleft()
+            seconds = max(end.seconds_since(begin) for begin, end in zip(begun, ended, strict=True))
+            self._series = Series(self._series.rows, self._series.forwards + 1, self._series.seconds + seconds)
+
+    def _now(self) -> Counts:
+        counts = [stream.counts for stream in self._streams]
+        return Counts(*(sum(getattr(each, name) for each in counts) for name in Counts.__slots__))
+
+
+def _rows(value: object) -> int | None:
+    """How many vectors the first tensor in *value* is: an index stands for one, and of floats the last axis is one."""
+    match value:
+        case torch.Tensor():
+            return value.numel() // max(1, value.shape[-1] if value.is_floating_point() and value.ndim else 1)
+        case tuple() | list():
+            parts: Iterable[object] = value
+        case Mapping():
+            parts = value.values()
+        case _:
+            return None
+    return next((rows for part in parts if (rows := _rows(part)) is not None), None)

@@ -1,0 +1,215 @@
+"""How the tensors of a page lie in memory, and which reads bring them there (pure).
+
+1. What lies together in a file is read together, gaps of up to `_GAP` along with it. Such a run begins at a multiple of
+   `SECTOR` in memory as in the file, so that it can be read directly; its edges are read along.
+2. Tensors begin at multiples of `ALIGNMENT`. One that would not is moved down to the next when its run is there, or, where
+   another lies in the way, to a room of its own behind the runs.
+3. What is no plain run of a file, or too little to be read directly, has a room of its own.
+4. Blocks that are alike can differ by a sector, as their runs begin. Their lengths are made equal: in a ring, each must fit
+   exactly where another one was, or nothing is read ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from shardkit.load.memory.direct_io import SECTOR
+from shardkit.payloads.cast import Cast
+from shardkit.payloads.payload import Concat, Extent, Payload, Swapped
+
+ALIGNMENT = 64
+READ = 4 << 20  # bytes of one read
+_GAP = 64 << 10
+_DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
+_ALIKE = 100  # lengths are, that differ by less than one part in so many
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One read of whole sectors.
+
+    Attributes:
+        path: the file.
+        start: the first byte.
+        nbytes: the memory that it fills.
+        needed: how much of it must be there.
+        at: where it goes.
+    """
+
+    path: Path
+    start: int
+    nbytes: int
+    needed: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """One *payload*, that is read by itself and goes *at* a place."""
+
+    payload: Payload
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes that go to their place when everything is read."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A page in memory.
+
+    Attributes:
+        nbytes: the memory that it takes.
+        grain: what its place must be a multiple of.
+        places: where each of its payloads begins in the end.
+        reads: the reads of sectors.
+        makings: whatever else is to be read.
+        moves: what is done when all is read, in this order.
+    """
+
+    nbytes: int
+    grain: int
+    places: tuple[int, ...]
+    reads: tuple[Read, ...]
+    makings: tuple[Making, ...]
+    moves: tuple[Move, ...]
+
+    @classmethod
+    def of(cls, payloads: Sequence[Payload]) -> Layout:
+        """The layout of *payloads*, whatever their order in their files."""
+        plan = _Plan([0] * len(payloads))
+        alone = dict(enumerate(payloads))
+        for run in _runs(payloads):
+            if run.nbytes >= _DIRECT:
+                plan.add_run(run)
+                for number, _ in run.extents:
+                    del alone[number]
+        plan.settle()
+        for number, payload in alone.items():
+            plan.places[number] = plan.room(payload.nbytes)
+            plan.makings += [Making(part, plan.places[number] + at) for at, part in _parts(payload)]
+        grain = SECTOR if plan.reads else ALIGNMENT
+        return cls(plan.nbytes, grain, tuple(plan.places), tuple(plan.reads), tuple(plan.makings), tuple(plan.moves))
+
+
+def evened(layouts: Sequence[Layout]) -> list[Layout]:
+    """*layouts*, of which those that are almost as long as a longer one are as long as that."""
+    lengths: dict[int, int] = {}
+    length = 0
+    for nbytes in sorted({layout.nbytes for layout in layouts}, reverse=True):
+        if not length or length - nbytes >= length // _ALIKE:
+            length = nbytes
+        lengths[nbytes] = length
+    return [replace(layout, nbytes=lengths[layout.nbytes]) for layout in layouts]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Extents of one file that are read together, with their numbers."""
+
+    extents: list[tuple[int, Extent]]
+    stop: int
+
+    @property
+    def start(self) -> int:
+        return self.extents[0][1].start
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def takes(self, extent: Extent) -> bool:
+        return extent.path == self.extents[0][1].path and 0 <= extent.start - self.stop <= _GAP
+
+
+def _runs(payloads: Iterable[Payload]) -> Iterator[_Run]:
+    extents = [(number, each) for number, each in enumerate(payloads) if isinstance(each, Extent) and each.nbytes]
+    run: _Run | None = None
+    for number, extent in sorted(extents, key=lambda each: (str(each[1].path), each[1].start)):
+        if run is None or not run.takes(extent):
+            if run is not None:
+                yield run
+            run = _Run([], extent.start)
+        run.extents.append((number, extent))
+        run.stop = extent.start + extent.nbytes
+    if run is not None:
+        yield run
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A layout in the making."""
+
+    places: list[int]
+    nbytes: int = 0
+    reads: list[Read] = field(default_factory=list)
+    makings: list[Making] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    _evicted: list[tuple[int, int, int]] = field(default_factory=list)
+    _free: int = 0
+
+    def room(self, nbytes: int) -> int:
+        """Where *nbytes* more go."""
+        at, self.nbytes = self.nbytes, self.nbytes + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return at
+
+    def add_run(self, run: _Run) -> None:
+        """Only while there are none but runs."""
+        first = run.start // SECTOR * SECTOR
+        room = -(-(run.stop - first) // SECTOR) * SECTOR
+        path, base = run.extents[0][1].path, self.nbytes
+        for at in range(0, room, READ):
+            nbytes = min(READ, room - at)
+            self.reads.append(Read(path, first + at, nbytes, min(nbytes, run.stop - first - at), base + at))
+        for number, extent in run.extents:
+            self._place(number, base + extent.start - first, extent.nbytes)
+        self.nbytes += room
+
+    def settle(self) -> None:
+        """Give those that are in each other's way rooms of their own; they leave before the others move."""
+        leaving = []
+        for number, source, nbytes in self._evicted:
+            self.places[number] = self.room(nbytes)
+            leaving.append(Move(source, self.places[number], nbytes))
+        self.moves[:0] = leaving
+
+    def _place(self, number: int, source: int, nbytes: int) -> None:
+        target = source // ALIGNMENT * ALIGNMENT
+        if target < self._free:
+            self._evicted.append((number, source, nbytes))
+            return
+        if target < source:
+            self.moves.append(Move(source, target, nbytes))
+        self.places[number], self._free = target, target + nbytes
+
+
+def _parts(payload: Payload) -> Iterator[tuple[int, Payload]]:
+    """*payload* in parts that may be read side by side, and where in it they begin."""
+    if isinstance(payload, Concat):
+        at = 0
+        for part in payload.parts:
+            yield at, part
+            at += part.nbytes
+        return
+    if not payload.nbytes:
+        return
+    if payload.nbytes <= READ or not isinstance(grounds(payload), Extent):
+        yield 0, payload
+        return
+    for at in range(0, payload.nbytes, READ):
+        yield at, payload.narrow(at, min(READ, payload.nbytes - at))
+
+
+def grounds(payload: Payload) -> Payload:
+    """What *payload* is made of, in the end, where it is made element by element."""
+    while isinstance(payload, Swapped | Cast):
+        payload = payload.inner
+    return payload

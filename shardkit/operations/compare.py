@@ -1,0 +1,220 @@
+"""Two checkpoints, tensor by tensor and bit by bit; or an output against its source. One engine for verify and diff.
+
+Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two formats that hold the same weights are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from shardkit.checkpoint.edits import Edits, clash, edit
+from shardkit.checkpoint.entries import TensorEntry
+from shardkit.checkpoint.model_root import select_root
+from shardkit.errors import shown_path
+from shardkit.hints import Hint, option
+from shardkit.limits import Limits
+from shardkit.operations.comparison import Comparison, Difference
+from shardkit.operations.self_check import checked
+from shardkit.operations.uncompared import Side
+from shardkit.payloads.payload import Extent, Payload
+from shardkit.payloads.small_reads import SMALL, SmallReads
+from shardkit.sizes import format_size
+from shardkit.sources import path_arguments
+from shardkit.sources.open import open as open_checkpoint
+from shardkit.system.progress import OnBytes
+from shardkit.system.threads import each
+
+_LOG = logging.getLogger("shardkit")
+
+
+def diff(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    *,
+    root: str | None = None,
+    limits: Limits = Limits(),
+    on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
+) -> Comparison:
+    """What changes from checkpoint *a* to checkpoint *b*.
+
+    Args:
+        a: anything that `shardkit.open` reads.
+        b: likewise.
+        root: dotted path of the subtree to compare in both; None to find the model in each.
+        limits: what the files may ask for.
+        on_bytes: called, from any thread, with the number of bytes compared after each step.
+        on_total: called once, before, with the number of bytes to compare.
+
+    Raises:
+        FormatError: one of them cannot be read.
+        AmbiguousRoot: several subtrees of one could be the model.
+        NameClash: two tensors of one have the same dotted name.
+    """
+    opened = [open_checkpoint(path, limits=limits) for path in (a, b)]
+    rooted = [select_root(checkpoint, root) for checkpoint in opened]
+    sides = [
+        Side(Path(path), replace(checkpoint, others=chosen.others), chosen.left_out)
+        for path, checkpoint, chosen in zip((a, b), opened, rooted, strict=True)
+    ]
+    lefts, rights = (_by_name(chosen.tensors, shown_path(Path(path))) for path, chosen in zip((a, b), rooted, strict=True))
+    comparison = _compared(lefts, rights, on_bytes, on_total)
+    return _with_rest(comparison, sides)
+
+
+def verify(
+    out: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
+    edits: Edits = Edits(),
+    *,
+    limits: Limits = Limits(),
+    on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
+) -> Comparison:
+    """Check that *out* is complete, and that it holds the tensors that converting *against* with *edits* gives.
+
+    Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
+    that no byte is missing, the digests of a manifest or of blocks, the CRCs of zip archives; each tensor is read once. The
+    notes say what was compared with what, and which tensors carry no checksum. Files beside the weights (config, tokenizer)
+    are compared with nothing but a manifest that lists them.
+
+    Args:
+        out: what `convert` wrote, or any other checkpoint.
+        against: the checkpoint that it was made from.
+        edits: what was changed on the way.
+        limits: what the files may ask for.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        on_total: called once, before, with the number of bytes to come.
+
+    Raises:
+        FormatError: one of them cannot be read.
+        PlanError: *edits* cannot be applied to *against*.
+        NameClash: two tensors of one have the same dotted name.
+    """
+    if against is None:
+        return checked(path_arguments.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
+    # The source first: to read a pickle takes more memory than is kept of it, and now there is nothing beside it.
+    origin = open_checkpoint(against, limits=limits)
+    edited = edit(origin, replace(edits, ties="copy"))
+    written = open_checkpoint(out, limits=limits)
+    inside = edited.left_out[len(origin.left_out) :]
+    sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
+    lefts, rights = _by_name(edited.entries, shown_path(Path(against))), _by_name(written.tensors, shown_path(Path(out)))
+    comparison = _compared(lefts, rights, on_bytes, on_total)
+    return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
+
+
+def compare(
+    left: Iterable[TensorEntry],
+    right: Iterable[TensorEntry],
+    *,
+    on_bytes: OnBytes | None = None,
+    on_total: OnBytes | None = None,
+) -> Comparison:
+    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`.
+
+    Raises:
+        NameClash: two tensors of one side have the same dotted name.
+    """
+    return _compared(_by_name(left), _by_name(right), on_bytes, on_total)
+
+
+def _by_name(entries: Iterable[TensorEntry], where: str = "") -> dict[str, TensorEntry]:
+    """*entries* by dotted name, of which each is to be compared."""
+    named: dict[str, TensorEntry] = {}
+    for entry in entries:
+        if (first := named.setdefault(entry.name, entry)) is not entry:
+            raise clash(first, entry, where, hint=_BELOW_ONE)
+    return named
+
+
+_BELOW_ONE: Hint = ("compare what is below one of them with ", option("root"))
+
+
+def _compared(
+    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], on_bytes: OnBytes | None, on_total: OnBytes | None
+) -> Comparison:
+    both = [name for name in lefts if name in rights]
+    total = sum(lefts[name].nbytes for name in both)
+    _LOG.info("%d tensors to compare, %s", len(both), format_size(total))
+    (on_total or _unheard)(total)
+    reads = SmallReads()
+    found = each(lambda name, report: _difference(lefts[name], rights[name], reads, report), both, on_bytes or _unheard)
+    changed = {name: difference for name, difference in zip(both, found, strict=True) if difference is not None}
+    differences = [*_in_order(lefts, rights, changed), *(_only(rights[name], "added") for name in rights if name not in lefts)]
+    return Comparison(len(both), total, tuple(differences))
+
+
+def _with_rest(comparison: Comparison, sides: Sequence[Side]) -> Comparison:
+    notes = (note for side in sides for note in side.notes())
+    left_out = (part for side, other in (sides, sides[::-1]) for part in side.left_out(other))
+    return replace(comparison, notes=(*comparison.notes, *notes), left_out=tuple(left_out))
+
+
+def _unheard(count: int) -> None:
+    """Stand for a callback that nobody gave."""
+
+
+def _in_order(
+    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], changed: Mapping[str, Difference]
+) -> Iterator[Difference]:
+    for name, entry in lefts.items():
+        if name not in rights:
+            yield _only(entry, "removed")
+        elif name in changed:
+            yield changed[name]
+
+
+def _only(entry: TensorEntry, change: Literal["added", "removed"]) -> Difference:
+    return Difference(entry.name, change, f"{entry.dtype.code} {list(entry.shape)}")
+
+
+def _difference(left: TensorEntry, right: TensorEntry, reads: SmallReads, on_bytes: OnBytes) -> Difference | None:
+    if left.dtype != right.dtype:
+        return Difference(left.name, "dtype", f"{left.dtype.code} became {right.dtype.code}")
+    if left.shape != right.shape:
+        return Difference(left.name, "shape", f"{list(left.shape)} became {list(right.shape)}")
+    at = _first_difference(left.payload, right.payload, reads, on_bytes)
+    if at is None:
+        return None
+    return Difference(
+        left.name,
+        "bytes",
+        f"the first element that differs is number {at * 8 // left.dtype.bits:,} of {left.nbytes * 8 // left.dtype.bits:,}",
+    )
+
+
+def _first_difference(left: Payload, right: Payload, reads: SmallReads, on_bytes: OnBytes) -> int | None:
+    """Offset of the first byte that differs; None if there is none."""
+    if left == right or (left.nbytes <= SMALL and _is_read_alike(left, right, reads)):
+        on_bytes(left.nbytes)
+        return None
+    at = 0
+    for a, b in _paired(left.chunks(), right.chunks()):
+        if bytearray(a) != b:  # a memoryview compares item by item, a bytearray with memcmp
+            return at + next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        at += len(a)
+        on_bytes(len(a))
+    return None
+
+
+def _is_read_alike(left: Payload, right: Payload, reads: SmallReads) -> bool:
+    """Whether both are plain runs of files that hold the same bytes."""
+    if type(left) is not Extent or type(right) is not Extent:
+        return False
+    content = bytes(reads.read(left))
+    return content == reads.read(right)
+
+
+def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
+    """Both streams in pieces of one length, however each is cut."""
+    a = b = memoryview(b"")
+    while (a := a or next(lefts, a)) and (b := b or next(rights, b)):
+        count = min(len(a), len(b))
+        yield a[:count], b[:count]
+        a, b = a[count:], b[count:]

@@ -1,0 +1,55 @@
+"""What came of comparing: the tensors that differ, and what was not compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardkit.brief import brief
+from shardkit.checkpoint.entries import LeftOut
+
+Change = Literal["added", "removed", "dtype", "shape", "bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor that is not the same on both sides.
+
+    Attributes:
+        name: of the tensor.
+        change: "added" is on the right side only, "removed" on the left only; else the first thing that differs.
+        detail: for a person: both values, or the first element that differs.
+    """
+
+    name: str
+    change: Change
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison:
+    """What came of comparing.
+
+    Attributes:
+        tensors: how many were compared.
+        nbytes: bytes of one side that were compared.
+        differences: what differs, in the order of the left side, then what is on the right only.
+        notes: sentences that the user should see: what was compared with what, and what was not.
+        left_out: weights on either side that were not compared, under the path of that side.
+        unchecked: how many of *tensors* were read, and are in files without a checksum of theirs;
+            0 where two checkpoints were compared.
+    """
+
+    tensors: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    unchecked: int = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    @property
+    def same(self) -> bool:
+        return not self.differences

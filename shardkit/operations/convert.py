@@ -1,0 +1,224 @@
+"""The main job: open → edit → plan → write, as one function.
+
+`prepare`, of the module before this one, decides and touches nothing; `carry_out` has no choices left; `convert` is one after
+the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+
+from shardkit.brief import brief
+from shardkit.checkpoint.edits import Edits, Ties
+from shardkit.checkpoint.entries import LeftOut, OtherKind
+from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown_path
+from shardkit.limits import Limits
+from shardkit.operations.integrity import refuse_changed, refuse_damaged
+from shardkit.planning.output_path import check_output, check_room, partial_folder
+from shardkit.planning.prepare import Conversion, Terms, prepare, scratch_beside
+from shardkit.sizes import format_size
+from shardkit.system.progress import OnBytes
+from shardkit.writing.compress import Saving, saving
+from shardkit.writing.journal import Identity, begin, boot_id, mend
+from shardkit.writing.writer import bytes_to_store, write
+
+_LOG = logging.getLogger("shardkit")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source: what was read.
+        out: the folder, or the one file, that was written.
+        format: format of the source.
+        shards: files that hold tensors.
+        tensors: tensors written; folded ties are not among them.
+        nbytes: bytes of those tensors as stored.
+        engines: bytes of all files by how they came there (the values of `Engine`).
+        aliases: folded ties: each other name to the name that is kept.
+        cast: tensors whose type was changed.
+        left_out: weights that were not converted, with their bytes: files and subfolders beside
+            what was read, and objects in it.
+        objects: names of what is in the source and no tensor.
+        calls: functions that the source asks to call, which were not called.
+        notes: sentences that the user should see.
+        resumed: files that an earlier, interrupted run had finished.
+        seconds: wall time.
+        stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their content where they are compressed.
+        pays_below: bytes per second of a disk from which what is compressed is read and then expanded, in one thread of this
+            machine, as fast as what is not is read; None where nothing is compressed.
+        blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
+    """
+
+    source: Path
+    out: Path
+    format: str
+    shards: int
+    tensors: int
+    nbytes: int
+    engines: Mapping[str, int] = field(hash=False)
+    aliases: Mapping[str, str] = field(hash=False)
+    cast: int
+    left_out: tuple[LeftOut, ...]
+    objects: tuple[str, ...]
+    calls: tuple[str, ...]
+    notes: tuple[str, ...]
+    resumed: int
+    seconds: float
+    stored: int = 0
+    pays_below: int | None = None
+    blocks: int = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+
+def convert(
+    src: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    max_shard: str | int | None = "5GB",
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    root: str | None = None,
+    ties: Ties = "keep-first",
+    jobs: int | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes | None = None,
+    sync: bool = True,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    with_companions: bool = True,
+    checksum: str | None = None,
+    compress: str | None = None,
+    limits: Limits = Limits(),
+) -> Report:
+    """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
+
+    Args:
+        src: a torch file (zip, legacy, TorchScript), safetensors, an index JSON, a folder, or a ``.zst`` of a file.
+        out: folder to make, or a file to make where it ends like a format that can be written (``.safetensors``); None for
+            ``<stem>-shards`` beside *src*, or in the working folder where that is read-only or a cache.
+        max_shard: bound on each file, header included, as ``"2GB"``, ``"500MiB"`` or bytes; None for one shard. A tensor
+            that alone is larger stands alone.
+        dtype: what floats of 16 bits or more are cast to, as ``"bf16"`` or ``"bfloat16"``; needs torch. None keeps each.
+        include: globs of names to take; none takes all. ``*`` crosses dots.
+        exclude: globs of names to leave out.
+        rename: pairs (regular expression, replacement), applied in order to every name.
+        root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
+        ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"`` writes it under each.
+        jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
+            most 8.
+        overwrite: replace an earlier output of shardkit.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        sync: make every file last (fsync) before the output appears.
+        format: name of the format to read *src* as; None to recognise it.
+        with_companions: copy the small files beside the weights (config, tokenizer) of a source folder.
+        checksum: ``"sha256"`` or ``"xxh3"`` to write a digest of every file and tensor to ``shardkit.manifest.json``, and to
+            check the CRCs of a zip source first; None for neither.
+        compress: ``"zstd"`` for shards in the standard seekable format of zstd, which are read in place; ``zstd -d`` gives
+            back the plain ones. None for plain shards.
+        limits: what the source may ask for.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: what was asked cannot be made of it.
+        OutputError: *out* cannot be written or replaced.
+    """
+    begun = time.monotonic()
+    edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
+    terms = Terms(max_shard, format, with_companions, checksum, compress, limits)
+    conversion = prepare(src, out, edits, terms)
+    report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
+    return replace(report, seconds=time.monotonic() - begun)
+
+
+def carry_out(
+    conversion: Conversion,
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    on_bytes: OnBytes = lambda count: None,
+    sync: bool = True,
+) -> Report:
+    """Write what *conversion* decided; the output appears whole, by one rename, or not at all.
+
+    Raises:
+        FormatError: the source cannot be read, or changed meanwhile.
+        OutputError: the output cannot be written or replaced.
+    """
+    begun = time.monotonic()
+    plan, files = conversion.plan, conversion.files
+    out = conversion.out
+    identity = Identity(plan.digest, files, "" if sync else boot_id())
+    _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
+    if mend(out, partial_folder(out), identity, single=conversion.single):
+        _LOG.info("%s: an earlier run had written all of it", shown_path(out))
+        return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
+    check_output(out, files, conversion.source, plan, overwrite=overwrite)
+    if plan.checksum:
+        checkpoint, scratch = conversion.checkpoint, scratch_beside(conversion.out)
+        said = refuse_damaged(checkpoint.files, checkpoint.tensors, conversion.limits, scratch)
+        conversion = replace(conversion, notes=(*conversion.notes, *said))
+    with begin(partial_folder(out), identity) as journal:
+        resumed = len(journal.done)
+        if resumed:
+            _LOG.info("%s: %d files were written by an earlier run", shown_path(out), resumed)
+        try:
+            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), conversion.source)
+            counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
+            refuse_changed(files)
+        except (Malformed, LimitExceeded):
+            journal.discard()
+            raise
+        except NoRoom:
+            if not resumed:  # else what an earlier run finished stays, for when there is room
+                journal.discard()
+            raise
+        check_output(out, files, conversion.source, plan, overwrite=overwrite)  # which may have come, or grown, meanwhile
+        journal.commit(out, single=conversion.single)
+    _LOG.info("%s: in place after %.3f s", shown_path(out), time.monotonic() - begun)
+    return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)
+
+
+def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
+    others = conversion.checkpoint.others
+    saved = _saving(conversion)
+    return Report(
+        source=conversion.source,
+        out=conversion.out,
+        format=conversion.checkpoint.format,
+        shards=len(conversion.plan.shards),
+        tensors=len(conversion.plan.weight_map),
+        nbytes=conversion.plan.total_size,
+        engines=engines,
+        aliases=conversion.plan.aliases,
+        cast=conversion.edited.cast,
+        left_out=conversion.edited.left_out,
+        objects=tuple(other.name for other in others if other.kind is OtherKind.OBJECT),
+        calls=tuple(other.reason for other in others if other.kind is OtherKind.CALL),
+        notes=conversion.notes,
+        resumed=resumed,
+        seconds=seconds,
+        stored=saved.stored if saved else sum(shard.nbytes for shard in conversion.plan.shards),
+        pays_below=saved.pays_below if saved else None,
+        blocks=len(conversion.plan.record.blocks) if conversion.plan.record else 0,
+    )
+
+
+def _saving(conversion: Conversion) -> Saving | None:
+    """What compression of the output, which is in place, came to; None if there is none."""
+    out = conversion.out
+    codec = next((shard.codec for shard in conversion.plan.shards), None)
+    return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None

@@ -1,0 +1,200 @@
+"""What the files of a checkpoint say about themselves, compared with their bytes: every tensor is read once.
+
+Checksums are those of a manifest, of the blocks in an offload.json, of zip members, or in compressed frames. Tensors without
+one are read as well, so that a byte that cannot be read is found, and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
+from shardkit.errors import listed, several
+from shardkit.limits import Limits
+from shardkit.metadata.manifest import MANIFEST_NAME, Listed, Manifest
+from shardkit.metadata.offload_index import OFFLOAD_NAME, OffloadRecord
+from shardkit.operations.comparison import Comparison, Difference
+from shardkit.operations.integrity import (
+    Archive,
+    Fault,
+    archive_faults,
+    archives,
+    block_fault,
+    listed_faults,
+    manifest_of,
+    said,
+)
+from shardkit.operations.uncompared import Side
+from shardkit.payloads.payload import Payload
+from shardkit.payloads.small_reads import SmallReads, chunks_of
+from shardkit.sources import registry
+from shardkit.sources.candidates import expanded
+from shardkit.sources.format import Source
+from shardkit.sources.offload_check import record_in, refuse_stale_shard
+from shardkit.sources.open import open as open_checkpoint
+from shardkit.sources.scanner import Scanner
+from shardkit.sources.weight_file_names import is_index
+from shardkit.system.progress import OnBytes
+from shardkit.system.threads import each
+
+
+def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """What the files of *out* say about themselves, compared with their bytes.
+
+    Args:
+        out: the checkpoint.
+        limits: what its files may ask for.
+        on_bytes: called, from any thread, with the number of bytes after each step.
+        on_total: called once, before, with the number of bytes to come.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    manifest = _manifest_for(out, limits)
+    if manifest is not None:
+        return _as_listed(out, manifest, limits, on_bytes, on_total)
+    checkpoint = open_checkpoint(out, limits=limits)
+    record = _record_for(out, limits)
+    if record is not None:
+        comparison = _as_recorded(checkpoint, record, on_bytes, on_total)
+    else:
+        comparison = _as_stored(checkpoint, limits, on_bytes, on_total)
+    return _with_rest(comparison, Side(out, checkpoint))
+
+
+def _folder_of(out: Path) -> Path:
+    return out if out.is_dir() else out.parent
+
+
+def _manifest_for(out: Path, limits: Limits) -> Manifest | None:
+    """What the manifest in the folder of *out* lists of it: all of it for a folder and an index, or else the one file."""
+    manifest = manifest_of(_folder_of(out), limits)
+    if manifest is None or out.is_dir():
+        return manifest
+    if all(file.name != out.name for file in manifest.files):
+        return None
+    if is_index(expanded(out.name)):
+        return manifest
+    return replace(manifest, files=tuple(file for file in manifest.files if file.name == out.name))
+
+
+def _record_for(out: Path, limits: Limits) -> OffloadRecord | None:
+    """What the record in the folder of *out* says of it: all of it for a folder and an index, or else of the one shard.
+
+    Raises:
+        Malformed: it was made with other shards.
+    """
+    record = record_in(_folder_of(out), limits)
+    if record is None or out.is_dir() or is_index(expanded(out.name)):
+        return record
+    name = expanded(out.name)
+    shards = tuple(shard for shard in record.shards if shard.name == name)
+    if not shards:
+        return None
+    refuse_stale_shard(out.parent, record, shards[0], Scanner(None, limits, None).source(out))
+    return replace(record, shards=shards, runs=record.runs_in(name))
+
+
+def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) -> Comparison:
+    """*comparison* with what lies in the folder and was not looked into."""
+    names = side.others(seen)
+    beside = [f"files beside the weights were not checked: {listed(names)}"] if names else []
+    notes = (*comparison.notes, *side.checkpoint.notes, *side.indexes(), *beside)
+    return replace(comparison, notes=notes, left_out=tuple(side.left_out()))
+
+
+def _as_stored(checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    zips = archives(checkpoint.files, limits)
+    inside = {archive.path for archive in zips}
+    outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
+    on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
+    faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
+    _read_through(outside, on_bytes)
+    expanded = _compressed(checkpoint.files, limits)
+    notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
+    unchecked = len(outside) + _without_crc(checkpoint, zips)
+    nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
+    return Comparison(len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked)
+
+
+def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:
+    """How many tensors are in archives of which some member has no CRC."""
+    paths = {archive.path for archive in zips if archive.unchecked}
+    return sum(_reads_only(entry.payload, paths) for entry in checkpoint.tensors)
+
+
+def _compressed(files: Iterable[SourceFile], limits: Limits) -> set[Path]:
+    return {file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None}
+
+
+def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator[str]:
+    """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
+    expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
+    if expanded:
+        yield f"expanded, and compared with the checksums in the frames, where there are any: {several(expanded, 'tensor')}"
+    if expanded < len(entries):
+        yield f"readable, but unchecked, being without a checksum: {several(len(entries) - expanded, 'tensor')}"
+
+
+def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    on_total(sum(file.nbytes for file in manifest.files))
+    folder = _folder_of(out)
+
+    def faults_of(file: Listed, report: OnBytes) -> list[Fault]:
+        return listed_faults(folder, file, manifest.algorithm, report)
+
+    found = each(faults_of, manifest.files, on_bytes)
+    runs = [run for file in manifest.files for run in file.runs]
+    amount = f"{several(len(manifest.files), 'file')} and {several(len(runs), 'tensor')}"
+    note = f"compared with the {manifest.algorithm} of {amount} in {MANIFEST_NAME}"
+    faults = [fault for faults in found for fault in faults]
+    if faults:
+        return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))
+    checkpoint = open_checkpoint(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
+    stored = {entry.payload: entry for entry in checkpoint.tensors}
+    seen = {folder / file.name for file in manifest.files}
+    unlisted = [entry for payload, entry in stored.items() if entry.nbytes and not _reads_only(payload, seen)]
+    _read_through(unlisted, lambda count: None)
+    notes = [note]
+    if unlisted:
+        count = several(len(unlisted), "tensor")
+        notes.append(f"readable, but unchecked, being in files that the manifest does not list: {count}")
+    nbytes = sum(entry.nbytes for entry in stored.values())
+    return _with_rest(Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)), Side(out, checkpoint), seen)
+
+
+def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+    """The blocks of a folder, which is known to be that of *record*, compared with their digests."""
+    in_blocks = {name for run in record.runs for name in run.tensors}
+    checked = {entry.payload for entry in checkpoint.tensors if entry.name in in_blocks}
+    outside = [entry for entry in checkpoint.tensors if entry.payload not in checked]
+    on_total(sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside))
+    found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
+    _read_through(outside, on_bytes)
+    notes = [f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in {OFFLOAD_NAME}"]
+    notes += [f"unchecked, being in no block: {several(len(outside), 'tensor')}"] if outside else []
+    nbytes = sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside)
+    faults = [fault for fault in found if fault is not None]
+    count = len(in_blocks) + len(outside)
+    return Comparison(count, nbytes, _differences(faults), tuple(notes), unchecked=len(outside))
+
+
+def _differences(faults: Iterable[Fault]) -> tuple[Difference, ...]:
+    return tuple(Difference(fault.name, fault.change, fault.detail) for fault in faults)
+
+
+def _reads_only(payload: Payload, files: set[Path]) -> bool:
+    return bool(payload.sources) and all(extent.path in files for extent in payload.sources)
+
+
+def _read_through(entries: Iterable[TensorEntry], on_bytes: OnBytes) -> None:
+    """Read all of *entries*, so that a byte that cannot be read is found."""
+    reads = SmallReads()
+    each(lambda entry, report: _drain(entry.payload, reads, report), entries, on_bytes)
+
+
+def _drain(payload: Payload, reads: SmallReads, on_bytes: OnBytes) -> None:
+    for chunk in chunks_of(payload, reads):
+        on_bytes(len(chunk))

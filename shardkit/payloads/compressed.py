@@ -1,0 +1,270 @@
+"""Compressed bytes as payloads, so that what is compressed is read like anything else.
+
+1. Without random access they are expanded once, on first use, to a temporary file that has no name (`Expanded`).
+2. With a table of frames each frame is expanded where it is read, and there is no temporary file (`Framed`).
+3. Equality, hashing and `sources` keep naming the original: a plan made from a `.zst` is the same plan on the next day.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
+from shardkit.hints import Hint, output
+from shardkit.limits import Limits
+from shardkit.payloads.codec import Codec
+from shardkit.payloads.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
+from shardkit.sizes import format_size
+from shardkit.system.fork import begin_again_in_children
+
+_RATIO_FROM = 64 << 20
+
+
+class Spool:
+    """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may read."""
+
+    def __init__(
+        self, origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None, promised: int | None = None
+    ) -> None:
+        """Expand nothing yet.
+
+        Args:
+            origin: the compressed bytes.
+            codec: how they are compressed.
+            limits: bounds the expansion.
+            scratch: folder for the temporary file; None for the system's.
+            promised: bytes that it must expand to; None where nothing tells beforehand.
+        """
+        self.origin = origin
+        self.codec = codec
+        self._promised = promised
+        self._limits = limits
+        self._scratch = scratch
+        self._file: IO[bytes] | None = None
+        self._unlock()
+        begin_again_in_children(self, Spool._unlock)
+
+    @property
+    def path(self) -> Path:
+        """The file that the compressed bytes lie in."""
+        return self.origin.sources[0].path
+
+    def file(self) -> IO[bytes]:
+        """The expanded bytes, as an open file without a name.
+
+        Raises:
+            Malformed: the stream is broken.
+            LimitExceeded: it expands too far.
+            OutputError: there is no room for the temporary file.
+        """
+        with self._lock:
+            if self._file is None:
+                self._file = self._expand()
+                weakref.finalize(self, self._file.close)
+            return self._file
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """At most *nbytes* of the expanded bytes, from *start* on; fewer only at their end."""
+        file = self.file()
+        if hasattr(os, "pread"):  # which moves no offset: that is shared with the children of a fork
+            return os.pread(file.fileno(), nbytes, start)
+        with self._lock:
+            file.seek(start)
+            return file.read(nbytes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spool) and (self.origin, self.codec.name) == (other.origin, other.codec.name)
+
+    def __hash__(self) -> int:
+        return hash((self.origin, self.codec.name))
+
+    def __repr__(self) -> str:
+        return f"Spool({self.origin!r}, {self.codec.name!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Any: the pickle protocol's own type
+        return Spool, (self.origin, self.codec, self._limits, self._scratch, self._promised)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
+
+    def _expand(self) -> IO[bytes]:
+        with ExitStack() as undo:
+            try:
+                file = undo.enter_context(tempfile.TemporaryFile(dir=self._scratch, buffering=0))
+                self._fill(file)
+            except ValueError as error:
+                raise _broken(self.origin, self.codec, error) from None
+            except OSError as error:
+                sentence = f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}"
+                raise OutputError(sentence, hint=self._elsewhere()) from None
+            undo.pop_all()  # from here on the spool owns the file, which goes when the spool goes
+            return file
+
+    def _fill(self, file: IO[bytes]) -> None:
+        expanded = 0
+        for piece in self.codec.decompress(self.origin.chunks()):
+            expanded += len(piece)
+            if self._promised is not None and expanded > self._promised:
+                raise ValueError(f"expands to more than the {self._promised:,} bytes that were promised")
+            _check_limits(self.origin, expanded, self._limits)
+            self._check_room(expanded)
+            file.write(piece)
+        if self._promised is not None and expanded < self._promised:
+            raise ValueError(f"expands to {expanded:,} bytes, {self._promised:,} were promised")
+
+    def _check_room(self, expanded: int) -> None:
+        if expanded % (16 * CHUNK) >= CHUNK:
+            return
+        folder = self._scratch or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        if free < 4 * CHUNK:
+            raise OutputError(
+                f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: "
+                f"{format_size(expanded)} written, {format_size(free)} free",
+                hint=self._elsewhere(),
+            )
+
+    def _elsewhere(self) -> Hint:
+        if self._scratch is None:
+            return "free some space, or set TMPDIR to a folder on a larger disk"
+        return ("free some space, or choose an output on a larger disk with ", output())
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """A run of the bytes that a `Spool` expands to."""
+
+    spool: Spool
+    start: int
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.spool.origin.sources
+
+    def narrow(self, start: int, nbytes: int) -> Expanded:
+        check_range(start, nbytes, self.nbytes)
+        return Expanded(self.spool, self.start + start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        at, stop = self.start, self.start + self.nbytes
+        while at < stop:
+            wanted = min(CHUNK, stop - at)
+            chunk = self.spool.read(at, wanted)
+            if len(chunk) < wanted:  # before it is given out: a short chunk could cut a word
+                raise Malformed(self.spool.path, f"expands to {at + len(chunk):,} bytes, {stop:,} were promised")
+            yield memoryview(chunk)
+            at += len(chunk)
+
+
+class LastFrame:
+    """What one frame expands to, kept so that reading many small things in it expands it once; any thread may use it."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Payload, bytes] | None = None
+
+    def content(self, frame: Payload, expand: Callable[[], bytes]) -> bytes:
+        """What *frame* expands to: what is kept, or what *expand* returns."""
+        held = self._held
+        if held is None or held[0] != frame:
+            held = self._held = (frame, expand())
+        return held[1]
+
+    def __reduce__(self) -> tuple[type[LastFrame], tuple[()]]:
+        return LastFrame, ()  # a pickle carries no content
+
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many those are."""
+
+    frame: Payload
+    codec: Codec
+    whole: int
+    start: int
+    nbytes: int
+    last: LastFrame = field(default_factory=LastFrame, compare=False, repr=False)
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.frame.sources
+
+    def narrow(self, start: int, nbytes: int) -> Framed:
+        check_range(start, nbytes, self.nbytes)
+        return replace(self, start=self.start + start, nbytes=nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        if self.whole > CHUNK:
+            yield from rechunked(self.pieces(), self.nbytes)
+        elif self.nbytes:
+            content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole).pieces()))
+            yield memoryview(content)[self.start : self.start + self.nbytes]
+
+    def pieces(self, compressed: Iterable[memoryview] | None = None) -> Iterator[memoryview]:
+        """The same bytes in pieces of any length, none of which is kept; for those who may cut elements.
+
+        Args:
+            compressed: the bytes of the frame, from who reads them by other means.
+        """
+        at, stop = 0, self.start + self.nbytes
+        try:
+            for piece in self.codec.decompress(self.frame.chunks() if compressed is None else compressed):
+                yield memoryview(piece)[max(0, self.start - at) : max(0, stop - at)]
+                at += len(piece)
+                if at > self.whole or (at >= stop and stop < self.whole):
+                    break
+        except ValueError as error:
+            raise _broken(self.frame, self.codec, error) from None
+        if at > self.whole or at < stop:
+            lie = f"its table says that a frame holds {self.whole:,} bytes, and it does not"
+            raise _broken(self.frame, self.codec, ValueError(lie))
+
+
+def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Payload:
+    """All that *origin* expands to: read in place if it has a table of frames, otherwise expanded now.
+
+    Raises:
+        Malformed: the stream or its table is broken.
+        LimitExceeded: it expands too far.
+        OutputError: there is no room for the temporary file.
+    """
+    try:
+        frames = codec.frames(origin)
+        _check_limits(origin, sum(frame.expanded for frame in frames), limits)
+        bearing = [(origin.narrow(each.start, each.nbytes), each.expanded) for each in frames if each.expanded]
+    except ValueError as error:
+        raise _broken(origin, codec, error) from None
+    if frames:
+        last = LastFrame()
+        return Concat(tuple(Framed(frame, codec, whole, 0, whole, last) for frame, whole in bearing))
+    return expanded_whole(origin, codec, limits, scratch)
+
+
+def expanded_whole(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Expanded:
+    """All that *origin* expands to; expands it now, since its length is not known before."""
+    spool = Spool(origin, codec, limits, scratch)
+    return Expanded(spool, 0, os.fstat(spool.file().fileno()).st_size)
+
+
+def _check_limits(origin: Payload, expanded: int, limits: Limits) -> None:
+    path = origin.sources[0].path
+    if expanded > limits.expanded_bytes:
+        message = f"expands to more than {format_size(limits.expanded_bytes)}"
+        raise LimitExceeded(path, message, limit="expanded_bytes", actual=expanded)
+    ratio = expanded // max(1, origin.nbytes)
+    if expanded > _RATIO_FROM and ratio > limits.ratio:
+        message = f"expands more than {limits.ratio}-fold, as no weights do"
+        raise LimitExceeded(path, message, limit="ratio", actual=ratio + 1)
+
+
+def _broken(origin: Payload, codec: Codec, error: ValueError) -> Malformed:
+    return Malformed(origin.sources[0].path, f"broken {codec.name} data: {error}", hint="fetch the file again")

@@ -1,0 +1,137 @@
+"""Where an output goes when the user does not say, and what it may replace when the user says so.
+
+Nothing is replaced without `overwrite`; and with it only what shardkit itself writes: shards, their index, and the companions
+that this very run brings again. The source, a folder around it or inside it, and a mount point are never replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from shardkit.checkpoint.entries import SourceFile
+from shardkit.errors import NoRoom, OutputError, shown, shown_path
+from shardkit.hints import option, output
+from shardkit.metadata.manifest import MANIFEST_NAME
+from shardkit.metadata.offload_index import OFFLOAD_NAME
+from shardkit.metadata.shard_names import INDEX_NAMES, is_shard_name
+from shardkit.planning.plan import Plan
+from shardkit.sizes import format_size
+from shardkit.sources import registry
+
+_ELSEWHERE = ("choose another output with ", output())
+
+
+def default_output(source: Path, ending: str = "shards") -> Path:
+    """`<stem>-<ending>` beside *source*, or in the working folder where that is read-only or a cache."""
+    source = source.resolve() if source.name in ("", "..") else source  # "." and ".." have no name and no parent
+    model = _model_folder(source)
+    beside = source.parent if model == source else Path.cwd()
+    writable = os.access(beside, os.W_OK)
+    return (beside if writable else Path.cwd()) / f"{_stem(model)}-{ending}"
+
+
+def followed(out: Path) -> Path:
+    """*out*, or where it leads if it is a link or has no name of its own: that is what a rename can replace."""
+    if out.is_symlink() and not (target := out.parent / os.readlink(out)).is_symlink():
+        out = target
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the output *out* is prepared: beside it, so that one rename puts it in place."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Raise OutputError unless *out* is free, or *overwrite* and it is shardkit's to replace."""
+    try:
+        _check_output(out, sources, origin, plan, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}", hint=_ELSEWHERE) from None
+
+
+def check_room(folder: Path, needed: int, source: Path) -> None:
+    """Raise NoRoom unless the disk of *folder* has *needed* bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{shown_path(folder)} has {format_size(free)} free, "
+            f"and the output of {shown_path(source)} needs {format_size(needed)}",
+            hint=("free some space, or choose another disk with ", output()),
+        )
+
+
+def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
+    if not out.parent.is_dir() and out.parent.exists():
+        raise OutputError(f"{shown_path(out.parent)} is no folder", hint=_ELSEWHERE)
+    if out.is_dir() and os.path.ismount(out):
+        raise OutputError(
+            f"{shown_path(out)} is a mount point, which no rename can replace",
+            hint=("choose a folder in it: ", output(out / "shards")),
+        )
+    if out.exists() and not out.is_dir() and not out.is_file():
+        raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint=_ELSEWHERE)
+    _refuse_working_folder(out)
+    if not out.exists() or (out.is_dir() and not os.listdir(out)):
+        return
+    if not overwrite:
+        raise OutputError(f"{shown_path(out)} exists", hint=(*_ELSEWHERE, ", or replace it with ", option("overwrite", True)))
+    _refuse_source(out, sources, origin)
+    _refuse_foreign(out, plan)
+
+
+def _model_folder(source: Path) -> Path:
+    """*source*, or the folder that bears the model's name where it lies in a Hugging Face cache."""
+    return next((parent for parent in (source, *source.absolute().parents) if parent.name.startswith("models--")), source)
+
+
+def _stem(path: Path) -> str:
+    if path.name.startswith("models--"):
+        return path.name.split("--")[-1]
+    name = path.name
+    if path.is_dir():
+        return name or "model"
+    endings = sorted({".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}, key=len, reverse=True)
+    while stripped := next((name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""):
+        name = stripped
+    return name
+
+
+def _refuse_working_folder(out: Path) -> None:
+    """The output replaces a folder by a rename, and a shell whose folder that was would stand in one that is gone."""
+    here, place = Path.cwd(), out.resolve()
+    if place == here or place in here.parents:
+        raise OutputError(
+            f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be replaced",
+            hint=("choose a folder in it: ", output(place / "shards")),
+        )
+
+
+def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> None:
+    place = out.resolve()
+    inputs = {origin.resolve(), *(source.path.resolve() for source in sources)}
+    if any(each == place or place in each.parents for each in inputs) or (origin.is_dir() and origin.resolve() in place.parents):
+        raise OutputError(
+            f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten",
+            hint=_ELSEWHERE,
+        )
+
+
+def _refuse_foreign(out: Path, plan: Plan) -> None:
+    ours = {file.name for file in plan.files} | {*INDEX_NAMES, MANIFEST_NAME, OFFLOAD_NAME}
+    if out.is_dir():
+        found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
+    else:
+        found = [out.name]
+    foreign = sorted(name for name in found if name not in ours and not is_shard_name(name))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise OutputError(
+            f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten",
+            hint=(*_ELSEWHERE, ", or move those files away"),
+        )

@@ -1,0 +1,303 @@
+"""The byte-range plan: every output file as a list of parts, each a literal or a run of a source.
+
+Making a plan is pure: the same entries and options give the same plan, and the same plan the same bytes, always. A dry run
+prints it, the writer carries it out, resuming and verifying hold the result against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
+
+from shardkit.brief import brief
+from shardkit.checkpoint import tie_records
+from shardkit.checkpoint.blocks import Block, arranged, misaligned
+from shardkit.checkpoint.edits import Edited
+from shardkit.checkpoint.entries import TensorEntry
+from shardkit.errors import Unwritable
+from shardkit.hints import output
+from shardkit.metadata import offload_index, safetensors_header, shard_index
+from shardkit.metadata.offload_index import BlockRun, OffloadRecord, Origin, Shard
+from shardkit.metadata.shard_names import STEM
+from shardkit.payloads.coalesce import coalesced
+from shardkit.payloads.codec import Codec
+from shardkit.payloads.payload import PAGE, Extent, Literal, Part
+from shardkit.sources.format import Format
+
+_Run = TypeVar("_Run")
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file to be written.
+
+    Attributes:
+        name: relative to the output folder; forward slashes.
+        parts: its bytes, in order.
+        codec: how they are compressed; None where they are stored plainly.
+        frames: how many of them each frame holds, where they are compressed.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    codec: Codec | None = None
+    frames: tuple[int, ...] = ()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all parts; where they are compressed, the file will be shorter."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def expanded(self) -> str:
+        """The name that it has when it is expanded."""
+        return self.name.removesuffix(self.codec.suffix) if self.codec else self.name
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Everything there is to write, and nothing left to decide.
+
+    Attributes:
+        files: shards first, then the index, then the companions.
+        weight_map: name of each tensor to the file that holds it.
+        aliases: folded ties: each other name to the name that is kept.
+        total_size: bytes of the tensors as they will be stored.
+        oversized: names of the tensors that alone are larger than the bound.
+        format: name of the format of the shards.
+        checksum: algorithm of the digests that a manifest will hold; None for no manifest.
+        record: the blocks that lie in the shards, without their digests; None where they are cut by size alone.
+    """
+
+    files: tuple[OutputFile, ...]
+    weight_map: Mapping[str, str] = field(hash=False)
+    aliases: Mapping[str, str] = field(hash=False)
+    total_size: int
+    oversized: tuple[str, ...] = ()
+    format: str = "safetensors"
+    checksum: str | None = None
+    record: OffloadRecord | None = None
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def shards(self) -> tuple[OutputFile, ...]:
+        """The files that hold tensors."""
+        return tuple(file for file in self.files if file.name in self._shard_names)
+
+    def is_summed(self, file: OutputFile) -> bool:
+        """Whether digests are taken of *file*."""
+        return self.checksum is not None or (self.record is not None and file.name in self._shard_names)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what will be written from where: equal digests, equal output."""
+        sha = hashlib.sha256(f"{self.checksum}\0".encode())
+        if self.record is not None:
+            sha.update(offload_index.dump(self.record))
+        for file in self.files:
+            sha.update(f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape"))
+            for part in file.parts:
+                sha.update(_identity(part))
+        return sha.hexdigest()
+
+    @cached_property
+    def _shard_names(self) -> frozenset[str]:
+        return frozenset(self.weight_map.values())
+
+
+def plan_folder(
+    edited: Edited,
+    layout: Format,
+    *,
+    max_shard: int | None,
+    metadata: Mapping[str, str],
+    companions: Sequence[OutputFile] = (),
+    stem: str = STEM,
+) -> Plan:
+    """Shards of at most *max_shard* bytes (None: one shard), an index if there are several, and the *companions*.
+
+    Their names begin with *stem*, which is `STEM`, `DIFFUSERS_STEM` or `ADAPTER_STEM`.
+
+    Raises:
+        Unwritable: the format has no way to hold a tensor.
+    """
+    folds = _Folds.of(edited.aliases, metadata)
+    fixed = safetensors_header.fixed_room(metadata)
+    runs = [edited.entries] if max_shard is None else list(by_size(edited.entries, max_shard - fixed, folds.size))
+    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in _named(runs, stem)]
+    return _folder(edited, shards, runs, max_shard, companions, layout.name, stem)
+
+
+def plan_blocks(
+    edited: Edited,
+    blocks: Iterable[Block],
+    origin: Origin,
+    *,
+    algorithm: str,
+    max_shard: int | None,
+    metadata: Mapping[str, str],
+    companions: Sequence[OutputFile] = (),
+) -> Plan:
+    """As `plan_folder`, with *blocks*, which are all that is written, each in one run of bytes, in this order; in safetensors.
+
+    Args:
+        edited: what is written.
+        blocks: its entries; those of one block are put into the best order here.
+        origin: what they come from.
+        algorithm: of the digests of the blocks.
+        max_shard: bound on each file; None for one shard.
+        metadata: for every shard.
+        companions: files to bring along.
+
+    Raises:
+        Unwritable: safetensors has no way to hold a tensor.
+    """
+    metadata = safetensors_header.as_readers_need(metadata)
+    folds = _Folds.of(edited.aliases, metadata)
+    limit = sys.maxsize if max_shard is None else max_shard - safetensors_header.fixed_room(metadata)
+    cuts = list(by_block(map(arranged, blocks), limit, folds.size))
+    runs = [tuple(entry for block in cut for entry in block.entries) for cut in cuts]
+    heads = [safetensors_header.dump(run, folds.metadata(run), modulus=PAGE) for run in runs]
+    data = (coalesced(entry.payload for entry in run) for run in runs)
+    shards = [OutputFile(name, (Literal(head), *parts)) for (name, parts), head in zip(_named(data), heads, strict=True)]
+    plan = _folder(edited, shards, runs, max_shard, companions, "safetensors")
+    return replace(plan, record=_record(origin, algorithm, shards, cuts, heads))
+
+
+def plan_file(edited: Edited, layout: Format, *, name: str, metadata: Mapping[str, str]) -> Plan:
+    """All tensors in one file called *name*.
+
+    Raises:
+        Unwritable: the format has no way to hold a tensor.
+    """
+    folds = _Folds.of(edited.aliases, metadata)
+    file = OutputFile(name, _laid_out(layout, edited.entries, folds.metadata(edited.entries)))
+    total_size = sum(entry.nbytes for entry in edited.entries)
+    return Plan((file,), {entry.name: name for entry in edited.entries}, edited.aliases, total_size, (), layout.name)
+
+
+def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[TensorEntry, ...]]:
+    """Cut *entries* into runs whose *size* is at most *limit* bytes; one that is larger runs alone."""
+    run: list[TensorEntry] = []
+    room = limit
+    for entry in entries:
+        need = size(entry)
+        if run and need > room:
+            yield tuple(run)
+            run, room = [], limit
+        run.append(entry)
+        room -= need
+    if run:
+        yield tuple(run)
+
+
+def by_block(blocks: Iterable[Block], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[Block, ...]]:
+    """Cut *blocks* into shards whose *size* is at most *limit* bytes; only a block that alone is larger is cut itself.
+
+    A block that would be out of step with its types behind the one before it begins a shard as well.
+    """
+    shard: list[Block] = []
+    room, filled = limit, 0
+    for block in blocks:
+        for entries in by_size(block.entries, limit, size) if sum(map(size, block.entries)) > limit else (block.entries,):
+            need = sum(map(size, entries))
+            if shard and (need > room or misaligned(entries, at=filled)):
+                yield tuple(shard)
+                shard, room, filled = [], limit, 0
+            shard.append(replace(block, entries=entries))
+            room -= need
+            filled += sum(entry.nbytes for entry in entries)
+    if shard:
+        yield tuple(shard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folds:
+    """The names under which each kept tensor is known besides its own."""
+
+    others: Mapping[str, list[str]]
+    base: Mapping[str, str]
+
+    @classmethod
+    def of(cls, aliases: Mapping[str, str], metadata: Mapping[str, str]) -> _Folds:
+        others: dict[str, list[str]] = {}
+        for alias, kept in aliases.items():
+            others.setdefault(kept, []).append(alias)
+        return cls(others, {key: text for key, text in metadata.items() if key != tie_records.LISTING})
+
+    def size(self, entry: TensorEntry) -> int:
+        """Bytes that *entry* takes in a shard, with its line of the header and the records of its ties."""
+        records = sum(tie_records.room(alias, entry.name) for alias in self.others.get(entry.name, ()))
+        return entry.nbytes + safetensors_header.room(entry) + records
+
+    def metadata(self, run: Sequence[TensorEntry]) -> dict[str, str]:
+        records = {alias: entry.name for entry in run for alias in self.others.get(entry.name, ())}
+        return {**self.base, **tie_records.recorded(records)}
+
+
+def _folder(
+    edited: Edited,
+    shards: Sequence[OutputFile],
+    runs: Sequence[Sequence[TensorEntry]],
+    max_shard: int | None,
+    companions: Sequence[OutputFile],
+    form: str,
+    stem: str = STEM,
+) -> Plan:
+    """The *shards*, which hold *runs*, and what belongs beside them."""
+    weight_map = {entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run}
+    total_size = sum(entry.nbytes for entry in edited.entries)
+    content = Literal(shard_index.dump(weight_map, total_size))
+    listing = [OutputFile(f"{stem}.safetensors.index.json", (content,))] if len(runs) > 1 else []
+    oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
+    return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form)
+
+
+def _record(
+    origin: Origin, algorithm: str, shards: Sequence[OutputFile], cuts: Sequence[Sequence[Block]], heads: Sequence[bytes]
+) -> OffloadRecord:
+    known = [Shard(file.name, file.nbytes, hashlib.sha256(head).hexdigest()) for file, head in zip(shards, heads, strict=True)]
+    runs: list[BlockRun] = []
+    dtypes: Counter[str] = Counter()
+    for shard, cut, head in zip(shards, cuts, heads, strict=True):
+        at = len(head)
+        for block in cut:
+            runs.append(BlockRun(block.name, shard.name, at, at + block.nbytes, tuple(entry.name for entry in block.entries)))
+            at += block.nbytes
+            for entry in block.entries:
+                dtypes[entry.dtype.code] += entry.nbytes
+    return OffloadRecord(algorithm, origin, tuple(sorted(dtypes.items())), tuple(known), tuple(runs))
+
+
+def _named(runs: Iterable[_Run], stem: str = STEM) -> Iterator[tuple[str, _Run]]:
+    """*runs*, each with the name of the shard that it becomes."""
+    runs = list(runs)
+    names = (f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1))
+    return zip(names if len(runs) > 1 else (f"{stem}.safetensors",), runs, strict=True)
+
+
+def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
+    if layout.lay_out is None:
+        raise Unwritable(
+            f"the format {layout.name} is only read",
+            hint=("write safetensors: leave out ", output(), ", or let it end in .safetensors"),
+        )
+    return layout.lay_out(entries, metadata)
+
+
+def _identity(part: Part) -> bytes:
+    if type(part) is Extent:  # most parts are: a repr of the dataclass takes ten times as long
+        return f"{part.path}\0{part.start}\0{part.nbytes}\n".encode("utf-8", "surrogateescape")
+    return f"{part!r}\n".encode("utf-8", "surrogateescape")

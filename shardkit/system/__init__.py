@@ -1,0 +1,1 @@
+"""shardkit/system."""

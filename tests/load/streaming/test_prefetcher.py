@@ -1,0 +1,678 @@
+"""The ring: bounded, shared, never stuck, and right with a device whose memory is separate and whose copies come late."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from children import forks, in_a_child, threaded
+from interruption import interrupted
+from late_lane import LateLane
+from shardkit.dtypes import parse_dtype
+from shardkit.errors import FormatError, LoadError, OverBudget
+from shardkit.load.devices.transfers import CpuLane, Lane
+from shardkit.load.streaming.page_layout import READ
+from shardkit.load.streaming.pages import Piece
+from shardkit.load.streaming.prefetcher import _READERS, Stream
+from shardkit.payloads.cast import Cast
+from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
+
+ELEMENTS = 1024
+PAGE = 4 * ELEMENTS
+
+
+@pytest.fixture(params=[CpuLane, LateLane], ids=["cpu", "late"])
+def lane(request: pytest.FixtureRequest) -> Lane:
+    made: Lane = request.param()
+    return made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(value(number).numpy().tobytes() for number in range(8)))
+    return path
+
+
+def value(number: int) -> torch.Tensor:
+    return torch.full((ELEMENTS,), float(number + 1))
+
+
+def page(file: Path, number: int) -> list[Piece]:
+    return [Piece(Extent(file, number * PAGE, PAGE), torch.float32, (ELEMENTS,), (1,))]
+
+
+def streaming(file: Path, lane: Lane, *, ring: int = 2) -> Stream:
+    return Stream([page(file, number) for number in range(8)], lane, ring=ring)
+
+
+def use(stream: Stream, number: int) -> None:
+    visit = object()
+    tensors = stream.claim(number, visit)
+    assert tensors is not None
+    assert torch.equal(tensors[0], value(number))
+    stream.release(number, visit)
+
+
+ORDERS = [list(range(8)) * 3, [0, 3, 1, 7, 7, 2] * 3, [7, 6, 5, 4, 3, 2, 1, 0] * 2, [0, 1, 2, 0, 5, 2] * 4, [4] * 5]
+
+
+@pytest.mark.parametrize("ring", [2, 3, 8, 20])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: Lane, order: list[int], ring: int) -> None:
+    stream = streaming(file, lane, ring=ring)
+    for number in order:
+        use(stream, number)
+    assert stream.nbytes <= ring * PAGE
+    stream.close()
+    assert stream.nbytes == 0
+
+
+def test_four_threads_and_two_slots_come_to_an_end(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    wrong: list[BaseException] = []
+
+    def run(seed: int) -> None:
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist() * 40
+        try:
+            for number in order:
+                use(stream, number)
+        except BaseException as error:  # noqa: BLE001 - told by the assertion below
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert stream.nbytes <= 2 * PAGE
+
+
+class Counted:
+    """A payload that counts its reads, and holds them up until it may go on."""
+
+    def __init__(self, inner: Payload) -> None:
+        self.inner = inner
+        self.reads = 0
+        self.go = threading.Event()
+        self.go.set()
+        self.fails = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def sources(self) -> tuple[Extent, ...]:
+        return self.inner.sources
+
+    def narrow(self, start: int, nbytes: int) -> Payload:
+        return self.inner.narrow(start, nbytes)
+
+    def chunks(self) -> Iterator[memoryview]:
+        self.reads += 1
+        self.go.wait(30)
+        if self.fails:
+            raise FormatError(Path("weights"), "broken on purpose")
+        return self.inner.chunks()
+
+
+def counted(file: Path, *, ring: int = 2, count: int = 8) -> tuple[Stream, list[Counted]]:
+    payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(count)]
+    pages = [[Piece(payload, torch.float32, (ELEMENTS,), (1,))] for payload in payloads]
+    return Stream(pages, CpuLane(), ring=ring), payloads
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 200
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_threads_that_want_the_same_page_share_one_read(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[5].go.clear()
+    got: list[object] = []
+    threads = [threading.Thread(target=lambda: got.append(stream.claim(5, object()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: payloads[5].reads == 1)
+    payloads[5].go.set()
+    for thread in threads:
+        thread.join(200)
+    assert len(got) == 4
+    assert payloads[5].reads == 1
+
+
+def test_the_next_page_is_read_ahead_also_around_the_end(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    use(stream, 7)
+    assert eventually(lambda: payloads[0].reads == payloads[1].reads == 1)
+    assert payloads[2].reads == 0
+
+
+def test_what_followed_last_time_is_read_ahead_this_time(file: Path) -> None:
+    stream, payloads = counted(file)
+    for number in [2, 6, 2, 6]:
+        use(stream, number)
+    before = payloads[6].reads
+    use(stream, 4)
+    use(stream, 2)
+    assert eventually(lambda: payloads[6].reads > before)
+
+
+def test_a_failed_read_is_told_and_tried_again(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[3].fails = True
+    for _ in range(3):
+        with pytest.raises(FormatError, match="broken on purpose"):
+            stream.claim(3, object())
+    payloads[3].fails = False
+    use(stream, 3)
+    assert stream.nbytes <= 2 * PAGE
+
+
+def test_a_thread_that_holds_a_page_never_waits_for_a_slot(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    for number in range(6):
+        tensors = stream.claim(number, number, holding=number > 0)
+        assert tensors is not None
+        assert torch.equal(tensors[0], value(number))
+    assert stream.nbytes == 6 * PAGE
+    for number in range(6):
+        stream.release(number, number)
+    assert stream.nbytes <= 2 * PAGE
+    for number in range(8):
+        use(stream, number)
+
+
+def test_releasing_twice_or_by_a_stranger_does_nothing(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    first, second = object(), object()
+    tensors = stream.claim(0, first)
+    stream.claim(0, second)
+    assert tensors is not None
+    for _ in range(2):
+        stream.release(0, second)
+    stream.release(0, object())
+    for number in range(1, 8):
+        use(stream, number)
+    assert torch.equal(tensors[0], value(0))  # the first visit still holds it
+
+
+def test_a_refilled_slot_refuses_a_late_backward(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    x = torch.ones(ELEMENTS, requires_grad=True)
+    visit = object()
+    tensors = stream.claim(0, visit)
+    assert tensors is not None
+    assert not tensors[0].requires_grad
+    y = (x * tensors[0]).sum()
+    stream.release(0, visit)
+    for number in range(1, 8):
+        use(stream, number)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    seen: dict[int, tuple[int, int]] = {}
+    kept: list[object] = []  # so that no identity comes twice
+    for number in [*range(8), *range(8), 3, 1, 5, 7]:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        assert isinstance(tensors[0], torch.nn.Parameter)
+        kept.append(tensors)
+        assert seen.setdefault(id(tensors[0]), (number, tensors[0].data_ptr())) == (number, tensors[0].data_ptr())
+        stream.release(number, "visit")
+
+
+def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    with torch.inference_mode():
+        tensors = stream.claim(0, "visit")
+        beside = [stream.claim(number, "visit", holding=True) for number in range(1, 4)]
+    for number, each in enumerate([tensors, *beside]):
+        assert each is not None
+        assert torch.equal(each[0], value(number))
+        assert not each[0].is_inference()
+        stream.release(number, "visit")
+    for number in range(8):
+        use(stream, number)
+
+
+def test_pages_of_many_sizes_share_one_ring(tmp_path: Path) -> None:
+    sizes = [10, 5000, 70, 5000, 1, 3000, 2000, 64]
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(bytes([number]) * size for number, size in enumerate(sizes)))
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    pages = [
+        [Piece(Extent(path, start, size), torch.uint8, (size,), (1,), is_buffer=True)]
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    stream = Stream(pages, CpuLane(), ring=2)
+    for number in [*range(8), 7, 5, 3, 1, 0, 2, 4, 6] * 3:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        assert torch.equal(tensors[0], torch.full((sizes[number],), number, dtype=torch.uint8))
+        assert stream.nbytes <= stream.room
+        stream.release(number, "visit")
+
+
+def test_verification_that_fails_is_told(file: Path) -> None:
+    def verify() -> None:
+        raise LoadError("changed")
+
+    stream = Stream([page(file, 0)], CpuLane(), ring=2, verify=verify)
+    with pytest.raises(LoadError, match="changed"):
+        stream.claim(0, "visit")
+
+
+def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    stream.claim(0, "visit")
+    stream.close()
+    assert stream.claim(1, "another") is None
+    assert stream.nbytes == stream.room
+    stream.release(0, "visit")
+    assert stream.nbytes == 0
+
+
+def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    stream.claim(0, "a")
+    stream.claim(1, "b", holding=True)
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(stream.claim(2, "c")))
+    thread.start()
+    time.sleep(0.05)
+    assert not got
+    stream.release(1, "b")
+    thread.join(200)
+    assert got
+
+
+@forks
+@threaded
+@pytest.mark.usefixtures("one_thread")
+def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    use(stream, 0)
+
+    def check() -> bool:
+        for number in range(8):
+            use(stream, number)
+        return True
+
+    assert in_a_child(check)
+    use(stream, 1)
+
+
+@forks
+@threaded
+@pytest.mark.usefixtures("one_thread")
+def test_the_child_of_a_fork_has_what_is_held_while_it_forks(file: Path) -> None:
+    stream = streaming(file, CpuLane())
+    tensors = stream.claim(3, "visit")
+    assert tensors is not None
+    assert in_a_child(lambda: torch.equal(tensors[0], value(3)))
+    assert torch.equal(tensors[0], value(3))
+    stream.release(3, "visit")
+
+
+class WatchedLane(LateLane):
+    """One that knows which of its memory is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        memory = super().memory(nbytes)
+        self.made.append(weakref.ref(memory))
+        return memory
+
+    @property
+    def left(self) -> list[bool]:
+        gc.collect()
+        return [memory() is not None for memory in self.made]
+
+
+@forks
+@threaded
+@pytest.mark.usefixtures("one_thread")
+def test_the_child_of_a_fork_lets_go_of_nothing_that_is_on_the_device_of_its_parent(file: Path) -> None:
+    lane = WatchedLane()
+    streams = [streaming(file, lane)]
+    for number in range(3):
+        use(streams[0], number)
+    tensors = [streams[0].claim(number, "visit", holding=number > 3) for number in range(3, 6)]
+
+    def check() -> bool:
+        for number in range(3, 6):
+            streams[0].release(number, "visit")
+        streams.pop().close()
+        tensors.clear()
+        return lane.left == [True, True]
+
+    assert in_a_child(check)
+    for number in range(3, 6):
+        streams[0].release(number, "visit")
+    tensors.clear()
+    streams.pop().close()
+    assert lane.left == [False, False]
+
+
+LARGE = (300 << 10) + 40
+
+
+@pytest.fixture(params=[0, 8, 4096])
+def large(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[Piece]]:
+    """Six pages of two tensors, large enough to be read directly, that begin somewhere in a file."""
+    path, head = tmp_path / "large", int(request.param)
+    values = [torch.full((LARGE,), number, dtype=torch.uint8).numpy().tobytes() for number in range(12)]
+    path.write_bytes(bytes(head) + b"".join(values))
+    pieces = [Piece(Extent(path, head + number * LARGE, LARGE), torch.uint8, (LARGE,), (1,)) for number in range(12)]
+    return [pieces[number : number + 2] for number in range(0, 12, 2)]
+
+
+@pytest.mark.parametrize("order", [[*range(6)] * 4, [5, 0, 3, 3, 1] * 4], ids=str)
+def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[Piece]], lane: Lane, order: list[int]) -> None:
+    stream = Stream(large, lane, ring=2)
+    for number in order:
+        tensors = stream.claim(number, "visit")
+        assert tensors is not None
+        for tensor, expected in zip(tensors, (2 * number, 2 * number + 1), strict=True):
+            assert tensor.data_ptr() % 64 == 0 or isinstance(lane, LateLane)  # whose memory begins anywhere
+            assert torch.equal(tensor, torch.full((LARGE,), expected, dtype=torch.uint8))
+        stream.release(number, "visit")
+    assert stream.nbytes <= stream.room
+
+
+def test_a_ring_of_bytes_holds_as_many_pages_as_fit(file: Path) -> None:
+    assert Stream([page(file, 0)], CpuLane(), ring="1MB").room == PAGE  # all that there is
+    payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(8)]
+    stream = Stream([[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads], CpuLane(), ring=f"{3 * PAGE + 100}")
+    use(stream, 0)
+    assert eventually(lambda: [payload.reads for payload in payloads] == [1, 1, 1, 0, 0, 0, 0, 0])
+    assert stream.nbytes == stream.room == 3 * PAGE + 100
+
+
+def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, lane: Lane) -> None:
+    stream = Stream([page(file, number) for number in range(8)], lane, ring=f"{PAGE}")
+    for number in [*range(8), 3, 3, 0]:
+        use(stream, number)
+    assert stream.nbytes == PAGE
+
+
+def test_a_page_that_does_not_fit_is_told_with_the_numbers(file: Path) -> None:
+    with pytest.raises(OverBudget, match=r"largest block takes 4\.10 kB.* may take 4\.00 kB") as told:
+        Stream([page(file, number) for number in range(8)], CpuLane(), ring="4KB")
+    assert (told.value.needed, told.value.available) == (PAGE, 4000)
+
+
+@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, MemoryError], ids=lambda fault: fault.__name__)
+def test_a_reader_that_is_stopped_is_told_and_replaced(file: Path, fault: type[BaseException]) -> None:
+    stream, payloads = counted(file)
+    chunks = payloads[3].chunks
+
+    def stopping() -> Iterator[memoryview]:
+        raise fault
+
+    for _ in range(5):  # more often than there are readers
+        payloads[3].chunks = stopping  # type: ignore[method-assign]  # the fault that is struck
+        with pytest.raises(MemoryError if fault is MemoryError else LoadError):
+            stream.claim(3, object())
+    payloads[3].chunks = chunks  # type: ignore[method-assign]  # which is taken away again
+    for number in range(8):
+        use(stream, number)
+
+
+def test_a_reader_that_is_slow_holds_up_nobody_who_needs_another_page(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    use(stream, 0)
+    payloads[2].go.clear()
+    use(stream, 1)  # behind which the second is read ahead, and stays on its way
+    use(stream, 6)
+    use(stream, 7)
+    payloads[2].go.set()
+    use(stream, 2)
+
+
+def test_a_rest_is_when_what_is_read_ahead_has_come_or_failed(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    payloads[1].go.clear()
+    payloads[2].fails = True
+    use(stream, 0)  # behind which these two are read ahead
+    assert eventually(lambda: payloads[1].reads == payloads[2].reads == 1)
+    resting = threading.Thread(target=stream.rest)
+    resting.start()
+    resting.join(0.05)
+    assert resting.is_alive()
+    payloads[1].go.set()
+    resting.join(200)
+    assert not resting.is_alive()
+    assert stream._pages[1].there
+    assert stream._pages[2].failed
+
+
+def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
+    stream, payloads = counted(file, ring=8)
+    for payload in payloads:
+        payload.go.clear()
+    thread = threading.Thread(target=use, args=(stream, 0))  # and the others behind it
+    thread.start()
+    assert eventually(lambda: sum(payload.reads for payload in payloads) == _READERS)  # all are busy, and held up
+    needed = threading.Thread(target=use, args=(stream, 7))
+    needed.start()
+    assert eventually(lambda: len(stream._pages[7].holders) == 1)
+    payloads[0].go.set()
+    assert eventually(lambda: payloads[7].reads == 1)  # the one reader that could go on took it
+    assert sum(payload.reads for payload in payloads) == _READERS + 1
+    for payload in payloads:
+        payload.go.set()
+    for each in (thread, needed):
+        each.join(200)
+
+
+def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    order = [0, 3, 1, 7, 7, 2]
+
+    def cycle() -> None:
+        for number in order:
+            use(stream, number)
+
+    moment = 0
+    while interrupted(cycle, moment):
+        for number in order:  # what a block lets go of at the next forward of its thread
+            for visit in list(stream._pages[number].holders):
+                stream.release(number, visit)
+        cycle()
+        moment += 2
+    assert moment > 500
+    stream.close()
+    assert stream.nbytes == 0
+
+
+def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(file: Path, lane: Lane) -> None:
+    moment, goes_on = 0, True
+    while goes_on:
+        stream = streaming(file, lane, ring=4)
+        use(stream, 0)
+        goes_on = interrupted(stream.close, moment)
+        stream.close()
+        assert stream.nbytes == 0
+        assert stream.claim(1, "visit") is None
+        moment += 1
+    assert moment > 10
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")]
+
+
+@pytest.fixture
+def no_readers() -> None:
+    """There are none of earlier tests."""
+    gc.collect()
+    assert eventually(lambda: not readers())
+
+
+@pytest.mark.usefixtures("no_readers")
+def test_readers_that_have_nothing_to_do_end(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane)
+    for _ in range(2):
+        use(stream, 0)
+        assert eventually(lambda: not readers())
+
+
+def closing(stream: Stream) -> threading.Thread:
+    """A thread that is about to close *stream*."""
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    assert eventually(lambda: stream._closed)
+    return thread
+
+
+@pytest.mark.usefixtures("no_readers")
+def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(file: Path) -> None:
+    parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * _READERS)]
+    behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * _READERS * READ,), (1,))]
+    stream = Stream([page(file, 0), behind], CpuLane())
+    for part in parts:
+        part.go.clear()
+    use(stream, 0)
+    assert eventually(lambda: sum(part.reads for part in parts) == _READERS)
+    thread = closing(stream)
+    assert stream.nbytes == 0
+    assert stream.claim(1, "visit") is None
+    thread.join(0.05)
+    assert thread.is_alive()
+    for part in parts:
+        part.go.set()
+    thread.join(200)
+    assert not thread.is_alive()
+    assert not readers()
+    assert sum(part.reads for part in parts) == _READERS
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_path: Path) -> None:
+    nbytes = 16 << 20
+    with open(tmp_path / "large", "wb") as large:
+        large.truncate(4 * nbytes)
+    pieces = [Piece(Extent(tmp_path / "large", at, nbytes), torch.uint8, (nbytes,), (1,)) for at in range(0, 4 * nbytes, nbytes)]
+    memory = 0
+    for lap in range(4):
+        stream = Stream([[piece] for piece in pieces], CpuLane(), ring=4)
+        stream.claim(0, "visit")
+        stream.release(0, "visit")
+        stream.close()
+        memory = memory if lap else anonymous_memory()
+        assert anonymous_memory() - memory < nbytes // 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["as it lies", "cast"])
+def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    nbytes = 16 << 20
+    path = tmp_path / "short"
+    path.write_bytes(bytes(nbytes + 4096))
+    payload: Payload = Extent(path, 4096, nbytes)
+    if dtype is torch.float32:
+        payload = Cast(Extent(path, 4096, nbytes // 2), parse_dtype("bf16"), parse_dtype("fp32"))
+    memory, kept = 0, []
+    for lap in range(5):
+        stream = Stream([[Piece(payload, dtype, (nbytes // dtype.itemsize,), (1,))]], CpuLane())
+        os.truncate(path, nbytes // 4)
+        with pytest.raises(FormatError) as error:
+            stream.claim(0, "visit")
+        kept.append(error)
+        stream.close()
+        memory = memory if lap else anonymous_memory()
+        assert anonymous_memory() - memory < nbytes // 2
+
+
+def anonymous_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.usefixtures("no_readers")
+def test_a_close_waits_for_what_another_thread_needs_and_may_be_repeated(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[0].go.clear()
+    got: list[tuple[torch.Tensor, ...] | None] = []
+    needing = threading.Thread(target=lambda: got.append(stream.claim(0, "visit")))
+    needing.start()
+    assert eventually(lambda: payloads[0].reads == 1)
+    closes = [closing(stream), closing(stream)]
+    payloads[0].go.set()
+    for thread in (needing, *closes):
+        thread.join(200)
+        assert not thread.is_alive()
+    assert not readers()
+    assert got[0] is not None
+    assert torch.equal(got[0][0], value(0))
+    stream.release(0, "visit")
+    assert stream.nbytes == 0
+
+
+def test_a_reader_that_closes_waits_for_no_reader(file: Path) -> None:
+    def closing() -> None:
+        stream.close()
+
+    stream = Stream([page(file, number) for number in range(8)], CpuLane(), verify=closing)
+    assert stream.claim(0, "visit") is not None
+    assert stream.claim(1, "another") is None
+
+
+def test_a_close_in_the_middle_of_something_else_of_its_thread_waits_for_nobody(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[1].go.clear()
+    use(stream, 0)
+    assert eventually(lambda: payloads[1].reads == 1)
+    with stream.lock:  # as where the garbage collector runs a finalizer
+        stream.close()
+    payloads[1].go.set()
+    assert stream.claim(1, "visit") is None
+
+
+@forks
+@threaded
+@pytest.mark.usefixtures("one_thread")
+def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_there(file: Path) -> None:
+    stream, payloads = counted(file)
+    payloads[1].go.clear()
+    use(stream, 0)
+    assert eventually(lambda: payloads[1].reads == 1)
+
+    def closed() -> bool:
+        stream.close()
+        return stream.claim(0, "visit") is None
+
+    assert in_a_child(closed)
+    payloads[1].go.set()
+    stream.close()
+    assert in_a_child(lambda: stream.claim(0, "visit") is None)
+
+
+def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: Lane) -> None:
+    stream = streaming(file, lane, ring=8)
+    for _ in range(50):
+        for number in range(8):
+            use(stream, number)
+    assert all(place is not None and len(place.after) <= 1 for place in (page.place for page in stream._pages))
