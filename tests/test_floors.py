@@ -10,20 +10,49 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+
 from repository import ROOT as REPOSITORY
 
 ROOT = REPOSITORY / "shardkit"
 
-# One line per package, in order; its modules in the order in which they may import each other. A module in brackets is a package.
-PACKAGES = """
-@PACKAGES@
-"""
-LOAD = """
-@LOAD@
-"""
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MOST = 16  # modules in one package
+
+
+def listed(title: str) -> list[tuple[str, list[str]]]:
+    """The packages of a list in CONTRIBUTING, each with the names of its modules."""
+    block = CONTRIBUTING.partition(f"<!-- {title} -->\n```\n")[2].partition("\n```")[0]
+    lines: list[tuple[str, list[str]]] = []
+    for line in block.splitlines():
+        package, *names = ["", *line.split()] if line.startswith(" ") else line.split()
+        if package:
+            lines.append((package, names))
+        else:
+            lines[-1][1].extend(names)
+    return lines
+
+
+def module_at(package: str, name: str) -> str:
+    return package if name == "__init__" else f"{package}.{name}"
+
+
+def in_order() -> Iterator[tuple[str, str]]:
+    """Every module on the map with its package, from the ground up; a package itself stands before its modules."""
+    for package, names in listed("the packages of shardkit"):
+        if package == "load":
+            for part, inside in listed("the packages of shardkit.load"):
+                prefix = "load" if part == "top" else f"load.{part}"
+                yield from ((prefix, module_at(prefix, name)) for name in inside)
+        elif package == "plugin":
+            yield "plugin", "plugin"
+        else:
+            top = package in ("words", "top")
+            yield from ((package, name if top else module_at(package, name)) for name in names)
+
 
 # What comes from outside the standard library or prints, and the only places that may know it: modules or packages.
 ONLY_IN = {
@@ -41,7 +70,8 @@ ONLY_IN = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}
 
-HEIGHT = {room: (floor, place) for floor, line in enumerate(FLOORS) for place, room in enumerate(line.split())}
+MAP = dict((module, package) for package, module in in_order())
+HEIGHT = {module: height for height, module in enumerate(MAP)}
 
 
 def module_name(path: Path) -> str:
@@ -51,13 +81,6 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def room_of(module: str) -> str:
-    """The entry of the table that *module* belongs to: its own, or that of the package around it."""
-    while module not in HEIGHT and "." in module:
-        module = module.rpartition(".")[0]
-    return module
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -80,27 +103,47 @@ def own_module(name: str) -> str:
     return inside or "__init__"
 
 
+def is_bare_package(module: str) -> bool:
+    """Whether *module* is an `__init__` that holds nothing but its docstring."""
+    return MODULES[module].stem == "__init__" and len(tree_of(module).body) <= 1
+
+
+@cache
 def tree_of(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_stands_on_a_floor(module: str) -> None:
-    assert room_of(module) in HEIGHT, f"{module} is not in the table of floors"
+def test_the_map_shows_every_module_once() -> None:
+    shown = [module for _, module in in_order()]
+    assert sorted(shown) == sorted(set(shown))
+    assert {module for module in MODULES if not is_bare_package(module)} == set(shown)
 
 
-def test_no_room_stands_in_the_table_twice() -> None:
-    assert sum(len(line.split()) for line in FLOORS) == len(HEIGHT)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_below(module: str) -> None:
-    here = room_of(module)
+@pytest.mark.parametrize("module", MAP)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
     for name in imported(tree_of(module)):
-        if name.split(".")[0] == "shardkit":
-            there = room_of(own_module(name))
-            inside_one_package = there == here and "." in module + own_module(name)
-            assert HEIGHT[there] < HEIGHT[here] or inside_one_package, f"{module} imports {name} from above"
+        if name.split(".")[0] == "shardkit" and not is_bare_package(there := own_module(name)):
+            assert HEIGHT[there] < HEIGHT[module] or there == module, f"{module} imports {name} from above"
+
+
+def test_no_package_is_crowded() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    crowded = {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py"))) - 1) > MOST}
+    assert not crowded
+
+
+def test_every_step_of_the_main_paths_exists() -> None:
+    drawings = CONTRIBUTING.partition("### The two main paths")[2].partition("\n## ")[0]
+    steps = re.findall(r"^[ │├└]*((?:[a-z_]+\.)+\w+)", drawings, re.MULTILINE)
+    assert len(steps) > 20
+    for step in steps:
+        module = own_module(f"shardkit.{step}")
+        inside = step.removeprefix(module).strip(".")
+        found: ast.AST | None = tree_of(module)
+        for part in inside.split(".") if inside else ():
+            assert found is not None
+            found = next((n for n in ast.iter_child_nodes(found) if getattr(n, "name", None) == part), None)
+        assert found is not None, f"{step} is not there"
 
 
 @pytest.mark.parametrize("module", MODULES)

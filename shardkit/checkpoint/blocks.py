@@ -33,7 +33,7 @@ _OUTPUT = re.compile(r"head|classifier|score|pooler|_out$|(^|[._])(out|output|cl
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockEntries:
     """Tensors that are run as one.
 
     Attributes:
@@ -49,7 +49,7 @@ class Block:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | None = None) -> tuple[Block, ...]:
+def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | None = None) -> tuple[BlockEntries, ...]:
     """All *entries* as blocks, in the order in which they are likely to be run.
 
     Args:
@@ -67,7 +67,7 @@ def named_blocks(entries: Iterable[TensorEntry], no_split: re.Pattern[str] | Non
     for entry in entries:
         found[homes[paths[entry.name]]].append(entry)
     in_order = _by_words(_by_tree(found)) if _says_nothing(entries) else _by_tree(found)
-    return tuple(Block(".".join(path), tuple(found[path])) for path in in_order)
+    return tuple(BlockEntries(".".join(path), tuple(found[path])) for path in in_order)
 
 
 def refuse_unfound(no_split: re.Pattern[str] | None, entries: Iterable[TensorEntry]) -> None:
@@ -199,7 +199,7 @@ ALIGNMENT = 64
 _EXPERT = re.compile(r"(.*?expert\w{0,20}?[._])(\d{1,9})(?=\.|$)")
 
 
-def arranged(block: Block) -> Block:
+def arranged(block: BlockEntries) -> BlockEntries:
     """*block* with its tensors in the order in which they are to be written."""
     rest, experts = _experts(block.entries)
     even, odd = _parted(rest)
@@ -216,7 +216,7 @@ def misaligned(entries: Iterable[TensorEntry], *, at: int = 0) -> bool:
     return any(start % entry.dtype.itemsize for entry, start in zip(entries, starts, strict=False))
 
 
-def reordered(blocks: Sequence[Block], names: Iterable[str]) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+def reordered(blocks: Sequence[BlockEntries], names: Iterable[str]) -> tuple[tuple[BlockEntries, ...], tuple[BlockEntries, ...]]:
     """Those of *blocks* that *names* call, in the order in which they are first called, and those that they do not.
 
     Args:

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import Never
 
+from shardkit.cli.interruption import Terminated, signals_raise
 from shardkit.cli.output.printing import (
     Role,
     flush,
@@ -37,12 +34,6 @@ from shardkit.errors import ShardkitError
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
 _COMPARING = ("diff", "verify")  # their exit codes are those of cmp and diff
 _COMPLETION = "_SHARDKIT_COMPLETE"  # what the shell sets when it asks for completions, by the convention of click
-
-
-class Terminated(BaseException):
-    """SIGTERM has come."""
-
-    exit_code = 128 + signal.SIGTERM
 
 
 def run() -> Never:
@@ -126,20 +117,3 @@ def _explain(sentence: str, hint: str | None) -> None:
     say(f"{painted('shardkit:', Role.ERROR)} {printable(sentence)}")
     if hint:
         say(f"{painted('hint:', Role.HINT)} {printable(hint)}")
-
-
-@contextmanager
-def signals_raise() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, as Python itself raises KeyboardInterrupt on Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

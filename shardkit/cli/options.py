@@ -120,9 +120,9 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         **others: object,
     ) -> object:
         from shardkit.cli.run_conversion import Writing
-        from shardkit.planning.prepare import Terms
+        from shardkit.planning.prepare import ConversionOptions
 
-        terms = Terms(max_shard, format, not no_companions, checksum, compress, limits)
+        terms = ConversionOptions(max_shard, format, not no_companions, checksum, compress, limits)
         writing = Writing(jobs, not no_fsync, dry_run, overwrite, as_json, quiet)
         return command(*args, terms=terms, writing=writing, **others)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardkit.cli import Terminated
+from shardkit.cli.interruption import Terminated
 from shardkit.cli.output.printing import named, put_json, say
 from shardkit.system.progress import progress
 

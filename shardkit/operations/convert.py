@@ -20,7 +20,7 @@ from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown_path
 from shardkit.limits import Limits
 from shardkit.operations.integrity import refuse_changed, refuse_damaged
 from shardkit.planning.output_path import check_output, check_room, partial_folder
-from shardkit.planning.prepare import Conversion, Terms, prepare, scratch_beside
+from shardkit.planning.prepare import Conversion, ConversionOptions, prepare, scratch_beside
 from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
 from shardkit.writing.compress import Saving, saving
@@ -138,7 +138,7 @@ def convert(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    terms = Terms(max_shard, format, with_companions, checksum, compress, limits)
+    terms = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare(src, out, edits, terms)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)

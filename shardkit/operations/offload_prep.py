@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from shardkit.checkpoint.blocks import Block, heads, named_blocks, refuse_unfound, reordered
+from shardkit.checkpoint.blocks import BlockEntries, heads, named_blocks, refuse_unfound, reordered
 from shardkit.checkpoint.edits import Edited, Edits, Ties
 from shardkit.checkpoint.entries import Checkpoint, TensorEntry
 from shardkit.errors import PlanError, listed, shown, shown_path
@@ -27,7 +27,7 @@ from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import unreadable
 from shardkit.planning.output_path import default_output
 from shardkit.planning.plan import OutputFile, Plan, plan_blocks
-from shardkit.planning.prepare import Conversion, Terms, prepare
+from shardkit.planning.prepare import Conversion, ConversionOptions, prepare
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments, registry
 from shardkit.system.progress import OnBytes
@@ -98,7 +98,7 @@ def offload_prep(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    terms = Terms(max_shard, format, with_companions, checksum, compress, limits)
+    terms = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare_offload(src, out, edits, terms, blocks=blocks, order=order)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
@@ -108,7 +108,7 @@ def prepare_offload(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
-    terms: Terms = Terms(),
+    terms: ConversionOptions = ConversionOptions(),
     *,
     blocks: str | re.Pattern[str] | None = None,
     order: Sequence[str] | None = None,
@@ -228,7 +228,7 @@ def _unknown(names: Iterable[str], entries: Iterable[TensorEntry]) -> Iterator[s
         yield f"in the order, but not in the checkpoint: {_listed(unknown)}"
 
 
-def _in_order(blocks: Sequence[Block], names: Sequence[str]) -> tuple[tuple[Block, ...], str]:
+def _in_order(blocks: Sequence[BlockEntries], names: Sequence[str]) -> tuple[tuple[BlockEntries, ...], str]:
     """*blocks* in the order of *names*, and a sentence on those that these leave out; "" if there are none."""
     called, silent = reordered(blocks, names)
     if not called:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.checkpoint.blocks import Block, named_blocks, refuse_unfound
+from shardkit.checkpoint.blocks import BlockEntries, named_blocks, refuse_unfound
 from shardkit.checkpoint.device_fit import CPU, DISK, Fit, fit
 from shardkit.checkpoint.edits import cast_to, fold_ties
 from shardkit.checkpoint.entries import Checkpoint, LeftOut
@@ -38,7 +38,7 @@ class Placed:
     source: Path
     format: str
     dtype: str | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockEntries, ...]
     fit: Fit
     aliases: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
@@ -61,7 +61,7 @@ class Placed:
         return next(iter(self.fit.budgets))
 
     @property
-    def largest(self) -> Block:
+    def largest(self) -> BlockEntries:
         """The largest block."""
         return max(self.blocks, key=lambda block: block.nbytes)
 

@@ -1,1 +1,13 @@
-"""shardkit/pickles."""
+"""The unpickler that executes nothing: a pickle becomes plain objects, and the tensors in them addresses.
+
+The files of torch have had several forms. `shardkit.formats` has a module for each, and all of them read their pickles here::
+
+    until 0.1.9    a tar archive                         not read, but named
+    until 1.5      five pickles, then the storages       formats.torch_legacy
+    since 1.6      a zip archive: data.pkl, data/0, …    formats.torch_zip
+    TorchScript    the same, with code and constants     formats.torch_script
+
+The way of a pickle::
+
+    bytes ─ machine, opcodes ─→ objects ─ torch_globals ─→ tensors on storages ─ walk ─→ named entries
+"""

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from shardkit.brief import brief
 from shardkit.checkpoint import tie_records
-from shardkit.checkpoint.blocks import Block, arranged, misaligned
+from shardkit.checkpoint.blocks import BlockEntries, arranged, misaligned
 from shardkit.checkpoint.edits import Edited
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import Unwritable
@@ -142,7 +142,7 @@ def plan_folder(
 
 def plan_blocks(
     edited: Edited,
-    blocks: Iterable[Block],
+    blocks: Iterable[BlockEntries],
     origin: Origin,
     *,
     algorithm: str,
@@ -203,12 +203,12 @@ def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEn
         yield tuple(run)
 
 
-def by_block(blocks: Iterable[Block], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[Block, ...]]:
+def by_block(blocks: Iterable[BlockEntries], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[BlockEntries, ...]]:
     """Cut *blocks* into shards whose *size* is at most *limit* bytes; only a block that alone is larger is cut itself.
 
     A block that would be out of step with its types behind the one before it begins a shard as well.
     """
-    shard: list[Block] = []
+    shard: list[BlockEntries] = []
     room, filled = limit, 0
     for block in blocks:
         for entries in by_size(block.entries, limit, size) if sum(map(size, block.entries)) > limit else (block.entries,):
@@ -266,7 +266,7 @@ def _folder(
 
 
 def _record(
-    origin: Origin, algorithm: str, shards: Sequence[OutputFile], cuts: Sequence[Sequence[Block]], heads: Sequence[bytes]
+    origin: Origin, algorithm: str, shards: Sequence[OutputFile], cuts: Sequence[Sequence[BlockEntries]], heads: Sequence[bytes]
 ) -> OffloadRecord:
     known = [Shard(file.name, file.nbytes, hashlib.sha256(head).hexdigest()) for file, head in zip(shards, heads, strict=True)]
     runs: list[BlockRun] = []

@@ -61,7 +61,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class ConversionOptions:
     """How a source is read and its output laid out, whatever is edited.
 
     Attributes:
@@ -122,7 +122,7 @@ def prepare(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
-    terms: Terms = Terms(),
+    terms: ConversionOptions = ConversionOptions(),
     *,
     planner: Planner = plan_by_size,
 ) -> Conversion:

@@ -22,7 +22,7 @@ from shardkit.operations.convert import Report, carry_out
 from shardkit.operations.offload_prep import prepare_offload
 from shardkit.payloads.payload import Extent, Literal, Trailer
 from shardkit.planning.plan import OutputFile
-from shardkit.planning.prepare import Terms, prepare
+from shardkit.planning.prepare import ConversionOptions, prepare
 
 MAX_SHARD = "7kB"
 FOREIGN = {"mine.txt": b"mine", "out.old/mine.txt": b"mine too", "out.partial.old/.shardkit-journal": b"mine as well"}
@@ -190,7 +190,7 @@ def _recorded(journal: Path) -> int:
 def _convert(source: Path, out: Path, **options: object) -> Report:
     edits = Edits()
     checksum = options.get("checksum")
-    conversion = prepare(source, out, edits, Terms(MAX_SHARD, checksum=None if checksum is None else str(checksum)))
+    conversion = prepare(source, out, edits, ConversionOptions(MAX_SHARD, checksum=None if checksum is None else str(checksum)))
     return carry_out(conversion, jobs=1, overwrite=bool(options.get("overwrite")))
 
 
@@ -199,7 +199,7 @@ def _folder(source: Path, work: Path) -> Report:
 
 
 def _together(source: Path, work: Path) -> Report:
-    return carry_out(prepare(source, work / "out", Edits(), Terms(MAX_SHARD)), jobs=3)
+    return carry_out(prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=3)
 
 
 def _deep(source: Path, work: Path) -> Report:
@@ -219,11 +219,11 @@ def _summed(source: Path, work: Path) -> Report:
 
 
 def _by_blocks(source: Path, work: Path) -> Report:
-    return carry_out(prepare_offload(source, work / "out", Edits(), Terms(MAX_SHARD)), jobs=1)
+    return carry_out(prepare_offload(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=1)
 
 
 def _compressed(source: Path, work: Path) -> Report:
-    return carry_out(prepare(source, work / "out", Edits(), Terms(MAX_SHARD, compress="zstd")), jobs=1)
+    return carry_out(prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD, compress="zstd")), jobs=1)
 
 
 def _overwrite(source: Path, work: Path) -> Report:
@@ -260,7 +260,7 @@ def _interrupted(source: Path, work: Path) -> None:
 
 
 def _trailed(source: Path, work: Path) -> Report:
-    conversion = prepare(source, work / "out", Edits(), Terms(MAX_SHARD))
+    conversion = prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD))
     weights = Extent(source / "model.safetensors", 1000, 9000)
     archive = OutputFile("archive.bin", (Literal(b"begin"), weights, Trailer(8, _table), Literal(b"end")))
     return carry_out(replace(conversion, plan=replace(conversion.plan, files=(*conversion.plan.files, archive))), jobs=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardkit.load.devices.transfers import Instant, Moment, Ticket
+from shardkit.load.devices.transfers import Instant, Ticket, Timestamp
 from shardkit.load.memory.allocate import aligned, private
 
 
@@ -78,7 +78,7 @@ class LateLane:
     def issued(self, memory: torch.Tensor) -> Ticket:
         return LateTicket(self, 0)
 
-    def moment(self) -> Moment:
+    def moment(self) -> Timestamp:
         return Instant(time.perf_counter())
 
     def run_until(self, number: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from repository import ROOT
-
 import fcntl
 import os
 import pty
@@ -17,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
+
+from repository import ROOT
 
 _ROWS = 50
 

@@ -28,7 +28,7 @@ from shardkit.load import (
     save,
 )
 from shardkit.load.lazy.streamed_weight import Streamed
-from shardkit.load.memory.pinned_payload import Kept
+from shardkit.load.memory.pinned_payload import PinnedPayload
 
 pytestmark = needs_one
 
@@ -167,7 +167,7 @@ def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: t
     for _ in range(3):
         assert torch.equal(model(IDS), expected)
     storages = [each.recipe.storage for each in model.parameters() if isinstance(each, Streamed)]
-    blocks = {each.block for each in storages if isinstance(each, Kept)}
+    blocks = {each.block for each in storages if isinstance(each, PinnedPayload)}
     assert len(blocks) == LAYERS
     assert all(block.memory.is_pinned() and len(block.memory) == BLOCK for block in blocks)
     assert host_bytes() <= pinned_by_torch

@@ -20,7 +20,7 @@ from shardkit.checkpoint.edits import Edits
 from shardkit.errors import BadDType, BadSize, NameClash, NothingSelected, PlanError, UnknownFormat, Unwritable
 from shardkit.limits import Limits
 from shardkit.operations.convert import carry_out
-from shardkit.planning.prepare import Terms, prepare
+from shardkit.planning.prepare import ConversionOptions, prepare
 from shardkit.writing.copier import Engine
 from shardkit.writing.writer import bytes_to_store
 from truth import values
@@ -275,9 +275,9 @@ def test_what_is_no_checkpoint_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_preparing_decides_everything_and_writes_nothing(source: Path, tmp_path: Path) -> None:
-    conversion = prepare(source, tmp_path / "out", Edits(), Terms("3kB"))
+    conversion = prepare(source, tmp_path / "out", Edits(), ConversionOptions("3kB"))
     assert os.listdir(tmp_path) == ["big.bin"]
-    assert conversion.plan.digest == prepare(source, tmp_path / "out", Edits(), Terms("3kB")).plan.digest
+    assert conversion.plan.digest == prepare(source, tmp_path / "out", Edits(), ConversionOptions("3kB")).plan.digest
     assert 0 < bytes_to_store(conversion.plan, tmp_path) <= conversion.plan.nbytes  # less where clones take no room
     report = carry_out(conversion)
     sizes = {file.name: file.nbytes for file in conversion.plan.files}

@@ -29,7 +29,7 @@ from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import Extent, Literal
 from shardkit.planning.frames import FRAME, cut
 from shardkit.planning.plan import OutputFile
-from shardkit.planning.prepare import Terms, prepare
+from shardkit.planning.prepare import ConversionOptions, prepare
 from shardkit.sources import registry
 from shardkit.writing.compress import Saving, write_compressed
 from truth import values
@@ -177,7 +177,7 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(source: Path, tmp_path: 
 def test_progress_is_that_of_what_is_compressed(source: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     shardkit.convert(source, tmp_path / "out", compress="zstd", on_bytes=counts.append)
-    assert sum(counts) == prepare(source, tmp_path / "other", Edits(), Terms(compress="zstd")).plan.nbytes
+    assert sum(counts) == prepare(source, tmp_path / "other", Edits(), ConversionOptions(compress="zstd")).plan.nbytes
 
 
 def test_one_file_may_be_compressed(source: Path, tmp_path: Path) -> None:

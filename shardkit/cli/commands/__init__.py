@@ -1,1 +1,1 @@
-"""shardkit/cli/commands."""
+"""The commands, a module for each, imported only when it is asked for."""

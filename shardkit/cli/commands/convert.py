@@ -14,7 +14,7 @@ from shardkit.cli.command import Command
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits
     from shardkit.cli.run_conversion import Writing
-    from shardkit.planning.prepare import Terms
+    from shardkit.planning.prepare import ConversionOptions
 
 
 @click.command(
@@ -45,7 +45,7 @@ def command(
     source: str,
     output: str | None,
     edits: Edits,
-    terms: Terms,
+    terms: ConversionOptions,
     writing: Writing,
 ) -> None:
     """Write the checkpoint SRC as safetensors shards of bounded size.
@@ -63,7 +63,7 @@ def command(
     write("convert", prepare(source, output, edits, terms), begun, writing)
 
 
-def _refuse_shards_of_one_file(context: click.Context, output: str | None, terms: Terms) -> None:
+def _refuse_shards_of_one_file(context: click.Context, output: str | None, terms: ConversionOptions) -> None:
     from click.core import ParameterSource
 
     from shardkit.sources import registry

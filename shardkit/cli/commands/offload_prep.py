@@ -14,7 +14,7 @@ from shardkit.cli.command import Command
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits
     from shardkit.cli.run_conversion import Writing
-    from shardkit.planning.prepare import Terms
+    from shardkit.planning.prepare import ConversionOptions
 
 
 @click.command(
@@ -65,7 +65,7 @@ def command(
     model_class: bool,
     order: str | None,
     edits: Edits,
-    terms: Terms,
+    terms: ConversionOptions,
     writing: Writing,
 ) -> None:
     """Write the checkpoint SRC as a folder from which a model larger than memory streams with one read per block.

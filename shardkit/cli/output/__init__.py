@@ -1,1 +1,1 @@
-"""shardkit/cli/output."""
+"""What renders results, for a person and for a machine. Nothing else prints."""

@@ -1,1 +1,1 @@
-"""shardkit/load/devices."""
+"""Devices: how much each may hold, memory that they copy out of, and the transfers to them."""

@@ -43,7 +43,7 @@ class Ticket(Protocol):
         ...
 
 
-class Moment(Protocol):
+class Timestamp(Protocol):
     """When a device has done all that one thread had issued."""
 
     @property
@@ -51,12 +51,12 @@ class Moment(Protocol):
         """Whether it has."""
         ...
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: Timestamp) -> float:
         """The time from *earlier*, which is of the same device, to here; returns when this has passed."""
         ...
 
 
-class Lane(Protocol):
+class DeviceTransfer(Protocol):
     """The way to the memory of one device; any thread may use it."""
 
     @property
@@ -107,18 +107,18 @@ class Lane(Protocol):
         """All that this thread has issued so far, which may use *memory*."""
         ...
 
-    def moment(self) -> Moment:
+    def moment(self) -> Timestamp:
         """When all is done that this thread has issued so far."""
         ...
 
 
-def lane_to(device: torch.device) -> Lane:
+def lane_to(device: torch.device) -> DeviceTransfer:
     """The lane to *device*.
 
     Raises:
         LoadError: there can be none.
     """
-    return CpuLane() if device.type == "cpu" else AcceleratorLane(device)
+    return CpuTransfer() if device.type == "cpu" else AcceleratorTransfer(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,13 @@ class Instant:
     def passed(self) -> bool:
         return True
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: Timestamp) -> float:
         assert isinstance(earlier, Instant)
         return self.at - earlier.at
 
 
 @dataclass(frozen=True, slots=True)
-class CpuLane:
+class CpuTransfer:
     """To main memory: what is written is there."""
 
     @property
@@ -176,11 +176,11 @@ class CpuLane:
     def issued(self, memory: torch.Tensor) -> Ticket:
         return Done()
 
-    def moment(self) -> Moment:
+    def moment(self) -> Timestamp:
         return Instant(time.perf_counter())
 
 
-class AcceleratorLane:
+class AcceleratorTransfer:
     """To the memory of an accelerator, by a stream of its own."""
 
     apart = True
@@ -226,7 +226,7 @@ class AcceleratorLane:
         memory.record_stream(stream)  # its allocator must not give the memory away while that work may run
         return _Event.after(stream)
 
-    def moment(self) -> Moment:
+    def moment(self) -> Timestamp:
         if self.device.type != "cuda":  # others may have no clock, and then the time is that of issuing
             return Instant(time.perf_counter())
         event = torch.Event(device=self.device, enable_timing=True)
@@ -277,7 +277,7 @@ class _Mark:
     def passed(self) -> bool:
         return self.event.query()
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: Timestamp) -> float:
         assert isinstance(earlier, _Mark)
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1000

@@ -1,1 +1,1 @@
-"""shardkit/load/diagnostics."""
+"""`explain`: why each part of a model is where it is, and what a forward takes, predicted beside measured."""

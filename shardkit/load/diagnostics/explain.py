@@ -25,7 +25,7 @@ from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.blocks import cut
 from shardkit.load.modules.model_group import Pipeline
 from shardkit.load.modules.sizes import prefixes
-from shardkit.load.modules.weights import Seat, Weight, weights_of
+from shardkit.load.modules.weights import ParameterSlot, Weight, weights_of
 from shardkit.load.performance.bandwidth import Product, Rates, common_product, measure
 from shardkit.load.performance.cost_model import predict, step_of
 from shardkit.load.placement.device_map import covers, device_of, inside
@@ -108,7 +108,7 @@ class _Found:
     """
 
     model: nn.Module
-    pagers: Mapping[Seat, Pager]
+    pagers: Mapping[ParameterSlot, Pager]
     names: Mapping[Pager, str]
     clock: Clock | None
     device_map: Mapping[str, Device]

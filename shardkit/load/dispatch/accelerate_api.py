@@ -24,9 +24,9 @@ from torch import nn
 
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key
-from shardkit.load.dispatch.attach import Wish, arrange, check_ring, kept_addresses, reported_map
+from shardkit.load.dispatch.attach import DispatchConfig, arrange, check_ring, kept_addresses, reported_map
 from shardkit.load.dispatch.offload_to_disk import fill_empty, spill
-from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.loading import install
 from shardkit.load.loading.load_checkpoint import (
@@ -37,14 +37,14 @@ from shardkit.load.loading.load_checkpoint import (
     torch_device,
     without_meaning,
 )
-from shardkit.load.loading.match import Home
+from shardkit.load.loading.match import Match
 from shardkit.load.modules.blocks import Cut
 from shardkit.load.modules.sizes import class_names
 from shardkit.load.modules.weights import weights_of
 from shardkit.load.performance.bandwidth import Rates, rates_for
 from shardkit.load.performance.cost_model import Ring
 from shardkit.load.placement.device_map import DeviceMap, check_device_map, device_of
-from shardkit.load.placement.resolve_device_map import Terms
+from shardkit.load.placement.resolve_device_map import PlacementOptions
 
 _Model = TypeVar("_Model", bound=nn.Module)
 AnyDevice = str | int | torch.device
@@ -116,11 +116,11 @@ def load_checkpoint_and_dispatch(
         )
         return model
     target, no_split = floating(dtype), class_names(no_split_module_classes)
-    opened = Opened.at(checkpoint)
+    opened = LoadedHeaders.at(checkpoint)
     found = match(model, opened, dtype=target, strict=strict)
     preload = class_names(preload_module_classes)
     rates = partial(_rates, found.homes)
-    terms = Terms(ring, offload, max_memory, no_split, preload, target, offload_buffers, rates)
+    terms = PlacementOptions(ring, offload, max_memory, no_split, preload, target, offload_buffers, rates)
     chosen = isinstance(device_map, str)
     device_map, depth = terms.residents(model, device_map)
     check_device_map(model, device_map)
@@ -239,7 +239,7 @@ def disk_offload(
 
 def _dispatch(
     model: nn.Module,
-    wish: Wish,
+    wish: DispatchConfig,
     state_dict: Mapping[str, torch.Tensor] | None,
     offload_dir: str | PathLike[str] | None,
     offload_index: Mapping[str, Mapping[str, Any]] | None,  # Any: as Accelerate has it
@@ -259,10 +259,10 @@ def _wish(
     ring: Ring,
     *,
     chosen: bool = False,
-) -> Wish:
+) -> DispatchConfig:
     devices = {name: device_key(device) for name, device in device_map.items()}
     several = len(set(devices.values())) > 1 or "disk" in devices.values()
-    return Wish(
+    return DispatchConfig(
         device_map=devices,
         main=main_device(devices) if runs_on is None else torch_device(device_key(runs_on)),
         whole=class_names(whole),
@@ -274,12 +274,12 @@ def _wish(
     )
 
 
-def _rates(homes: Sequence[Home], device: Device) -> Rates:
+def _rates(homes: Sequence[Match], device: Device) -> Rates:
     """Those at which what lives in *homes* streams to *device*."""
     return rates_for(((home.payload, home.dtype, home.shape) for home in homes), torch_device(device))
 
 
-def _stored(parts: Cut, homes: Iterable[Home], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:
+def _stored(parts: Cut, homes: Iterable[Match], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:
     """Where those of *homes* are that stream, in a checkpoint that consists of *files*."""
     streamed = {weight.names[0] for block in parts.blocks for weight in block.weights}
     return {home.name: Recipe.of(home.stored, files) for home in homes if home.name in streamed}
@@ -292,6 +292,6 @@ def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
     return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))
 
 
-def _mapped(model: _Model, wish: Wish, device_map: DeviceMap) -> _Model:
+def _mapped(model: _Model, wish: DispatchConfig, device_map: DeviceMap) -> _Model:
     model.hf_device_map = reported_map(model, wish, device_map)  # type: ignore[assignment]  # an attribute that no module declares
     return model

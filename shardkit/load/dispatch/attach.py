@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.errors import LoadError, several
 from shardkit.load.devices.budgets import Device, device_key
-from shardkit.load.devices.transfers import Lane, lane_to
+from shardkit.load.devices.transfers import DeviceTransfer, lane_to
 from shardkit.load.dispatch.attachments import attachments, detach
 from shardkit.load.dispatch.streamed_block import StreamedBlock, ring_for
 from shardkit.load.hooks.device_moves import attach_movers
@@ -35,7 +35,7 @@ from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.loading.install import place, renew
 from shardkit.load.loading.load_checkpoint import torch_device
 from shardkit.load.loading.match import listed
-from shardkit.load.modules.blocks import Block, Cut, cut
+from shardkit.load.modules.blocks import Cut, ModuleBlock, cut
 from shardkit.load.modules.model_group import called
 from shardkit.load.modules.quantised import is_packed
 from shardkit.load.modules.weights import Weight, weights_of
@@ -50,7 +50,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DispatchConfig:
     """How a model shall run.
 
     Attributes:
@@ -92,7 +92,7 @@ class Wish:
         may = (self.offload_buffers or not weight.is_buffer) and not is_packed(weight.tensor)
         return (device, runs_on) if offloaded and may else None
 
-    def keeps(self, block: Block) -> bool:
+    def keeps(self, block: ModuleBlock) -> bool:
         """Whether *block*, which streams, does so from main memory."""
         return device_of(block.weights[0].names[0], self.device_map) == "cpu"
 
@@ -101,7 +101,7 @@ class Wish:
         return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
 
 
-def arrange(model: nn.Module, wish: Wish, *, addresses: Mapping[str, Recipe] | None = None) -> None:
+def arrange(model: nn.Module, wish: DispatchConfig, *, addresses: Mapping[str, Recipe] | None = None) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
 
     Args:
@@ -131,7 +131,7 @@ def arrange(model: nn.Module, wish: Wish, *, addresses: Mapping[str, Recipe] | N
     _stream(blocks, model, wish, addresses)  # whose hooks are behind those: a forward ends when its output is where it goes
 
 
-def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
+def check_ring(parts: Cut, wish: DispatchConfig, addresses: Mapping[str, Recipe]) -> None:
     """Raise OverBudget unless each block of *parts* fits into the ring."""
     if isinstance(wish.ring, str):
         known = (block for block in parts.blocks if all(_has_value(weight, addresses) for weight in block.weights))
@@ -139,7 +139,7 @@ def check_ring(parts: Cut, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
         room_for((Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring)
 
 
-def kept_addresses(parts: Cut, wish: Wish, stored: Mapping[str, Recipe]) -> dict[str, Recipe]:
+def kept_addresses(parts: Cut, wish: DispatchConfig, stored: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """Read what of *parts* streams from main memory, and say where it is.
 
     Args:
@@ -205,13 +205,13 @@ def put(weight: Weight, tensor: torch.Tensor) -> None:
         seat.take(tensor)
 
 
-def reported_map(model: nn.Module, wish: Wish, device_map: DeviceMap) -> dict[str, int | str | torch.device]:
+def reported_map(model: nn.Module, wish: DispatchConfig, device_map: DeviceMap) -> dict[str, int | str | torch.device]:
     """What *model*, which runs as *wish* says, has as hf_device_map where *device_map* was asked for."""
     streamed = (weight.names for weight in weights_of(model) if isinstance(weight.tensor, Streamed))
     return reported(device_map, device_key(wish.main), (name for names in streamed for name in names))
 
 
-def _kept_blocks(parts: Cut, wish: Wish, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
+def _kept_blocks(parts: Cut, wish: DispatchConfig, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
     """For each device that something streams to from main memory the names of its weights, block by block."""
     found: dict[torch.device, list[list[str]]] = {}
     for block in filter(wish.keeps, parts.blocks):
@@ -234,7 +234,7 @@ def _refuse_empty(weights: Iterable[Weight]) -> None:
         )
 
 
-def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
+def _settle_other_buffers(model: nn.Module, wish: DispatchConfig) -> None:
     """Bring the buffers that no checkpoint holds to where their modules run."""
     for prefix, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
@@ -243,9 +243,9 @@ def _settle_other_buffers(model: nn.Module, wish: Wish) -> None:
                 module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
 
 
-def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mapping[str, Recipe]) -> None:
+def _stream(blocks: list[ModuleBlock], model: nn.Module, wish: DispatchConfig, addresses: Mapping[str, Recipe]) -> None:
     """Let *blocks*, which are taken from the list one by one, stream: one ring for each device."""
-    lanes: dict[torch.device, Lane] = {}
+    lanes: dict[torch.device, DeviceTransfer] = {}
     streamed = []
     while blocks:
         streamed.append(_brought(blocks.pop(0), wish, addresses, lanes))
@@ -269,7 +269,7 @@ def _stream(blocks: list[Block], model: nn.Module, wish: Wish, addresses: Mappin
         Training().attach(callee)
 
 
-def _brought(block: Block, wish: Wish, addresses: Mapping[str, Recipe], lanes: dict[torch.device, Lane]) -> StreamedBlock:
+def _brought(block: ModuleBlock, wish: DispatchConfig, addresses: Mapping[str, Recipe], lanes: dict[torch.device, DeviceTransfer]) -> StreamedBlock:
     """*block*, its weights where they stream from, and addresses in their places."""
     device = wish.runs_on(block.weights[0].names[0])
     if device not in lanes:

@@ -12,9 +12,9 @@ from torch import nn
 from shardkit.checkpoint.edits import Edited
 from shardkit.checkpoint.entries import Checkpoint, TensorEntry
 from shardkit.errors import LoadError, Mismatch, shown, shown_path
-from shardkit.load.dispatch.attach import Wish, put
+from shardkit.load.dispatch.attach import DispatchConfig, put
 from shardkit.load.dispatch.model_entries import entries_of
-from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.loading import install
@@ -56,7 +56,7 @@ def fill_empty(
             _check_shape(weight, found)
             put(weight, found.detach().to(weight.tensor.dtype))
     if wanted and (folder is not None or index):
-        opened = Opened.at(folder) if folder and not index else None
+        opened = LoadedHeaders.at(folder) if folder and not index else None
         entries, files = (opened.entries, opened.files) if opened else (_indexed(index, folder), ())
         homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes
         names = {weight.names[0] for weight in wanted if not any(name in state_dict for name in weight.names)}
@@ -64,7 +64,7 @@ def fill_empty(
         install.install(model, homes, lazy)
 
 
-def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe]:
+def spill(model: nn.Module, wish: DispatchConfig, folder: Path | None) -> dict[str, Recipe]:
     """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and say where they are there.
 
     Raises:
@@ -87,7 +87,7 @@ def spill(model: nn.Module, wish: Wish, folder: Path | None) -> dict[str, Recipe
         _check_holds(folder, entries)
     else:
         _write(folder, entries)
-    opened = Opened.at(folder)
+    opened = LoadedHeaders.at(folder)
     return {name: Recipe.of(opened.entries[name], opened.files) for name in names}
 
 
@@ -113,7 +113,7 @@ def _check_shape(weight: Weight, found: torch.Tensor) -> None:
 
 
 def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dict[str, TensorEntry]:
-    opened: dict[Path, Opened] = {}
+    opened: dict[Path, LoadedHeaders] = {}
     entries: dict[str, TensorEntry] = {}
     for name, place in index.items():
         file, there = place.get("safetensors_file", folder), str(place.get("weight_name", name))
@@ -123,7 +123,7 @@ def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dic
                 hint="give the folder as offload_dir, or the checkpoint that it was made from",
             )
         if Path(file) not in opened:
-            opened[Path(file)] = Opened.at(file)
+            opened[Path(file)] = LoadedHeaders.at(file)
         if there not in opened[Path(file)].entries:
             raise LoadError(
                 f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has",
@@ -144,7 +144,7 @@ def _check_line(name: str, place: Mapping[str, Any], entry: TensorEntry, file: P
 
 def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:
     """See that what *folder* holds are *entries*, byte for byte: then it was made for this model, in an earlier run."""
-    stored = Opened.at(folder).entries
+    stored = LoadedHeaders.at(folder).entries
     for entry in entries:
         twin = stored.get(entry.name)
         if twin is None or (twin.dtype, twin.shape) != (entry.dtype, entry.shape) or twin.read() != entry.read():

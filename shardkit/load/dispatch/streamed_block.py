@@ -11,12 +11,12 @@ from torch import nn
 
 from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import device_key, free_memory
-from shardkit.load.devices.transfers import Lane
+from shardkit.load.devices.transfers import DeviceTransfer
 from shardkit.load.lazy.lazy_view import Recipe, dtype_of
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.streamed_weight import Streamed
-from shardkit.load.modules.blocks import Block
-from shardkit.load.modules.weights import Seat, weights_of
+from shardkit.load.modules.blocks import ModuleBlock
+from shardkit.load.modules.weights import ParameterSlot, weights_of
 from shardkit.load.performance.bandwidth import rates_for
 from shardkit.load.performance.cost_model import LITTLE, SMALL, USUAL, Depth, Ring, Step, depth_for, step_of
 from shardkit.load.streaming.page_layout import Layout
@@ -47,13 +47,13 @@ class StreamedBlock:
     module: nn.Module
     device: torch.device
     names: tuple[str, ...]
-    seats: tuple[Seat, ...]
+    seats: tuple[ParameterSlot, ...]
     buffers: tuple[bool, ...]
     origins: tuple[Origin, ...]
     recipes: tuple[Recipe, ...]
 
     @classmethod
-    def of(cls, block: Block, device: torch.device, addresses: Mapping[str, Recipe]) -> StreamedBlock:
+    def of(cls, block: ModuleBlock, device: torch.device, addresses: Mapping[str, Recipe]) -> StreamedBlock:
         """*block*, which runs on *device*; its weights have *addresses*, or are what the model holds."""
         recipes = (addresses.get(weight.names[0]) or _recipe(weight.tensor) for weight in block.weights)
         return cls(
@@ -81,7 +81,7 @@ class StreamedBlock:
         payloads, compute = [piece.payload for piece in self.pieces], sum(map(_multiplied, self.recipes))
         return step_of(payloads, compute=compute, linked=self.device.type != "cpu")
 
-    def kept(self, lane: Lane) -> StreamedBlock:
+    def kept(self, lane: DeviceTransfer) -> StreamedBlock:
         """The same in memory that *lane* sends from, if it is not there."""
         payloads = [piece.payload for piece in self.pieces]
         there = memory_of_page(payloads, Layout.of(payloads)) is not None

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from shardkit.load.devices.budgets import Device
-from shardkit.load.devices.transfers import CpuLane, Moment
+from shardkit.load.devices.transfers import CpuTransfer, Timestamp
 from shardkit.load.hooks.streaming_hooks import refuse_pickling
 from shardkit.load.modules.torch_modes import eager
-from shardkit.load.streaming.counters import Counts
+from shardkit.load.streaming.counters import Counters
 from shardkit.system.fork import begin_again_in_children, never_free
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Series:
     rows: int
     forwards: int = 0
     seconds: float = 0.0
-    counts: Counts = field(default_factory=Counts)
+    counts: Counters = field(default_factory=Counters)
 
 
 class Clock:
@@ -69,10 +69,10 @@ class Clock:
         self.depths = tuple(depths)
         self.device_map = device_map
         self._streams = tuple(streams)
-        self._lanes = [stream.lane for stream in self._streams] or [CpuLane()]
+        self._lanes = [stream.lane for stream in self._streams] or [CpuTransfer()]
         self._thread = threading.local()
         self._series = Series(0)
-        self._before = Counts()
+        self._before = Counters()
         self._begin()
         begin_again_in_children(self, Clock._forked)
 
@@ -120,27 +120,27 @@ class Clock:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._issued: deque[tuple[list[Moment], list[Moment]]] = deque()
+        self._issued: deque[tuple[list[Timestamp], list[Timestamp]]] = deque()
 
     def _forked(self) -> None:
         if self._issued:
             never_free(self._issued)  # what they are told from is on the device of the parent
         self._begin()
 
-    def _moments(self) -> list[Moment]:
+    def _moments(self) -> list[Timestamp]:
         """Those of now, for each device that something streams to."""
         return [lane.moment() for lane in self._lanes]
 
-    def _count(self, may: Callable[[Moment], bool]) -> None:
+    def _count(self, may: Callable[[Timestamp], bool]) -> None:
         """Add the forwards that were issued to the series, as long as one *may* be looked at; under the lock."""
         while self._issued and all(map(may, self._issued[0][1])):
             begun, ended = self._issued.popleft()
             seconds = max(end.seconds_since(begin) for begin, end in zip(begun, ended, strict=True))
             self._series = Series(self._series.rows, self._series.forwards + 1, self._series.seconds + seconds)
 
-    def _now(self) -> Counts:
+    def _now(self) -> Counters:
         counts = [stream.counts for stream in self._streams]
-        return Counts(*(sum(getattr(each, name) for each in counts) for name in Counts.__slots__))
+        return Counters(*(sum(getattr(each, name) for each in counts) for name in Counters.__slots__))
 
 
 def _rows(value: object) -> int | None:

@@ -32,7 +32,7 @@ from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.call_stack import module_call
 from shardkit.load.modules.torch_modes import eager, is_watched, lasting
-from shardkit.load.modules.weights import Seat
+from shardkit.load.modules.weights import ParameterSlot
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.system.fork import begin_again_in_children
 
@@ -49,7 +49,7 @@ def refuse_pickling(attached: object) -> NoReturn:
     )
 
 
-class Visit:
+class Borrow:
     """One forward of one block, in one thread."""
 
     __slots__ = ("call", "pager")
@@ -71,7 +71,7 @@ class Visit:
 class Pager:
     """The hooks of one block."""
 
-    def __init__(self, stream: Stream, number: int, seats: Sequence[Seat], recipes: Sequence[Recipe]) -> None:
+    def __init__(self, stream: Stream, number: int, seats: Sequence[ParameterSlot], recipes: Sequence[Recipe]) -> None:
         """Page nothing yet.
 
         Args:
@@ -85,8 +85,8 @@ class Pager:
         self._seats = tuple(seats)
         self._recipes = tuple(recipes)
         self._by_flag = False
-        self._inside: set[Visit] = set()
-        self._taken: list[tuple[Seat, torch.Tensor, Streamed, int | None]] = []
+        self._inside: set[Borrow] = set()
+        self._taken: list[tuple[ParameterSlot, torch.Tensor, Streamed, int | None]] = []
         begin_again_in_children(self, Pager.forked)  # after its stream, which was there before
 
     @property
@@ -95,7 +95,7 @@ class Pager:
         return self._stream
 
     @property
-    def seats(self) -> tuple[Seat, ...]:
+    def seats(self) -> tuple[ParameterSlot, ...]:
         """Where the weights belong."""
         return self._seats
 
@@ -111,7 +111,7 @@ class Pager:
         visits = _visits(self._stream)
         if visits:
             _end_abandoned(visits)
-        visit = Visit(self, module_call())
+        visit = Borrow(self, module_call())
         visits.append(visit)
         try:
             tensors = self._stream.claim(self._number, visit, holding=len(visits) > 1)
@@ -140,7 +140,7 @@ class Pager:
         for visit in list(self._inside):
             visit.end()
 
-    def put_back(self, visit: Visit) -> None:
+    def put_back(self, visit: Borrow) -> None:
         """End *visit*, if it is not ended."""
         with self._stream.lock:
             self._inside.discard(visit)
@@ -177,7 +177,7 @@ class Pager:
         self._taken.clear()
         return written
 
-    def _put_in(self, visit: Visit, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
+    def _put_in(self, visit: Borrow, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
         learning = torch.is_grad_enabled()
         asking = self._by_flag and not watched if learning else not torch.is_autocast_enabled(self._stream.lane.device.type)
         with self._stream.lock:
@@ -203,17 +203,17 @@ class _Visits:
     """Those of one thread; its end is the end of the thread."""
 
     def __init__(self) -> None:
-        self.stack: list[Visit] = []
+        self.stack: list[Borrow] = []
         weakref.finalize(self, _end_all, self.stack, os.getpid()).atexit = False
 
 
-def _end_all(stack: list[Visit], process: int) -> None:
+def _end_all(stack: list[Borrow], process: int) -> None:
     # In the child of a fork the parent's other threads end at once, before anything else is run, and with locks that they held.
     while stack and os.getpid() == process:
         stack.pop().end()
 
 
-def _visits(stream: Stream) -> list[Visit]:
+def _visits(stream: Stream) -> list[Borrow]:
     local = stream.thread
     if not hasattr(local, "visits"):
         local.visits = _Visits()
@@ -221,7 +221,7 @@ def _visits(stream: Stream) -> list[Visit]:
     return visits.stack
 
 
-def _end_abandoned(visits: list[Visit]) -> None:
+def _end_abandoned(visits: list[Borrow]) -> None:
     """End those whose module call is over, though its last hook did not run."""
     running = set()
     frame: FrameType | None = sys._getframe()

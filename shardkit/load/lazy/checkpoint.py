@@ -29,7 +29,7 @@ _Named = TypeVar("_Named", TensorEntry, Other)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class LoadedHeaders:
     """What there is to load, of which only headers have been read.
 
     Attributes:
@@ -49,7 +49,7 @@ class Opened:
     limits: Limits = Limits()
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str], *, root: str | None = None, limits: Limits = Limits()) -> Opened:
+    def at(cls, path: str | os.PathLike[str], *, root: str | None = None, limits: Limits = Limits()) -> LoadedHeaders:
         """What is at *path*, which is whatever `shardkit.open` opens.
 
         Args:
@@ -127,7 +127,7 @@ def tensors(
         PlanError: several parts of it could be the model, or there is nothing at *root*.
         LoadError: two weights have one name, or there is no such device.
     """
-    opened = Opened.at(path, root=root, limits=limits)
+    opened = LoadedHeaders.at(path, root=root, limits=limits)
     undense = {name: other for name, other in opened.others.items() if other.is_weight}
     return _Weights(opened.entries, undense, device_of(device), opened.files)
 

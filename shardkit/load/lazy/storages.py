@@ -27,7 +27,7 @@ from pathlib import Path
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import FormatError, NoRoom, shown_path
 from shardkit.load.lazy.file_watch import changed
-from shardkit.load.memory.pinned_payload import Kept
+from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.payloads.gather import address_of
 from shardkit.payloads.open_files import opened
 from shardkit.payloads.payload import Buffer, Extent, Payload, ended_early, unreadable
@@ -131,7 +131,7 @@ class Storages:
             pages[extent.path].check(extent)
         if isinstance(payload, Extent):
             return Storage(payload, pages, None, pages[payload.path].address + payload.start)
-        if isinstance(payload, Buffer | Kept):
+        if isinstance(payload, Buffer | PinnedPayload):
             return Storage(payload, pages, None, address_of(memoryview(payload.memory)))
         place = self._placed(payload.nbytes)
         return Storage(payload, pages, place, place.address)

@@ -19,19 +19,19 @@ from torch import nn
 
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import LoadError, shown, shown_path
-from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries.model_folder import (
     MAKE_IT,
-    Addressed,
     Info,
+    LazyModel,
     ModelFolder,
     Request,
     Saved,
     library,
     loads_as_all_do,
     prevalent_dtype,
-    told,
+    translated_errors,
     written,
 )
 from shardkit.load.loading.install import install, read_extra
@@ -46,7 +46,7 @@ _Kind = Any  # and so the classes
 _WEIGHTS = tuple(f"{DIFFUSERS_STEM}.{each}" for each in ("safetensors.index.json", "safetensors", "bin", "bin.index.json"))
 
 
-def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) -> Addressed:
+def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) -> LazyModel:
     """The model in *folder*, of which no weight has been read.
 
     Args:
@@ -60,9 +60,9 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
     """
     diffusers = library("diffusers", LEAST)
     _check_not_quantised(folder)
-    opened = Opened.at(folder.weights(_WEIGHTS, request))
+    opened = LoadedHeaders.at(folder.weights(_WEIGHTS, request))
     dtype = request.dtype or prevalent_dtype((entry.dtype, entry.nbytes) for entry in opened.entries.values())
-    with told(folder, diffusers):
+    with translated_errors(folder, diffusers):
         model = _empty(folder, kind, request.trusted, dtype)
         opened = replace(opened, entries=_renamed(model, opened.entries))
     found = match(model, opened, dtype=dtype, keep_in_fp32=class_names(model._keep_in_fp32_modules))
@@ -77,7 +77,7 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         "mismatched_keys": [],
         "error_msgs": [],
     }
-    return Addressed(model.eval(), info, _whole(model), class_names(model._skip_keys), (*opened.notes, *found.notes))
+    return LazyModel(model.eval(), info, _whole(model), class_names(model._skip_keys), (*opened.notes, *found.notes))
 
 
 def saved(model: nn.Module) -> Saved | None:
@@ -98,7 +98,7 @@ def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:
     Raises:
         LoadError: Diffusers is not there, or makes no model of the folder.
     """
-    with told(folder, library("diffusers", LEAST)):
+    with translated_errors(folder, library("diffusers", LEAST)):
         model: nn.Module = _empty(folder, None, trusted, torch.float32)
         return model
 

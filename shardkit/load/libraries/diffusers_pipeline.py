@@ -21,7 +21,7 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown, shown_path
 from shardkit.load.libraries import diffusers_model, transformers_model
-from shardkit.load.libraries.model_folder import Addressed, ModelFolder, Request, library, loads_as_all_do, told
+from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request, library, loads_as_all_do, translated_errors
 from shardkit.load.modules.sizes import class_names
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def addressed(
     folder: ModelFolder, request: Request, given: Mapping[str, object]
-) -> tuple[DiffusionPipeline, dict[str, Addressed]]:
+) -> tuple[DiffusionPipeline, dict[str, LazyModel]]:
     """The pipeline in *folder*, and the models in it by their names, of which no weight has been read but by rule 2.
 
     Args:
@@ -53,7 +53,7 @@ def addressed(
     options |= {"variant": request.variant} if request.variant else {}
     options |= {"trust_remote_code": True} if request.trusted else {}
     options |= {} if request.use_safetensors is None else {"use_safetensors": request.use_safetensors}
-    with told(folder, diffusers):
+    with translated_errors(folder, diffusers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.path, local_files_only=True, **options)
     pipeline.register_to_config(_name_or_path=folder.name)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -61,7 +61,7 @@ def addressed(
     return pipeline, made | {name: _in_memory(part, request) for name, part in others.items()}
 
 
-def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Iterator[tuple[str, Addressed]]:
+def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Iterator[tuple[str, LazyModel]]:
     """The models that are made here and not *given*, by their names in the pipeline."""
     import diffusers
 
@@ -78,10 +78,10 @@ def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Ite
                 yield name, _of_variant(transformers_model, folder.part(name), request, kind)
 
 
-def _of_variant(maker: Any, folder: ModelFolder, request: Request, kind: type) -> Addressed:  # Any: one of two modules
+def _of_variant(maker: Any, folder: ModelFolder, request: Request, kind: type) -> LazyModel:  # Any: one of two modules
     """The model in *folder*, with the weights of the variant that is asked for, if it has any."""
     variant = request.variant if maker.has_variant(folder, request.variant) else None
-    made: Addressed = maker.addressed(folder, replace(request, variant=variant), kind)
+    made: LazyModel = maker.addressed(folder, replace(request, variant=variant), kind)
     return made
 
 
@@ -128,8 +128,8 @@ def _refuse_code(folder: ModelFolder) -> None:
         )
 
 
-def _in_memory(model: nn.Module, request: Request) -> Addressed:
+def _in_memory(model: nn.Module, request: Request) -> LazyModel:
     """A model that its library has read."""
     if request.dtype is not None:
         model.to(request.dtype)
-    return Addressed(model.eval(), {}, class_names(getattr(model, "_no_split_modules", None)), frozenset())
+    return LazyModel(model.eval(), {}, class_names(getattr(model, "_no_split_modules", None)), frozenset())

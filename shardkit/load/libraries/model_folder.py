@@ -144,7 +144,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Addressed:
+class LazyModel:
     """A model as its library makes it, with addresses for weights.
 
     Attributes:
@@ -235,7 +235,7 @@ def library(name: str, least: tuple[int, int]) -> ModuleType:
 
 
 @contextmanager
-def told(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
+def translated_errors(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
     """Let what a library raises about *folder* be a LoadError."""
     from huggingface_hub.errors import StrictDataclassError
 

@@ -21,20 +21,20 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
-from shardkit.load.dispatch.attach import Wish, arrange, reported_map
+from shardkit.load.dispatch.attach import DispatchConfig, arrange, reported_map
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries import diffusers_model, diffusers_pipeline, transformers_model
-from shardkit.load.libraries.model_folder import Addressed, ModelFolder, Request
+from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request
 from shardkit.load.loading.load_checkpoint import floating, main_device, torch_device, without_meaning
 from shardkit.load.loading.match import listed
-from shardkit.load.modules.model_group import Together
+from shardkit.load.modules.model_group import ModelGroup
 from shardkit.load.modules.quantised import is_packed
 from shardkit.load.modules.sizes import module_sizes
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.bandwidth import Rates, rates_for
 from shardkit.load.performance.cost_model import Ring
 from shardkit.load.placement.device_map import DeviceMap, check_device_map, device_of
-from shardkit.load.placement.resolve_device_map import MODES, Terms
+from shardkit.load.placement.resolve_device_map import MODES, PlacementOptions
 from shardkit.sizes import format_size
 
 AnyMap = str | int | torch.device | DeviceMap | None
@@ -112,7 +112,7 @@ def from_pretrained(
         warnings.warn(note, UserWarning, stacklevel=2)
     tree = _tree(models)
     whole = frozenset[str]().union(*(model.whole for model in models.values()))
-    terms = Terms(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
+    terms = PlacementOptions(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
     devices, depth = terms.residents(tree, str(device_map) if given is None else given)
     check_device_map(tree, devices)
     devices = _with_what_stays(tree, models, devices)
@@ -144,7 +144,7 @@ def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> 
 
 def _made(
     folder: ModelFolder, request: Request, components: Mapping[str, object]
-) -> tuple[Any, dict[str, Addressed]]:  # Any: as above
+) -> tuple[Any, dict[str, LazyModel]]:  # Any: as above
     """What is in *folder*, and the models that it consists of by their names; a model that is all of it has none."""
     if folder.kind == "pipeline":
         return diffusers_pipeline.addressed(folder, request, components)
@@ -163,15 +163,15 @@ def _made(
     return made.model, {"": made}
 
 
-def _tree(models: Mapping[str, Addressed]) -> nn.Module:
+def _tree(models: Mapping[str, LazyModel]) -> nn.Module:
     """One module with all of *models* under their names, the largest first."""
     if "" in models:
         return models[""].model
     sizes = {name: module_sizes(each.model)[""] for name, each in models.items()}
-    return Together({name: models[name].model for name in sorted(models, key=sizes.__getitem__, reverse=True)})
+    return ModelGroup({name: models[name].model for name in sorted(models, key=sizes.__getitem__, reverse=True)})
 
 
-def _uncut(models: Iterable[Addressed], max_memory: MaxMemory | None) -> frozenset[str]:
+def _uncut(models: Iterable[LazyModel], max_memory: MaxMemory | None) -> frozenset[str]:
     """The classes of models that are not to be spread over accelerators.
 
     Nobody knows at which places such a model may be cut so that what is added up is on one device.
@@ -187,7 +187,7 @@ def _rates(model: nn.Module, device: Device) -> Rates:
     return rates_for(((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device))
 
 
-def _with_what_stays(tree: nn.Module, models: Mapping[str, Addressed], devices: Mapping[str, Device]) -> dict[str, Device]:
+def _with_what_stays(tree: nn.Module, models: Mapping[str, LazyModel], devices: Mapping[str, Device]) -> dict[str, Device]:
     """*devices*, but that models of which nothing can stream are in the memory of what runs them."""
     made, main = dict(devices), device_key(main_device(devices))
     for name in (name for name, model in models.items() if model.stays):
@@ -205,9 +205,9 @@ def _with_what_stays(tree: nn.Module, models: Mapping[str, Addressed], devices: 
     return made
 
 
-def _wish(models: Collection[Addressed], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> Wish:
+def _wish(models: Collection[LazyModel], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> DispatchConfig:
     """How *models* shall run."""
-    return Wish(
+    return DispatchConfig(
         device_map=devices,
         main=main_device(devices),
         whole=frozenset[str]().union(*(each.whole for each in models)),
@@ -218,13 +218,13 @@ def _wish(models: Collection[Addressed], devices: Mapping[str, Device], ring: Ri
     )
 
 
-def _place(tree: nn.Module, wish: Wish) -> None:
+def _place(tree: nn.Module, wish: DispatchConfig) -> None:
     """Put the weights of all models where *wish* wants them, and say which cannot be there."""
     _warn_of_computed(tree, wish)
     arrange(tree, wish)
 
 
-def _warn_of_computed(model: nn.Module, wish: Wish) -> None:
+def _warn_of_computed(model: nn.Module, wish: DispatchConfig) -> None:
     """Say which weights should stream and cannot, since their library did more to them than can be noted down."""
     parts = wish.cut(model)
     should = [weight for block in parts.blocks for weight in block.weights if not isinstance(weight.tensor, Paged)]

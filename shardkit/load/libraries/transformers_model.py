@@ -20,14 +20,14 @@ from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
 from shardkit.load.lazy.checkpoint import tensors
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries.model_folder import (
-    Addressed,
     Info,
+    LazyModel,
     ModelFolder,
     Request,
     Saved,
     library,
     prevalent_dtype,
-    told,
+    translated_errors,
     written,
 )
 from shardkit.load.loading.match import listed
@@ -45,7 +45,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, Paged)
 _FEW = 16  # weights that are read because they are written to
 
 
-def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None) -> Addressed:
+def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None) -> LazyModel:
     """The model in *folder*, of which no weight has been read that Transformers only moves, casts or joins.
 
     Args:
@@ -58,7 +58,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
         LoadError: Transformers is not there, or makes no model of the folder.
     """
     transformers = library("transformers", LEAST)
-    with told(folder, transformers):
+    with translated_errors(folder, transformers):
         kind = kind or _class(folder, request.trusted)
         config = _configuration(folder, kind, request.trusted)
     weights = tensors(_weights(folder, request, config))
@@ -68,7 +68,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     )
     options = {"attn_implementation": request.attn_implementation} if request.attn_implementation else {}
     load = cast("Callable[..., tuple[PreTrainedModel, Info]]", kind.from_pretrained)
-    with told(folder, transformers):
+    with translated_errors(folder, transformers):
         model, info = _made(
             load,
             weights,
@@ -87,7 +87,7 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     model.config.name_or_path = model.name_or_path = folder.name
     whole, skip = class_names(model._no_split_modules), class_names(model._skip_keys_device_placement)
     notes = (_unset_note(unset, kind.__name__, transformers.__version__),) if unset else ()
-    return Addressed(model, info, whole, skip, notes, stays=expands_itself(model))
+    return LazyModel(model, info, whole, skip, notes, stays=expands_itself(model))
 
 
 def _made(
@@ -130,7 +130,7 @@ def _unset_buffers(folder: ModelFolder, model: PreTrainedModel) -> list[str]:
     if not type(model).__module__.startswith("transformers_modules."):
         return []
     computed: dict[str, torch.Tensor] = {}
-    with suppress(LoadError), told(folder, library("transformers", LEAST)), init_empty_weights():
+    with suppress(LoadError), translated_errors(folder, library("transformers", LEAST)), init_empty_weights():
         computed = dict(type(model)(deepcopy(model.config)).named_buffers())
     unset = []
     for prefix, module in model.named_modules():
@@ -191,7 +191,7 @@ def without_weights(folder: ModelFolder, trusted: bool) -> nn.Module:
     Raises:
         LoadError: Transformers is not there, or makes no model of the folder.
     """
-    with told(folder, library("transformers", LEAST)), torch.device("meta"):
+    with translated_errors(folder, library("transformers", LEAST)), torch.device("meta"):
         kind = _class(folder, trusted)
         model: nn.Module = kind(_configuration(folder, kind, trusted))
         return model

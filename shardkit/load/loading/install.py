@@ -17,16 +17,16 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.load.lazy.paged import Paged
-from shardkit.load.loading.match import Home
+from shardkit.load.loading.match import Match
 from shardkit.load.memory.allocate import Item, mapped, materialise
-from shardkit.load.modules.weights import Seat, torch_type
+from shardkit.load.modules.weights import ParameterSlot, torch_type
 from shardkit.sizes import format_size
 from shardkit.system.progress import progress
 
 _LOG = logging.getLogger("shardkit.load")
 _STAGED = 256 << 20  # bytes in main memory on their way to another device
 
-Placed = tuple[Home, torch.device]
+Placed = tuple[Match, torch.device]
 
 
 def read(placed: Iterable[Placed]) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
     return [placed[number] for number in range(len(items))]
 
 
-def share(homes: Iterable[Home]) -> dict[str, torch.Tensor]:
+def share(homes: Iterable[Match]) -> dict[str, torch.Tensor]:
     """The values of those of *homes* that can share the page cache with their files, by their first names.
 
     Raises:
@@ -85,7 +85,7 @@ def read_extra(extra: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
 
 
 def install(
-    model: nn.Module, homes: Iterable[Home], values: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module, homes: Iterable[Match], values: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Put *values* into *model*.
 
@@ -127,7 +127,7 @@ def _shape(entry: TensorEntry) -> tuple[int, ...]:
     return (*entry.shape[:-1], entry.shape[-1] // entry.dtype.packed) if entry.shape else ()
 
 
-def renew(seats: Sequence[Seat], value: torch.Tensor) -> None:
+def renew(seats: Sequence[ParameterSlot], value: torch.Tensor) -> None:
     """Let what is in all of *seats* have *value* for its memory, and be the same object as far as torch can do that."""
     old = seats[0].tensor
     assert old is not None

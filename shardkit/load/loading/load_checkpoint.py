@@ -13,11 +13,11 @@ from torch import nn
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import LoadError, Mismatch, shown
 from shardkit.load.devices.budgets import Device, accelerator, device_key
-from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.lazy_ops import device_of
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.loading.install import install, read, read_extra, share
-from shardkit.load.loading.match import Assignment, Home, assign, listed
+from shardkit.load.loading.match import Assignment, Match, assign, listed
 from shardkit.load.modules.weights import torch_type, weights_of
 from shardkit.load.placement.device_map import DeviceMap, check_device_map
 from shardkit.load.placement.device_map import device_of as mapped_device
@@ -76,7 +76,7 @@ def load_checkpoint_in_model(
     _refuse(offload_8bit_bnb=offload_8bit_bnb, full_state_dict=full_state_dict, broadcast_from_rank0=broadcast_from_rank0)
     places = _Places.of(model, device_map, offload_buffers)
     with collector_paused():
-        opened = Opened.at(checkpoint)
+        opened = LoadedHeaders.at(checkpoint)
         assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
         if verify:
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
@@ -90,7 +90,7 @@ def load_checkpoint_in_model(
 
 def match(
     model: nn.Module,
-    opened: Opened,
+    opened: LoadedHeaders,
     *,
     dtype: str | torch.dtype | None = None,
     keep_in_fp32: Collection[str] = (),
@@ -206,12 +206,12 @@ class _Places:
         devices = {key: main if key == "disk" else torch_device(key) for key in keys.values()}
         return cls(keys, devices, {}, main, buffers_too)
 
-    def split(self, homes: Iterable[Home]) -> tuple[list[Home], list[tuple[Home, torch.device]]]:
+    def split(self, homes: Iterable[Match]) -> tuple[list[Match], list[tuple[Match, torch.device]]]:
         """Those of *homes* that go to disk, and the others with their devices."""
         if len(self.devices) == 1 and "disk" not in self.devices:
             return [], [(home, self.main) for home in homes]
-        on_disk: list[Home] = []
-        resident: list[tuple[Home, torch.device]] = []
+        on_disk: list[Match] = []
+        resident: list[tuple[Match, torch.device]] = []
         for home in homes:
             device = None if self.keys is None else mapped_device(home.names[0], self.keys)
             if device == "disk" and (self.buffers_too or not home.is_buffer):
@@ -221,7 +221,7 @@ class _Places:
         return on_disk, resident
 
 
-def _fill(model: nn.Module, opened: Opened, assignment: Assignment, places: _Places, *, mmap: bool) -> list[Home]:
+def _fill(model: nn.Module, opened: LoadedHeaders, assignment: Assignment, places: _Places, *, mmap: bool) -> list[Match]:
     """Give *model* all that is assigned to it, shared with the files where *mmap* asks for it; what was read is returned."""
     on_disk, resident = places.split(assignment.homes)
     values = share(home for home, device in resident if device.type == "cpu") if mmap else {}
@@ -234,13 +234,13 @@ def _fill(model: nn.Module, opened: Opened, assignment: Assignment, places: _Pla
     return [home for home, _ in copied]
 
 
-def _objects(opened: Opened, assignment: Assignment) -> Iterator[str]:
+def _objects(opened: LoadedHeaders, assignment: Assignment) -> Iterator[str]:
     names = [name for name in assignment.missing if name in opened.others]
     if names:
         yield f"{listed(names)}: an object of a pickle in {opened.where}, and no pickle is run here"
 
 
-def _unshared(copied: Iterable[Home]) -> Iterator[str]:
+def _unshared(copied: Iterable[Match]) -> Iterator[str]:
     names = [home.name for home in copied if home.nbytes]
     if names:
         yield f"read into memory, since they do not lie in a file as they are in memory: {listed(names)}"

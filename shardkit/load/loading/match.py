@@ -16,7 +16,7 @@ from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import Mismatch, shown
 from shardkit.load.modules.weights import (
-    Seat,
+    ParameterSlot,
     Weight,
     extra_states,
     named_modules,
@@ -30,7 +30,7 @@ from shardkit.payloads.payload import Payload
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Home:
+class Match:
     """One weight of a model, and the tensor of the checkpoint that is to live there.
 
     Attributes:
@@ -47,7 +47,7 @@ class Home:
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_buffer: bool
-    seats: tuple[Seat, ...]
+    seats: tuple[ParameterSlot, ...]
 
     @property
     def name(self) -> str:
@@ -132,7 +132,7 @@ class Assignment:
         notes: sentences that the user should see, those about missing and unexpected names included.
     """
 
-    homes: tuple[Home, ...]
+    homes: tuple[Match, ...]
     extra: Mapping[str, TensorEntry] = field(default_factory=dict, hash=False)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -189,7 +189,7 @@ class _Matching:
     dtype: torch.dtype | None
     keep_in_fp32: Collection[str]
     known: set[str] = field(default_factory=set)
-    homes: list[Home] = field(default_factory=list)
+    homes: list[Match] = field(default_factory=list)
     extra: dict[str, TensorEntry] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -234,7 +234,7 @@ class _Matching:
             self.upcast.append(weight.names[0])
         if change.other_kind:
             self.other_kind.append(weight.names[0])
-        self.homes.append(Home(weight.names, entry, target, shape, weight.is_buffer, weight.seats))
+        self.homes.append(Match(weight.names, entry, target, shape, weight.is_buffer, weight.seats))
 
     def _target(self, weight: Weight, entry: TensorEntry, asked: torch.dtype) -> torch.dtype | None:
         """The type of *weight* if *asked* is wanted; None where torch does not have the one that is stored and would be kept."""

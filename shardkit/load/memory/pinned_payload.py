@@ -1,6 +1,6 @@
 """Payloads of weights that stay in host memory, from which a device copies them.
 
-`Kept` is an address in the memory of its block. It keeps that memory alive, and does not change when a file does.
+`PinnedPayload` is an address in the memory of its block. It keeps that memory alive, and does not change when a file does.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from shardkit.payloads.payload import CHUNK, Buffer, Extent, check_range
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class KeptBlock:
+class PinnedBlock:
     """The *memory* of one block, as bytes."""
 
     memory: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class PinnedPayload:
     """Weights in the memory of their block.
 
     Attributes:
@@ -31,7 +31,7 @@ class Kept:
         nbytes: how many bytes they are.
     """
 
-    block: KeptBlock
+    block: PinnedBlock
     start: int
     nbytes: int
 
@@ -47,9 +47,9 @@ class Kept:
         """The bytes."""
         return memory_of(self.block.memory)[self.start : self.start + self.nbytes]
 
-    def narrow(self, start: int, nbytes: int) -> Kept:
+    def narrow(self, start: int, nbytes: int) -> PinnedPayload:
         check_range(start, nbytes, self.nbytes)
-        return Kept(self.block, self.start + start, nbytes)
+        return PinnedPayload(self.block, self.start + start, nbytes)
 
     def chunks(self) -> Iterator[memoryview]:
         whole = self.memory

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shardkit.load.modules.weights import Seat, Weight, named_modules
+from shardkit.load.modules.weights import ParameterSlot, Weight, named_modules
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Block:
+class ModuleBlock:
     """A module whose weights come and go together.
 
     Attributes:
@@ -36,7 +36,7 @@ class Block:
     name: str
     module: nn.Module
     weights: tuple[Weight, ...]
-    seats: tuple[Seat, ...]
+    seats: tuple[ParameterSlot, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,7 +48,7 @@ class Cut:
         resident: every other weight, in the order of the model.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[ModuleBlock, ...]
     resident: tuple[Weight, ...]
 
 
@@ -77,7 +77,7 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
     for name, module in found:
         inside = tuple(weight for part in module.modules() for weight in owned.get(part, ()))
         if inside:
-            blocks.append(Block(name, module, inside, tuple(weight.seats[0] for weight in inside)))
+            blocks.append(ModuleBlock(name, module, inside, tuple(weight.seats[0] for weight in inside)))
     streamed = {weight.names[0] for block in blocks for weight in block.weights}
     return Cut(tuple(blocks), tuple(weight for weight in weights if weight.names[0] not in streamed))
 

@@ -16,7 +16,7 @@ class Pipeline(Protocol):
         """Its models, and what else it needs, by their names."""
 
 
-class Together(nn.Module):
+class ModelGroup(nn.Module):
     """Models by their names. It is never called."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
@@ -28,7 +28,7 @@ class Together(nn.Module):
 
 def called(model: nn.Module) -> list[nn.Module]:
     """What is called of *model*: it, or else the models that are together in it."""
-    return list(model.children()) if isinstance(model, Together) else [model]
+    return list(model.children()) if isinstance(model, ModelGroup) else [model]
 
 
 def models_of(model: nn.Module | Pipeline) -> list[nn.Module]:

@@ -19,7 +19,7 @@ _EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Seat:
+class ParameterSlot:
     """Where a module keeps a tensor."""
 
     owner: nn.Module
@@ -58,7 +58,7 @@ class Weight:
     names: tuple[str, ...]
     tensor: torch.Tensor
     is_buffer: bool
-    seats: tuple[Seat, ...]
+    seats: tuple[ParameterSlot, ...]
 
     def tied_to(self, other: Weight) -> Weight:
         """The same with the names and seats of *other* too, which holds the same tensor."""
@@ -128,7 +128,7 @@ def _one_by_one(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield Weight((dotted + name,), parameter, False, (Seat(module, name),))
+                yield Weight((dotted + name,), parameter, False, (ParameterSlot(module, name),))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield Weight((dotted + name,), buffer, True, (Seat(module, name),))
+                yield Weight((dotted + name,), buffer, True, (ParameterSlot(module, name),))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 
-from shardkit.load.memory.pinned_payload import Kept
+from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.streaming.page_layout import ALIGNMENT
 from shardkit.payloads.payload import Extent, Payload
@@ -59,7 +59,7 @@ def step_of(streamed: Sequence[Payload], *, compute: int, linked: bool) -> Step:
     """
     return Step(
         disk=sum(source.nbytes for payload in streamed for source in payload.sources),
-        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | Kept)),
+        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | PinnedPayload)),
         link=sum(payload.nbytes for payload in streamed) if linked else 0,
         compute=compute,
         room=sum(-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in streamed),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from shardkit.brief import brief
-from shardkit.checkpoint.blocks import Block
+from shardkit.checkpoint.blocks import BlockEntries
 from shardkit.load.devices.budgets import accelerator
 from shardkit.load.modules.weights import torch_type
 from shardkit.load.performance.bandwidth import Rates, common_product, measure
@@ -59,7 +59,7 @@ class Forecast:
         }
 
 
-def forecast(blocks: Sequence[Block], homes: Mapping[str, str], room: int, rates: Rates, runner: str) -> Forecast:
+def forecast(blocks: Sequence[BlockEntries], homes: Mapping[str, str], room: int, rates: Rates, runner: str) -> Forecast:
     """What a forward takes.
 
     Args:
@@ -87,7 +87,7 @@ def forecast(blocks: Sequence[Block], homes: Mapping[str, str], room: int, rates
     return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None, idle)
 
 
-def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
+def rates_here(blocks: Sequence[BlockEntries], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
     """The rates of this machine for what `forecast` is asked of; those of an accelerator that is not here are None.
 
     Raises:
@@ -104,7 +104,7 @@ def rates_here(blocks: Sequence[Block], homes: Mapping[str, str], rows: int, run
     return found if device is not None else found.given(compute=None)
 
 
-def _step(block: Block, home: str, runner: str) -> Step:
+def _step(block: BlockEntries, home: str, runner: str) -> Step:
     compute = sum(entry.nbytes for entry in block.entries if len(entry.shape) > 1 and not _TABLE.search(entry.name))
     brought = home == "disk" or (home == "cpu" and runner != "cpu")
     if not brought:

@@ -18,13 +18,13 @@ from torch import nn
 
 from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
-from shardkit.load.modules.blocks import Block, cut
+from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import LEAST, LITTLE, SMALL, USUAL, Depth, Ring, ring_bytes
 from shardkit.load.placement.device_map import clean_device_map, device_of
-from shardkit.load.placement.resident_search import UNMEASURED, Dealt, deal
+from shardkit.load.placement.resident_search import UNMEASURED, ResidentSet, deal
 from shardkit.sizes import format_size
 
 _ALIGNMENT = 64
@@ -134,13 +134,13 @@ class _Scales:
             held["cpu"] += nbytes
         return held
 
-    def _blocks(self, device_map: Mapping[str, Device], target: Callable[[Device], Device | None]) -> tuple[Block, ...]:
+    def _blocks(self, device_map: Mapping[str, Device], target: Callable[[Device], Device | None]) -> tuple[ModuleBlock, ...]:
         def streams(weight: Weight) -> Device | None:
             return None if weight.is_buffer and not self.offload_buffers else target(device_of(weight.names[0], device_map))
 
         return cut(self.model, list(weights_of(self.model)), target=streams, whole=self.whole).blocks
 
-    def _page(self, block: Block) -> int:
+    def _page(self, block: ModuleBlock) -> int:
         """What *block* takes in the ring, whatever the edges of its reads."""
         sizes = [self.nbytes[weight.names[0]] for weight in block.weights]
         return sum(_padded(nbytes) + (_EDGES if nbytes >= _DIRECT else 0) for nbytes in sizes)
@@ -163,12 +163,12 @@ class _Table:
     device_map: Mapping[str, Device]
     runner: Device
     budgets: Mapping[Device, int]
-    blocks: tuple[Block, ...]
+    blocks: tuple[ModuleBlock, ...]
     sizes: tuple[int, ...]
     fixed: int
     streams: bool
 
-    def deal(self, ring: Ring, rates: Rates) -> Dealt | None:
+    def deal(self, ring: Ring, rates: Rates) -> ResidentSet | None:
         """Deal the blocks; None if one is larger than the ring may be, and cannot stay.
 
         Raises:
@@ -196,7 +196,7 @@ class _Table:
             hint="raise its max_memory, give a narrower dtype, or give a device_map that says where each part goes",
         )
 
-    def written(self, dealt: Dealt, names: Collection[str]) -> dict[str, Device]:
+    def written(self, dealt: ResidentSet, names: Collection[str]) -> dict[str, Device]:
         """The device map of the parts called *names* that says so."""
         homes: dict[str, Device] = {}
         for number, block in enumerate(self.blocks):
@@ -219,7 +219,7 @@ def _runner(device_map: Mapping[str, Device]) -> Device:
     return next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
 
 
-def _inside(blocks: Iterable[Block]) -> set[str]:
+def _inside(blocks: Iterable[ModuleBlock]) -> set[str]:
     return {name for block in blocks for weight in block.weights for name in weight.names}
 
 

@@ -21,7 +21,7 @@ _LIMITS = 16  # how many of the largest sizes are tried as the largest that stre
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt:
+class ResidentSet:
     """Who has which blocks; what nobody has is on disk.
 
     Attributes:
@@ -35,7 +35,7 @@ class Dealt:
     on_cpu: frozenset[int] = frozenset()
 
 
-def deal(sizes: Sequence[int], room: int, ring: Ring, cpu: int | None = None, *, rates: Rates = UNMEASURED) -> Dealt | None:
+def deal(sizes: Sequence[int], room: int, ring: Ring, cpu: int | None = None, *, rates: Rates = UNMEASURED) -> ResidentSet | None:
     """Deal out blocks of *sizes*, in the order in which they are run, so that a forward is short; None if the ring has no room.
 
     Args:
@@ -47,17 +47,17 @@ def deal(sizes: Sequence[int], room: int, ring: Ring, cpu: int | None = None, *,
         rates: those of this machine.
     """
     if sum(sizes) <= room:
-        return Dealt(frozenset(range(len(sizes))), ring)
+        return ResidentSet(frozenset(range(len(sizes))), ring)
     if isinstance(ring, str):
         fullest = _fullest(sizes, room, ring, cpu)
-        return None if fullest is None else Dealt(fullest, ring, _on_cpu(sizes, fullest, ring, cpu or 0))
+        return None if fullest is None else ResidentSet(fullest, ring, _on_cpu(sizes, fullest, ring, cpu or 0))
     ways = {depth: kept for depth in depths_of(ring) if (kept := _fullest(sizes, room, depth, cpu)) is not None}
     if not ways:
         return None
     seconds = {depth: seconds_with(depth, _steps(sizes, kept, linked=cpu is not None), rates) for depth, kept in ways.items()}
     depth = chosen(seconds) if ring is None else min(seconds, key=seconds.__getitem__)
     kept = ways[depth.blocks if isinstance(depth, Depth) else depth]
-    return Dealt(kept, depth, _on_cpu(sizes, kept, depth, cpu or 0))
+    return ResidentSet(kept, depth, _on_cpu(sizes, kept, depth, cpu or 0))
 
 
 def spread(sizes: Sequence[int], room: int) -> frozenset[int]:

@@ -26,7 +26,7 @@ MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class PlacementOptions:
     """What a map is made under.
 
     Attributes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class Counters:
     """What a stream did since it was made. Take two, before and after what is to be measured, and `since` tells the rest.
 
     Attributes:
@@ -31,29 +31,29 @@ class Counts:
     claims: int = 0
     hits: int = 0
 
-    def since(self, earlier: Counts) -> Counts:
+    def since(self, earlier: Counters) -> Counters:
         """What was done after *earlier*."""
-        return Counts(*(getattr(self, name) - getattr(earlier, name) for name in Counts.__slots__))
+        return Counters(*(getattr(self, name) - getattr(earlier, name) for name in Counters.__slots__))
 
 
-class Tally:
+class LiveCounters:
     """Counts that any thread adds to; each method holds a lock for no longer than an addition takes."""
 
     def __init__(self) -> None:
         """Nothing was done."""
         self._lock = threading.Lock()
-        self._counts = Counts()
+        self._counts = Counters()
         self._under_way = 0
         self._begun = 0.0
 
-    def inherited(self) -> Tally:
+    def inherited(self) -> LiveCounters:
         """The same for the child of a fork, where nothing is under way; who has the lock may not be there."""
-        tally = Tally()
+        tally = LiveCounters()
         tally._counts = self._counts
         return tally
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> Counters:
         """What was done up to now; of a read that is under way, its time."""
         with self._lock:
             return replace(self._counts, reading=self._counts.reading + self._elapsed())

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from shardkit.load.streaming.pages import Page
-from shardkit.load.streaming.reader_pool import Filling
-from shardkit.load.streaming.ring_buffer import Place, Ring
+from shardkit.load.streaming.reader_pool import PendingRead
+from shardkit.load.streaming.ring_buffer import Ring, Slot
 
 
-class Places:
+class SlotTable:
     """Those of the pages of one stream. It has no lock: whoever uses it holds one."""
 
     def __init__(self, pages: Sequence[Page], ring: Ring) -> None:
@@ -30,7 +30,7 @@ class Places:
         places = [page.place for page in self._pages if page.place is not None]
         return self._ring.held + sum(place.nbytes for place in places if not place.in_ring)
 
-    def find(self, number: int, *, keep: Collection[int] = ()) -> Place | None:
+    def find(self, number: int, *, keep: Collection[int] = ()) -> Slot | None:
         """A place for the page *number*, taken from pages that nobody holds if need be, but not from those to *keep*.
 
         Raises:
@@ -41,7 +41,7 @@ class Places:
             found = self._found(number, lambda place: self._pages[place.number].idle)
         return found
 
-    def beside(self, number: int) -> Place:
+    def beside(self, number: int) -> Slot:
         """A place for it that is not in the ring.
 
         Raises:
@@ -49,7 +49,7 @@ class Places:
         """
         return self._ring.beside(number, self._pages[number].layout, self._pages[number].kept)
 
-    def occupy(self, place: Place, reading: Filling) -> None:
+    def occupy(self, place: Slot, reading: PendingRead) -> None:
         """Let the page of *place* be there, as soon as *reading* is over."""
         self._clock += 1
         page = self._pages[place.number]
@@ -82,8 +82,8 @@ class Places:
         """Let go of the memory of the ring, which ends with the last tensor in it."""
         self._ring.drop()
 
-    def _found(self, number: int, may_go: Callable[[Place], bool]) -> Place | None:
-        busy: set[Place] = set()
+    def _found(self, number: int, may_go: Callable[[Slot], bool]) -> Slot | None:
+        busy: set[Slot] = set()
         layout = self._pages[number].layout
         while found := self._ring.find(number, layout, lambda place: place not in busy and may_go(place)):
             place, leaving = found
@@ -98,7 +98,7 @@ class Places:
                 return place
         return None
 
-    def _may_go(self, place: Place, *, keep: Collection[int]) -> bool:
+    def _may_go(self, place: Slot, *, keep: Collection[int]) -> bool:
         """Whether its page was used, or nobody came for it for long."""
         page = self._pages[place.number]
         long = 4 * max(2, len(keep))

@@ -46,7 +46,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class DerivedRead:
     """One *payload*, that is read by itself and goes *at* a place."""
 
     payload: Payload
@@ -79,7 +79,7 @@ class Layout:
     grain: int
     places: tuple[int, ...]
     reads: tuple[Read, ...]
-    makings: tuple[Making, ...]
+    makings: tuple[DerivedRead, ...]
     moves: tuple[Move, ...]
 
     @classmethod
@@ -95,7 +95,7 @@ class Layout:
         plan.settle()
         for number, payload in alone.items():
             plan.places[number] = plan.room(payload.nbytes)
-            plan.makings += [Making(part, plan.places[number] + at) for at, part in _parts(payload)]
+            plan.makings += [DerivedRead(part, plan.places[number] + at) for at, part in _parts(payload)]
         grain = SECTOR if plan.reads else ALIGNMENT
         return cls(plan.nbytes, grain, tuple(plan.places), tuple(plan.reads), tuple(plan.makings), tuple(plan.moves))
 
@@ -151,7 +151,7 @@ class _Plan:
     places: list[int]
     nbytes: int = 0
     reads: list[Read] = field(default_factory=list)
-    makings: list[Making] = field(default_factory=list)
+    makings: list[DerivedRead] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     _evicted: list[tuple[int, int, int]] = field(default_factory=list)
     _free: int = 0

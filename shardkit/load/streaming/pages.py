@@ -13,11 +13,11 @@ from shardkit.load.memory.allocate import memory_of
 from shardkit.load.memory.cast_reads import cast_into
 from shardkit.load.memory.direct_io import Files
 from shardkit.load.memory.parallel_reads import copy, read_into
-from shardkit.load.memory.pinned_payload import Kept
-from shardkit.load.streaming.page_layout import READ, Layout, Making, Read, evened, grounds
+from shardkit.load.memory.pinned_payload import PinnedPayload
+from shardkit.load.streaming.page_layout import READ, DerivedRead, Layout, Read, evened, grounds
 from shardkit.load.streaming.pinned_blocks import memory_of_page
-from shardkit.load.streaming.reader_pool import Filling, Job
-from shardkit.load.streaming.ring_buffer import Place
+from shardkit.load.streaming.reader_pool import Job, PendingRead
+from shardkit.load.streaming.ring_buffer import Slot
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.open_files import opened
 from shardkit.payloads.payload import Buffer, Extent, Payload
@@ -61,8 +61,8 @@ class Page:
     pieces: tuple[Piece, ...]
     layout: Layout
     kept: torch.Tensor | None = None
-    place: Place | None = None
-    reading: Filling | None = None
+    place: Slot | None = None
+    reading: PendingRead | None = None
     holders: set[Hashable] = field(default_factory=set)
     used: bool = False
     written: bool = False
@@ -153,7 +153,7 @@ class Inherited:
     """
 
     page: Page
-    place: Place
+    place: Slot
     error: Exception | None = None
 
     def read(self, files: Files) -> None:
@@ -177,9 +177,9 @@ def _read(files: Files, read: Read, memory: memoryview) -> None:
     files.at(read.path).read_sectors(memory, read.start, read.needed)
 
 
-def _grouped(makings: Iterable[Making]) -> Iterator[list[Making]]:
+def _grouped(makings: Iterable[DerivedRead]) -> Iterator[list[DerivedRead]]:
     """*makings* in groups that are worth a job."""
-    group: list[Making] = []
+    group: list[DerivedRead] = []
     room = READ
     for making in makings:
         if group and making.payload.nbytes > room:
@@ -191,7 +191,7 @@ def _grouped(makings: Iterable[Making]) -> Iterator[list[Making]]:
         yield group
 
 
-def _make_all(files: Files, makings: Iterable[Making], memory: memoryview) -> None:
+def _make_all(files: Files, makings: Iterable[DerivedRead], memory: memoryview) -> None:
     for making in makings:
         _make(files, making.payload, memory[making.at : making.at + making.payload.nbytes])
 
@@ -200,7 +200,7 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
     """Fill *memory* with *payload*, out of files that are open."""
     if isinstance(payload, Extent):
         files.at(payload.path).read(memory, payload.start)
-    elif isinstance(payload, Buffer | Kept):
+    elif isinstance(payload, Buffer | PinnedPayload):
         copy(memoryview(payload.memory), memory)
     elif isinstance(payload, Cast) and isinstance(payload.inner, Extent) and not payload.inner.start % payload.source.itemsize:
         cast_into(payload, memory, files)

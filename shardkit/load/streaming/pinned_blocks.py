@@ -10,16 +10,16 @@ from itertools import accumulate
 
 import torch
 
-from shardkit.load.devices.transfers import Lane
+from shardkit.load.devices.transfers import DeviceTransfer
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.memory.parallel_reads import address, fill_all
-from shardkit.load.memory.pinned_payload import Kept, KeptBlock
+from shardkit.load.memory.pinned_payload import PinnedBlock, PinnedPayload
 from shardkit.load.streaming.page_layout import ALIGNMENT, Layout
 from shardkit.payloads.payload import Payload
 from shardkit.system.progress import progress
 
 
-def kept_recipes(blocks: Sequence[Sequence[Recipe]], lane: Lane) -> list[tuple[Recipe, ...]]:
+def kept_recipes(blocks: Sequence[Sequence[Recipe]], lane: DeviceTransfer) -> list[tuple[Recipe, ...]]:
     """Those of the same tensors in memory that *lane* sends from, to which they are read.
 
     Raises:
@@ -34,7 +34,7 @@ def kept_recipes(blocks: Sequence[Sequence[Recipe]], lane: Lane) -> list[tuple[R
     ]
 
 
-def keep(blocks: Sequence[Sequence[Payload]], lane: Lane) -> list[list[Kept]]:
+def keep(blocks: Sequence[Sequence[Payload]], lane: DeviceTransfer) -> list[list[PinnedPayload]]:
     """Bring *blocks* into memory that *lane* sends from; a bar on the terminal shows how far they are.
 
     Raises:
@@ -51,14 +51,14 @@ def keep(blocks: Sequence[Sequence[Payload]], lane: Lane) -> list[list[Kept]]:
 
 def memory_of_page(payloads: Sequence[Payload], layout: Layout) -> torch.Tensor | None:
     """The memory in which *payloads* lie as *layout* wants them, and nothing else lies; None if there is none."""
-    blocks = {payload.block if isinstance(payload, Kept) else None for payload in payloads}
+    blocks = {payload.block if isinstance(payload, PinnedPayload) else None for payload in payloads}
     block = blocks.pop() if len(blocks) == 1 else None
-    starts = tuple(payload.start for payload in payloads if isinstance(payload, Kept))
+    starts = tuple(payload.start for payload in payloads if isinstance(payload, PinnedPayload))
     return block.memory if block is not None and starts == layout.places and len(block.memory) <= layout.nbytes else None
 
 
-def _laid_out(payloads: Sequence[Payload], lane: Lane) -> list[Kept]:
+def _laid_out(payloads: Sequence[Payload], lane: DeviceTransfer) -> list[PinnedPayload]:
     """Addresses in fresh memory, in which nothing is yet, for as many bytes as *payloads* have."""
     *starts, nbytes = accumulate((-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in payloads), initial=0)
-    block = KeptBlock(lane.kept(nbytes))
-    return [Kept(block, start, payload.nbytes) for start, payload in zip(starts, payloads, strict=True)]
+    block = PinnedBlock(lane.kept(nbytes))
+    return [PinnedPayload(block, start, payload.nbytes) for start, payload in zip(starts, payloads, strict=True)]

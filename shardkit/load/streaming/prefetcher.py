@@ -22,14 +22,14 @@ from typing import TypeVar
 
 import torch
 
-from shardkit.load.devices.transfers import Done, Lane, Ticket
+from shardkit.load.devices.transfers import DeviceTransfer, Done, Ticket
 from shardkit.load.memory.direct_io import Files
 from shardkit.load.modules.torch_modes import unseen
-from shardkit.load.streaming.counters import Counts, Tally
-from shardkit.load.streaming.eviction import Places
+from shardkit.load.streaming.counters import Counters, LiveCounters
+from shardkit.load.streaming.eviction import SlotTable
 from shardkit.load.streaming.pages import Habit, Inherited, Page, Piece
-from shardkit.load.streaming.reader_pool import Filling, Readers, held_here
-from shardkit.load.streaming.ring_buffer import Place, Ring, room_for
+from shardkit.load.streaming.reader_pool import PendingRead, Readers, held_here
+from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.system.fork import begin_again_in_children, never_free
 
 _READERS = 3
@@ -42,7 +42,7 @@ class Stream:
     def __init__(
         self,
         pages: Sequence[Sequence[Piece]],
-        lane: Lane,
+        lane: DeviceTransfer,
         *,
         ring: int | str = 4,
         verify: Callable[[], None] = lambda: None,
@@ -62,7 +62,7 @@ class Stream:
         self._pages = Page.of_each(pages, apart=lane.apart)
         self.room = room_for((page.nbytes for page in self._pages), ring)
         self._verify = verify
-        self._tally = Tally()
+        self._tally = LiveCounters()
         self._closed = False
         self._begin()
         begin_again_in_children(self, Stream._forked)
@@ -74,7 +74,7 @@ class Stream:
             return self._places.nbytes
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> Counters:
         """What it has done since it was made, by all models and threads that share it."""
         return self._tally.counts
 
@@ -147,7 +147,7 @@ class Stream:
         self._readers = Readers(_READERS, self._tally.reading)
         self._files = Files()
         self._pages = [page.nowhere() for page in self._pages]
-        self._places = Places(self._pages, Ring(self.lane, self.room))
+        self._places = SlotTable(self._pages, Ring(self.lane, self.room))
         self._acting = self._torn = False
         self._inherited: dict[Hashable, Inherited] = {}
         self._chain: list[int] = []
@@ -244,7 +244,7 @@ class Stream:
         habit: Habit = self.thread.habit
         return habit
 
-    def _read(self, place: Place, *, first: bool) -> None:
+    def _read(self, place: Slot, *, first: bool) -> None:
         page = self._pages[place.number]
         assert place.host is not None
         assert place.memory is not None
@@ -252,10 +252,10 @@ class Stream:
         finish = partial(self._finish, page, place, place.host, place.memory)
         if page.kept is not None:  # nothing is read, and to wake a reader takes longer than to send it
             with torch.inference_mode(False):  # as in a reader
-                self._places.occupy(place, Filling.over_with(finish()))
+                self._places.occupy(place, PendingRead.over_with(finish()))
             return
         jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
-        filling = Filling(jobs, finish, self._landed)
+        filling = PendingRead(jobs, finish, self._landed)
         self._places.occupy(place, filling)
         self._readers.take(filling, first=first)
 
@@ -269,7 +269,7 @@ class Stream:
                 self._act(self._read_on)  # the place of what was read for naught was not to be had before
             self._changed.notify_all()
 
-    def _finish(self, page: Page, place: Place, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
+    def _finish(self, page: Page, place: Slot, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
         """Bring what was read, or is kept, to the device; what was read in a reader's thread, which holds nothing."""
         if place.memory is None:
             return Done()  # it was taken back, and nobody waits for it

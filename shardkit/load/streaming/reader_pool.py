@@ -26,7 +26,7 @@ _LONG = 0.05  # seconds for which one that has nothing to do is kept: to start o
 Job = Callable[[], object]
 
 
-class Filling:
+class PendingRead:
     """A page on its way into memory."""
 
     def __init__(self, jobs: Iterable[Job], finish: Callable[[], Ticket], landed: Callable[[], None]) -> None:
@@ -49,7 +49,7 @@ class Filling:
         self._flying.acquire()
 
     @classmethod
-    def over_with(cls, ticket: Ticket) -> Filling:
+    def over_with(cls, ticket: Ticket) -> PendingRead:
         """One that is over, and gave *ticket*."""
         filling = cls((), lambda: ticket, _nothing)
         filling._jobs.clear()
@@ -146,13 +146,13 @@ class Readers:
         self._count = count
         self._busy = busy
         self._lock = threading.RLock()  # the collector may run a finalizer, which closes, in the middle of anything
-        self._queue: deque[Filling] = deque()
+        self._queue: deque[PendingRead] = deque()
         self._threads: set[threading.Thread] = set()
         self._at_work: set[threading.Thread] = set()
         self._idle: list[threading.Lock] = []
         self._closed = False
 
-    def take(self, filling: Filling, *, first: bool) -> None:
+    def take(self, filling: PendingRead, *, first: bool) -> None:
         """Do *filling*, *first* or after all others."""
         with self._lock:
             (self._queue.appendleft if first else self._queue.append)(filling)
@@ -163,7 +163,7 @@ class Readers:
         with self._lock:
             self._staff()
 
-    def hurry(self, filling: Filling) -> None:
+    def hurry(self, filling: PendingRead) -> None:
         """Bring *filling* to the front, if it was not begun."""
         with self._lock:
             if not filling.begun:
@@ -205,7 +205,7 @@ class Readers:
         finally:
             self._leave()
 
-    def _next(self) -> tuple[Filling, Job] | None:
+    def _next(self) -> tuple[PendingRead, Job] | None:
         """What this thread is at from now on."""
         with self._lock:
             self._at_work.discard(threading.current_thread())

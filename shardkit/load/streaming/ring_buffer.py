@@ -17,13 +17,13 @@ import torch
 from torch.autograd.graph import increment_version
 
 from shardkit.errors import OverBudget
-from shardkit.load.devices.transfers import Lane, Ticket
+from shardkit.load.devices.transfers import DeviceTransfer, Ticket
 from shardkit.load.streaming.page_layout import Layout
 from shardkit.sizes import format_size, parse_size
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class Slot:
     """Where one page is.
 
     Attributes:
@@ -50,7 +50,7 @@ class Place:
     def in_ring(self) -> bool:
         return self.start >= 0
 
-    def overlaps(self, other: Place) -> bool:
+    def overlaps(self, other: Slot) -> bool:
         return self.start < other.start + other.nbytes and other.start < self.start + self.nbytes
 
     def fill(self, job: Callable[[], object]) -> None:
@@ -84,14 +84,14 @@ def room_for(sizes: Iterable[int], ring: int | str) -> int:
 class Ring:
     """Memory of one lane."""
 
-    def __init__(self, lane: Lane, nbytes: int) -> None:
+    def __init__(self, lane: DeviceTransfer, nbytes: int) -> None:
         """Make nothing yet."""
         self.nbytes = nbytes
         self._lane = lane
         self._memory: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
-        self._places: list[Place] = []
-        self._left: list[Place] = []
+        self._places: list[Slot] = []
+        self._left: list[Slot] = []
         self._cursor = 0
 
     @property
@@ -99,16 +99,16 @@ class Ring:
         """Bytes of the device's memory that it holds now."""
         return 0 if self._memory is None else len(self._memory)
 
-    def find(self, number: int, layout: Layout, may_go: Callable[[Place], bool]) -> tuple[Place, list[Place]] | None:
+    def find(self, number: int, layout: Layout, may_go: Callable[[Slot], bool]) -> tuple[Slot, list[Slot]] | None:
         """A place for the page *number*, and the places that have to go for it; None if too much stays."""
         stays = sorted((place for place in self._places if not may_go(place)), key=lambda place: place.start)
         start = self._start(layout.nbytes, layout.grain, stays)
         if start is None:
             return None
-        place = Place(number, start, layout.nbytes)
+        place = Slot(number, start, layout.nbytes)
         return place, [each for each in self._places if each.overlaps(place)]
 
-    def take(self, place: Place, kept: torch.Tensor | None = None) -> None:
+    def take(self, place: Slot, kept: torch.Tensor | None = None) -> None:
         """Let *place* be taken; those that had to go for it have left.
 
         Args:
@@ -133,7 +133,7 @@ class Ring:
         self._left = [old for old in self._left if not (place.start <= old.start and old.start + old.nbytes <= stop)]
         self._cursor = stop
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: Slot) -> None:
         """Take *place* back."""
         increment_version(place.tensors)
         place.tensors, place.memory, place.host = (), None, None
@@ -141,20 +141,20 @@ class Ring:
             self._left.append(place)
             self._places.remove(place)
 
-    def keep(self, places: Collection[Place]) -> None:
+    def keep(self, places: Collection[Slot]) -> None:
         """Take back all but *places*."""
         for place in list(self._places):
             if place not in places:
                 self.leave(place)
 
-    def beside(self, number: int, layout: Layout, kept: torch.Tensor | None = None) -> Place:
+    def beside(self, number: int, layout: Layout, kept: torch.Tensor | None = None) -> Slot:
         """A place for a page that has memory of its own, and no place in the ring; *kept* is as for `take`.
 
         Raises:
             LoadError: there is no memory for it.
         """
         memory = self._made(layout.nbytes)
-        return Place(number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept)
+        return Slot(number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept)
 
     def drop(self) -> None:
         """Let go of the memory, which ends with the last tensor in it."""
@@ -165,14 +165,14 @@ class Ring:
         with torch.inference_mode(False):  # what is made in that mode, others than this thread could not write
             return self._lane.memory(nbytes)
 
-    def _start(self, nbytes: int, grain: int, stays: list[Place]) -> int | None:
+    def _start(self, nbytes: int, grain: int, stays: list[Slot]) -> int | None:
         fitting = [gap for gap in self._gaps(stays) if _up(gap[0], grain) + nbytes <= gap[1]]
         behind = (max(low, self._cursor) for low, high in fitting if _up(max(low, self._cursor), grain) + nbytes <= high)
         around = (low for low, _ in fitting)
         start = next(behind, None) if fitting else None
         return _up(start if start is not None else next(around), grain) if fitting else None
 
-    def _gaps(self, stays: list[Place]) -> Iterator[tuple[int, int]]:
+    def _gaps(self, stays: list[Slot]) -> Iterator[tuple[int, int]]:
         """What is free, or may become so, between those that stay."""
         low = 0
         for place in stays:

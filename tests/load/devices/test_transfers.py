@@ -10,17 +10,17 @@ import torch
 
 from accelerators import KIND, device, needs_one
 from shardkit.errors import LoadError
-from shardkit.load.devices.transfers import AcceleratorLane, CpuLane, Lane, _issuing_on, lane_to
+from shardkit.load.devices.transfers import AcceleratorTransfer, CpuTransfer, DeviceTransfer, _issuing_on, lane_to
 
 
 @pytest.fixture(params=[pytest.param(f"{KIND}:0", id="accelerator", marks=needs_one)])
-def lane(request: pytest.FixtureRequest) -> Lane:
+def lane(request: pytest.FixtureRequest) -> DeviceTransfer:
     return lane_to(torch.device(request.param))
 
 
 def test_the_cpu_needs_no_copy() -> None:
-    lane: Lane = lane_to(torch.device("cpu"))
-    assert isinstance(lane, CpuLane)
+    lane: DeviceTransfer = lane_to(torch.device("cpu"))
+    assert isinstance(lane, CpuTransfer)
     memory = lane.memory(64)
     assert memory.data_ptr() % 64 == 0
     assert lane.host(memory) is memory
@@ -50,8 +50,8 @@ def test_a_device_that_has_no_room_says_for_how_much(monkeypatch: pytest.MonkeyP
         lane_to(torch.device("cuda:0")).memory(2_000_000)
 
 
-def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
-    assert isinstance(lane, AcceleratorLane)
+def test_copies_go_out_of_pinned_memory(lane: DeviceTransfer) -> None:
+    assert isinstance(lane, AcceleratorTransfer)
     memory = lane.memory(1 << 20)
     host = lane.host(memory)
     assert host.is_pinned()
@@ -63,7 +63,7 @@ def test_copies_go_out_of_pinned_memory(lane: Lane) -> None:
         sent.finish()
 
 
-def test_threads_send_side_by_side_and_go_on_where_they_were(lane: Lane) -> None:
+def test_threads_send_side_by_side_and_go_on_where_they_were(lane: DeviceTransfer) -> None:
     right: list[bool] = []
 
     def run(value: int) -> None:
@@ -88,7 +88,7 @@ def test_each_context_of_a_stream_is_an_object_of_its_own() -> None:
     assert first == second == stream
 
 
-def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: Lane) -> None:
+def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: DeviceTransfer) -> None:
     size = 1024
     zeros = lane.kept(4 * size * size).zero_()
     for _ in range(10):
@@ -103,7 +103,7 @@ def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: 
         del memory
 
 
-def test_memory_that_is_let_go_is_not_given_away_while_it_is_written(lane: Lane) -> None:
+def test_memory_that_is_let_go_is_not_given_away_while_it_is_written(lane: DeviceTransfer) -> None:
     size = 16 << 20
     zeros = lane.kept(size).zero_()
     for _ in range(10):
@@ -117,7 +117,7 @@ def test_memory_that_is_let_go_is_not_given_away_while_it_is_written(lane: Lane)
 
 
 @pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
-def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int, lane: Lane) -> None:
+def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int, lane: DeviceTransfer) -> None:
     kept, there = lane.kept(nbytes), lane.memory(nbytes)
     mine = torch.arange(nbytes).to(torch.uint8)
     assert kept.is_pinned()

@@ -17,14 +17,14 @@ from torch import nn
 import shardkit
 from late_lane import LateLane
 from shardkit.load import close, disk_offload, dispatch_model, explain, init_empty_weights, load_checkpoint_and_dispatch
-from shardkit.load.devices.transfers import Moment
+from shardkit.load.devices.transfers import Timestamp
 from shardkit.load.diagnostics.explanation import Explanation, Part
-from shardkit.load.dispatch.attach import Wish, arrange
+from shardkit.load.dispatch.attach import DispatchConfig, arrange
 from shardkit.load.hooks.forward_timer import Clock, Series
 from shardkit.load.modules.sizes import module_sizes
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import Prediction, Step
-from shardkit.load.streaming.counters import Counts
+from shardkit.load.streaming.counters import Counters
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.payloads.payload import Buffer
@@ -240,7 +240,7 @@ def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(loaded: Lo
 
 def test_weights_that_no_file_has_are_told_from_those_on_disk() -> None:
     model = Toy().eval()
-    arrange(model, Wish({"": "disk"}, torch.device("cpu")))
+    arrange(model, DispatchConfig({"": "disk"}, torch.device("cpu")))
     model.hf_device_map = {"": "disk"}  # type: ignore[assignment]  # an attribute that no module declares
     told = explain(model, rates=RATES)
     assert ("norm", "cpu", "no file has it: it was computed when the model was made") in reasons(told)
@@ -294,7 +294,7 @@ def test_what_is_hidden_is_told_by_waiting_or_where_a_forward_is_only_issued_by_
     runs_on: str, hidden: float
 ) -> None:
     part = Part("h.0", "cpu", runs_on, 50, "the map says so", Step(link=50, room=64))
-    measured = Series(1, forwards=2, seconds=4.4, counts=Counts(reading=4.0, waited=3.0))
+    measured = Series(1, forwards=2, seconds=4.4, counts=Counters(reading=4.0, waited=3.0))
     told = Explanation("Toy", (part,), predicted=Prediction(2.0, 2.0, (0.0, 0.0, 2.0, 1.0)), measured=measured)
     assert told.hidden == pytest.approx(hidden)
 
@@ -326,7 +326,7 @@ class Plodding(LateLane):
     def issue(self, steps: int) -> None:
         self.given += steps
 
-    def moment(self) -> Moment:
+    def moment(self) -> Timestamp:
         return Reached(self, self.given)
 
 
@@ -341,7 +341,7 @@ class Reached:
     def passed(self) -> bool:
         return self.lane.steps >= self.steps
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: Timestamp) -> float:
         assert isinstance(earlier, Reached)
         self.lane.steps = max(self.lane.steps, self.steps)
         return self.steps - earlier.steps

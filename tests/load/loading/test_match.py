@@ -12,7 +12,7 @@ from torch import nn
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import BY_CODE, BY_TORCH
 from shardkit.errors import Mismatch
-from shardkit.load.loading.match import Assignment, Home, assign
+from shardkit.load.loading.match import Assignment, Match, assign
 from shardkit.load.modules.weights import stored_type, torch_type, weights_of
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Literal
@@ -38,7 +38,7 @@ def empty(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def by_name(assignment: Assignment) -> dict[str, Home]:
+def by_name(assignment: Assignment) -> dict[str, Match]:
     return {home.name: home for home in assignment.homes}
 
 

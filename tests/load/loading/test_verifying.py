@@ -15,7 +15,7 @@ import shardkit
 from shardkit.errors import FormatError, LimitExceeded, LoadError, Malformed, Mismatch
 from shardkit.limits import Limits
 from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
-from shardkit.load.lazy.checkpoint import Opened
+from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.metadata.manifest import MANIFEST_NAME
 
 Load = Callable[..., object]
@@ -174,7 +174,7 @@ def test_a_manifest_of_gigabytes_is_not_read(folder: Path) -> None:
 
 
 def test_limits_are_those_of_the_opening(folder: Path) -> None:
-    opened = Opened.at(folder, limits=Limits(header_bytes=5000))
+    opened = LoadedHeaders.at(folder, limits=Limits(header_bytes=5000))
     (folder / MANIFEST_NAME).write_text(" " * 5001)
     with pytest.raises(LimitExceeded, match="5,001"):
         opened.verify(opened.entries.values())

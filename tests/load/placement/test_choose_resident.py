@@ -14,7 +14,7 @@ from torch import nn
 
 from shardkit.errors import OverBudget
 from shardkit.load.devices.budgets import Device
-from shardkit.load.modules.blocks import Block, cut
+from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.sizes import module_sizes, named_tensors
 from shardkit.load.modules.weights import Weight, weights_of
@@ -61,7 +61,7 @@ def chosen(
     return choose_residents(model, greedy, budgets, ring=ring, whole=whole)
 
 
-def streaming(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> tuple[Block, ...]:
+def streaming(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> tuple[ModuleBlock, ...]:
     runner = runner_of(device_map)
 
     def target(weight: Weight) -> Device | None:

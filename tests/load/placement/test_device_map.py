@@ -17,7 +17,7 @@ from libraries import peer
 from shardkit.errors import LoadError, OverBudget
 from shardkit.load import explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.devices.budgets import Device
-from shardkit.load.dispatch.attach import Wish
+from shardkit.load.dispatch.attach import DispatchConfig
 from shardkit.load.placement.device_map import check_device_map, clean_device_map, device_of, inside, refuse_disk
 
 theirs = peer("accelerate.utils")
@@ -201,5 +201,5 @@ def test_a_map_that_leaves_out_buffers_can_refuse_the_disk(tmp_path: Path) -> No
 
 
 def test_a_buffer_that_is_left_out_goes_to_the_main_device() -> None:
-    wish = Wish({"inner.first": 1, "inner.second": "cpu", "out": "disk"}, torch.device("cuda", 1))
+    wish = DispatchConfig({"inner.first": 1, "inner.second": "cpu", "out": "disk"}, torch.device("cuda", 1))
     assert {wish.runs_on(name) for name in ("shift", "inner.scale", "inner.second.weight")} == {torch.device("cuda", 1)}

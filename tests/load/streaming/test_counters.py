@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardkit.load.devices.transfers import CpuLane
+from shardkit.load.devices.transfers import CpuTransfer
 from shardkit.load.streaming import counters as module
-from shardkit.load.streaming.counters import Counts, Tally
+from shardkit.load.streaming.counters import Counters, LiveCounters
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.payloads.payload import Buffer, Extent
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_reads_side_by_side_take_their_time_once(clock: Clock) -> None:
-    tally = Tally()
+    tally = LiveCounters()
     with tally.reading():
         clock.now += 1
         with tally.reading():
@@ -46,7 +46,7 @@ def test_reads_side_by_side_take_their_time_once(clock: Clock) -> None:
 
 
 def test_a_read_that_fails_takes_its_time_and_is_none(clock: Clock) -> None:
-    tally = Tally()
+    tally = LiveCounters()
 
     def fail() -> None:
         with tally.reading():
@@ -55,11 +55,11 @@ def test_a_read_that_fails_takes_its_time_and_is_none(clock: Clock) -> None:
 
     with pytest.raises(OSError, match="broken"):
         fail()
-    assert tally.counts == Counts(reading=1)
+    assert tally.counts == Counters(reading=1)
 
 
 def test_nothing_is_lost_between_threads() -> None:
-    tally = Tally()
+    tally = LiveCounters()
 
     def add() -> None:
         for _ in range(1000):
@@ -71,16 +71,16 @@ def test_nothing_is_lost_between_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert tally.counts == Counts(disk=4000, memory=8000, reads=4000, waited=2000.0, claims=4000, hits=4000)
+    assert tally.counts == Counters(disk=4000, memory=8000, reads=4000, waited=2000.0, claims=4000, hits=4000)
 
 
 def test_the_difference_is_what_was_done_between() -> None:
-    tally = Tally()
+    tally = LiveCounters()
     tally.read(disk=5)
     before = tally.counts
     tally.read(disk=7)
     tally.claimed(waited=1.0, hit=False)
-    assert tally.counts.since(before) == Counts(disk=7, reads=1, waited=1.0, claims=1)
+    assert tally.counts.since(before) == Counters(disk=7, reads=1, waited=1.0, claims=1)
 
 
 def test_a_stream_counts_what_it_reads_and_from_where(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_stream_counts_what_it_reads_and_from_where(tmp_path: Path) -> None:
         [Piece(Extent(path, 0, 64), torch.uint8, (64,), (1,), is_buffer=True)],
         [Piece(Buffer(bytes(32)), torch.uint8, (32,), (1,), is_buffer=True)],
     ]
-    stream = Stream(pages, CpuLane(), ring=2)
+    stream = Stream(pages, CpuTransfer(), ring=2)
     for number in [0, 1, 0, 1, 1]:
         stream.claim(number, "visit")
         stream.release(number, "visit")

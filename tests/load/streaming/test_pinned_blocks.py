@@ -24,14 +24,14 @@ from shardkit import load
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import FormatError, LoadError
 from shardkit.load import close, cpu_offload, dispatch_model, explain, load_checkpoint_and_dispatch, remove_hooks, save
-from shardkit.load.devices.transfers import CpuLane, Lane
+from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
 from shardkit.load.dispatch import attach
-from shardkit.load.dispatch.attach import Wish
+from shardkit.load.dispatch.attach import DispatchConfig
 from shardkit.load.dispatch.attachments import attachments
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.memory.allocate import memory_of
-from shardkit.load.memory.pinned_payload import Kept
+from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.weights import Weight
 from shardkit.load.performance.bandwidth import Rates
@@ -72,7 +72,7 @@ def test_blocks_are_read_into_memory_of_their_own_size(bytes_of_file: tuple[Path
 
 def test_kept_weights_are_cut_compared_and_pickled_like_any_other(bytes_of_file: tuple[Path, bytes]) -> None:
     path, content = bytes_of_file
-    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuLane())
+    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer())
     assert first == first.narrow(0, 100) != second != third
     assert len({first, first.narrow(0, 100), second, third}) == 3
     assert read_all(first.narrow(10, 20)) == content[10:30]
@@ -92,7 +92,7 @@ def test_a_block_that_cannot_be_read_is_told_and_its_memory_is_gone(tmp_path: Pa
 
 def test_only_what_lies_as_its_page_wants_it_is_sent_as_it_lies(bytes_of_file: tuple[Path, bytes]) -> None:
     path, _ = bytes_of_file
-    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuLane())
+    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer())
 
     def found(*payloads: Payload) -> bool:
         return memory_of_page(payloads, Layout.of(payloads)) is not None
@@ -106,16 +106,16 @@ def test_only_what_lies_as_its_page_wants_it_is_sent_as_it_lies(bytes_of_file: t
     assert not found()
 
 
-def pages_of(path: Path, lane: Lane, *, kept: list[int], count: int = 8, nbytes: int = 4096) -> list[list[Piece]]:
+def pages_of(path: Path, lane: DeviceTransfer, *, kept: list[int], count: int = 8, nbytes: int = 4096) -> list[list[Piece]]:
     """Pages of one tensor, those with the numbers *kept* in memory."""
     stored: list[Payload] = [Extent(path, number * nbytes, nbytes) for number in range(count)]
     payloads = [keep([[each]], lane)[0][0] if number in kept else each for number, each in enumerate(stored)]
     return [[Piece(each, torch.uint8, (nbytes,), (1,))] for each in payloads]
 
 
-@pytest.fixture(params=[CpuLane, LateLane], ids=["cpu", "late"])
-def lane(request: pytest.FixtureRequest) -> Lane:
-    made: Lane = request.param()
+@pytest.fixture(params=[CpuTransfer, LateLane], ids=["cpu", "late"])
+def lane(request: pytest.FixtureRequest) -> DeviceTransfer:
+    made: DeviceTransfer = request.param()
     return made
 
 
@@ -123,7 +123,7 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 @pytest.mark.parametrize("kept", [[*range(8)], [0, 2, 4, 6], [7], []], ids=str)
 @pytest.mark.parametrize("ring", [2, 3, 8])
 def test_kept_pages_and_others_share_a_ring_in_any_order(
-    bytes_of_file: tuple[Path, bytes], lane: Lane, order: list[int], kept: list[int], ring: int
+    bytes_of_file: tuple[Path, bytes], lane: DeviceTransfer, order: list[int], kept: list[int], ring: int
 ) -> None:
     path, content = bytes_of_file
     stream = Stream(pages_of(path, lane, kept=kept), lane, ring=ring)
@@ -147,7 +147,7 @@ def test_a_ring_of_kept_pages_has_no_main_memory_and_sends_each_from_where_it_li
     for number in [*range(8)] * 2:
         stream.claim(number, "visit")
         stream.release(number, "visit")
-    own = {payload.block.memory.data_ptr() for [piece] in pages if isinstance(payload := piece.payload, Kept)}
+    own = {payload.block.memory.data_ptr() for [piece] in pages if isinstance(payload := piece.payload, PinnedPayload)}
     assert {address for address, _ in lane.sent} == own
     assert {nbytes for _, nbytes in lane.sent} == {4096}
     assert (lane.host_bytes, lane.kept_bytes, lane.bytes) == (0, 8 * 4096, 2 * 4096)
@@ -259,11 +259,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> LateLane:
     """The CPU as if it were an accelerator, with memory of its own, so that what the map sends to the CPU streams."""
     lane = LateLane()
 
-    def streams(wish: Wish, weight: Weight) -> Hashable:
+    def streams(wish: DispatchConfig, weight: Weight) -> Hashable:
         tier = device_of(weight.names[0], wish.device_map)
         return (tier, lane.device) if tier in ("cpu", "disk") else None
 
-    monkeypatch.setattr(Wish, "streams", streams)
+    monkeypatch.setattr(DispatchConfig, "streams", streams)
     monkeypatch.setattr(attach, "lane_to", lambda device: lane)
     return lane
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_is_read_once_into_kept_memory_and_runs_from_there(file: Pa
     for _ in range(3):
         assert torch.equal(model(X), expected)
     assert (device.kept_bytes, device.host_bytes, device.bytes) == (LAYERS * BLOCK, 0, 2 * BLOCK)
-    assert len({payload.block for payload in recipes_of(model) if isinstance(payload, Kept)}) == LAYERS
+    assert len({payload.block for payload in recipes_of(model) if isinstance(payload, PinnedPayload)}) == LAYERS
     told = explain(model, rates=Rates(link=1e9))
     assert {part.place for part in told.parts} == {"cpu"}
     assert told.read == {"disk": 0, "memory": LAYERS * BLOCK}
@@ -409,7 +409,7 @@ def test_a_model_that_is_dispatched_again_keeps_the_memory_that_it_has(file: Pat
 def test_kept_memory_is_gone_with_the_model(file: Path, device: LateLane) -> None:
     model = loaded(file, {"": "cpu"})
     model(X)
-    blocks_of = [weakref.ref(payload.block.memory) for payload in recipes_of(model) if isinstance(payload, Kept)]
+    blocks_of = [weakref.ref(payload.block.memory) for payload in recipes_of(model) if isinstance(payload, PinnedPayload)]
     pagers = [each for *_, each in attachments(model) if isinstance(each, Pager)]
     close(model)
     assert all(each() is not None for each in blocks_of)

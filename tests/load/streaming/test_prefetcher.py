@@ -18,7 +18,7 @@ from interruption import interrupted
 from late_lane import LateLane
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
-from shardkit.load.devices.transfers import CpuLane, Lane
+from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
 from shardkit.load.streaming.page_layout import READ
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import _READERS, Stream
@@ -29,9 +29,9 @@ ELEMENTS = 1024
 PAGE = 4 * ELEMENTS
 
 
-@pytest.fixture(params=[CpuLane, LateLane], ids=["cpu", "late"])
-def lane(request: pytest.FixtureRequest) -> Lane:
-    made: Lane = request.param()
+@pytest.fixture(params=[CpuTransfer, LateLane], ids=["cpu", "late"])
+def lane(request: pytest.FixtureRequest) -> DeviceTransfer:
+    made: DeviceTransfer = request.param()
     return made
 
 
@@ -50,7 +50,7 @@ def page(file: Path, number: int) -> list[Piece]:
     return [Piece(Extent(file, number * PAGE, PAGE), torch.float32, (ELEMENTS,), (1,))]
 
 
-def streaming(file: Path, lane: Lane, *, ring: int = 2) -> Stream:
+def streaming(file: Path, lane: DeviceTransfer, *, ring: int = 2) -> Stream:
     return Stream([page(file, number) for number in range(8)], lane, ring=ring)
 
 
@@ -67,7 +67,7 @@ ORDERS = [list(range(8)) * 3, [0, 3, 1, 7, 7, 2] * 3, [7, 6, 5, 4, 3, 2, 1, 0] *
 
 @pytest.mark.parametrize("ring", [2, 3, 8, 20])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: Lane, order: list[int], ring: int) -> None:
+def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: DeviceTransfer, order: list[int], ring: int) -> None:
     stream = streaming(file, lane, ring=ring)
     for number in order:
         use(stream, number)
@@ -76,7 +76,7 @@ def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: Lane, orde
     assert stream.nbytes == 0
 
 
-def test_four_threads_and_two_slots_come_to_an_end(file: Path, lane: Lane) -> None:
+def test_four_threads_and_two_slots_come_to_an_end(file: Path, lane: DeviceTransfer) -> None:
     stream = streaming(file, lane)
     wrong: list[BaseException] = []
 
@@ -130,7 +130,7 @@ class Counted:
 def counted(file: Path, *, ring: int = 2, count: int = 8) -> tuple[Stream, list[Counted]]:
     payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(count)]
     pages = [[Piece(payload, torch.float32, (ELEMENTS,), (1,))] for payload in payloads]
-    return Stream(pages, CpuLane(), ring=ring), payloads
+    return Stream(pages, CpuTransfer(), ring=ring), payloads
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -184,7 +184,7 @@ def test_a_failed_read_is_told_and_tried_again(file: Path) -> None:
 
 
 def test_a_thread_that_holds_a_page_never_waits_for_a_slot(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     for number in range(6):
         tensors = stream.claim(number, number, holding=number > 0)
         assert tensors is not None
@@ -198,7 +198,7 @@ def test_a_thread_that_holds_a_page_never_waits_for_a_slot(file: Path) -> None:
 
 
 def test_releasing_twice_or_by_a_stranger_does_nothing(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     first, second = object(), object()
     tensors = stream.claim(0, first)
     stream.claim(0, second)
@@ -212,7 +212,7 @@ def test_releasing_twice_or_by_a_stranger_does_nothing(file: Path) -> None:
 
 
 def test_a_refilled_slot_refuses_a_late_backward(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     x = torch.ones(ELEMENTS, requires_grad=True)
     visit = object()
     tensors = stream.claim(0, visit)
@@ -227,7 +227,7 @@ def test_a_refilled_slot_refuses_a_late_backward(file: Path) -> None:
 
 
 def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     seen: dict[int, tuple[int, int]] = {}
     kept: list[object] = []  # so that no identity comes twice
     for number in [*range(8), *range(8), 3, 1, 5, 7]:
@@ -239,7 +239,7 @@ def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
         stream.release(number, "visit")
 
 
-def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path, lane: Lane) -> None:
+def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path, lane: DeviceTransfer) -> None:
     stream = streaming(file, lane)
     with torch.inference_mode():
         tensors = stream.claim(0, "visit")
@@ -262,7 +262,7 @@ def test_pages_of_many_sizes_share_one_ring(tmp_path: Path) -> None:
         [Piece(Extent(path, start, size), torch.uint8, (size,), (1,), is_buffer=True)]
         for start, size in zip(starts, sizes, strict=True)
     ]
-    stream = Stream(pages, CpuLane(), ring=2)
+    stream = Stream(pages, CpuTransfer(), ring=2)
     for number in [*range(8), 7, 5, 3, 1, 0, 2, 4, 6] * 3:
         tensors = stream.claim(number, "visit")
         assert tensors is not None
@@ -275,13 +275,13 @@ def test_verification_that_fails_is_told(file: Path) -> None:
     def verify() -> None:
         raise LoadError("changed")
 
-    stream = Stream([page(file, 0)], CpuLane(), ring=2, verify=verify)
+    stream = Stream([page(file, 0)], CpuTransfer(), ring=2, verify=verify)
     with pytest.raises(LoadError, match="changed"):
         stream.claim(0, "visit")
 
 
 def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     stream.claim(0, "visit")
     stream.close()
     assert stream.claim(1, "another") is None
@@ -291,7 +291,7 @@ def test_a_closed_stream_gives_nothing_and_takes_back_what_is_held(file: Path) -
 
 
 def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     stream.claim(0, "a")
     stream.claim(1, "b", holding=True)
     got: list[object] = []
@@ -308,7 +308,7 @@ def test_a_thread_that_waits_for_a_slot_gets_the_one_that_is_released(file: Path
 @threaded
 @pytest.mark.usefixtures("one_thread")
 def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     use(stream, 0)
 
     def check() -> bool:
@@ -324,7 +324,7 @@ def test_a_child_of_a_fork_reads_with_threads_of_its_own(file: Path) -> None:
 @threaded
 @pytest.mark.usefixtures("one_thread")
 def test_the_child_of_a_fork_has_what_is_held_while_it_forks(file: Path) -> None:
-    stream = streaming(file, CpuLane())
+    stream = streaming(file, CpuTransfer())
     tensors = stream.claim(3, "visit")
     assert tensors is not None
     assert in_a_child(lambda: torch.equal(tensors[0], value(3)))
@@ -389,7 +389,7 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[Piece]]:
 
 
 @pytest.mark.parametrize("order", [[*range(6)] * 4, [5, 0, 3, 3, 1] * 4], ids=str)
-def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[Piece]], lane: Lane, order: list[int]) -> None:
+def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[Piece]], lane: DeviceTransfer, order: list[int]) -> None:
     stream = Stream(large, lane, ring=2)
     for number in order:
         tensors = stream.claim(number, "visit")
@@ -402,15 +402,15 @@ def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[P
 
 
 def test_a_ring_of_bytes_holds_as_many_pages_as_fit(file: Path) -> None:
-    assert Stream([page(file, 0)], CpuLane(), ring="1MB").room == PAGE  # all that there is
+    assert Stream([page(file, 0)], CpuTransfer(), ring="1MB").room == PAGE  # all that there is
     payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(8)]
-    stream = Stream([[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads], CpuLane(), ring=f"{3 * PAGE + 100}")
+    stream = Stream([[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads], CpuTransfer(), ring=f"{3 * PAGE + 100}")
     use(stream, 0)
     assert eventually(lambda: [payload.reads for payload in payloads] == [1, 1, 1, 0, 0, 0, 0, 0])
     assert stream.nbytes == stream.room == 3 * PAGE + 100
 
 
-def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, lane: Lane) -> None:
+def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, lane: DeviceTransfer) -> None:
     stream = Stream([page(file, number) for number in range(8)], lane, ring=f"{PAGE}")
     for number in [*range(8), 3, 3, 0]:
         use(stream, number)
@@ -419,7 +419,7 @@ def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, l
 
 def test_a_page_that_does_not_fit_is_told_with_the_numbers(file: Path) -> None:
     with pytest.raises(OverBudget, match=r"largest block takes 4\.10 kB.* may take 4\.00 kB") as told:
-        Stream([page(file, number) for number in range(8)], CpuLane(), ring="4KB")
+        Stream([page(file, number) for number in range(8)], CpuTransfer(), ring="4KB")
     assert (told.value.needed, told.value.available) == (PAGE, 4000)
 
 
@@ -487,7 +487,7 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         each.join(200)
 
 
-def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: Lane) -> None:
+def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: DeviceTransfer) -> None:
     stream = streaming(file, lane)
     order = [0, 3, 1, 7, 7, 2]
 
@@ -507,7 +507,7 @@ def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: 
     assert stream.nbytes == 0
 
 
-def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(file: Path, lane: Lane) -> None:
+def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(file: Path, lane: DeviceTransfer) -> None:
     moment, goes_on = 0, True
     while goes_on:
         stream = streaming(file, lane, ring=4)
@@ -532,7 +532,7 @@ def no_readers() -> None:
 
 
 @pytest.mark.usefixtures("no_readers")
-def test_readers_that_have_nothing_to_do_end(file: Path, lane: Lane) -> None:
+def test_readers_that_have_nothing_to_do_end(file: Path, lane: DeviceTransfer) -> None:
     stream = streaming(file, lane)
     for _ in range(2):
         use(stream, 0)
@@ -551,7 +551,7 @@ def closing(stream: Stream) -> threading.Thread:
 def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(file: Path) -> None:
     parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * _READERS)]
     behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * _READERS * READ,), (1,))]
-    stream = Stream([page(file, 0), behind], CpuLane())
+    stream = Stream([page(file, 0), behind], CpuTransfer())
     for part in parts:
         part.go.clear()
     use(stream, 0)
@@ -577,7 +577,7 @@ def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_pat
     pieces = [Piece(Extent(tmp_path / "large", at, nbytes), torch.uint8, (nbytes,), (1,)) for at in range(0, 4 * nbytes, nbytes)]
     memory = 0
     for lap in range(4):
-        stream = Stream([[piece] for piece in pieces], CpuLane(), ring=4)
+        stream = Stream([[piece] for piece in pieces], CpuTransfer(), ring=4)
         stream.claim(0, "visit")
         stream.release(0, "visit")
         stream.close()
@@ -596,7 +596,7 @@ def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(dty
         payload = Cast(Extent(path, 4096, nbytes // 2), parse_dtype("bf16"), parse_dtype("fp32"))
     memory, kept = 0, []
     for lap in range(5):
-        stream = Stream([[Piece(payload, dtype, (nbytes // dtype.itemsize,), (1,))]], CpuLane())
+        stream = Stream([[Piece(payload, dtype, (nbytes // dtype.itemsize,), (1,))]], CpuTransfer())
         os.truncate(path, nbytes // 4)
         with pytest.raises(FormatError) as error:
             stream.claim(0, "visit")
@@ -635,7 +635,7 @@ def test_a_reader_that_closes_waits_for_no_reader(file: Path) -> None:
     def closing() -> None:
         stream.close()
 
-    stream = Stream([page(file, number) for number in range(8)], CpuLane(), verify=closing)
+    stream = Stream([page(file, number) for number in range(8)], CpuTransfer(), verify=closing)
     assert stream.claim(0, "visit") is not None
     assert stream.claim(1, "another") is None
 
@@ -670,7 +670,7 @@ def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_ther
     assert in_a_child(lambda: stream.claim(0, "visit") is None)
 
 
-def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: Lane) -> None:
+def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: DeviceTransfer) -> None:
     stream = streaming(file, lane, ring=8)
     for _ in range(50):
         for number in range(8):

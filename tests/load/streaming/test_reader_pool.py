@@ -12,11 +12,11 @@ import pytest
 
 from shardkit.errors import LoadError
 from shardkit.load.devices.transfers import Done, Ticket
-from shardkit.load.streaming.reader_pool import Filling, Readers
+from shardkit.load.streaming.reader_pool import PendingRead, Readers
 
 
-def filling(*jobs: Callable[[], object], finish: Callable[[], Ticket] = Done) -> Filling:
-    return Filling(jobs, finish, lambda: None)
+def filling(*jobs: Callable[[], object], finish: Callable[[], Ticket] = Done) -> PendingRead:
+    return PendingRead(jobs, finish, lambda: None)
 
 
 class Job:

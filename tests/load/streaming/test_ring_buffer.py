@@ -8,10 +8,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.load.devices.transfers import CpuLane
+from shardkit.load.devices.transfers import CpuTransfer
 from shardkit.load.memory.direct_io import SECTOR
 from shardkit.load.streaming.page_layout import Layout, evened
-from shardkit.load.streaming.ring_buffer import Place, Ring, room_for
+from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.payloads.payload import Extent
 
 LAYER = (1 << 20) + 1000  # no multiple of a sector, so that each layer begins at another place of one
@@ -27,8 +27,8 @@ def layers(count: int, head: int) -> list[Layout]:
 @given(st.integers(2, 9), st.integers(2, 6), st.integers(0, 3 * LAYER))
 def test_in_a_ring_of_any_depth_as_many_blocks_have_a_place_as_it_is_deep(count: int, depth: int, head: int) -> None:
     layouts = evened(layers(count, head))
-    ring = Ring(CpuLane(), room_for([layout.nbytes for layout in layouts], depth))
-    held: list[Place] = []
+    ring = Ring(CpuTransfer(), room_for([layout.nbytes for layout in layouts], depth))
+    held: list[Slot] = []
     for number in islice(cycle(range(count)), 4 * count):
         while len(held) >= min(depth, count):
             ring.leave(held.pop(0))
@@ -46,7 +46,7 @@ def test_lengths_are_evened_upwards_by_less_than_a_hundredth(sizes: list[int]) -
 
 
 def test_a_block_without_bytes_between_two_others_makes_no_room() -> None:
-    ring, full, empty = Ring(CpuLane(), 200), Layout(100, 1, (), (), (), ()), Layout(0, 1, (), (), (), ())
+    ring, full, empty = Ring(CpuTransfer(), 200), Layout(100, 1, (), (), (), ()), Layout(0, 1, (), (), (), ())
     first, *_ = [taken(ring, number, full) for number in range(2)]
     ring.leave(first)
     taken(ring, 2, full)
@@ -54,7 +54,7 @@ def test_a_block_without_bytes_between_two_others_makes_no_room() -> None:
     assert ring.find(4, full, lambda _: False) is None
 
 
-def taken(ring: Ring, number: int, layout: Layout) -> Place:
+def taken(ring: Ring, number: int, layout: Layout) -> Slot:
     """The place of a page in *ring*, where all others stay."""
     found = ring.find(number, layout, lambda _: False)
     assert found is not None

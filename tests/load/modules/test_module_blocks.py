@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardkit.load.modules.blocks import Cut, cut
-from shardkit.load.modules.weights import Seat, Weight, weights_of
+from shardkit.load.modules.weights import ParameterSlot, Weight, weights_of
 
 
 class Expert(nn.Linear):
@@ -128,8 +128,8 @@ def test_buffers_that_stay_divide_nothing() -> None:
 def test_a_seat_is_taken_as_the_module_wants_it() -> None:
     lstm = nn.LSTM(2, 2)
     new = nn.Parameter(torch.zeros(8, 2))
-    Seat(lstm, "weight_ih_l0").take(new)
+    ParameterSlot(lstm, "weight_ih_l0").take(new)
     assert lstm._flat_weights[0] is new
     norm = nn.BatchNorm1d(2)
-    Seat(norm, "running_mean").take(torch.ones(2))
+    ParameterSlot(norm, "running_mean").take(torch.ones(2))
     assert torch.equal(norm.get_buffer("running_mean"), torch.ones(2))
