@@ -20,9 +20,11 @@ from repository import ROOT
 
 _ROWS = 50
 
-# Makes the pseudo-terminal the one that Ctrl-C comes from, and then is the program.
+# Makes the pseudo-terminal the one that Ctrl-C comes from, and then is the program. Tests that are run in the background of a shell
+# inherit an ignored SIGINT; a program on a terminal starts with the default.
 _LEAD = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
