@@ -157,7 +157,7 @@ OPEN_ALL = """
 import json, sys
 from pathlib import Path
 import shardkit
-from shardkit import registry
+from shardkit.sources import registry
 
 def verdict(path):
     try:

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardkit.load.diagnostics.explanation import Explanation as Explanation
+    from shardkit.load.performance.bandwidth import Rates as Rates
     from shardkit.load.devices.budgets import get_max_memory as get_max_memory
     from shardkit.load.diagnostics.explain import explain as explain
     from shardkit.load.dispatch.accelerate_api import cpu_offload as cpu_offload
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from shardkit.load.placement.infer_device_map import infer_auto_device_map as infer_auto_device_map
 
 _LAZY_EXPORTS = {
+    "Explanation": "diagnostics.explanation",
     "Paged": "lazy.paged",
+    "Rates": "performance.bandwidth",
     "check_device_map": "placement.device_map",
     "close": "dispatch.attachments",
     "cpu_offload": "dispatch.accelerate_api",
