@@ -259,10 +259,13 @@ def _folder(
     """The *shards*, which hold *runs*, and what belongs beside them."""
     weight_map = {entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run}
     total_size = sum(entry.nbytes for entry in edited.entries)
-    content = Literal(shard_index.dump(weight_map, total_size))
-    listing = [OutputFile(f"{stem}.safetensors.index.json", (content,))] if len(runs) > 1 else []
+    listing = [_index(weight_map, total_size, stem)] if len(runs) > 1 else []
     oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
     return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form)
+
+
+def _index(weight_map: Mapping[str, str], total_size: int, stem: str) -> OutputFile:
+    return OutputFile(f"{stem}.safetensors.index.json", (Literal(shard_index.dump(weight_map, total_size)),))
 
 
 def _record(
@@ -300,4 +303,6 @@ def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[
 def _identity(part: Part) -> bytes:
     if type(part) is Extent:  # most parts are: a repr of the dataclass takes ten times as long
         return f"{part.path}\0{part.start}\0{part.nbytes}\n".encode("utf-8", "surrogateescape")
+    if type(part) is Literal:  # a header may be long, and its repr is three times as long
+        return hashlib.sha256(part.content).digest()
     return f"{part!r}\n".encode("utf-8", "surrogateescape")

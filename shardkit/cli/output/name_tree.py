@@ -162,6 +162,8 @@ def _opened(whole: Item, most: int | None, *, fold: bool) -> bool:
     queue = deque([whole])
     while queue:
         item = queue.popleft()
+        if item.leaf is None and not fold and len(item.place.children) > left:
+            return False  # before a line is made for each
         items = list(_items(item.place, fold=fold)) if item.leaf is None else []
         if len(items) > left:
             if not fold:
