@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -21,7 +22,7 @@ from shardkit.payloads.payload import CHUNK, Concat, Extent, Literal, Part, Swap
 from shardkit.planning.plan import OutputFile, Plan
 from shardkit.writing.copier import Engine
 from shardkit.writing.journal import Identity, begin
-from shardkit.writing.reference_check import check
+from shardkit.writing.reference_check import LONG, check
 from shardkit.writing.writer import forecast, write
 
 CONTENT = os.urandom(100_003)
@@ -208,6 +209,20 @@ def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_p
     with pytest.raises(OutputError, match="the reference reader does not take it"):
         written(plan_of(broken, shards=["model.safetensors"], form="safetensors"), tmp_path / "out")
     assert "done" not in (tmp_path / "out" / JOURNAL_NAME).read_text()
+
+
+@pytest.mark.parametrize("executable", [sys.executable, "", "/no/such/python", shutil.which("false") or ""])
+def test_a_long_header_is_read_by_a_process_of_its_own_if_there_can_be_one(
+    executable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    head = f'{{"__metadata__":{{"":"{"a" * LONG}"}}}}'.encode()
+    content = len(head).to_bytes(8, "little") + head
+    (tmp_path / "good").write_bytes(content)
+    check(tmp_path / "good", OutputFile("good", (Literal(content),)))
+    (tmp_path / "bad").write_bytes(content[:-1])
+    with pytest.raises(OutputError, match=r"the reference reader does not take it: .*invalid header length"):
+        check(tmp_path / "bad", OutputFile("bad", (Literal(content),)))
 
 
 def test_a_companion_is_not_held_to_be_a_shard(tmp_path: Path) -> None:
