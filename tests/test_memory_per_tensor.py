@@ -44,13 +44,15 @@ def peak(statement: str, folder: Path, count: int, out: Path) -> int:
 @pytest.mark.parametrize(
     ("statement", "most"),
     [
-        ("shardkit.open(sys.argv[1])", 1024),
-        (INSPECT, 1200),
-        ("shardkit.verify(sys.argv[2], sys.argv[1])", 1400),
-        # Half of it is what the reference reader of safetensors takes, in which the output is opened.
-        ("shardkit.convert(sys.argv[1], sys.argv[3], sync=False)", 2100),
+        ("shardkit.open(sys.argv[1])", 1000),
+        (INSPECT, 1000),
+        ("shardkit.open(sys.argv[2])", 800),
+        # Of 160,000 it is less than 1000: then what the C library keeps of the first checkpoint counts for less.
+        ("shardkit.verify(sys.argv[2], sys.argv[1])", 1200),
+        # As much again is what the reference reader of safetensors takes, in a process of its own.
+        ("shardkit.convert(sys.argv[1], sys.argv[3], sync=False)", 1000),
     ],
-    ids=["open", "inspect", "verify", "convert"],
+    ids=["open", "inspect", "open safetensors", "verify", "convert"],
 )
 def test_a_tensor_more_takes_little_memory_more(statement: str, most: int, folder: Path, tmp_path: Path) -> None:
     few, many = (peak(statement, folder, count, tmp_path) for count in (FEW, MANY))

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -81,14 +82,17 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
     """
     if not content.startswith(b"{"):
         raise Malformed(path, f"must begin with '{{', found {shown(content[:8])}", where=_WHERE)
-    document = parse_json(path, content, limits, where=_WHERE)
-    assert isinstance(document, dict)  # it begins with a brace
+    document = parse_json(path, content, limits, where=_WHERE, made=_told)
+    if not isinstance(document, dict):  # though it begins with a brace
+        raise Malformed(path, "must hold tensors by name, found the fields of one", where=_WHERE)
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
         raise LimitExceeded(path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
-    lines = sorted(_line(path, name, document.pop(name)) for name in list(document))  # which gives the memory of each back
+    # Memory is given back as it goes: popped from the document here, and from the lines below.
+    lines = sorted(_line(path, name, document.pop(name)) for name in list(document))
     _check_cover(path, lines, data.nbytes)
-    return Header(tuple(line.entry(data) for line in lines), metadata)
+    lines.reverse()
+    return Header(tuple(lines.pop().entry(data) for _ in range(len(lines))), metadata)
 
 
 def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue: int = 0, modulus: int = 64) -> bytes:
@@ -108,14 +112,15 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
     _check_types(entries)
     fields = [_metadata_line(metadata)] if metadata else []
     fields += _lines(entries)
-    text = _encoded("{" + ",".join(fields) + "}", entries)
-    text += b" " * ((residue - LENGTH_NBYTES - len(text)) % modulus)
-    if len(text) > MAX_JSON_NBYTES:
+    text = _encoded(f"{{{','.join(fields)}}}", entries)
+    padding = b" " * ((residue - LENGTH_NBYTES - len(text)) % modulus)
+    nbytes = len(text) + len(padding)
+    if nbytes > MAX_JSON_NBYTES:
         raise Unwritable(
-            f"the header of {len(entries):,} tensors takes {len(text):,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
+            f"the header of {len(entries):,} tensors takes {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
             hint=("write more, smaller shards: lower ", option("max_shard")),
         )
-    return len(text).to_bytes(LENGTH_NBYTES, "little") + text
+    return b"".join((nbytes.to_bytes(LENGTH_NBYTES, "little"), text, padding))
 
 
 def room(entry: TensorEntry) -> int:
@@ -163,17 +168,44 @@ class _Line(NamedTuple):
         return TensorEntry((self.name,), self.dtype, self.shape, data.narrow(self.start, self.stop - self.start))
 
 
-def _line(path: Path, name: str, fields: object) -> _Line:
-    values = fields if isinstance(fields, dict) else {}
+class _Fields(NamedTuple):
+    """The same without the name: what stands for the object of a tensor, of which it takes a third."""
+
+    start: int
+    stop: int
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+def _told(fields: dict[str, object]) -> object:
+    """What stands for an object of the header: the fields of a tensor, where it has these and no others."""
+    return (_fields(fields) if len(fields) == 3 else None) or fields
+
+
+def _fields(values: dict[str, object]) -> _Fields | None:
     code, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     dtype = _WRITABLE.get(code) if isinstance(code, str) else None
     if dtype is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise Malformed(path, _fault(fields), where=_tensor(name))
+        return None
     if not _are_sizes((*offsets, *shape)):
-        raise Malformed(path, _fault(fields), where=_tensor(name))
+        return None
     start, stop = offsets
+    return _Fields(start, stop, dtype, _shared(tuple(shape)))
+
+
+@lru_cache(4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """*shape*, as one object for all tensors that have it."""
+    return shape
+
+
+def _line(path: Path, name: str, told: object) -> _Line:
+    fields = _fields(told) if isinstance(told, dict) else told
+    if not isinstance(fields, _Fields):
+        raise Malformed(path, _fault(told), where=_tensor(name))
+    start, stop, dtype, shape = fields
     _check_nbytes(path, name, dtype, shape, start, stop)
-    return _Line(start, stop, name, dtype, tuple(shape))
+    return _Line(start, stop, name, dtype, shape)
 
 
 def _are_sizes(values: Iterable[object]) -> bool:
@@ -197,7 +229,7 @@ def _fault(fields: object) -> str:
     return f"{field} must be {count} whole numbers from 0 to 2⁶⁴ - 1, found {_shown_list(fields[field])}"
 
 
-def _check_nbytes(path: Path, name: str, dtype: DType, shape: list[int], start: int, stop: int) -> None:
+def _check_nbytes(path: Path, name: str, dtype: DType, shape: Sequence[int], start: int, stop: int) -> None:
     bits = dtype.bits
     for length in shape:
         bits *= length
@@ -240,7 +272,7 @@ def _tensor(name: str) -> str:
 
 
 def _shown_list(value: object) -> str:
-    if not isinstance(value, list) or len(value) > 8:
+    if not isinstance(value, list | tuple) or len(value) > 8:
         return shown(value)
     return "[" + ", ".join(shown(item) for item in value) + "]"
 

@@ -10,13 +10,21 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from shardkit.errors import LimitExceeded, Malformed, shown
 from shardkit.limits import Limits
 
 
-def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> object:
+def parse_json(
+    path: Path,
+    content: bytes,
+    limits: Limits,
+    *,
+    where: str,
+    made: Callable[[dict[str, object]], object] = lambda fields: fields,
+) -> object:
     """The document that *content* holds; dicts, lists and scalars.
 
     Args:
@@ -24,13 +32,15 @@ def parse_json(path: Path, content: bytes, limits: Limits, *, where: str) -> obj
         content: the document, UTF-8.
         limits: `json_nesting` bounds its depth.
         where: what the document is, for messages.
+        made: gives what stands for an object, as soon as that is read, for those of which there are many: a dict is large.
 
     Raises:
         Malformed: it is no JSON, or JSON that is read differently by different readers.
         LimitExceeded: it is nested too deeply.
     """
     try:
-        document: object = _DECODER.decode(content.decode())
+        decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: made(_unique(pairs)), parse_constant=_refuse)
+        document: object = decoder.decode(content.decode())
     except RecursionError:
         raise _too_deep(path, limits.json_nesting + 1, where) from None
     except UnicodeDecodeError as error:
@@ -58,9 +68,6 @@ def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
-
-
 def _check_nesting(path: Path, document: object, limits: Limits, where: str) -> None:
     level = [document]
     for _ in range(limits.json_nesting):
@@ -75,7 +82,7 @@ def _check_surrogates(path: Path, content: bytes, document: object, where: str) 
     if re.search(rb"\\u[dD]", content) is None:
         return
     try:
-        json.dumps(document, ensure_ascii=False).encode()
+        json.dumps(document, ensure_ascii=False, default=repr).encode()  # some of it may have been made into what is no JSON
     except UnicodeEncodeError:
         raise Malformed(path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where) from None
 
