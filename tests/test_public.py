@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from repository import ROOT
 
 PUBLIC = ("shardkit", "shardkit.load", "shardkit.plugin", "shardkit.testing")

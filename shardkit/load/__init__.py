@@ -6,10 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardkit.load.diagnostics.explanation import Explanation as Explanation
-    from shardkit.load.performance.bandwidth import Rates as Rates
     from shardkit.load.devices.budgets import get_max_memory as get_max_memory
     from shardkit.load.diagnostics.explain import explain as explain
+    from shardkit.load.diagnostics.explanation import Explanation as Explanation
     from shardkit.load.dispatch.accelerate_api import cpu_offload as cpu_offload
     from shardkit.load.dispatch.accelerate_api import disk_offload as disk_offload
     from shardkit.load.dispatch.accelerate_api import dispatch_model as dispatch_model
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from shardkit.load.loading.load_checkpoint import load_checkpoint_in_model as load_checkpoint_in_model
     from shardkit.load.modules.init_empty import init_empty_weights as init_empty_weights
     from shardkit.load.modules.init_empty import init_on_device as init_on_device
+    from shardkit.load.performance.bandwidth import Rates as Rates
     from shardkit.load.placement.device_map import check_device_map as check_device_map
     from shardkit.load.placement.infer_device_map import get_balanced_memory as get_balanced_memory
     from shardkit.load.placement.infer_device_map import infer_auto_device_map as infer_auto_device_map

@@ -69,7 +69,7 @@ def fault_of(path: Path) -> str:
 _PROGRAM = """
 import sys
 _, path, *sys.path = sys.argv
-from shardkit.reference_reader import fault_of
+from shardkit.writing.reference_check import fault_of
 print(fault_of(path), end="")
 """
 
