@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shardkit.planning.plan import Plan as Plan
     from shardkit.sources.open import open as open
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY_EXPORTS = {
     "AmbiguousRoot": "errors",

@@ -1,0 +1,30 @@
+"""Print the sets of dependencies that pyproject.toml implies but does not list, for pip.
+
+``python .ci/requirements.py oldest`` prints the lower bounds, ``core`` all but torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PROJECT = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+NEEDS_TORCH = ("shardkit[", "torch")  # the extras that dev includes all bring torch
+CHECKS_ONLY = ("mypy", "ruff", "types-")  # no test needs these
+
+
+def oldest() -> list[str]:
+    """Return the dependencies of shardkit, each at its lower bound."""
+    return [bound.replace(">=", "==") for bound in PROJECT["dependencies"]]
+
+
+def core() -> list[str]:
+    """Return what shardkit and its tests need, without torch and what brings it."""
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    return [name for name in wanted if not name.startswith(NEEDS_TORCH + CHECKS_ONLY)]
+
+
+if __name__ == "__main__":
+    print("\n".join({"oldest": oldest, "core": core}[sys.argv[1]]()))
