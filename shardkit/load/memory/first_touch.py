@@ -5,7 +5,9 @@
 2. A huge page costs a quarter of the 512 small ones that it replaces, if its memory is at hand. It costs up to five times as
    much as they do in a virtual machine whose host takes free memory back, because the host takes large blocks only. So both
    kinds are timed on the processor's clock, the cheaper kind is used, and the other one is tried again now and then.
-3. All of this is advice. Where the system refuses it, the read that follows brings the pages.
+3. To say which kind is wanted takes a lock of the process, for which the calls that bring pages must end: two threads that
+   said it each time would bring them in turn, and not at once. So it is said once, of all of an arena.
+4. All of this is advice. Where the system refuses it, the read that follows brings the pages.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import mmap
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
@@ -24,6 +27,15 @@ Advise = Callable[[int, int, int], bool]
 
 _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 14, 15, 23  # of Linux; Python has no name for the last
 _AGAIN = 16  # requests, after which the dearer kind of page is tried once
+
+
+@dataclass(slots=True)
+class _Range:
+    """The addresses of an arena, and the kind of its pages, but for trials: huge, small, or as the system has it (None)."""
+
+    start: int
+    stop: int
+    huge: bool | None = None
 
 
 class FirstTouch:
@@ -38,7 +50,7 @@ class FirstTouch:
         """
         self._advise = advise or _madvise
         self._clock = clock
-        self._arenas: dict[int, tuple[int, int]] = {}  # first byte of an arena and the byte after it, by its mapping
+        self._arenas: dict[int, _Range] = {}  # by their mappings
         self._costs: dict[bool, float] = {}  # what a byte took last, in huge pages (True) and in small ones
         self._requests = 0
         self._populates = advise is not None or sys.platform == "linux"
@@ -47,7 +59,7 @@ class FirstTouch:
         """Let memory of *arena*, which has *nbytes* bytes, be asked for."""
         if nbytes:
             start = address_of(arena.memory(0, nbytes))
-            self._arenas[id(arena.mapping)] = start, start + nbytes
+            self._arenas[id(arena.mapping)] = _Range(start, start + nbytes)
 
     def bring(self, buffers: Sequence[memoryview]) -> None:
         """Bring the pages of *buffers*, those of one arena in order; a huge page is brought with its first byte."""
@@ -55,16 +67,19 @@ class FirstTouch:
         for mapping, of_one in groupby(known, key=lambda buffer: id(buffer.obj)):
             pieces = list(of_one)
             stop = address_of(pieces[-1]) + len(pieces[-1])
-            self._bring_all(address_of(pieces[0]), stop, *self._arenas[mapping])
+            self._bring_all(self._arenas[mapping], address_of(pieces[0]), stop)
 
-    def _bring_all(self, start: int, stop: int, arena_start: int, arena_stop: int) -> None:
-        small = arena_stop - (arena_stop - arena_start) % HUGE  # too short for a huge page from here on
-        at = min(start + -(start - arena_start) % HUGE, small)
-        end = min(stop + -(stop - arena_start) % HUGE, small)
+    def _bring_all(self, arena: _Range, start: int, stop: int) -> None:
+        small = arena.stop - (arena.stop - arena.start) % HUGE  # too short for a huge page from here on
+        at = min(start + -(start - arena.start) % HUGE, small)
+        end = min(stop + -(stop - arena.start) % HUGE, small)
         while at < end and self._populates:
-            huge, pages = self._next((end - at) // HUGE)
+            huge, pages, is_trial = self._next((end - at) // HUGE)
+            if huge is not arena.huge:
+                first, nbytes = (at, HUGE) if is_trial else (arena.start, small - arena.start)
+                self._advise(first, nbytes, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
+                arena.huge = arena.huge if is_trial else huge
             begun = self._clock()
-            self._advise(at, pages * HUGE, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
             self._populate(at, at + pages * HUGE)
             self._costs[huge] = (self._clock() - begun) / (pages * HUGE)
             at += pages * HUGE
@@ -73,13 +88,13 @@ class FirstTouch:
         if stop > small:
             self._populate(max(start, small), stop)
 
-    def _next(self, left: int) -> tuple[bool, int]:
-        """Whether the next pages are huge, and how many times `HUGE` bytes they are, out of *left*."""
+    def _next(self, left: int) -> tuple[bool, int, bool]:
+        """Whether the next pages are huge, how many times `HUGE` bytes they are, out of *left*, and whether they are a trial."""
         self._requests += 1
         if len(self._costs) < 2:
-            return True not in self._costs, 1
+            return True not in self._costs, 1, True
         huge = self._costs[True] <= self._costs[False]
-        return (huge, left) if self._requests % _AGAIN else (not huge, 1)
+        return (huge, left, False) if self._requests % _AGAIN else (not huge, 1, True)
 
     def _populate(self, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE

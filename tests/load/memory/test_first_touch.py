@@ -30,19 +30,19 @@ class System:
         self.costs = {True: huge, False: small}
         self.populates = populates
         self.now = 0
-        self.huge = False
+        self.kinds: list[tuple[int, int, bool]] = []
         self.asked: list[tuple[int, int, bool]] = []
         self.advised: list[tuple[int, int, int]] = []
 
     def advise(self, start: int, nbytes: int, advice: int) -> bool:
         self.advised.append((start, nbytes, advice))
-        if advice == POPULATE:
-            self.asked.append((start, nbytes, self.huge))
-            self.now += nbytes * self.costs[self.huge]
-            self.huge = False
-            return self.populates
-        self.huge = advice == HUGE_ADVICE
-        return True
+        if advice != POPULATE:
+            self.kinds.append((start, start + nbytes, advice == HUGE_ADVICE))
+            return True
+        huge = next((huge for first, last, huge in reversed(self.kinds) if first <= start < last), False)
+        self.asked.append((start, nbytes, huge))
+        self.now += nbytes * self.costs[huge]
+        return self.populates
 
     def clock(self) -> int:
         return self.now
@@ -83,6 +83,13 @@ def test_the_cheaper_kind_of_page_is_used(huge: int, small: int, least: float, m
     brought(system, 256 * HUGE, list(range(4 * HUGE, 256 * HUGE, 4 * HUGE)))
     assert least <= system.share <= most
     assert 0 < system.share < 1  # both were tried
+
+
+def test_the_kind_is_said_once_and_for_each_trial() -> None:
+    system = System()
+    pieces = 256
+    brought(system, pieces * HUGE, [number * HUGE for number in range(1, pieces)])
+    assert len(system.advised) - len(system.asked) <= 3 + 2 * pieces // 16
 
 
 def test_a_kind_that_becomes_cheaper_is_found_out() -> None:
