@@ -8,6 +8,9 @@ it has not. 4.2 GB of it, the layers and the head, stream from disk in each forw
 the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
 checkpoint before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if they are missing.
 
+In the cases "cast" weights of bf16 stream into a model of fp32. That is held against the same forward without a cast, and what
+computing in fp32 takes more, or less, than in bf16.
+
 In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each
 layer, take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
 ``pip install --no-deps airllm==4.0.0``.
@@ -26,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cages import output_of
-from llama import BY_DTYPE, Llama, suited
+from llama import BY_DTYPE, WIDE, Llama, suited
 from measuring import machine, made
 
 STREAMING = Path(__file__).parent / "streaming.py"
@@ -45,6 +48,7 @@ class Contender:
         tokens: how many go in.
         limit: of the memory, in bytes.
         how: whether a forward is called, or `generate` for one token.
+        warm: whether what is read is in the page cache.
     """
 
     who: str
@@ -54,6 +58,7 @@ class Contender:
     tokens: int = 16
     limit: int | None = MUCH
     how: str = "forward"
+    warm: bool = False
 
     def source(self, folder: Path, llama: Llama) -> Path:
         """What it reads."""
@@ -80,6 +85,18 @@ class Result:
     def __str__(self) -> str:
         times, read = sorted(self.seconds), statistics.median(self.read) / 1e9
         return f"{self.median:6.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {read:5.2f} GB read  {self.peak / 1e6:6.0f} MB"
+
+
+
+def casts(*, warm: bool) -> dict[str, Contender]:
+    """Forwards of one token with a cast and without, each from disk and in memory."""
+    limit = None if warm else HALF
+    return {
+        "no cast": Contender("shardkit", tokens=1, limit=limit, warm=warm),
+        "cast": Contender("cast", tokens=1, limit=limit, warm=warm),
+        "compute, no cast": Contender("shardkit", resident=40, tokens=1, limit=None),
+        "compute, cast": Contender("cast", resident=40, tokens=1, limit=None),
+    }
 
 
 CASES: dict[str, dict[str, Contender]] = {
@@ -129,9 +146,13 @@ CASES: dict[str, dict[str, Contender]] = {
         "none resident": Contender("shardkit", tokens=1, limit=HALF),
         "shardkit": Contender("shardkit", resident=20, tokens=1, limit=HALF),
     },
+    "cast": casts(warm=False),
+    "cast, warm": casts(warm=True),
     "endurance": {"shardkit, plain .bin": Contender("shardkit", plain=True, tokens=1)},
     "endurance, 0.8 GB": {"shardkit, plain .bin": Contender("shardkit", plain=True, ring=2, tokens=1, limit=LITTLE)},
 }
+OF_BF16 = ("cast", "cast, warm")  # whatever the processor has
+ALIKE = {"shardkit", "planned", "beside", "accelerate", "airllm"}, {"cast"}  # who must agree with whom
 LONG = {"endurance": 500, "endurance, 0.8 GB": 500}  # forwards of what is run only if it is asked for, and once
 
 
@@ -145,13 +166,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CASES, default=[name for name in CASES if name not in LONG])
     parser.add_argument("--plot", type=Path, help="an SVG to draw (needs matplotlib)")
     asked = parser.parse_args()
-    llama = BY_DTYPE[asked.dtype]
-    prepared(asked.folder, llama)
     print(machine())
-    print(f"{llama.dtype}, hidden {llama.hidden}, inner {llama.inner}")
     found = {}
     for name in asked.only:
-        print(f"\n{name}", flush=True)
+        llama = WIDE if name in OF_BF16 else BY_DTYPE[asked.dtype]
+        prepared(asked.folder, llama)
+        print(f"\n{name}: {llama.dtype}, hidden {llama.hidden}, inner {llama.inner}", flush=True)
         forwards = asked.forwards or LONG.get(name, 3)
         found[name] = race(installed(CASES[name]), llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
         for who, result in found[name].items():
@@ -190,7 +210,8 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
     for _ in range(rounds):
         for name, each in case.items():
             numbers = [each.resident, each.ring, each.tokens, forwards]
-            command = [sys.executable, STREAMING, llama.dtype, each.who, each.source(folder, llama), *numbers, each.how]
+            how = [each.how, "warm" if each.warm else "cold"]
+            command = [sys.executable, STREAMING, llama.dtype, each.who, each.source(folder, llama), *numbers, *how]
             told = json.loads(output_of([str(part) for part in command], each.limit))
             result = results[name]
             result.seconds += told["seconds"]
@@ -199,14 +220,10 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
             result.told.add(told["told"])
             result.held += told["held"]
             result.peak = max(result.peak, told["peak"])
-    answers = {
-        answer
-        for name, result in results.items()
-        if case[name].who in ("shardkit", "planned", "beside", "accelerate", "airllm")
-        for answer in result.told
-    }
-    if len(answers) > 1:
-        sys.exit(f"the contenders do not agree: {answers}")
+    for alike in ALIKE:
+        answers = {answer for name, result in results.items() if case[name].who in alike for answer in result.told}
+        if len(answers) > 1:
+            sys.exit(f"the contenders do not agree: {answers}")
     return results
 
 
@@ -217,6 +234,9 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
         if ours in median and theirs in median:
             read = statistics.median(results[ours].read) / max(1, statistics.median(results[theirs].read))
             yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}, and reads {read:.2f} x as many bytes"
+    if {"cast", "no cast"} <= median.keys():
+        without = median["no cast"] + median["compute, cast"] - median["compute, no cast"]
+        yield f"cast takes {median['cast'] / without:.2f} x no cast and the difference in compute ({without:.2f} s)"
     if {"floor", "shardkit"} <= median.keys():
         waited = statistics.median(results["shardkit"].waited)
         yield f"forwards waited {waited:.2f} s for weights: {1 - waited / median['floor']:.0%} of the floor is hidden"

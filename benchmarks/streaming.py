@@ -1,4 +1,4 @@
-"""One contender of stream.py: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS HOW``.
+"""One contender of stream.py: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS HOW CACHE``.
 
 Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
 really read for it, what came out, and what the process held: before the model, after each forward, and after the end of it.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import BY_DTYPE, LAYERS, VOCABULARY, Llama
+from measuring import in_page_cache
 
 RING_READ, THREADS = 4 << 20, 3
 GREEDY = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
@@ -30,16 +31,19 @@ HOW: list[str] = []  # whether a forward is called, or `generate` for one token
 
 def main() -> None:
     """Run the one that is named."""
-    dtype, who, source, resident, ring, tokens, forwards, how = sys.argv[1:]
+    dtype, who, source, resident, ring, tokens, forwards, how, cache = sys.argv[1:]
     HOW.append(how)
-    if who in ("shardkit", "planned", "beside"):
+    if who in ("shardkit", "cast", "planned", "beside"):
         load_libraries(BY_DTYPE[dtype])
     held = [holding()]
     once = CONTENDERS[who](BY_DTYPE[dtype], Path(source), int(resident), int(ring), int(tokens))
     once()  # which fills what is filled once
     seconds, waited, read, told = [], [], [], None
     for _ in range(int(forwards)):
-        drop(Path(source))
+        if cache == "cold":
+            drop(Path(source))
+        else:
+            warm(Path(source))
         before, waits, begun = really_read(), waited_for(), time.perf_counter()
         told = once()
         seconds.append(time.perf_counter() - begun)
@@ -92,6 +96,12 @@ def drop(source: Path) -> None:
         os.close(file)
 
 
+def warm(source: Path) -> None:
+    """Let the page cache have the source."""
+    for path in files_of(source):
+        in_page_cache(path)
+
+
 def files_of(source: Path) -> list[Path]:
     """The files that hold weights."""
     return sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
@@ -135,12 +145,22 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as t
 
 def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
     """This package."""
+    return dispatched(llama.empty(), source, resident, ring, tokens)
+
+
+def cast(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """The same, into a model of float32."""
+    return dispatched(llama.empty().float(), source, resident, ring, tokens)
+
+
+def dispatched(model: Any, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+    """What runs *model*, which is empty."""
     from shardkit.load import load_checkpoint_and_dispatch
     from shardkit.load.dispatch.attachments import attachments
     from shardkit.load.hooks.streaming_hooks import Pager
 
     model = load_checkpoint_and_dispatch(
-        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
+        model, source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
     )
     MODELS.append(model)
     WATCHED.extend(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
@@ -284,6 +304,7 @@ def huge(nbytes: int) -> memoryview:
 
 CONTENDERS = {
     "shardkit": shardkit,
+    "cast": cast,
     "planned": planned,
     "reading": reading,
     "accelerate": accelerate,
