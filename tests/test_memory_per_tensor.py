@@ -45,9 +45,9 @@ def peak(statement: str, folder: Path, count: int, out: Path) -> int:
     ("statement", "most"),
     [
         ("shardkit.open(sys.argv[1])", 1000),
-        (INSPECT, 1000),
+        # Of 160,000 these two take less than 1000: then what the C library keeps of freed blocks counts for less.
+        (INSPECT, 1200),
         ("shardkit.open(sys.argv[2])", 800),
-        # Of 160,000 it is less than 1000: then what the C library keeps of the first checkpoint counts for less.
         ("shardkit.verify(sys.argv[2], sys.argv[1])", 1200),
         # As much again is what the reference reader of safetensors takes, in a process of its own.
         ("shardkit.convert(sys.argv[1], sys.argv[3], sync=False)", 1000),
