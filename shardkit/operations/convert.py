@@ -23,7 +23,6 @@ from shardkit.planning.output_path import check_output, check_room, partial_fold
 from shardkit.planning.prepare import Conversion, ConversionOptions, prepare, scratch_beside
 from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
-from shardkit.writing.compress import Saving, saving
 from shardkit.writing.journal import Identity, begin, boot_id, mend
 from shardkit.writing.writer import bytes_to_store, write
 
@@ -52,8 +51,6 @@ class Report:
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
         stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their content where they are compressed.
-        pays_below: bytes per second of a disk from which what is compressed is read and then expanded, in one thread of this
-            machine, as fast as what is not is read; None where nothing is compressed.
         blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
     """
 
@@ -73,7 +70,6 @@ class Report:
     resumed: int
     seconds: float
     stored: int = 0
-    pays_below: int | None = None
     blocks: int = 0
 
     def __repr__(self) -> str:
@@ -194,7 +190,6 @@ def carry_out(
 
 def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
     others = conversion.checkpoint.others
-    saved = _saving(conversion)
     return Report(
         source=conversion.source,
         out=conversion.out,
@@ -211,14 +206,14 @@ def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, se
         notes=conversion.notes,
         resumed=resumed,
         seconds=seconds,
-        stored=saved.stored if saved else sum(shard.nbytes for shard in conversion.plan.shards),
-        pays_below=saved.pays_below if saved else None,
+        stored=_stored(conversion),
         blocks=len(conversion.plan.record.blocks) if conversion.plan.record else 0,
     )
 
 
-def _saving(conversion: Conversion) -> Saving | None:
-    """What compression of the output, which is in place, came to; None if there is none."""
-    out = conversion.out
-    codec = next((shard.codec for shard in conversion.plan.shards), None)
-    return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None
+def _stored(conversion: Conversion) -> int:
+    """Bytes that the shards of the output, which is in place, take on the disk."""
+    out, shards = conversion.out, conversion.plan.shards
+    if not any(shard.codec for shard in shards):
+        return sum(shard.nbytes for shard in shards)
+    return sum((out if conversion.single else out / shard.name).stat().st_size for shard in shards)
