@@ -196,7 +196,7 @@ class _ByBlock:
             metadata=checkpoint.metadata,
             companions=companions,
         )
-        return replace(plan, checksum=checksum), (*said, *_cut(plan, max_shard))
+        return plan, (*said, *_cut(plan, max_shard))
 
     def _origin(self, checkpoint: Checkpoint) -> Origin:
         files = sorted((file.path.name, file.size) for file in checkpoint.files)

@@ -21,6 +21,7 @@ from shardkit.payloads.codec import Codec
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import Extent
 from shardkit.planning.companions import ModelConfig, companions
+from shardkit.planning.digest_files import with_digest_files
 from shardkit.planning.frames import compressed
 from shardkit.planning.output_path import default_output, followed
 from shardkit.planning.plan import OutputFile, Plan, plan_file, plan_folder
@@ -115,7 +116,7 @@ def plan_by_size(
     layout = registry.format_named("safetensors")
     stem = stem_of(file.path.name for file in checkpoint.files)
     plan = plan_folder(edited, layout, max_shard=max_shard, metadata=checkpoint.metadata, companions=companions, stem=stem)
-    return replace(plan, checksum=checksum), ()
+    return plan, ()
 
 
 def prepare(
@@ -169,6 +170,7 @@ def prepare(
             files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
             plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
         plan = compressed(plan, codec) if codec else plan
+        plan = with_digest_files(plan, checksum)
         notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
         notes += _format_note(checkpoint, plan)
     return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)

@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +25,7 @@ from typing import BinaryIO
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import OutputError, shown, shown_path
 from shardkit.hints import after_writing, output
-from shardkit.metadata.journal_records import JOURNAL_NAME, Written
+from shardkit.metadata.journal_records import JOURNAL_NAME, Finished, Written
 from shardkit.metadata.manifest import Digests
 from shardkit.writing.commit import clear, place_file, place_folder, put_back, remove, sync_folder, sync_tree
 
@@ -57,18 +57,12 @@ class Journal:
 
     Attributes:
         folder: OUT.partial/.
-        done: names of the files that are complete.
-        digests: of those of them that are summed.
-        resumed: whether an earlier run began it.
+        done: the files that are complete, by name.
     """
 
-    def __init__(
-        self, folder: Path, file: BinaryIO, done: set[str], digests: dict[str, Digests], *, resumed: bool, sync: bool
-    ) -> None:
+    def __init__(self, folder: Path, file: BinaryIO, done: dict[str, Finished], *, sync: bool) -> None:
         self.folder = folder
         self.done = done
-        self.digests = digests
-        self.resumed = resumed
         self._file = file
         self._sync = sync
 
@@ -78,11 +72,10 @@ class Journal:
         Raises:
             OSError: the journal cannot be written.
         """
-        line: dict[str, object] = {"done": name, "nbytes": (self.folder / name).stat().st_size}
+        nbytes = (self.folder / name).stat().st_size
+        line: dict[str, object] = {"done": name, "nbytes": nbytes}
         self._append(line if digests is None else {**line, "digests": [digests.whole, digests.tensors, *digests.blocks]})
-        self.done.add(name)
-        if digests is not None:
-            self.digests[name] = digests
+        self.done[name] = Finished(nbytes, digests)
 
     def discard(self) -> None:
         """Remove everything that was written."""
@@ -198,15 +191,14 @@ def _begun(folder: Path, file: BinaryIO, identity: Identity) -> Journal:
     written = Written.read(file)
     resumed = written.identity == identity.line() and not written.broken
     listed = written.done if resumed else {}
-    done = {name for name, finished in listed.items() if finished.is_whole(folder / name)}
+    done = {name: finished for name, finished in listed.items() if finished.is_whole(folder / name)}
     _keep_only(folder, done)
-    digests = {name: found for name in done if (found := listed[name].digests) is not None}
-    journal = Journal(folder, file, done, digests, resumed=resumed, sync=not identity.boot)
+    journal = Journal(folder, file, done, sync=not identity.boot)
     # What is complete stays recorded throughout: a run that is killed here costs nothing.
     os.ftruncate(file.fileno(), written.nbytes if resumed else 0)
     if not resumed:
         journal._append_text(f"{identity.line()}\n")
-    journal._append(*({"redo": name} for name in sorted(listed.keys() - done)), {"by": _this_run()})
+    journal._append(*({"redo": name} for name in sorted(listed.keys() - done.keys())), {"by": _this_run()})
     return journal
 
 
@@ -229,7 +221,7 @@ def _settled(out: Path, folder: Path, written: Written, identity: Identity, sing
     return whole and written.identity == identity.line()
 
 
-def _keep_only(folder: Path, names: set[str]) -> None:
+def _keep_only(folder: Path, names: Iterable[str]) -> None:
     kept = {folder / name for name in names} | {folder / JOURNAL_NAME}
     for parent, folders, files in os.walk(folder, topdown=False):
         for name in files:

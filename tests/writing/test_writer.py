@@ -106,7 +106,7 @@ def test_what_is_done_is_not_written_again(source: Path, tmp_path: Path) -> None
         (journal.folder / "whole").write_bytes(b"as it was")
         journal.finished("whole")
         write(plan_of(*mixed(source)), journal)
-        assert journal.done == {file.name for file in mixed(source)}
+        assert journal.done.keys() == {file.name for file in mixed(source)}
     assert (tmp_path / "out" / "whole").read_bytes() == b"as it was"
 
 
