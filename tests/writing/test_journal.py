@@ -138,10 +138,10 @@ def test_files_that_were_not_synced_count_only_until_the_system_starts_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for boot, resumes in (("first", True), ("second", False)):
-        monkeypatch.setattr("shardkit.operations.convert.boot_id", lambda: "first")
+        monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda: "first")
         with pytest.raises(Killed):
             shardkit.convert(source, tmp_path / boot, max_shard="9kB", jobs=1, sync=False, on_bytes=killed_after(20_000))
-        monkeypatch.setattr("shardkit.operations.convert.boot_id", lambda boot=boot: boot)
+        monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda boot=boot: boot)
         assert (shardkit.convert(source, tmp_path / boot, max_shard="9kB", sync=False).resumed > 0) is resumes
 
 
@@ -172,7 +172,7 @@ def test_an_empty_one_is_used(source: Path, tmp_path: Path) -> None:
 def test_what_was_finished_stays_until_there_is_room_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(source, tmp_path / "out")
     with monkeypatch.context() as small:
-        small.setattr("shardkit.operations.convert.bytes_to_store", lambda *args, **options: 1 << 60)
+        small.setattr("shardkit.operations.write_output.bytes_to_store", lambda *args, **options: 1 << 60)
         with pytest.raises(NoRoom):
             shardkit.convert(source, tmp_path / "out", max_shard="9kB")
         with pytest.raises(NoRoom):
