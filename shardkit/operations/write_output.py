@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown_path
 from shardkit.operations.integrity import refuse_changed, refuse_damaged
 from shardkit.planning.output import Output
-from shardkit.planning.output_path import check_output, check_room, partial_folder
+from shardkit.planning.output_path import check_output, check_room
 from shardkit.planning.prepare import scratch_beside
 from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
 from shardkit.writing.copier import Engine
-from shardkit.writing.journal import Identity, begin, boot_id, mend
+from shardkit.writing.transaction import Identity, Transaction, boot_id
 from shardkit.writing.writer import bytes_to_store, write
 
 _LOG = logging.getLogger("shardkit")
@@ -55,8 +55,9 @@ def write_output(
     begun = time.monotonic()
     out, plan = output.out, output.plan
     identity = Identity(plan.digest, output.files, "" if sync else boot_id())
+    transaction = Transaction(out, identity, single=output.single)
     _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
-    if mend(out, partial_folder(out), identity, single=output.single):
+    if transaction.recover():
         _LOG.info("%s: an earlier run had written all of it", shown_path(out))
         return Written(Counter(), len(plan.files), (), time.monotonic() - begun)
     check_output(output, overwrite=overwrite)
@@ -64,22 +65,23 @@ def write_output(
     if output.check is not None:
         checkpoint, limits = output.check.checkpoint, output.check.limits
         notes += refuse_damaged(checkpoint.files, checkpoint.tensors, limits, scratch_beside(out))
-    with begin(partial_folder(out), identity) as journal:
-        resumed = len(journal.done)
+    with transaction.begin():
+        resumed = len(transaction.done)
         if resumed:
             _LOG.info("%s: %d files were written by an earlier run", shown_path(out), resumed)
         try:
-            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), output.name)
-            engines = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
+            needed = bytes_to_store(plan, transaction.folder, done=transaction.done)
+            check_room(transaction.folder, needed, output.name)
+            engines = write(plan, transaction, jobs=jobs, sync=sync, on_bytes=on_bytes)
             refuse_changed(output.files)
         except (Malformed, LimitExceeded):
-            journal.discard()
+            transaction.discard()
             raise
         except NoRoom:
             if not resumed:  # else what an earlier run finished stays, for when there is room
-                journal.discard()
+                transaction.discard()
             raise
         check_output(output, overwrite=overwrite)  # something may have appeared, or grown, meanwhile
-        journal.commit(out, single=output.single)
+        transaction.commit()
     _LOG.info("%s: in place after %.3f s", shown_path(out), time.monotonic() - begun)
     return Written(engines, resumed, tuple(notes), time.monotonic() - begun)

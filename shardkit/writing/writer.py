@@ -26,35 +26,41 @@ from shardkit.system.threads import Pool
 from shardkit.writing import reference_check
 from shardkit.writing.compress import write_compressed
 from shardkit.writing.copier import Copier, Engine, See, can_clone, clonable, engine_of, reserve
-from shardkit.writing.journal import Journal
+from shardkit.writing.transaction import Transaction
 
 _LOG = logging.getLogger("shardkit")
 _TOGETHER = 8  # more files at a time than this do not help one disk
 
 
 def write(
-    plan: Plan, journal: Journal, *, jobs: int | None = None, sync: bool = True, on_bytes: OnBytes = lambda count: None
+    plan: Plan,
+    transaction: Transaction,
+    *,
+    jobs: int | None = None,
+    sync: bool = True,
+    on_bytes: OnBytes = lambda count: None,
 ) -> Counter[Engine]:
-    """Write the files of *plan* that *journal* does not have yet, and count the bytes by engine.
+    """Write the files of *plan* that *transaction* does not have yet, and count the bytes by engine.
 
     Args:
         plan: what to write.
-        journal: the folder to write in.
+        transaction: has begun; its folder is written in.
         jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
             most 8.
         sync: make each file last before it counts as done.
-        on_bytes: called, from any thread, with the number of bytes after each step; first with those that *journal* has.
+        on_bytes: called, from any thread, with the number of bytes after each step; first with those that
+            are written already.
 
     Raises:
         FormatError: a source cannot be read.
         OutputError: a file cannot be written, or is not what the reference reader expects.
     """
-    todo = [file for file in plan.files if file.name not in journal.done]
+    todo = [file for file in plan.files if file.name not in transaction.done]
     on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
     together = jobs or _at_a_time(plan)
-    clones = cache(lambda path: can_clone(path, journal.folder))
+    clones = cache(lambda path: can_clone(path, transaction.folder))
     with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
-        files = _FileWriter(plan, journal, clones, sync, on_bytes, frames, ahead=together + 1)
+        files = _FileWriter(plan, transaction, clones, sync, on_bytes, frames, ahead=together + 1)
         # The largest first; where one fails, or the run is interrupted, the others stop at their next step.
         try:
             early = sorted((file for file in todo if file.late is None), key=lambda file: -file.nbytes)
@@ -70,7 +76,7 @@ def write(
         files.stop.clear()
         for file in todo:
             if file.late is not None:
-                counts += files.write(file.settled(journal.done))
+                counts += files.write(file.settled(transaction.done))
     return counts
 
 
@@ -116,7 +122,7 @@ class _FileWriter:
     def __init__(
         self,
         plan: Plan,
-        journal: Journal,
+        transaction: Transaction,
         clones: Callable[[Path], bool],
         sync: bool,
         on_bytes: OnBytes,
@@ -126,7 +132,7 @@ class _FileWriter:
     ) -> None:
         self.stop = threading.Event()
         self._plan = plan
-        self._journal = journal
+        self._transaction = transaction
         self._clones = clones
         self._sync = sync
         self._report = on_bytes
@@ -141,7 +147,7 @@ class _FileWriter:
             FormatError: a source cannot be read.
             OutputError: it cannot be written, or is not what the reference reader expects.
         """
-        path = self._journal.folder / file.name
+        path = self._transaction.folder / file.name
         sums = _Sums.of(self._plan, file)
         begun = time.monotonic()
         try:
@@ -171,7 +177,7 @@ class _FileWriter:
             reference_check.check(path, file)
         _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)
         with self._lock:
-            self._journal.finished(file.name, sums.digests() if sums.see else None)
+            self._transaction.finished(file.name, sums.digests() if sums.see else None)
         return counts
 
     def _copy(self, file: OutputFile, output: int, see: Sequence[See]) -> Counter[Engine]:

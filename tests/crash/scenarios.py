@@ -231,7 +231,7 @@ def _overwrite(source: Path, work: Path) -> Report:
 
 
 def _by_renames(source: Path, work: Path) -> Report:
-    with patch("shardkit.writing.commit._exchange", lambda first, second: False):
+    with patch("shardkit.system.folders.exchange", lambda first, second: False):
         return _overwrite(source, work)
 
 

@@ -107,7 +107,7 @@ def test_an_earlier_output_is_replaced_as_a_whole(source: Path, tmp_path: Path) 
 def test_an_earlier_output_is_replaced_where_the_system_exchanges_no_names(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardkit.writing.commit._exchange", lambda first, second: False)
+    monkeypatch.setattr("shardkit.system.folders.exchange", lambda first, second: False)
     out = tmp_path / "out"
     shardkit.convert(source, out, max_shard=1)
     shardkit.convert(source, out, overwrite=True)
