@@ -1,4 +1,4 @@
-"""Carry out an `Output`: it appears complete, by one rename, or not at all. What convert, offload-prep and `save` share."""
+"""Carry out an `Output`, for convert, offload-prep and `save`: it appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def write_output(
     out, plan = output.out, output.plan
     identity = Identity(plan.digest, output.files, "" if sync else boot_id())
     transaction = Transaction(out, identity, single=output.single)
-    _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
+    size = format_size(plan.nbytes)
+    _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), size)
     if transaction.recover():
         _LOG.info("%s: an earlier run had written all of it", shown_path(out))
         return Written(Counter(), len(plan.files), (), time.monotonic() - begun)
@@ -81,7 +82,7 @@ def write_output(
             if not resumed:  # else what an earlier run finished stays, for when there is room
                 transaction.discard()
             raise
-        check_output(output, overwrite=overwrite)  # something may have appeared, or grown, meanwhile
+        check_output(output, overwrite=overwrite)  # what is there may be new, or have grown
         transaction.commit()
     _LOG.info("%s: in place after %.3f s", shown_path(out), time.monotonic() - begun)
     return Written(engines, resumed, tuple(notes), time.monotonic() - begun)

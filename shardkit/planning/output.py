@@ -1,4 +1,4 @@
-"""What is written and where, as one value: all that writing has to know, whether a source is converted or a model is saved."""
+"""What is written and where, as one value, whether a source is converted or a model is saved."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Output:
     """A plan, and the place of what it gives.
 
     Attributes:
-        name: what messages call that which is written: the path of a source, or the class of a model.
+        name: what messages call what is written: the path of a source, or the class of a model.
         out: the folder, or the one file, that will appear.
         plan: its files, part by part.
         files: every file that is read, companions too, as it was when it was planned.
         is_single: whether *out* is the one file of the plan, and not a folder.
-        origin: the file or folder that is converted, which is never replaced; None where a model is saved.
+        origin: the file or folder that is converted, and never replaced; None where a model is
+            saved.
         check: checksums of the source to compare first; None for none.
     """
 

@@ -1,7 +1,7 @@
 """What there is to decide before a byte is written: open → edit → plan.
 
-`prepare` is the story of convert. offload-prep tells its own from the same steps: `output_place`, `open_source`, `companions_of`
-and `decided`.
+`prepare` is the story of convert. offload-prep tells its own from the same steps: `output_place`,
+`open_source`, `companions_of` and `decided`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True, slots=True)
 class OpenedSource:
-    """A source, opened and edited, and how its output is laid out: what is needed to plan the files.
+    """A source, opened and edited, and how its output is laid out: what a plan is made from.
 
     Attributes:
         path: what is read.
@@ -144,13 +144,19 @@ def prepare(
         layout = None if place.is_dir() else registry.writer_for(Path(name).suffix)
         if layout is not None:
             _refuse_manifest(place, name, options)
-            return decided(opened, plan_file(edited, layout, name=name, metadata=metadata), is_single=True)
+            plan = plan_file(edited, layout, name=name, metadata=metadata)
+            return decided(opened, plan, is_single=True)
         # Otherwise a folder: shards in the order of the source, cut by size alone.
         beside = companions_of(opened)
         layout = registry.format_named("safetensors")
         stem = stem_of(file.path.name for file in opened.checkpoint.files)
         plan = plan_folder(
-            edited, layout, max_shard=opened.max_shard, metadata=metadata, companions=beside, stem=stem
+            edited,
+            layout,
+            max_shard=opened.max_shard,
+            metadata=metadata,
+            companions=beside,
+            stem=stem,
         )
         return decided(opened, plan, beside)
 
@@ -180,17 +186,19 @@ def open_source(src: Path, out: Path, edits: Edits, options: ConversionOptions) 
     if options.checksum is not None:
         check_algorithm(options.checksum)
     codec = None if options.compress is None else registry.compressor_named(options.compress)
-    checkpoint = open_checkpoint(src, format=options.format, limits=options.limits, scratch=scratch_beside(out))
+    scratch = scratch_beside(out)
+    checkpoint = open_checkpoint(src, format=options.format, limits=options.limits, scratch=scratch)
     config = ModelConfig.beside(src if src.is_dir() else src.parent)
     if not config.ties_embeddings:
         edits = replace(edits, ties="copy")
-    return OpenedSource(src, out, options, checkpoint, config, edits, edit(checkpoint, edits), max_shard, codec)
+    edited = edit(checkpoint, edits)
+    return OpenedSource(src, out, options, checkpoint, config, edits, edited, max_shard, codec)
 
 
 def companions_of(opened: OpenedSource) -> tuple[OutputFile, ...]:
-    """The small files of a source folder, as files to copy; none where they are not wanted, or the source is one file."""
-    folder = _folder(opened.path)
-    return companions(folder, opened.checkpoint) if opened.options.with_companions and folder else ()
+    """The small files of a source folder, as files to copy; none for one file, or if not wanted."""
+    folder = _folder(opened.path) if opened.options.with_companions else None
+    return companions(folder, opened.checkpoint) if folder else ()
 
 
 def decided(
@@ -201,7 +209,7 @@ def decided(
     *,
     is_single: bool = False,
 ) -> Conversion:
-    """The conversion that writes *plan*, compressed and with the files of digests that the options ask for.
+    """The conversion that writes *plan*, compressed and with digests as the options ask.
 
     Args:
         opened: the source.
@@ -226,8 +234,9 @@ def decided(
         opened.path,
         SourceCheck(checkpoint, options.limits) if options.checksum is not None else None,
     )
-    said = (*checkpoint.notes, *opened.edited.notes, *notes, *_notes(opened, plan), *_format_note(checkpoint, plan))
-    return Conversion(opened.path, checkpoint, opened.edited, output, said)
+    before = (*checkpoint.notes, *opened.edited.notes)
+    after = (*_notes(opened, plan), *_format_note(checkpoint, plan))
+    return Conversion(opened.path, checkpoint, opened.edited, output, (*before, *notes, *after))
 
 
 def plain_name(out: Path, codec: Codec | None) -> str:
@@ -266,7 +275,8 @@ def _refuse_manifest(out: Path, name: str, options: ConversionOptions) -> None:
 
 
 def _notes(opened: OpenedSource, plan: Plan) -> Iterator[str]:
-    src, config, edited, edits, limit = opened.path, opened.config, opened.edited, opened.edits, opened.max_shard
+    src, config, limit = opened.path, opened.config, opened.max_shard
+    edits, edited = opened.edits, opened.edited
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
         yield f"config.json says that nothing is tied: {several(len(twice), 'weight')} with equal bytes written under each name"
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):

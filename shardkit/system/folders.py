@@ -1,4 +1,4 @@
-"""Names on a disk: two that are exchanged at once, those that last a power cut, and files with a lock."""
+"""Names on a disk: two exchanged at once, those that last a power cut; and files with a lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two names at once, by renameat2(2) with RENAME_EXCHANGE; False where the system cannot."""
+    """Exchange two names at once, by renameat2(2); False where the system cannot."""
     if sys.platform != "linux":
         return False
     import ctypes

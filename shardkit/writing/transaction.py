@@ -1,7 +1,7 @@
-"""A `Transaction`: the output is written in OUT.partial/ and put in place by one rename. It is there complete, or not at all.
+"""A `Transaction`: the output is written in OUT.partial/ and put in place by one rename.
 
-A run that is killed leaves one of these states on disk, and the next run of the same command takes it up. "old" is what OUT
-was before, which may be nothing::
+A run that is killed leaves one of these states on disk, and the next run of the same command takes
+it up. "old" is what OUT was before, which may be nothing::
 
        OUT                    OUT.partial/                        next run
     1  old                    -                                   `begin` makes OUT.partial/
@@ -11,15 +11,18 @@ was before, which may be nothing::
     5  new, with the journal  old, or a part of it, or nothing    `recover` removes it: state 6
     6  new                    -
 
-Two folders exchange their names at once where the system can: from 3 to 5 in one step. Elsewhere OUT is first moved into
-OUT.partial/ (state 4), so that it is never without an owner; then it is in OUT/.shardkit-replaced in state 5. Where the output
-is one file, the journal stays in OUT.partial/ in state 5, and the file is no longer beside it.
+Two folders exchange their names at once where the system can: from 3 to 5 in one step. Elsewhere
+OUT is first moved into OUT.partial/ (state 4), so that it is never without an owner; in state 5 it
+is in OUT/.shardkit-replaced. Where the output is one file, the journal stays in OUT.partial/ in
+state 5, and the file is no longer beside it.
 
-1. The journal has JSON lines. The first says for which plan and from which files; each other line names who writes, a file that
-   is complete, one that has to be written again, or the output that is being committed. A line that was cut off counts for
-   nothing.
-2. A file is synced before it is on record, the folder before the rename, and the rename before anything old is removed.
-3. The journal is the last file that is removed: as long as it is there, a removal that was cut short is known for what it is.
+1. The journal has JSON lines. The first says for which plan and from which files. Each other line
+   names who writes, a file that is complete, one that has to be written again, or the output that
+   is being committed. A line that was cut off counts for nothing.
+2. A file is synced before it is on record, the folder before the rename, and the rename before
+   anything old is removed.
+3. The journal is the last file that is removed: as long as it is there, a removal that was cut
+   short is known for what it is.
 4. One run at a time: the journal is locked for as long as it is open.
 5. Only a journal for the same plan and unchanged sources is resumed. Any other is begun anew.
 """
@@ -55,7 +58,7 @@ class Identity:
     Attributes:
         digest: of the plan.
         sources: the files that it reads.
-        boot: names the run of the system whose page cache holds the files; "" where they are synced to the disk.
+        boot: names the run of the system whose page cache holds the files; "" where they are synced.
     """
 
     digest: str
@@ -101,7 +104,7 @@ class Transaction:
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[Transaction]:
-        """Go from state 1, 2 or 3 to state 2: what an earlier run of the same plan finished is kept, all else removed.
+        """Go from state 1, 2 or 3 to state 2: keep what an earlier run of the same plan finished.
 
         Raises:
             OutputError: another run holds it, it is not shardkit's, or it cannot be made.
@@ -127,11 +130,13 @@ class Transaction:
             raise OutputError(message, hint=after_writing(error)) from None
 
     def _resume(self, written: Written) -> None:
-        """Keep what *written* has as complete, if it is of this plan, and say that this run writes now."""
+        """Keep what *written* has as complete, if it is of this plan, and remove all else."""
         line = self._identity.line()
         is_ours = written.identity == line and not written.broken
         listed = written.done if is_ours else {}
-        self.done = {name: each for name, each in listed.items() if each.is_whole(self.folder / name)}
+        self.done = {
+            name: each for name, each in listed.items() if each.is_whole(self.folder / name)
+        }
         _keep_only(self.folder, self.done)
         # What is complete stays recorded throughout: a run that is killed here costs nothing.
         os.ftruncate(self._journal.fileno(), written.nbytes if is_ours else 0)
@@ -198,7 +203,7 @@ class Transaction:
         path = moved if moved.is_file() else self.folder / JOURNAL_NAME
         try:
             if not path.is_file():
-                if self.out.exists():  # the last that a commit of one file leaves is an empty folder
+                if self.out.exists():  # the last that a commit may leave is an empty folder
                     with contextlib.suppress(OSError):  # not empty, or not there
                         os.rmdir(self.folder)
                 return False
@@ -212,12 +217,14 @@ class Transaction:
                 # Did the commit reach OUT, and is OUT still as it left it?
                 if self._single is None:
                     is_placed = moved.is_file()
-                    files = written.done.items()
-                    is_complete = is_placed and all(each.is_whole(self.out / name) for name, each in files)
+                    is_complete = is_placed and all(
+                        each.is_whole(self.out / name) for name, each in written.done.items()
+                    )
                 else:
                     file = written.done.get(self._single)
-                    is_gone = not (self.folder / self._single).exists()
-                    is_placed = is_complete = file is not None and is_gone and file.is_whole(self.out)
+                    is_moved = not (self.folder / self._single).exists()
+                    is_complete = file is not None and is_moved and file.is_whole(self.out)
+                    is_placed = is_complete
                 if is_placed:
                     self._clear()
                 return is_complete and written.identity == self._identity.line()
@@ -228,7 +235,7 @@ class Transaction:
     def discard(self) -> None:
         """Go from state 2 to state 1: remove everything that was written."""
         if os.name == "nt":
-            self._journal.close()  # there no file is removed while it is open; elsewhere it keeps the lock meanwhile
+            self._journal.close()  # there no open file is removed; elsewhere it keeps the lock
         with contextlib.suppress(OSError):  # why it is discarded is what has to be said
             remove(self.folder)
 
@@ -279,7 +286,7 @@ def remove(folder: Path) -> None:
 
 
 def boot_id() -> str:
-    """A name for this run of the system: files that were not synced are whole only as long as it lasts."""
+    """A name for this run of the system: files that were not synced last only as long as it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

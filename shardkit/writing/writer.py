@@ -1,4 +1,4 @@
-"""Carry out a plan: every file of it written, synced and checked, a few at a time, with no choices left."""
+"""Carry out a plan: write, sync and check every file of it, a few at a time, with no choices left."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(
     sync: bool = True,
     on_bytes: OnBytes = lambda count: None,
 ) -> Counter[Engine]:
-    """Write the files of *plan* that *transaction* does not have yet, and count the bytes by engine.
+    """Write the files of *plan* that *transaction* has not, and count the bytes by engine.
 
     Args:
         plan: what to write.
@@ -48,8 +48,8 @@ def write(
         jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
             most 8.
         sync: make each file last before it counts as done.
-        on_bytes: called, from any thread, with the number of bytes after each step; first with those that
-            are written already.
+        on_bytes: called, from any thread, with the number of bytes after each step; first with
+            those that are written already.
 
     Raises:
         FormatError: a source cannot be read.
@@ -61,12 +61,13 @@ def write(
     clones = cache(lambda path: can_clone(path, transaction.folder))
     with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
         files = _FileWriter(plan, transaction, clones, sync, on_bytes, frames, ahead=together + 1)
-        # The largest first; where one fails, or the run is interrupted, the others stop at their next step.
+        # The largest first. Where one fails, or the run is interrupted, the others stop too.
         try:
-            early = sorted((file for file in todo if file.late is None), key=lambda file: -file.nbytes)
+            early = [file for file in todo if file.late is None]
+            early.sort(key=lambda file: -file.nbytes)
             futures = [pool.submit(files.write, file) for file in early]
             if any(plan.is_safetensors(file) and file.codec is None for file in early):
-                frames.submit(reference_check.fetch)  # its threads have little to do: nothing of that kind is compressed
+                frames.submit(reference_check.fetch)  # these threads have little to do here
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             files.stop.set()
@@ -141,7 +142,7 @@ class _FileWriter:
         self._lock = threading.Lock()
 
     def write(self, file: OutputFile) -> Counter[Engine]:
-        """From an `OutputFile` to a file that is synced, checked and on record; returns its bytes by engine.
+        """Write, sync, check and record *file*; returns its bytes by engine.
 
         Raises:
             FormatError: a source cannot be read.
@@ -181,7 +182,7 @@ class _FileWriter:
         return counts
 
     def _copy(self, file: OutputFile, output: int, see: Sequence[See]) -> Counter[Engine]:
-        """Write the parts of *file*, which is not compressed; a trailer is made of the CRCs of the parts before it."""
+        """Write the parts of *file*, a trailer from the CRCs of the parts before it."""
         if not any(self._clones(part.path) for part in file.parts if isinstance(part, Extent)):
             reserve(output, file.nbytes)
         needs_crcs = any(isinstance(part, Trailer) for part in file.parts)
@@ -208,7 +209,7 @@ class _FileWriter:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is summed of a file: all of it and its *tensors*, for a manifest; and its blocks, for a record of these."""
+    """What is summed of a file: it and its *tensors* for a manifest, its blocks for offload.json."""
 
     tensors: tuple[str, ...]
     for_manifest: Sums | None
@@ -217,13 +218,14 @@ class _Sums:
     @classmethod
     def of(cls, plan: Plan, file: OutputFile) -> _Sums:
         """What *plan* wants summed of *file*."""
+        for_manifest = for_record = None
         runs = plan.tensors_in(file) if plan.checksum else ()
-        blocks = plan.blocks_in(file)
-        return cls(
-            tuple(run.name for run in runs),
-            Sums(plan.checksum, [(run.start, run.stop) for run in runs]) if plan.checksum else None,
-            Sums(plan.record.algorithm, [(run.start, run.stop) for run in blocks], whole=False) if plan.record and blocks else None,
-        )
+        if plan.checksum:
+            for_manifest = Sums(plan.checksum, [(run.start, run.stop) for run in runs])
+        blocks = [(run.start, run.stop) for run in plan.blocks_in(file)]
+        if plan.record and blocks:
+            for_record = Sums(plan.record.algorithm, blocks, whole=False)
+        return cls(tuple(run.name for run in runs), for_manifest, for_record)
 
     @property
     def see(self) -> tuple[See, ...]:
