@@ -66,10 +66,13 @@ class Manifest:
 
 
 def dump(manifest: Manifest) -> bytes:
-    """The text of *manifest*."""
-    files = {file.name: _document(file) for file in manifest.files}
-    document = {"version": _VERSION, "algorithm": manifest.algorithm, "files": files}
-    return (json.dumps(document, indent=1) + "\n").encode()
+    """The text of *manifest*: JSON with an indent of 1.
+
+    It is put together here, as `json` takes ten times as long for indented text.
+    """
+    files = {file.name: _text(file) for file in manifest.files}
+    head = f'{{\n "version": {_VERSION},\n "algorithm": {json.dumps(manifest.algorithm)},\n "files": '
+    return f"{head}{_object(files, 2)}\n}}\n".encode()
 
 
 def parse(path: Path, content: bytes, limits: Limits) -> Manifest:
@@ -90,12 +93,27 @@ def parse(path: Path, content: bytes, limits: Limits) -> Manifest:
     raise Malformed(path, "must name an algorithm and files", where=_WHERE)
 
 
-def _document(file: Listed) -> dict[str, object]:
-    whole: dict[str, object] = {"nbytes": file.nbytes, "digest": file.digests.whole}
-    if not file.runs:
-        return whole
-    runs = ((run, file.digests.tensors[run.name]) for run in file.runs)
-    return {**whole, "tensors": {run.name: {"start": run.start, "stop": run.stop, "digest": digest} for run, digest in runs}}
+def _text(file: Listed) -> str:
+    fields = {"nbytes": f"{file.nbytes}", "digest": json.dumps(file.digests.whole)}
+    if file.runs:
+        digests = file.digests.tensors
+        fields["tensors"] = _object(
+            {
+                run.name: f'{{\n     "start": {run.start},\n     "stop": {run.stop},'
+                f'\n     "digest": "{digests[run.name]}"\n    }}'
+                for run in file.runs
+            },
+            4,
+        )
+    return _object(fields, 3)
+
+
+def _object(fields: Mapping[str, str], indent: int) -> str:
+    """A JSON object whose values are JSON already, its keys indented by *indent* spaces."""
+    if not fields:
+        return "{}"
+    lines = ",\n".join(f"{' ' * indent}{json.dumps(key)}: {text}" for key, text in fields.items())
+    return f"{{\n{lines}\n{' ' * (indent - 1)}}}"
 
 
 def _listed(path: Path, name: str, said: object) -> Listed:

@@ -1,12 +1,10 @@
 """The main job: open → edit → plan → write, as one function.
 
-`prepare`, of the module before this one, decides and touches nothing; `carry_out` has no choices left; `convert` is one after
-the other.
+`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the other.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,18 +14,11 @@ from pathlib import Path
 from shardkit.brief import brief
 from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import LeftOut, OtherKind
-from shardkit.errors import LimitExceeded, Malformed, NoRoom, shown_path
 from shardkit.limits import Limits
-from shardkit.operations.integrity import refuse_changed, refuse_damaged
-from shardkit.planning.output_path import check_output, check_room, partial_folder
-from shardkit.planning.prepare import Conversion, ConversionOptions, prepare, scratch_beside
-from shardkit.sizes import format_size
+from shardkit.operations.write_output import Written, write_output
+from shardkit.planning.output import Output
+from shardkit.planning.prepare import Conversion, ConversionOptions, prepare
 from shardkit.system.progress import OnBytes
-from shardkit.writing.compress import Saving, saving
-from shardkit.writing.journal import Identity, begin, boot_id, mend
-from shardkit.writing.writer import bytes_to_store, write
-
-_LOG = logging.getLogger("shardkit")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -52,8 +43,6 @@ class Report:
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
         stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their content where they are compressed.
-        pays_below: bytes per second of a disk from which what is compressed is read and then expanded, in one thread of this
-            machine, as fast as what is not is read; None where nothing is compressed.
         blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
     """
 
@@ -73,8 +62,43 @@ class Report:
     resumed: int
     seconds: float
     stored: int = 0
-    pays_below: int | None = None
     blocks: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        output: Output,
+        written: Written,
+        *,
+        source: Path,
+        format: str = "",  # noqa: A002 - the name of the field
+        cast: int = 0,
+        left_out: tuple[LeftOut, ...] = (),
+        objects: tuple[str, ...] = (),
+        calls: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> Report:
+        """The report on *output*, which is in place; the other arguments are attributes of the report."""
+        plan = output.plan
+        return cls(
+            source=source,
+            out=output.out,
+            format=format,
+            shards=len(plan.shards),
+            tensors=len(plan.weight_map),
+            nbytes=plan.total_size,
+            engines={engine.value: count for engine, count in written.engines.items()},
+            aliases=plan.aliases,
+            cast=cast,
+            left_out=left_out,
+            objects=objects,
+            calls=calls,
+            notes=(*notes, *written.notes),
+            resumed=written.resumed,
+            seconds=written.seconds,
+            stored=_stored(output),
+            blocks=len(plan.record.blocks) if plan.record else 0,
+        )
 
     def __repr__(self) -> str:
         return brief(self)
@@ -138,8 +162,8 @@ def convert(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    terms = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    conversion = prepare(src, out, edits, terms)
+    options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
+    conversion = prepare(src, out, edits, options)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
 
@@ -152,73 +176,30 @@ def carry_out(
     on_bytes: OnBytes = lambda count: None,
     sync: bool = True,
 ) -> Report:
-    """Write what *conversion* decided; the output appears whole, by one rename, or not at all.
+    """Write what *conversion* decided, and say what was done.
 
     Raises:
         FormatError: the source cannot be read, or changed meanwhile.
         OutputError: the output cannot be written or replaced.
     """
-    begun = time.monotonic()
-    plan, files = conversion.plan, conversion.files
-    out = conversion.out
-    identity = Identity(plan.digest, files, "" if sync else boot_id())
-    _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), format_size(plan.nbytes))
-    if mend(out, partial_folder(out), identity, single=conversion.single):
-        _LOG.info("%s: an earlier run had written all of it", shown_path(out))
-        return _report(conversion, {}, len(plan.files), time.monotonic() - begun)
-    check_output(out, files, conversion.source, plan, overwrite=overwrite)
-    if plan.checksum:
-        checkpoint, scratch = conversion.checkpoint, scratch_beside(conversion.out)
-        said = refuse_damaged(checkpoint.files, checkpoint.tensors, conversion.limits, scratch)
-        conversion = replace(conversion, notes=(*conversion.notes, *said))
-    with begin(partial_folder(out), identity) as journal:
-        resumed = len(journal.done)
-        if resumed:
-            _LOG.info("%s: %d files were written by an earlier run", shown_path(out), resumed)
-        try:
-            check_room(journal.folder, bytes_to_store(plan, journal.folder, done=journal.done), conversion.source)
-            counts = write(plan, journal, jobs=jobs, sync=sync, on_bytes=on_bytes)
-            refuse_changed(files)
-        except (Malformed, LimitExceeded):
-            journal.discard()
-            raise
-        except NoRoom:
-            if not resumed:  # else what an earlier run finished stays, for when there is room
-                journal.discard()
-            raise
-        check_output(out, files, conversion.source, plan, overwrite=overwrite)  # which may have come, or grown, meanwhile
-        journal.commit(out, single=conversion.single)
-    _LOG.info("%s: in place after %.3f s", shown_path(out), time.monotonic() - begun)
-    return _report(conversion, {engine.value: count for engine, count in counts.items()}, resumed, time.monotonic() - begun)
-
-
-def _report(conversion: Conversion, engines: Mapping[str, int], resumed: int, seconds: float) -> Report:
+    written = write_output(conversion.output, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes, sync=sync)
     others = conversion.checkpoint.others
-    saved = _saving(conversion)
-    return Report(
+    return Report.of(
+        conversion.output,
+        written,
         source=conversion.source,
-        out=conversion.out,
         format=conversion.checkpoint.format,
-        shards=len(conversion.plan.shards),
-        tensors=len(conversion.plan.weight_map),
-        nbytes=conversion.plan.total_size,
-        engines=engines,
-        aliases=conversion.plan.aliases,
         cast=conversion.edited.cast,
         left_out=conversion.edited.left_out,
         objects=tuple(other.name for other in others if other.kind is OtherKind.OBJECT),
         calls=tuple(other.reason for other in others if other.kind is OtherKind.CALL),
         notes=conversion.notes,
-        resumed=resumed,
-        seconds=seconds,
-        stored=saved.stored if saved else sum(shard.nbytes for shard in conversion.plan.shards),
-        pays_below=saved.pays_below if saved else None,
-        blocks=len(conversion.plan.record.blocks) if conversion.plan.record else 0,
     )
 
 
-def _saving(conversion: Conversion) -> Saving | None:
-    """What compression of the output, which is in place, came to; None if there is none."""
-    out = conversion.out
-    codec = next((shard.codec for shard in conversion.plan.shards), None)
-    return saving([out if conversion.single else out / shard.name for shard in conversion.plan.shards], codec) if codec else None
+def _stored(output: Output) -> int:
+    """Bytes that the shards of *output*, which is in place, take on the disk."""
+    out, shards = output.out, output.plan.shards
+    if not any(shard.codec for shard in shards):
+        return sum(shard.nbytes for shard in shards)
+    return sum((out if output.is_single else out / shard.name).stat().st_size for shard in shards)

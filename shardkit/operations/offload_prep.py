@@ -11,13 +11,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from shardkit.checkpoint.blocks import BlockEntries, heads, named_blocks, refuse_unfound, reordered
-from shardkit.checkpoint.edits import Edited, Edits, Ties
-from shardkit.checkpoint.entries import Checkpoint, TensorEntry
+from shardkit.checkpoint.edits import Edits, Ties
+from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import PlanError, listed, shown, shown_path
 from shardkit.hints import option, output
 from shardkit.limits import Limits
@@ -25,11 +25,18 @@ from shardkit.metadata.offload_index import Origin
 from shardkit.operations.convert import Report, carry_out
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import unreadable
-from shardkit.planning.output_path import default_output
-from shardkit.planning.plan import OutputFile, Plan, plan_blocks
-from shardkit.planning.prepare import Conversion, ConversionOptions, prepare
+from shardkit.planning.plan import Plan, plan_blocks
+from shardkit.planning.prepare import (
+    Conversion,
+    ConversionOptions,
+    companions_of,
+    decided,
+    open_source,
+    output_place,
+)
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments, registry
+from shardkit.sources.open import failures_told
 from shardkit.system.progress import OnBytes
 
 _ORDER = "write a JSON list of names of modules, or one name on each line"
@@ -98,8 +105,8 @@ def offload_prep(
     """
     begun = time.monotonic()
     edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
-    terms = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    conversion = prepare_offload(src, out, edits, terms, blocks=blocks, order=order)
+    options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
+    conversion = prepare_offload(src, out, edits, options, blocks=blocks, order=order)
     report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
     return replace(report, seconds=time.monotonic() - begun)
 
@@ -108,7 +115,7 @@ def prepare_offload(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
-    terms: ConversionOptions = ConversionOptions(),
+    options: ConversionOptions = ConversionOptions(),
     *,
     blocks: str | re.Pattern[str] | None = None,
     order: Sequence[str] | None = None,
@@ -120,14 +127,34 @@ def prepare_offload(
         PlanError: what was asked cannot be made of it.
     """
     src = path_arguments.to_read(src)
-    if out is None:
-        out = default_output(src, "offload")
-    else:
-        _refuse_one_file(path_arguments.to_write(out, is_compressed=terms.compress is not None))
-    algorithm = terms.checksum or _DIGESTS
+    place = output_place(src, out, options, "offload")
+    _refuse_one_file(place, options)
+    algorithm = options.checksum or _DIGESTS
     check_algorithm(algorithm)
-    by_block = _ByBlock(src.resolve().name, _compiled(blocks), None if order is None else tuple(order), algorithm)
-    return prepare(src, out, edits, terms, planner=by_block)
+    no_split = _compiled(blocks)
+    notes: list[str] = []
+    with failures_told(src):
+        opened = open_source(src, place, edits, options)
+        edited, checkpoint = opened.edited, opened.checkpoint
+        # What is a block, and in which order do blocks run?
+        refuse_unfound(no_split, edited.entries)
+        found = named_blocks(edited.entries, no_split)
+        if order is not None:
+            notes += _unknown(order, edited.entries)
+            found, silent = _in_order(found, order)
+            notes += [silent] if silent else []
+        # Shards of whole blocks.
+        beside = companions_of(opened)
+        plan = plan_blocks(
+            edited,
+            found,
+            Origin(src.resolve().name, checkpoint.format, tuple(sorted((file.path.name, file.size) for file in checkpoint.files))),
+            algorithm=algorithm,
+            max_shard=opened.max_shard,
+            metadata=checkpoint.metadata,
+            companions=beside,
+        )
+        return decided(opened, plan, beside, (*notes, *_cut(plan, opened.max_shard)))
 
 
 def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
@@ -155,59 +182,14 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-@dataclass(frozen=True, slots=True)
-class _ByBlock:
-    """The `Planner` of this path.
-
-    Attributes:
-        name: of the source.
-        no_split: what is found in the name of a module that is a block.
-        order: names in the order in which they run.
-        algorithm: of the digests.
-    """
-
-    name: str
-    no_split: re.Pattern[str] | None
-    order: tuple[str, ...] | None
-    algorithm: str
-
-    def __call__(
-        self,
-        checkpoint: Checkpoint,
-        edited: Edited,
-        *,
-        max_shard: int | None,
-        companions: Sequence[OutputFile],
-        checksum: str | None,
-    ) -> tuple[Plan, Sequence[str]]:
-        refuse_unfound(self.no_split, edited.entries)
-        blocks = named_blocks(edited.entries, self.no_split)
-        said: list[str] = []
-        if self.order is not None:
-            said += _unknown(self.order, edited.entries)
-            blocks, silent = _in_order(blocks, self.order)
-            said += [silent] if silent else []
-        plan = plan_blocks(
-            edited,
-            blocks,
-            self._origin(checkpoint),
-            algorithm=self.algorithm,
-            max_shard=max_shard,
-            metadata=checkpoint.metadata,
-            companions=companions,
-        )
-        return replace(plan, checksum=checksum), (*said, *_cut(plan, max_shard))
-
-    def _origin(self, checkpoint: Checkpoint) -> Origin:
-        files = sorted((file.path.name, file.size) for file in checkpoint.files)
-        return Origin(self.name, checkpoint.format, tuple(files))
-
-
-def _refuse_one_file(out: Path) -> None:
-    if not out.is_dir() and registry.writer_for(out.suffix):
+def _refuse_one_file(out: Path, options: ConversionOptions) -> None:
+    name = out.name
+    if options.compress is not None:
+        name = name.removesuffix(registry.compressor_named(options.compress).suffix)
+    if not out.is_dir() and registry.writer_for(Path(name).suffix):
         raise PlanError(
             f"{shown_path(out)} is one file, and blocks with their record need a folder",
-            hint=("name one, as in ", output(out.with_suffix(""))),
+            hint=("name one, as in ", output(out.with_name(Path(name).stem))),
         )
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
-from shardkit.hints import option, output
+from shardkit.hints import option
+from shardkit.hints import output as out_option
 from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import INDEX_NAMES, is_shard_name
+from shardkit.planning.output import Output
 from shardkit.planning.plan import Plan
 from shardkit.sizes import format_size
 from shardkit.sources import registry
 
-_ELSEWHERE = ("choose another output with ", output())
+_ELSEWHERE = ("choose another output with ", out_option())
 
 
 def default_output(source: Path, ending: str = "shards") -> Path:
@@ -45,34 +47,36 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Raise OutputError unless *out* is free, or *overwrite* and it is shardkit's to replace."""
+def check_output(output: Output, *, overwrite: bool) -> None:
+    """Raise OutputError unless the place of *output* is free, or *overwrite* and what is there is shardkit's to replace."""
     try:
-        _check_output(out, sources, origin, plan, overwrite=overwrite)
+        _check_output(output, overwrite=overwrite)
     except OSError as error:
-        raise OutputError(f"{shown_path(out)}: cannot be looked at: {error.strerror or error}", hint=_ELSEWHERE) from None
+        message = f"{shown_path(output.out)}: cannot be looked at: {error.strerror or error}"
+        raise OutputError(message, hint=_ELSEWHERE) from None
 
 
-def check_room(folder: Path, needed: int, source: Path) -> None:
-    """Raise NoRoom unless the disk of *folder* has *needed* bytes free."""
+def check_room(folder: Path, needed: int, name: str) -> None:
+    """Raise NoRoom unless the disk of *folder* has the *needed* bytes free for the output of what is called *name*."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NoRoom(
             f"{shown_path(folder)} has {format_size(free)} free, "
-            f"and the output of {shown_path(source)} needs {format_size(needed)}",
-            hint=("free some space, or choose another disk with ", output()),
+            f"and the output of {name} needs {format_size(needed)}",
+            hint=("free some space, or choose another disk with ", out_option()),
         )
 
 
-def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: Plan, *, overwrite: bool) -> None:
+def _check_output(output: Output, *, overwrite: bool) -> None:
+    out = output.out
     if not out.parent.is_dir() and out.parent.exists():
         raise OutputError(f"{shown_path(out.parent)} is no folder", hint=_ELSEWHERE)
     if out.is_dir() and os.path.ismount(out):
         raise OutputError(
             f"{shown_path(out)} is a mount point, which no rename can replace",
-            hint=("choose a folder in it: ", output(out / "shards")),
+            hint=("choose a folder in it: ", out_option(out / "shards")),
         )
     if out.exists() and not out.is_dir() and not out.is_file():
         raise OutputError(f"{shown_path(out)} is neither a file nor a folder", hint=_ELSEWHERE)
@@ -81,8 +85,8 @@ def _check_output(out: Path, sources: Iterable[SourceFile], origin: Path, plan: 
         return
     if not overwrite:
         raise OutputError(f"{shown_path(out)} exists", hint=(*_ELSEWHERE, ", or replace it with ", option("overwrite", True)))
-    _refuse_source(out, sources, origin)
-    _refuse_foreign(out, plan)
+    _refuse_source(out, output.files, output.origin)
+    _refuse_foreign(out, output.plan)
 
 
 def _model_folder(source: Path) -> Path:
@@ -108,14 +112,15 @@ def _refuse_working_folder(out: Path) -> None:
     if place == here or place in here.parents:
         raise OutputError(
             f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be replaced",
-            hint=("choose a folder in it: ", output(place / "shards")),
+            hint=("choose a folder in it: ", out_option(place / "shards")),
         )
 
 
-def _refuse_source(out: Path, sources: Iterable[SourceFile], origin: Path) -> None:
+def _refuse_source(out: Path, files: Iterable[SourceFile], origin: Path | None) -> None:
     place = out.resolve()
-    inputs = {origin.resolve(), *(source.path.resolve() for source in sources)}
-    if any(each == place or place in each.parents for each in inputs) or (origin.is_dir() and origin.resolve() in place.parents):
+    inputs = {file.path.resolve() for file in files} | ({origin.resolve()} if origin else set())
+    is_inside = origin is not None and origin.is_dir() and origin.resolve() in place.parents
+    if is_inside or any(each == place or place in each.parents for each in inputs):
         raise OutputError(
             f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten",
             hint=_ELSEWHERE,

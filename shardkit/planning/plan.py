@@ -22,6 +22,8 @@ from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import Unwritable
 from shardkit.hints import output
 from shardkit.metadata import offload_index, safetensors_header, shard_index
+from shardkit.metadata.journal_records import Finished
+from shardkit.metadata.manifest import Run
 from shardkit.metadata.offload_index import BlockRun, OffloadRecord, Origin, Shard
 from shardkit.metadata.shard_names import STEM
 from shardkit.payloads.coalesce import coalesced
@@ -30,6 +32,20 @@ from shardkit.payloads.payload import PAGE, Extent, Literal, Part
 from shardkit.sources.format import Format
 
 _Run = TypeVar("_Run")
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Content that is known once the files before it are written, as it holds their digests.
+
+    Attributes:
+        nbytes: its length. A manifest that lists compressed files is planned as if they were not
+            compressed, and may differ by a few digits.
+        make: takes what was written, by name of the file, and returns the content.
+    """
+
+    nbytes: int
+    make: Callable[[Mapping[str, Finished]], bytes] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -41,17 +57,24 @@ class OutputFile:
         parts: its bytes, in order.
         codec: how they are compressed; None where they are stored plainly.
         frames: how many of them each frame holds, where they are compressed.
+        late: what it holds instead of parts, where that depends on files that are written before it.
     """
 
     name: str
     parts: tuple[Part, ...]
     codec: Codec | None = None
     frames: tuple[int, ...] = ()
+    late: Late | None = None
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all parts; where they are compressed, the file will be shorter."""
-        return sum(part.nbytes for part in self.parts)
+        return self.late.nbytes if self.late else sum(part.nbytes for part in self.parts)
+
+    def settled(self, written: Mapping[str, Finished]) -> OutputFile:
+        """This file with the content that follows from what was *written* before it."""
+        assert self.late is not None
+        return OutputFile(self.name, (Literal(self.late.make(written)),))
 
     @property
     def expanded(self) -> str:
@@ -64,7 +87,7 @@ class Plan:
     """Everything there is to write, and nothing left to decide.
 
     Attributes:
-        files: shards first, then the index, then the companions.
+        files: shards first, then the index, the companions, and what holds digests of others.
         weight_map: name of each tensor to the file that holds it.
         aliases: folded ties: each other name to the name that is kept.
         total_size: bytes of the tensors as they will be stored.
@@ -96,17 +119,32 @@ class Plan:
         """The files that hold tensors."""
         return tuple(file for file in self.files if file.name in self._shard_names)
 
-    def is_summed(self, file: OutputFile) -> bool:
-        """Whether digests are taken of *file*."""
-        return self.checksum is not None or (self.record is not None and file.name in self._shard_names)
+    def is_safetensors(self, file: OutputFile) -> bool:
+        """Whether *file* is a shard of safetensors, compressed or not."""
+        return self.format == "safetensors" and file.name in self._shard_names
+
+    def tensors_in(self, file: OutputFile) -> tuple[Run, ...]:
+        """Where tensors lie in *file*; none where it is compressed, and they do not lie in it as they are."""
+        if not self.is_safetensors(file) or file.codec is not None or not isinstance(file.parts[0], Literal):
+            return ()
+        return tuple(Run(*place) for place in safetensors_header.places(file.parts[0].content))
+
+    def blocks_in(self, file: OutputFile) -> tuple[BlockRun, ...]:
+        """Where blocks lie in *file*, expanded if it is compressed."""
+        return self.record.runs_in(file.expanded) if self.record is not None else ()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of what will be written from where: equal digests, equal output."""
+        """SHA-256, in hex, of what will be written from where: equal digests, equal output.
+
+        What is late follows from the other files, the algorithm and the record of blocks.
+        """
         sha = hashlib.sha256(f"{self.checksum}\0".encode())
         if self.record is not None:
             sha.update(offload_index.dump(self.record))
         for file in self.files:
+            if file.late is not None:
+                continue
             sha.update(f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape"))
             for part in file.parts:
                 sha.update(_identity(part))

@@ -1,19 +1,23 @@
-"""What there is to decide before a byte is written: open → edit → plan."""
+"""What there is to decide before a byte is written: open → edit → plan.
+
+`prepare` is the story of convert. offload-prep tells its own from the same steps: `output_place`,
+`open_source`, `companions_of` and `decided`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
 
 from shardkit.brief import brief
 from shardkit.checkpoint.edits import Edited, Edits, edit, fold_ties
 from shardkit.checkpoint.entries import Checkpoint, SourceFile
 from shardkit.checkpoint.quantised_scales import is_codes
 from shardkit.errors import PlanError, several, shown, shown_path
-from shardkit.hints import option, output
+from shardkit.hints import option
+from shardkit.hints import output as output_option
 from shardkit.limits import Limits
 from shardkit.metadata.shard_index import LARGEST_READ_BY_HUB
 from shardkit.metadata.shard_names import INDEX_NAMES, stem_of
@@ -21,7 +25,9 @@ from shardkit.payloads.codec import Codec
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import Extent
 from shardkit.planning.companions import ModelConfig, companions
+from shardkit.planning.digest_files import with_digest_files
 from shardkit.planning.frames import compressed
+from shardkit.planning.output import Output, SourceCheck
 from shardkit.planning.output_path import default_output, followed
 from shardkit.planning.plan import OutputFile, Plan, plan_file, plan_folder
 from shardkit.sizes import format_size, parse_size
@@ -36,28 +42,30 @@ class Conversion:
 
     Attributes:
         source: what is read.
-        out: the folder, or the one file, that will appear.
         checkpoint: what the source holds.
-        files: every file that is read, companions too, as it was then.
         edited: what of it is written, under which names.
-        plan: the files, part by part.
-        single: name of the one file, where *out* is a file.
+        output: the files, part by part, and where they go.
         notes: sentences that the user should see.
-        limits: what the source may ask for.
     """
 
     source: Path
-    out: Path
     checkpoint: Checkpoint
-    files: tuple[SourceFile, ...]
     edited: Edited
-    plan: Plan
-    single: str | None
+    output: Output
     notes: tuple[str, ...]
-    limits: Limits = Limits()
 
     def __repr__(self) -> str:
         return brief(self)
+
+    @property
+    def out(self) -> Path:
+        """The folder, or the one file, that will appear."""
+        return self.output.out
+
+    @property
+    def plan(self) -> Plan:
+        """The files, part by part."""
+        return self.output.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +89,38 @@ class ConversionOptions:
     limits: Limits = Limits()
 
 
-class Planner(Protocol):
-    """What makes a plan for a folder of shards."""
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """A source, opened and edited, and how its output is laid out: what a plan is made from.
 
-    def __call__(
-        self,
-        checkpoint: Checkpoint,
-        edited: Edited,
-        *,
-        max_shard: int | None,
-        companions: Sequence[OutputFile],
-        checksum: str | None,
-    ) -> tuple[Plan, Sequence[str]]:
-        """The plan, and sentences that the user should see.
+    Attributes:
+        path: what is read.
+        out: what is written.
+        options: how it is read and laid out.
+        checkpoint: what it holds.
+        config: what the config.json beside it says.
+        edits: what is changed; ties are copied where the config says that there are none.
+        edited: what of the checkpoint is written.
+        max_shard: bound on each file in bytes; None for one shard.
+        codec: what compresses the shards; None for plain ones.
+    """
 
-        Args:
-            checkpoint: the source.
-            edited: what of it is written.
-            max_shard: bound on each file; None for one shard.
-            companions: files to bring along.
-            checksum: algorithm of the digests of a manifest; None for no manifest.
-
-        Raises:
-            PlanError: what was asked cannot be made of it.
-        """
-        ...
-
-
-def plan_by_size(
-    checkpoint: Checkpoint, edited: Edited, *, max_shard: int | None, companions: Sequence[OutputFile], checksum: str | None
-) -> tuple[Plan, Sequence[str]]:
-    """Shards in the order of the source, cut by size alone."""
-    layout = registry.format_named("safetensors")
-    stem = stem_of(file.path.name for file in checkpoint.files)
-    plan = plan_folder(edited, layout, max_shard=max_shard, metadata=checkpoint.metadata, companions=companions, stem=stem)
-    return replace(plan, checksum=checksum), ()
+    path: Path
+    out: Path
+    options: ConversionOptions
+    checkpoint: Checkpoint
+    config: ModelConfig
+    edits: Edits
+    edited: Edited
+    max_shard: int | None
+    codec: Codec | None
 
 
 def prepare(
     src: str | PathLike[str],
     out: str | PathLike[str] | None,
     edits: Edits,
-    terms: ConversionOptions = ConversionOptions(),
-    *,
-    planner: Planner = plan_by_size,
+    options: ConversionOptions = ConversionOptions(),
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
 
@@ -132,46 +128,115 @@ def prepare(
         src: what to read.
         out: what to write; None for a folder beside *src*.
         edits: what to change.
-        terms: how to read it and lay it out.
-        planner: cuts what is written to a folder into shards.
+        options: how to read it and lay it out.
 
     Raises:
         FormatError: *src* cannot be read.
         PlanError: what was asked cannot be made of it.
     """
     src = path_arguments.to_read(src)
-    is_compressed = terms.compress is not None
-    out = followed(path_arguments.to_write(out, is_compressed=is_compressed)) if out is not None else default_output(src)
-    checksum, limits = terms.checksum, terms.limits
-    limit = None if terms.max_shard is None else parse_size(terms.max_shard)
-    if checksum is not None:
-        check_algorithm(checksum)
-    codec = None if terms.compress is None else registry.compressor_named(terms.compress)
+    place = output_place(src, out, options)
     with failures_told(src):
-        checkpoint = open_checkpoint(src, format=terms.format, limits=limits, scratch=scratch_beside(out))
-        config = ModelConfig.beside(src if src.is_dir() else src.parent)
-        if not config.ties_embeddings:
-            edits = replace(edits, ties="copy")
-        edited = edit(checkpoint, edits)
-        layout = None if out.is_dir() else registry.writer_for(Path(plain_name(out, codec)).suffix)
-        files = checkpoint.files
-        said: Sequence[str] = ()
+        opened = open_source(src, place, edits, options)
+        edited, metadata = opened.edited, opened.checkpoint.metadata
+        # One file, where the output is called like a file that can be written.
+        name = plain_name(place, opened.codec)
+        layout = None if place.is_dir() else registry.writer_for(Path(name).suffix)
         if layout is not None:
-            if checksum is not None:
-                raise PlanError(
-                    "one file has no place for a manifest of checksums",
-                    hint=("name a folder, as in ", output(out.with_name(Path(plain_name(out, codec)).stem))),
-                )
-            plan = plan_file(edited, layout, name=plain_name(out, codec), metadata=checkpoint.metadata)
-        else:
-            folder = _folder(src)
-            beside = companions(folder, checkpoint) if terms.with_companions and folder else ()
-            files += tuple(SourceFile.of(part.path) for file in beside for part in file.parts if isinstance(part, Extent))
-            plan, said = planner(checkpoint, edited, max_shard=limit, companions=beside, checksum=checksum)
-        plan = compressed(plan, codec) if codec else plan
-        notes = (*checkpoint.notes, *edited.notes, *said, *_notes(src, config, edited, edits, plan, limit))
-        notes += _format_note(checkpoint, plan)
-    return Conversion(src, out, checkpoint, files, edited, plan, out.name if layout is not None else None, notes, limits)
+            _refuse_manifest(place, name, options)
+            plan = plan_file(edited, layout, name=name, metadata=metadata)
+            return decided(opened, plan, is_single=True)
+        # Otherwise a folder: shards in the order of the source, cut by size alone.
+        beside = companions_of(opened)
+        layout = registry.format_named("safetensors")
+        stem = stem_of(file.path.name for file in opened.checkpoint.files)
+        plan = plan_folder(
+            edited,
+            layout,
+            max_shard=opened.max_shard,
+            metadata=metadata,
+            companions=beside,
+            stem=stem,
+        )
+        return decided(opened, plan, beside)
+
+
+def output_place(
+    src: Path, out: str | PathLike[str] | None, options: ConversionOptions, ending: str = "shards"
+) -> Path:
+    """Where the output goes: to *out*, or by default beside *src*, under its name with *ending*.
+
+    Raises:
+        PlanError: *out* names no local path, or a file of a format that is not written.
+    """
+    if out is None:
+        return followed(default_output(src, ending))
+    return followed(path_arguments.to_write(out, is_compressed=options.compress is not None))
+
+
+def open_source(src: Path, out: Path, edits: Edits, options: ConversionOptions) -> OpenedSource:
+    """Open *src* and apply *edits*; no weights are read.
+
+    Raises:
+        FormatError: *src* cannot be read.
+        PlanError: an option, or an edit, cannot be applied.
+    """
+    # What can be refused without a look at the source is refused first.
+    max_shard = None if options.max_shard is None else parse_size(options.max_shard)
+    if options.checksum is not None:
+        check_algorithm(options.checksum)
+    codec = None if options.compress is None else registry.compressor_named(options.compress)
+    scratch = scratch_beside(out)
+    checkpoint = open_checkpoint(src, format=options.format, limits=options.limits, scratch=scratch)
+    config = ModelConfig.beside(src if src.is_dir() else src.parent)
+    if not config.ties_embeddings:
+        edits = replace(edits, ties="copy")
+    edited = edit(checkpoint, edits)
+    return OpenedSource(src, out, options, checkpoint, config, edits, edited, max_shard, codec)
+
+
+def companions_of(opened: OpenedSource) -> tuple[OutputFile, ...]:
+    """The small files of a source folder, as files to copy; none for one file, or if not wanted."""
+    folder = _folder(opened.path) if opened.options.with_companions else None
+    return companions(folder, opened.checkpoint) if folder else ()
+
+
+def decided(
+    opened: OpenedSource,
+    plan: Plan,
+    beside: Iterable[OutputFile] = (),
+    notes: Iterable[str] = (),
+    *,
+    is_single: bool = False,
+) -> Conversion:
+    """The conversion that writes *plan*, compressed and with digests as the options ask.
+
+    Args:
+        opened: the source.
+        plan: its files, *beside* among them.
+        beside: the companions.
+        notes: what there is to say about the plan.
+        is_single: whether the output is one file.
+
+    Raises:
+        PlanError: it cannot be compressed.
+    """
+    options, checkpoint = opened.options, opened.checkpoint
+    plan = compressed(plan, opened.codec) if opened.codec else plan
+    plan = with_digest_files(plan, options.checksum)
+    copied = (part.path for file in beside for part in file.parts if isinstance(part, Extent))
+    output = Output(
+        shown_path(opened.path),
+        opened.out,
+        plan,
+        (*checkpoint.files, *map(SourceFile.of, copied)),
+        is_single,
+        opened.path,
+        SourceCheck(checkpoint, options.limits) if options.checksum is not None else None,
+    )
+    before = (*checkpoint.notes, *opened.edited.notes)
+    after = (*_notes(opened, plan), *_format_note(checkpoint, plan))
+    return Conversion(opened.path, checkpoint, opened.edited, output, (*before, *notes, *after))
 
 
 def plain_name(out: Path, codec: Codec | None) -> str:
@@ -191,7 +256,7 @@ def plain_name(out: Path, codec: Codec | None) -> str:
     if writer is not None:
         raise PlanError(
             f"{shown_path(out)} would be compressed",
-            hint=("call it so: ", output(out.with_name(out.name + codec.suffix)), "; or name a folder"),
+            hint=("call it so: ", output_option(out.with_name(out.name + codec.suffix)), "; or name a folder"),
         )
     return out.name
 
@@ -201,7 +266,17 @@ def scratch_beside(out: Path) -> Path | None:
     return out.parent if out.parent.is_dir() else None
 
 
-def _notes(src: Path, config: ModelConfig, edited: Edited, edits: Edits, plan: Plan, limit: int | None) -> Iterator[str]:
+def _refuse_manifest(out: Path, name: str, options: ConversionOptions) -> None:
+    if options.checksum is not None:
+        raise PlanError(
+            "one file has no place for a manifest of checksums",
+            hint=("name a folder, as in ", output_option(out.with_name(Path(name).stem))),
+        )
+
+
+def _notes(opened: OpenedSource, plan: Plan) -> Iterator[str]:
+    src, config, limit = opened.path, opened.config, opened.max_shard
+    edits, edited = opened.edits, opened.edited
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
         yield f"config.json says that nothing is tied: {several(len(twice), 'weight')} with equal bytes written under each name"
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):

@@ -5,41 +5,16 @@ Memory is that of the frames under way, a few for each processor; it is used aga
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
-from shardkit.payloads.codec import Codec, Frame
-from shardkit.payloads.payload import Extent, Part, Payload, Trailer
+from shardkit.payloads.codec import Frame
+from shardkit.payloads.payload import Part, Payload, Trailer
 from shardkit.planning.plan import OutputFile
 from shardkit.system.progress import OnBytes
 from shardkit.writing.copier import See, write_at
-
-_SAMPLE = 64 << 20  # of expanded bytes, to tell how fast they expand
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """What compression came to.
-
-    Attributes:
-        stored: bytes of the files as they lie on the disk.
-        expanded: bytes that they expand to.
-        rate: bytes that one processor of this machine expands in a second.
-    """
-
-    stored: int
-    expanded: int
-    rate: int
-
-    @property
-    def pays_below(self) -> int:
-        """Bytes per second of a disk from which reading and then expanding, in one thread, takes as long as reading it all."""
-        return int(self.rate * max(0, self.expanded - self.stored) / self.expanded) if self.expanded else 0
 
 
 def write_compressed(
@@ -69,28 +44,6 @@ def write_compressed(
         frames.append(Frame(at - len(made), len(made), expanded))
         on_bytes(expanded)
     _put(file.codec.table(frames), output, at, see_stored)
-
-
-def saving(paths: Iterable[Path], codec: Codec) -> Saving:
-    """What the files *paths*, written by `write_compressed`, save; expands a part of the largest to time it.
-
-    Raises:
-        FormatError: one cannot be read.
-    """
-    stored = [Extent(path, 0, path.stat().st_size) for path in paths]
-    frames = {extent: codec.frames(extent) for extent in stored}
-    expanded = sum(frame.expanded for each in frames.values() for frame in each)
-    largest = max(stored, key=lambda extent: extent.nbytes)
-    return Saving(sum(extent.nbytes for extent in stored), expanded, _rate(largest, frames[largest], codec))
-
-
-def _rate(file: Payload, frames: Sequence[Frame], codec: Codec) -> int:
-    step = 1 + sum(frame.expanded for frame in frames) // _SAMPLE
-    sampled, begun = 0, time.thread_time()
-    for frame in frames[::step]:
-        for piece in codec.decompress(file.narrow(frame.start, frame.nbytes).chunks()):
-            sampled += len(piece)
-    return int(sampled / max(time.thread_time() - begun, 1e-6))
 
 
 def _contents(file: OutputFile, ahead: int) -> Iterator[memoryview]:

@@ -117,33 +117,27 @@ class Copier:
     def __exit__(self, *exc: object) -> None:
         self._open.close()
 
-    def write(self, payload: Payload, at: int) -> None:
-        """Write *payload* at offset *at* of the output.
+    def write(self, payload: Payload, at: int, *see: See) -> None:
+        """Write *payload* at offset *at* of the output, and call each of *see* with its bytes in their order.
+
+        What the kernel copies is read back from the output: that is faster than to let it pass through this process.
 
         Raises:
             FormatError: a source cannot be read.
             OSError: the output cannot be written.
         """
-        for _ in self._moved(payload, at):
-            pass
-
-    def write_seen(self, payload: Payload, at: int, *see: See) -> None:
-        """As `write`, and call each of *see* with the bytes in their order.
-
-        What the kernel copies is read back from the output: that is faster than to let it pass through this process.
-        """
         if isinstance(payload, Extent):
-            for start, count in self._moved(payload, at):
-                self._show(start, count, see)
-        else:
-            self._stream(_seen(payload.chunks(), see), at, engine_of(payload))
-
-    def _moved(self, payload: Payload, at: int) -> Iterator[tuple[int, int]]:
-        """Write *payload*, and say in order which runs of the output, by start and length, have been written."""
-        if isinstance(payload, Extent):
-            return self._copied(payload, at)
-        self._stream(payload.chunks(), at, engine_of(payload))
-        return iter(())
+            for start, count in self._copied(payload, at):
+                if see:
+                    self._show(start, count, see)
+            return
+        engine = engine_of(payload)
+        for chunk in payload.chunks():
+            for each in see:
+                each(chunk)
+            write_at(self._output, chunk, at)
+            at += len(chunk)
+            self._done(engine, len(chunk))
 
     def _show(self, start: int, count: int, see: Iterable[See]) -> None:
         stop = start + count
@@ -154,13 +148,8 @@ class Copier:
                 each(chunk)
             start += len(chunk)
 
-    def _stream(self, chunks: Iterable[memoryview], at: int, engine: Engine) -> None:
-        for chunk in chunks:
-            write_at(self._output, chunk, at)
-            at += len(chunk)
-            self._done(engine, len(chunk))
-
     def _copied(self, extent: Extent, at: int) -> Iterator[tuple[int, int]]:
+        """Copy *extent*, and say in order which runs of the output, by start and length, have been written."""
         source = self._source(extent.path)
         pages = clonable(extent, at) if self._clones(extent.path) else 0
         edge = -extent.start % PAGE
@@ -242,13 +231,6 @@ def read_at(output: int, buffer: memoryview, at: int) -> int:
     if not count:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return count
-
-
-def _seen(chunks: Iterable[memoryview], see: Iterable[See]) -> Iterator[memoryview]:
-    for chunk in chunks:
-        for each in see:
-            each(chunk)
-        yield chunk
 
 
 _Move = Callable[[int, int, int, int, int], int]

@@ -135,6 +135,30 @@ def test_a_dry_run_tells_a_machine_what_would_be_written(capsys: Capture) -> Non
     assert plan["needed"] <= plan["free"]
 
 
+@pytest.mark.parametrize("command", ["convert", "offload-prep"])
+@pytest.mark.parametrize("options", [[], ["--checksum", "sha256"], ["--checksum", "xxh3", "--max-shard", "3kB"]])
+def test_a_dry_run_lists_every_file_that_the_run_writes(
+    command: str, options: list[str], room: Path, capsys: Capture
+) -> None:
+    words = [command, FOLDER, "-o", "out", *options, "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert main(words) == 0
+    written = {path.relative_to(room / "out").as_posix(): path.stat().st_size for path in (room / "out").rglob("*") if path.is_file()}
+    assert {file["name"]: file["nbytes"] for file in files} == written
+    assert ("offload.json" in written, "shardkit.manifest.json" in written) == (command == "offload-prep", bool(options))
+
+
+def test_a_dry_run_lists_a_manifest_of_compressed_files_too(room: Path, capsys: Capture) -> None:
+    words = ["convert", FOLDER, "-o", "out", "--compress", "zstd", "--checksum", "xxh3", "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    planned = {file["name"]: file["nbytes"] for file in json.loads(capsys.readouterr().out)["files"]}
+    assert main(words) == 0
+    assert planned.keys() == {path.name for path in (room / "out").iterdir()}
+    name = "shardkit.manifest.json"
+    assert planned[name] == pytest.approx((room / "out" / name).stat().st_size, abs=20)
+
+
 def test_a_dry_run_of_what_cannot_be_done_shows_the_plan_and_exits_1(
     room: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

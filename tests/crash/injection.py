@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
-import shardkit.writing.commit
+import shardkit.system.folders
 import shardkit.writing.writer
 
 # What each call acts on: the number of the argument that is a path or a descriptor.
@@ -29,7 +29,7 @@ WRITES: Watched = (
     (fcntl, "flock", 0),
     (fcntl, "ioctl", 0),
     (shardkit.writing.writer, "reserve", 0),  # fallocate
-    (shardkit.writing.commit, "_exchange", 0),  # renameat2
+    (shardkit.system.folders, "exchange", 0),  # renameat2
 )
 READS: Watched = (
     *((os, name, 0) for name in ("stat", "read", "copy_file_range")),
@@ -83,7 +83,7 @@ class Layer:
     def installed(self) -> Iterator[Layer]:
         with ExitStack() as stack:
             for room, name, number in self.watched:
-                stack.enter_context(patch.object(room, name, self._watching(getattr(room, name), name.strip("_"), number)))
+                stack.enter_context(patch.object(room, name, self._watching(getattr(room, name), name, number)))
             yield self
 
     def _watching(self, real: Callable[..., object], name: str, number: int) -> Callable[..., object]:

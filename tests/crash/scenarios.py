@@ -231,7 +231,7 @@ def _overwrite(source: Path, work: Path) -> Report:
 
 
 def _by_renames(source: Path, work: Path) -> Report:
-    with patch("shardkit.writing.commit._exchange", lambda first, second: False):
+    with patch("shardkit.system.folders.exchange", lambda first, second: False):
         return _overwrite(source, work)
 
 
@@ -263,7 +263,8 @@ def _trailed(source: Path, work: Path) -> Report:
     conversion = prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD))
     weights = Extent(source / "model.safetensors", 1000, 9000)
     archive = OutputFile("archive.bin", (Literal(b"begin"), weights, Trailer(8, _table), Literal(b"end")))
-    return carry_out(replace(conversion, plan=replace(conversion.plan, files=(*conversion.plan.files, archive))), jobs=1)
+    plan = replace(conversion.plan, files=(*conversion.plan.files, archive))
+    return carry_out(replace(conversion, output=replace(conversion.output, plan=plan)), jobs=1)
 
 
 def _table(crcs: Sequence[int]) -> bytes:

@@ -254,6 +254,9 @@ def test_an_order_is_a_list_in_json_or_a_name_on_each_line(tmp_path: Path) -> No
 def test_one_file_is_no_place_for_blocks(model: Path) -> None:
     with pytest.raises(PlanError, match=r"x\.safetensors is one file, and blocks with their record need a folder"):
         shardkit.offload_prep(model, "x.safetensors")
+    with pytest.raises(PlanError, match=r"x\.safetensors\.zst is one file, and blocks") as caught:
+        shardkit.offload_prep(model, "x.safetensors.zst", compress="zstd")
+    assert "'x'" in str(caught.value.hint)
 
 
 def test_a_checksum_gives_a_manifest_too(model: Path, tmp_path: Path) -> None:

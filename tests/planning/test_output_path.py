@@ -107,7 +107,7 @@ def test_an_earlier_output_is_replaced_as_a_whole(source: Path, tmp_path: Path) 
 def test_an_earlier_output_is_replaced_where_the_system_exchanges_no_names(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardkit.writing.commit._exchange", lambda first, second: False)
+    monkeypatch.setattr("shardkit.system.folders.exchange", lambda first, second: False)
     out = tmp_path / "out"
     shardkit.convert(source, out, max_shard=1)
     shardkit.convert(source, out, overwrite=True)
@@ -230,8 +230,8 @@ def test_a_mount_point_gets_a_sentence_that_names_a_subfolder(
 
 def test_too_small_a_disk_is_told_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     with pytest.raises(NoRoom, match=r"free, and the output of .* needs 1153 PB"):
-        check_room(tmp_path / "not" / "yet", 1 << 60, tmp_path)
-    check_room(tmp_path / "not" / "yet", 1, tmp_path)
+        check_room(tmp_path / "not" / "yet", 1 << 60, "big.bin")
+    check_room(tmp_path / "not" / "yet", 1, "big.bin")
 
 
 def test_the_default_of_convert_is_used_and_reported(source: Path) -> None:

@@ -209,7 +209,7 @@ def test_what_is_no_run_of_a_file_is_streamed(source: Path, tmp_path: Path) -> N
     with open(tmp_path / "out", "w+b") as file, Copier(file.fileno(), clones=lambda p: False, on_bytes=lambda n: None) as copier:
         copier.write(Literal(b"header"), 0)
         copier.write(Swapped(Extent(source, 0, 4), 2), 6)
-        copier.write_seen(Extent(source, 0, 10), 10, lambda chunk: seen.append(bytes(chunk)))
+        copier.write(Extent(source, 0, 10), 10, lambda chunk: seen.append(bytes(chunk)))
     swapped = bytes(CONTENT[at] for at in (1, 0, 3, 2))
     assert (tmp_path / "out").read_bytes() == b"header" + swapped + CONTENT[:10]
     assert seen == [CONTENT[:10]]

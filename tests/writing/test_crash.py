@@ -16,8 +16,7 @@ import pytest
 import shardkit
 from repository import TESTS
 from shardkit.errors import OutputError
-from shardkit.writing.commit import remove
-from shardkit.writing.journal import Identity, begin
+from shardkit.writing.transaction import Identity, Transaction, remove
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads paths of descriptors from /proc")
 
@@ -98,19 +97,19 @@ def test_a_swap_that_was_killed_between_its_renames_is_undone_by_the_next_run(fo
 
 def test_a_removal_that_was_cut_short_leaves_no_foreign_folder(folder: Path) -> None:
     for at in range(1000):
-        partial = folder / f"{at}" / "out.partial"
-        with begin(partial, Identity("", (), "")) as journal:
+        out, partial = folder / f"{at}" / "out", folder / f"{at}" / "out.partial"
+        with Transaction(out, Identity("", (), "")).begin() as transaction:
             (partial / "a").write_text("a")
             (partial / "sub").mkdir()
             (partial / "sub" / "b").write_text("b")
-            journal.finished("a")
+            transaction.finished("a")
         layer = Layer(partial.parent, at, BROKEN)
         with layer.installed(), suppress(OSError):
             remove(partial)
         if layer.struck is None:
             break
-        with begin(partial, Identity("another", (), "")) as journal:
-            assert not journal.done
+        with Transaction(out, Identity("another", (), "")).begin() as transaction:
+            assert not transaction.done
     else:
         raise AssertionError("it never ends")
     assert at > 5

@@ -21,8 +21,8 @@ from shardkit.metadata.journal_records import JOURNAL_NAME
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Literal, Part, Swapped, Trailer
 from shardkit.planning.plan import OutputFile, Plan
 from shardkit.writing.copier import Engine
-from shardkit.writing.journal import Identity, begin
 from shardkit.writing.reference_check import LONG, check
+from shardkit.writing.transaction import Identity, Transaction
 from shardkit.writing.writer import forecast, write
 
 CONTENT = os.urandom(100_003)
@@ -38,9 +38,12 @@ def plan_of(*files: OutputFile, shards: Sequence[str] = (), form: str = "anythin
     return Plan(files, {str(number): name for number, name in enumerate(shards)}, {}, 0, (), form)
 
 
-def written(plan: Plan, folder: Path, *, jobs: int | None = None, sync: bool = False) -> Counter[Engine]:
-    with begin(folder, Identity(plan.digest, (), "")) as journal:
-        return write(plan, journal, jobs=jobs, sync=sync)
+def written(plan: Plan, out: Path, *, jobs: int | None = None, sync: bool = False) -> Counter[Engine]:
+    transaction = Transaction(out, Identity(plan.digest, (), ""))
+    with transaction.begin():
+        counts = write(plan, transaction, jobs=jobs, sync=sync)
+        transaction.commit()
+    return counts
 
 
 def mixed(source: Path) -> list[OutputFile]:
@@ -94,21 +97,21 @@ def test_a_trailer_gets_the_crc_of_each_part_before_it(source: Path, tmp_path: P
 def test_progress_counts_every_byte_once_and_what_was_done_first(source: Path, tmp_path: Path) -> None:
     plan = plan_of(*mixed(source))
     seen: list[int] = []
-    with begin(tmp_path / "out", Identity("", (), "")) as journal:
-        (journal.folder / "whole").write_bytes(CONTENT)
-        journal.finished("whole")
-        write(plan, journal, on_bytes=seen.append)
+    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction:
+        (transaction.folder / "whole").write_bytes(CONTENT)
+        transaction.finished("whole")
+        write(plan, transaction, on_bytes=seen.append)
     assert seen[0] == len(CONTENT)
     assert sum(seen) == plan.nbytes
 
 
 def test_what_is_done_is_not_written_again(source: Path, tmp_path: Path) -> None:
-    with begin(tmp_path / "out", Identity("", (), "")) as journal:
-        (journal.folder / "whole").write_bytes(b"as it was")
-        journal.finished("whole")
-        write(plan_of(*mixed(source)), journal)
-        assert journal.done == {file.name for file in mixed(source)}
-    assert (tmp_path / "out" / "whole").read_bytes() == b"as it was"
+    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction:
+        (transaction.folder / "whole").write_bytes(b"as it was")
+        transaction.finished("whole")
+        write(plan_of(*mixed(source)), transaction)
+        assert transaction.done.keys() == {file.name for file in mixed(source)}
+    assert (transaction.folder / "whole").read_bytes() == b"as it was"
 
 
 def test_a_source_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
@@ -151,8 +154,8 @@ def test_the_first_failure_is_told_and_what_is_whole_is_recorded(source: Path, t
     with pytest.raises(Malformed) as caught:
         written(plan_of(*files), tmp_path / "out", jobs=1)
     assert caught.value is error
-    assert '"good"' in (tmp_path / "out" / JOURNAL_NAME).read_text()
-    assert '"bad"' not in (tmp_path / "out" / JOURNAL_NAME).read_text()
+    assert '"good"' in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
+    assert '"bad"' not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
 
 
 def test_a_full_disk_is_a_sentence(source: Path, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_so_many_files_are_written_at_a_time(jobs: int | None, together: int, tm
     places = threading.Barrier(together)
     files = [OutputFile(f"{number}", (Meeting(places),)) for number in range(2 * together)]
     written(plan_of(*files), tmp_path / "out", jobs=jobs)
-    assert {path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != JOURNAL_NAME} == {b"x"}
+    assert {path.read_bytes() for path in (tmp_path / "out").iterdir()} == {b"x"}
 
 
 def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> None:
@@ -199,8 +202,8 @@ def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> 
         if count == 6:
             raise KeyboardInterrupt
 
-    with begin(tmp_path / "out", Identity("", (), "")) as journal, pytest.raises(KeyboardInterrupt):
-        write(plan_of(*files), journal, jobs=2, on_bytes=interrupted)
+    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction, pytest.raises(KeyboardInterrupt):
+        write(plan_of(*files), transaction, jobs=2, on_bytes=interrupted)
     assert count < 10
 
 
@@ -208,7 +211,7 @@ def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_p
     broken = OutputFile("model.safetensors", (Literal(b"no header at all"),))
     with pytest.raises(OutputError, match="the reference reader does not take it"):
         written(plan_of(broken, shards=["model.safetensors"], form="safetensors"), tmp_path / "out")
-    assert "done" not in (tmp_path / "out" / JOURNAL_NAME).read_text()
+    assert "done" not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
 
 
 @pytest.mark.parametrize("executable", [sys.executable, "", "/no/such/python", shutil.which("false") or ""])

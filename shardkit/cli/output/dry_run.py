@@ -51,10 +51,10 @@ def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: 
         put_json(f"{command}.dry-run", _document(conversion, moves, needed, folder))
     else:
         put("\n".join(_lines(conversion, moves, total)))
-    check_output(out, conversion.checkpoint.files, conversion.source, plan, overwrite=overwrite)
+    check_output(conversion.output, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{shown_path(folder)} may not be written to", hint=("choose another output with ", output()))
-    check_room(folder, needed, conversion.source)
+    check_room(folder, needed, conversion.output.name)
     if not as_json:
         free = format_size(shutil.disk_usage(folder).free)
         put(f"It needs {format_size(needed)}, and {named(folder)} has {free} free. Nothing was written.")

@@ -40,12 +40,10 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def _saved(report: Report) -> Iterator[tuple[str, str]]:
-    if report.pays_below is None:
-        return
-    whole = report.engines.get(Engine.COMPRESSED, 0)
-    share = f"{100 * (whole - report.stored) / whole:.0f} % less than {format_size(whole)}" if whole else "nothing was left to do"
-    yield "stored", f"{format_size(report.stored)}, {share}"
-    yield "", f"read faster than plain shards from a disk of less than {format_size(report.pays_below)}/s, a thread"
+    saved = max(0, report.nbytes - report.stored)
+    if saved or Engine.COMPRESSED in report.engines:
+        share = f"{100 * saved / max(1, report.nbytes):.0f} % less than {format_size(report.nbytes)}"
+        yield "stored", f"{format_size(report.stored)}, {share}"
 
 
 def amounts(shards: int, blocks: int, tensors: int, nbytes: int) -> str:

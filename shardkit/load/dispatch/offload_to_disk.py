@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardkit.checkpoint.edits import Edited
-from shardkit.checkpoint.entries import Checkpoint, TensorEntry
+from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import LoadError, Mismatch, shown, shown_path
 from shardkit.load.dispatch.attach import DispatchConfig, put
 from shardkit.load.dispatch.model_entries import entries_of
@@ -21,9 +21,9 @@ from shardkit.load.loading import install
 from shardkit.load.loading.match import assign, listed
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.placement.device_map import device_of
-from shardkit.operations.convert import carry_out
+from shardkit.operations.write_output import write_output
+from shardkit.planning.output import Output
 from shardkit.planning.plan import plan_folder
-from shardkit.planning.prepare import Conversion
 from shardkit.sources import registry
 
 _MAX_SHARD = 5_000_000_000
@@ -86,7 +86,7 @@ def spill(model: nn.Module, wish: DispatchConfig, folder: Path | None) -> dict[s
     if folder.is_dir() and any(folder.iterdir()):
         _check_holds(folder, entries)
     else:
-        _write(folder, entries)
+        _write(type(model).__name__, folder, entries)
     opened = LoadedHeaders.at(folder)
     return {name: Recipe.of(opened.entries[name], opened.files) for name in names}
 
@@ -151,9 +151,8 @@ def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:
             raise LoadError(f"{shown_path(folder)} holds weights of another model: not this {shown(entry.name)}", hint=_HINT)
 
 
-def _write(folder: Path, entries: Iterable[TensorEntry]) -> None:
-    checkpoint = Checkpoint(tuple(entries))
-    edited = Edited(checkpoint.tensors, {}, ())
-    plan = plan_folder(edited, registry.format_named("safetensors"), max_shard=_MAX_SHARD, metadata={"format": "pt"})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    carry_out(Conversion(folder, folder, checkpoint, (), edited, plan, None, ()), sync=False)
+def _write(name: str, folder: Path, entries: tuple[TensorEntry, ...]) -> None:
+    """Write *entries*, the weights of the model called *name*, to *folder*."""
+    layout = registry.format_named("safetensors")
+    plan = plan_folder(Edited(entries, {}, ()), layout, max_shard=_MAX_SHARD, metadata={"format": "pt"})
+    write_output(Output(name, folder, plan), sync=False)

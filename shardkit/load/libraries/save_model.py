@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from shardkit.checkpoint.edits import Edited, fold_ties
-from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
+from shardkit.checkpoint.entries import SourceFile, TensorEntry
 from shardkit.errors import LoadError, OutputError, shown, shown_path
 from shardkit.load.dispatch.model_entries import entries_of
 from shardkit.load.lazy.paged import Paged
@@ -19,11 +19,12 @@ from shardkit.load.libraries import diffusers_model, transformers_model
 from shardkit.load.libraries.model_folder import Saved
 from shardkit.load.loading.match import listed
 from shardkit.metadata.shard_names import STEM
-from shardkit.operations.convert import Report, carry_out
+from shardkit.operations.convert import Report
+from shardkit.operations.write_output import write_output
 from shardkit.payloads.payload import Literal
+from shardkit.planning.output import Output
 from shardkit.planning.output_path import followed
 from shardkit.planning.plan import OutputFile, plan_folder
-from shardkit.planning.prepare import Conversion
 from shardkit.sizes import parse_size
 from shardkit.sources import path_arguments, registry
 
@@ -61,21 +62,20 @@ def save(
     # A tie that the library would not make again is no tie there: without a weight of its own the name would be missing.
     untied = state.keys() - known.tied if known else ()
     kept, aliases = fold_ties(sorted(entries, key=_comes_last(known)), {"format", *untied})
-    checkpoint = Checkpoint(entries)
     edited = Edited(kept, aliases, ())
     limit = None if max_shard is None else parse_size(max_shard)
     companions = [OutputFile(name, (Literal(content),)) for name, content in (known.files if known else {}).items()]
     layout = registry.format_named("safetensors")
     stem = known.stem if known else STEM
     plan = plan_folder(edited, layout, max_shard=limit, metadata={"format": "pt"}, companions=companions, stem=stem)
-    files = tuple(_files(state, entries))
     out = followed(path_arguments.to_write(folder))
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise OutputError(
             f"{shown_path(out)} is called like one file, and a folder is made", hint="name a folder, without an ending"
         )
-    origin = Path(type(model).__name__)  # which messages call the source
-    return carry_out(Conversion(origin, out, checkpoint, files, edited, plan, None, ()), overwrite=overwrite)
+    name = type(model).__name__
+    output = Output(name, out, plan, tuple(_files(state, entries)))
+    return Report.of(output, write_output(output, overwrite=overwrite), source=Path(name))
 
 
 def _check_whole(model: object) -> None:
@@ -117,5 +117,3 @@ def _files(state: Mapping[str, object], entries: Iterable[TensorEntry]) -> Itera
     known = {file.path: file for file in opened}
     for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources):
         yield known.get(path) or SourceFile.of(path)
-
-

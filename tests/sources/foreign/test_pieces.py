@@ -22,7 +22,7 @@ from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, UnknownFormat
 from shardkit.metadata.journal_records import JOURNAL_NAME
 from shardkit.sources.open import open as open_checkpoint
-from shardkit.writing.journal import Identity, begin
+from shardkit.writing.transaction import Identity, Transaction
 
 WEIGHTS = {"w": torch.arange(40000.0)}
 
@@ -223,11 +223,11 @@ def test_zip_archives_without_zip64_one_behind_the_other_are_known(tmp_path: Pat
 
 def partial(tmp_path: Path, *done: str) -> Path:
     source = shardkit.open(source_of(tmp_path)).files
-    with begin(tmp_path / "out.partial", Identity("digest", source, "")) as journal:
+    with Transaction(tmp_path / "out", Identity("digest", source, "")).begin() as transaction:
         for name in done:
-            save_file(WEIGHTS, journal.folder / name)
-            journal.finished(name)
-    return tmp_path / "out.partial"
+            save_file(WEIGHTS, transaction.folder / name)
+            transaction.finished(name)
+    return transaction.folder
 
 
 def source_of(tmp_path: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 import shardkit
 from shardkit.errors import Malformed, NoRoom, OutputError
 from shardkit.metadata.journal_records import JOURNAL_NAME
-from shardkit.writing.journal import Identity, Journal, begin
+from shardkit.writing.transaction import Identity, Transaction
 
 IDENTITY = Identity("digest", (), "")
 OTHER = Identity("another digest", (), "")
@@ -55,15 +55,22 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def wrote(folder: Path, name: str = "a", identity: Identity = IDENTITY) -> None:
-    with begin(folder, identity) as journal:
-        (folder / name).write_text("content")
-        journal.finished(name)
+def wrote(partial: Path, name: str = "a", identity: Identity = IDENTITY) -> None:
+    with Transaction(partial.with_name("out"), identity).begin() as transaction:
+        (partial / name).write_text("content")
+        transaction.finished(name)
 
 
-def done_in(folder: Path, identity: Identity = IDENTITY) -> set[str]:
-    with begin(folder, identity) as journal:
-        return set(journal.done)
+def done_in(partial: Path, identity: Identity = IDENTITY) -> set[str]:
+    with Transaction(partial.with_name("out"), identity).begin() as transaction:
+        assert transaction.folder == partial
+        return set(transaction.done)
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    """Where the output `out` is prepared."""
+    return tmp_path / "out.partial"
 
 
 def test_a_run_goes_on_where_an_earlier_one_ended(source: Path, tmp_path: Path) -> None:
@@ -108,7 +115,7 @@ def test_a_companion_that_changed_since_is_copied_again(source: Path, tmp_path: 
     source.rename(config.parent / "pytorch_model.bin")
     config.write_text('{"a": 1}')
     with monkeypatch.context() as kill:
-        kill.setattr(Journal, "commit", killed)
+        kill.setattr(Transaction, "commit", killed)
         with pytest.raises(Killed):
             shardkit.convert(config.parent, tmp_path / "out")
     config.write_text('{"a": 2}')
@@ -138,10 +145,10 @@ def test_files_that_were_not_synced_count_only_until_the_system_starts_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for boot, resumes in (("first", True), ("second", False)):
-        monkeypatch.setattr("shardkit.operations.convert.boot_id", lambda: "first")
+        monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda: "first")
         with pytest.raises(Killed):
             shardkit.convert(source, tmp_path / boot, max_shard="9kB", jobs=1, sync=False, on_bytes=killed_after(20_000))
-        monkeypatch.setattr("shardkit.operations.convert.boot_id", lambda boot=boot: boot)
+        monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda boot=boot: boot)
         assert (shardkit.convert(source, tmp_path / boot, max_shard="9kB", sync=False).resumed > 0) is resumes
 
 
@@ -172,7 +179,7 @@ def test_an_empty_one_is_used(source: Path, tmp_path: Path) -> None:
 def test_what_was_finished_stays_until_there_is_room_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(source, tmp_path / "out")
     with monkeypatch.context() as small:
-        small.setattr("shardkit.operations.convert.bytes_to_store", lambda *args, **options: 1 << 60)
+        small.setattr("shardkit.operations.write_output.bytes_to_store", lambda *args, **options: 1 << 60)
         with pytest.raises(NoRoom):
             shardkit.convert(source, tmp_path / "out", max_shard="9kB")
         with pytest.raises(NoRoom):
@@ -181,53 +188,54 @@ def test_what_was_finished_stays_until_there_is_room_again(source: Path, tmp_pat
     assert shardkit.convert(source, tmp_path / "out", max_shard="9kB").resumed > 0
 
 
-def test_only_what_is_finished_is_kept(tmp_path: Path) -> None:
-    wrote(tmp_path)
-    (tmp_path / "half").write_text("ha")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "half").write_text("ha")
-    assert done_in(tmp_path) == {"a"}
-    assert sorted(os.listdir(tmp_path)) == [JOURNAL_NAME, "a"]
+def test_only_what_is_finished_is_kept(partial: Path) -> None:
+    wrote(partial)
+    (partial / "half").write_text("ha")
+    (partial / "sub").mkdir()
+    (partial / "sub" / "half").write_text("ha")
+    assert done_in(partial) == {"a"}
+    assert sorted(os.listdir(partial)) == [JOURNAL_NAME, "a"]
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("cont")], ids=["gone", "shorter"])
-def test_a_finished_file_that_is_no_longer_whole_is_written_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    wrote(tmp_path)
-    damage(tmp_path / "a")
-    assert done_in(tmp_path) == set()
+def test_a_finished_file_that_is_no_longer_whole_is_written_again(damage: Callable[[Path], None], partial: Path) -> None:
+    wrote(partial)
+    damage(partial / "a")
+    assert done_in(partial) == set()
 
 
-def test_another_identity_keeps_nothing(tmp_path: Path) -> None:
-    wrote(tmp_path)
-    assert done_in(tmp_path, OTHER) == set()
-    assert os.listdir(tmp_path) == [JOURNAL_NAME]
+def test_another_identity_keeps_nothing(partial: Path) -> None:
+    wrote(partial)
+    assert done_in(partial, OTHER) == set()
+    assert os.listdir(partial) == [JOURNAL_NAME]
 
 
 @pytest.mark.parametrize("tail", ['{"done": "b', "{", "\0\0\0"])
-def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, tmp_path: Path) -> None:
-    wrote(tmp_path)
-    with open(tmp_path / JOURNAL_NAME, "a") as journal:
+def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, partial: Path) -> None:
+    wrote(partial)
+    with open(partial / JOURNAL_NAME, "a") as journal:
         journal.write(tail)
-    wrote(tmp_path, "b")
-    assert done_in(tmp_path) == {"a", "b"}
+    wrote(partial, "b")
+    assert done_in(partial) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
     "line", ["", "[]", "1", "\0", '{"done": 1}', '{"done": "a"}', '{"done": "a", "nbytes": []}', "[" * 99_999]
 )
-def test_a_journal_with_a_broken_line_begins_anew(line: str, tmp_path: Path) -> None:
-    wrote(tmp_path)
-    with open(tmp_path / JOURNAL_NAME, "a") as journal:
+def test_a_journal_with_a_broken_line_begins_anew(line: str, partial: Path) -> None:
+    wrote(partial)
+    with open(partial / JOURNAL_NAME, "a") as journal:
         journal.write(f"{line}\n")
-    assert done_in(tmp_path) == set()
+    assert done_in(partial) == set()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"{}\n", b"no journal\n"])
-def test_a_journal_that_is_none_begins_anew(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / JOURNAL_NAME).write_bytes(content)
-    (tmp_path / "a").write_text("content")
-    assert done_in(tmp_path) == set()
-    assert os.listdir(tmp_path) == [JOURNAL_NAME]
+def test_a_journal_that_is_none_begins_anew(content: bytes, partial: Path) -> None:
+    partial.mkdir()
+    (partial / JOURNAL_NAME).write_bytes(content)
+    (partial / "a").write_text("content")
+    assert done_in(partial) == set()
+    assert os.listdir(partial) == [JOURNAL_NAME]
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "renames"])
@@ -235,10 +243,10 @@ def test_a_kill_between_the_swap_and_the_cleaning_up_mends_itself(
     exchanges: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr("shardkit.writing.commit._exchange", lambda first, second: False)
+        monkeypatch.setattr("shardkit.system.folders.exchange", lambda first, second: False)
     shardkit.convert(source, tmp_path / "out")
     with monkeypatch.context() as kill:
-        kill.setattr("shardkit.writing.journal.clear", killed)
+        kill.setattr(Transaction, "_clear", killed)
         with pytest.raises(Killed):
             shardkit.convert(source, tmp_path / "out", max_shard="9kB", overwrite=True)
     assert len(shardkit.open(tmp_path / "out")) == 6
@@ -250,7 +258,7 @@ def test_a_kill_between_the_swap_and_the_cleaning_up_mends_itself(
 
 def test_a_kill_before_the_swap_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as kill:
-        kill.setattr(Journal, "commit", killed)
+        kill.setattr(Transaction, "commit", killed)
         with pytest.raises(Killed):
             shardkit.convert(source, tmp_path / "out", max_shard="9kB")
     assert shardkit.convert(source, tmp_path / "out", max_shard="9kB").resumed == 7
