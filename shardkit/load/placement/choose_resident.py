@@ -20,6 +20,7 @@ from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
 from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
+from shardkit.load.modules.torch_internals import own_buffers, own_modules, own_parameters
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import LEAST, LITTLE, SMALL, USUAL, Depth, Ring, ring_bytes
@@ -226,10 +227,10 @@ def _inside(blocks: Iterable[ModuleBlock]) -> set[str]:
 def _parts(model: nn.Module) -> Iterator[str]:
     """All names of modules that contain none, and of tensors that stand beside modules."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if not module._modules:
+        if not own_modules(module):
             yield name
             continue
-        tensors = {**module._parameters, **module._buffers}
+        tensors = {**own_parameters(module), **own_buffers(module)}
         yield from (f"{name}.{each}" if name else each for each, tensor in tensors.items() if tensor is not None)
 
 
