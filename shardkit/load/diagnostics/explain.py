@@ -25,6 +25,7 @@ from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.blocks import cut
 from shardkit.load.modules.model_group import Pipeline
 from shardkit.load.modules.sizes import prefixes
+from shardkit.load.modules.torch_internals import own_modules
 from shardkit.load.modules.weights import ParameterSlot, Weight, weights_of
 from shardkit.load.performance.bandwidth import Product, Rates, common_product, measure
 from shardkit.load.performance.cost_model import predict, step_of
@@ -171,7 +172,7 @@ class _Found:
         """The module that *weight* is told with; its own name if its module has others in it."""
         around = [name for name in prefixes(weight.names[0]) if name in self.units]
         owner = weight.names[0].rpartition(".")[0]
-        return around[-1] if around else weight.names[0] if weight.seats[0].owner._modules else owner
+        return around[-1] if around else weight.names[0] if own_modules(weight.seats[0].owner) else owner
 
     def _why_it_streams(self, weight: Weight, *, from_file: bool) -> str:
         if not from_file and self._said(weight) == "disk":

@@ -38,6 +38,7 @@ from shardkit.load.loading.match import listed
 from shardkit.load.modules.blocks import Cut, ModuleBlock, cut
 from shardkit.load.modules.model_group import called
 from shardkit.load.modules.quantised import is_packed
+from shardkit.load.modules.torch_internals import non_persistent_buffers, own_buffers
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.cost_model import Depth, Ring
 from shardkit.load.placement.device_map import DeviceMap, covers, device_of, inside, reported
@@ -237,10 +238,10 @@ def _refuse_empty(weights: Iterable[Weight]) -> None:
 def _settle_other_buffers(model: nn.Module, wish: DispatchConfig) -> None:
     """Bring the buffers that no checkpoint holds to where their modules run."""
     for prefix, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
+        for name in non_persistent_buffers(module):
+            buffer = own_buffers(module).get(name)
             if buffer is not None:
-                module._buffers[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
+                own_buffers(module)[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
 
 
 def _stream(blocks: list[ModuleBlock], model: nn.Module, wish: DispatchConfig, addresses: Mapping[str, Recipe]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import UnionType
+from typing import Any
 
 from torch import nn
 
@@ -16,16 +17,17 @@ from shardkit.load.lazy.file_watch import Sources
 from shardkit.load.lazy.paged import is_address
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.model_group import Pipeline, models_of
+from shardkit.load.modules.torch_internals import forward_hook_tables
 
 
-def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[int, object], int, object]]:
-    """What `arrange` attached to *model* or what it was copied from: module, table of hooks, key in it, and what is behind."""
+def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[dict[int, Any], ...], int, object]]:
+    """What `arrange` attached to *model* or what it was copied from: module, tables of hooks, key in them, and what is behind."""
     for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
+        for tables in forward_hook_tables(module):
+            for key, hook in list(tables[0].items()):
                 attached = getattr(hook, "__self__", None)
                 if isinstance(attached, Pager | Mover | Sources | Clock | Training):
-                    yield module, table, key, attached
+                    yield module, tables, key, attached
 
 
 def remove_hooks(model: nn.Module) -> None:
@@ -62,13 +64,11 @@ def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
     if kinds is object:
         unguard(model)
     pagers: dict[Pager, None] = {}
-    for module, table, key, attached in list(attachments(model)):
+    for _, tables, key, attached in list(attachments(model)):
         if not isinstance(attached, kinds):
             continue
         if isinstance(attached, Pager):
             pagers[attached] = None
-        flags = [module._forward_pre_hooks_with_kwargs] if table is module._forward_pre_hooks else []
-        flags = flags or [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]
-        for each in (table, *flags):
-            each.pop(key, None)  # type: ignore[attr-defined]  # a dict, which the annotation does not let be changed
+        for table in tables:
+            table.pop(key, None)
     return list(pagers)

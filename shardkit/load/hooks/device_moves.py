@@ -17,6 +17,7 @@ from shardkit.load.hooks.streaming_hooks import refuse_pickling
 from shardkit.load.modules.blocks import CONTAINERS
 from shardkit.load.modules.model_group import called
 from shardkit.load.modules.sizes import prefixes
+from shardkit.load.modules.torch_internals import own_buffers, own_parameters
 from shardkit.load.modules.torch_modes import eager
 
 
@@ -159,7 +160,7 @@ def attach_movers(
         for name, module in inner:
             if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 continue
-            own = next((each for each in (*module._parameters, *module._buffers)), None)
+            own = next((each for each in (*own_parameters(module), *own_buffers(module))), None)
             device = _entered_on(name, model, runners) if own is None else runs_on(f"{name}.{own}")
             if device is not None:
                 Mover(device, skip).attach(module)

@@ -20,6 +20,7 @@ from torch import nn
 from shardkit.errors import NotTrained, shown
 from shardkit.load.lazy.paged import is_address
 from shardkit.load.lazy.streamed_weight import TRAIN, Streamed
+from shardkit.load.modules.torch_internals import make_subclass, use_count, version_of
 from shardkit.load.modules.torch_modes import eager, is_watched
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Asking(nn.Parameter):
     @classmethod
     def of(cls, weight: torch.Tensor) -> Asking:
         """*weight*, whose memory and version it shares."""
-        made = torch.Tensor._make_subclass(cls, weight, False)
+        made = make_subclass(cls, weight, False)
         assert isinstance(made, Asking)
         return made
 
@@ -57,7 +58,7 @@ def refuse_late(output: object, weights: Iterable[tuple[str, torch.Tensor]]) -> 
     """
     nodes = list(_nodes(output))
     if nodes and not is_watched():  # by a transform, which got copies
-        kept = [(name, weight, weight._version) for name, weight in weights if _uses(weight) > _FREE]
+        kept = [(name, weight, version_of(weight)) for name, weight in weights if use_count(weight) > _FREE]
         for node in nodes if kept else ():
             node.register_prehook(partial(_check, kept))
 
@@ -96,7 +97,7 @@ class Training:
 
 
 def _check(kept: list[tuple[str, torch.Tensor, int]], gradients: object) -> None:
-    gone = [name for name, weight, version in kept if weight._version != version]
+    gone = [name for name, weight, version in kept if version_of(weight) != version]
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         raise NotTrained(
@@ -104,11 +105,6 @@ def _check(kept: list[tuple[str, torch.Tensor, int]], gradients: object) -> None
             hint="use gradient checkpointing, which runs each block again, or keep these layers in memory: by the device_map; "
             "without a backward, run the forward under torch.no_grad()",
         )
-
-
-def _uses(tensor: torch.Tensor) -> int:
-    count: int = tensor._use_count()  # type: ignore[attr-defined]  # which torch leaves out
-    return count
 
 
 def _nodes(output: object) -> Iterator[Node]:

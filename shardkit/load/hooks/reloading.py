@@ -14,6 +14,7 @@ from torch import nn
 from shardkit.errors import LoadError
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.loading.match import listed
+from shardkit.load.modules.torch_internals import remove_load_state_dict_hook
 
 
 def guard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -28,9 +29,7 @@ def guard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
 def unguard(model: nn.Module) -> None:
     """Take it away again."""
     for module in model.modules():
-        for key, hook in list(module._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", None) is refuse_copying:
-                del module._load_state_dict_pre_hooks[key]
+        remove_load_state_dict_hook(module, refuse_copying)
 
 
 def refuse_copying(

@@ -31,6 +31,7 @@ from shardkit.load.hooks.gradients import BY_FLAG, Asking, refuse_late
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.call_stack import module_call
+from shardkit.load.modules.torch_internals import make_subclass, version_of
 from shardkit.load.modules.torch_modes import eager, is_watched, lasting
 from shardkit.load.modules.weights import ParameterSlot
 from shardkit.load.streaming.prefetcher import Stream
@@ -172,7 +173,7 @@ class Pager:
         for seat, tensor, stood, version in self._taken:
             if seat.tensor is tensor:
                 seat.take(stood)
-                if version is not None and tensor._version != version:
+                if version is not None and version_of(tensor) != version:
                     written.append((stood, tensor))
         self._taken.clear()
         return written
@@ -186,7 +187,7 @@ class Pager:
                 stood = seat.tensor
                 if not isinstance(stood, Streamed):
                     continue
-                version = None if watched else tensor._version
+                version = None if watched else version_of(tensor)
                 if stood.backing.memory is not None:
                     if stood.is_trained:
                         continue
@@ -194,7 +195,7 @@ class Pager:
                 elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
                     continue
                 if asking and stood.learned:  # torch has kernels that differ by this, even without gradients
-                    tensor = Asking.of(tensor) if learning else torch.Tensor._make_subclass(nn.Parameter, tensor, True)
+                    tensor = Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
                 self._taken.append((seat, tensor, stood, version))
                 seat.take(tensor)
 

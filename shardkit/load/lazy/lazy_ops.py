@@ -24,14 +24,13 @@ from shardkit.load.lazy.backing import Backing
 from shardkit.load.lazy.lazy_view import Recipe, join
 from shardkit.load.memory.allocate import memory_of
 from shardkit.load.memory.parallel_reads import read_into
+from shardkit.load.modules.torch_internals import TO_COPY, UNSAFE_VIEW
 from shardkit.load.modules.torch_modes import is_watched
 
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from shardkit.load.modules.torch_internals import Operation
 
-    Operation = OpOverload[..., Any]  # Any, here and below: arguments and results of operations, of which torch has thousands
-
-Arguments = Sequence[Any]
+Arguments = Sequence[Any]  # Any, here and below: what operations take, of which torch has thousands
 Options = dict[str, Any]
 
 
@@ -189,12 +188,12 @@ _Recording = Callable[["Operation", Arguments, Options], object]
 _aten = torch.ops.aten
 
 _RECORDING: dict[object, _Recording] = {
-    _aten._to_copy.default: _cast,
+    TO_COPY: _cast,
     _aten.clone.default: _clone,
     _aten.constant_pad_nd.default: _pad,
     _aten.cat.default: _join,
     _aten.stack.default: _join,
-    _aten._unsafe_view.default: _view,
+    UNSAFE_VIEW: _view,
     _aten.copy_.default: _fill,
     _aten.is_pinned.default: _not_pinned,
     _aten.empty_like.default: _empty,

@@ -34,12 +34,20 @@ from shardkit.load.lazy.storages import STORAGES, Storage
 from shardkit.load.lazy.torch_operations import asked_of_to, changes_shapes, is_composite, outliving, replaced, written
 from shardkit.load.memory.allocate import aligned, memory_of
 from shardkit.load.memory.parallel_reads import read_into
-from shardkit.load.modules.torch_modes import hide_from_compiler, is_watched, refuse_trace, unseen
+from shardkit.load.modules.torch_internals import (
+    PARAMETER_MARK,
+    hide_from_compiler,
+    make_wrapper_subclass,
+    no_torch_function,
+    tensor_data,
+    typed_storage,
+)
+from shardkit.load.modules.torch_modes import is_watched, refuse_trace, unseen
 from shardkit.payloads.payload import Payload
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
-    from shardkit.load.lazy.lazy_ops import Operation
+    from shardkit.load.modules.torch_internals import Operation
 
 # Attributes that a copy does not get from `_attributes`.
 OWN = ("recipe", "backing", "seated", "origin", "learned", "copied", "_storage")
@@ -59,13 +67,13 @@ class Paged(torch.Tensor):
     _storage: Storage  # as soon as it was asked for
 
     # Rule 5: without this, torch would call Python once more on the way to every operation.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
+    __torch_function__ = no_torch_function  # type: ignore[assignment]  # as torch documents it
 
     @staticmethod
     def __new__(cls: type[Paged], recipe: Recipe, device: torch.device, requires_grad: bool = False) -> Paged:
         """A tensor that claims to be on *device*, which is where `read` puts it."""
         with torch.inference_mode(False):  # so that views taken in inference mode are what torch expects, and can outlive it
-            made = torch.Tensor._make_wrapper_subclass(
+            made = make_wrapper_subclass(
                 cls,
                 recipe.shape,
                 recipe.strides,
@@ -161,7 +169,7 @@ class Paged(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         given = value if isinstance(value, Paged) else _holding(value)
-        vars(torch._C.TensorBase)["data"].__set__(self, given)
+        tensor_data.__set__(self, given)
         vars(self).pop("_storage", None)
         self._take(given)
 
@@ -188,7 +196,7 @@ class Paged(torch.Tensor):
                 twin = self._twin()
             else:
                 twin = self._ordinary()
-                attributes.pop("_is_param", None)
+                attributes.pop(PARAMETER_MARK, None)
             twin.__dict__.update(attributes)
             memo[id(self)] = twin
         found = memo[id(self)]
@@ -236,8 +244,7 @@ class Paged(torch.Tensor):
     def _typed_storage(self) -> torch.TypedStorage:
         if (held := self.held) is None:
             raise _no_memory()
-        typed: torch.TypedStorage = held._typed_storage()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return typed
+        return typed_storage(held)
 
     def _lazy_storage(self) -> Storage:
         if not hasattr(self, "_storage"):

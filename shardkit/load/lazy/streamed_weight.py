@@ -22,9 +22,9 @@ from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.torch_operations import asked_of_to
 from shardkit.load.modules.call_stack import is_in_forward, is_module_cast
+from shardkit.load.modules.torch_internals import PARAMETER_MARK, tensor_requires_grad
 
 TRAIN = "train an adapter instead (PEFT), or keep the layers that train in memory: by the device_map"
-_requires_grad = vars(torch._C.TensorBase)["requires_grad"]
 
 
 class Streamed(Paged):
@@ -60,7 +60,7 @@ class Streamed(Paged):
         made.seated, made.origin, made.learned = True, origin, learned
         made.backing = Backing(recipe, made.device, name)
         if not is_buffer:
-            made._is_param = True  # what makes torch take a tensor of any class for a Parameter
+            setattr(made, PARAMETER_MARK, True)
         return made
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
@@ -90,7 +90,7 @@ class Streamed(Paged):
     @property
     def is_trained(self) -> bool:
         """Whether autograd computes a gradient of it, as it can once it has memory."""
-        asks: bool = _requires_grad.__get__(self)
+        asks: bool = tensor_requires_grad.__get__(self)
         return asks
 
     @property
@@ -124,7 +124,7 @@ class Streamed(Paged):
             if not self.copied:
                 raise NotTrained(f"{shown(self.backing.name)} streams, and cannot be trained", hint=TRAIN)
             self.backing.settle()
-        _requires_grad.__set__(self, value)
+        tensor_requires_grad.__set__(self, value)
         self.learned = value
 
     def requires_grad_(self, requires_grad: bool = True) -> Streamed:
@@ -170,7 +170,7 @@ class Streamed(Paged):
 
     @property
     def _is_parameter(self) -> bool:
-        return getattr(self, "_is_param", False)
+        return getattr(self, PARAMETER_MARK, False)
 
 
 def _one_of(kind: str, device: object) -> torch.device:

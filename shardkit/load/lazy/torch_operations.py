@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from shardkit.load.modules.torch_internals import has_decomposition, parse_to, schema
+
 if TYPE_CHECKING:
-    from shardkit.load.lazy.lazy_ops import Arguments, Operation, Options
+    from shardkit.load.lazy.lazy_ops import Arguments, Options
+    from shardkit.load.modules.torch_internals import Operation
 
 _Kind = TypeVar("_Kind")
 
@@ -34,7 +37,7 @@ def changes_shapes(func: Operation) -> bool:
 def is_composite(func: Operation) -> bool:
     """Whether *func* is made of other operations; such a one arrives whole in inference mode only."""
     name: str = func.name()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+    return has_decomposition(name)
 
 
 def outliving(func: Operation) -> AbstractContextManager[object]:
@@ -46,7 +49,7 @@ def asked_of_to(args: Sequence[Any], options: Mapping[str, Any]) -> tuple[torch.
     """The device that the arguments of `Tensor.to` ask for, None if for none, and whether they ask for a copy."""
     at = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
     others = {name: value for name, value in options.items() if name != "copy"}
-    device: torch.device | None = torch._C._nn._parse_to(*args[:at], **others)[0]
+    device: torch.device | None = parse_to(*args[:at], **others)[0]
     return device, bool(args[at] if len(args) > at else options.get("copy", False))
 
 
@@ -64,5 +67,5 @@ def replaced(value: Any, kind: type[_Kind], replacement: Callable[[_Kind], objec
 @cache
 def _written(func: Operation) -> tuple[tuple[int, str], ...]:
     """Which arguments *func* writes to."""
-    arguments = enumerate(func._schema.arguments)
+    arguments = enumerate(schema(func).arguments)
     return tuple((i, each.name) for i, each in arguments if each.alias_info is not None and each.alias_info.is_write)

@@ -14,6 +14,7 @@ from shardkit.hints import option
 from shardkit.load.libraries import diffusers_model, transformers_model
 from shardkit.load.libraries.model_folder import ModelFolder
 from shardkit.load.modules.sizes import class_names
+from shardkit.load.modules.torch_internals import own_buffers, own_parameters
 
 
 def no_split_pattern(path: str | PathLike[str], *, trust_remote_code: bool = False) -> re.Pattern[str]:
@@ -68,7 +69,7 @@ def recorded_order(model: nn.Module) -> Iterator[list[str]]:
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: note(name))
         for name, module in model.named_modules()
-        if module._parameters or module._buffers
+        if own_parameters(module) or own_buffers(module)
     ]
     try:
         yield names

@@ -34,6 +34,7 @@ from shardkit.load.loading.match import listed
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.quantised import expands_itself, is_packed, method_of, packed_names
 from shardkit.load.modules.sizes import class_names
+from shardkit.load.modules.torch_internals import non_persistent_buffers, own_buffers
 from shardkit.load.modules.weights import weights_of
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def _unset_buffers(folder: ModelFolder, model: PreTrainedModel) -> list[str]:
         computed = dict(type(model)(deepcopy(model.config)).named_buffers())
     unset = []
     for prefix, module in model.named_modules():
-        for name in sorted(module._non_persistent_buffers_set):
-            full, buffer = f"{prefix}.{name}" if prefix else name, module._buffers.get(name)
+        for name in sorted(non_persistent_buffers(module)):
+            full, buffer = f"{prefix}.{name}" if prefix else name, own_buffers(module).get(name)
             if buffer is not None and full in computed and not _is_near(buffer, computed[full]):
                 unset.append(full)
     return unset

@@ -19,6 +19,7 @@ from shardkit.checkpoint.entries import TensorEntry
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.loading.match import Match
 from shardkit.load.memory.allocate import Item, mapped, materialise
+from shardkit.load.modules.torch_internals import can_take_data, make_subclass
 from shardkit.load.modules.weights import ParameterSlot, torch_type
 from shardkit.sizes import format_size
 from shardkit.system.progress import progress
@@ -145,7 +146,7 @@ def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     # Stands for a parameter that had no memory, and is no class to keep.
     plain = not usual and (is_lazy(old) or isinstance(old, Paged))
     # Asked as Module._apply asks it before it does the same.
-    if not (old.is_meta or plain or paged) and torch._has_compatible_shallow_copy_type(old, value):
+    if not (old.is_meta or plain or paged) and can_take_data(old, value):
         old.requires_grad_(trains)
         old.data = value
         return old
@@ -153,7 +154,7 @@ def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value
     if plain or type(value) is not torch.Tensor:  # Paged, or the tensors of an accelerator that is made in Python
         return nn.Parameter(value, requires_grad=trains)
-    made: torch.Tensor = torch.Tensor._make_subclass(type(old), value, trains)
+    made: torch.Tensor = make_subclass(type(old), value, trains)
     if old.__dict__:
         made.__dict__.update(old.__dict__)
     return made

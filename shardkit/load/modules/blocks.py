@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shardkit.load.modules.torch_internals import own_modules
 from shardkit.load.modules.weights import ParameterSlot, Weight, named_modules
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -117,7 +118,7 @@ class _Walk:
         if len(self._targets[module]) == 1 and self._is_block(module, listed=listed):
             yield name, module
             return
-        for step, child in module._modules.items():
+        for step, child in own_modules(module).items():
             if child is not None:
                 yield from self.blocks(child, f"{name}.{step}" if name else step, listed=isinstance(module, CONTAINERS))
 
@@ -126,7 +127,7 @@ class _Walk:
             return True
         if module in self._around or isinstance(module, CONTAINERS):
             return False
-        return listed or not module._modules
+        return listed or not own_modules(module)
 
     def _has_whole_inside(self, module: nn.Module) -> bool:
         return any(part in self._whole for part in module.modules() if part is not module)

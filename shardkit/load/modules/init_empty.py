@@ -22,6 +22,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from shardkit.load.modules.torch_internals import (
+    make_subclass,
+    non_persistent_buffers,
+    own_buffers,
+)
+
 
 @contextmanager
 def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
@@ -78,8 +84,8 @@ class _Context:
             return
         module, name, buffer = self.pending
         self.pending = None
-        if module._buffers.get(name) is buffer and name not in module._non_persistent_buffers_set:
-            module._buffers[name] = self._twin(buffer)
+        if own_buffers(module).get(name) is buffer and name not in non_persistent_buffers(module):
+            own_buffers(module)[name] = self._twin(buffer)
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
         if is_lazy(tensor):
@@ -125,7 +131,7 @@ def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> Non
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """*tensor* on *device*, of the same class and with the same attributes; no method of the class is asked to make it."""
     if issubclass(type(tensor), nn.Parameter):
-        moved = torch.Tensor._make_subclass(type(tensor), tensor.data.to(device), tensor.requires_grad)
+        moved = make_subclass(type(tensor), tensor.data.to(device), tensor.requires_grad)
     else:  # a tensor of another kind, which may say that it is a parameter: its own operations know how to move it
         moved = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
     for name, attribute in getattr(tensor, "__dict__", {}).items():

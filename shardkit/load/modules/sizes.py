@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.dtypes import BY_TORCH, parse_dtype
 from shardkit.errors import BadDType, shown
+from shardkit.load.modules.torch_internals import own_modules
 from shardkit.load.modules.weights import torch_type
 
 Node = nn.Module | torch.Tensor
@@ -94,7 +95,7 @@ def parts(name: str, module: nn.Module) -> list[tuple[str, Node]]:
     prefix = f"{name}." if name else ""
     parameters: list[tuple[str, Node]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
     buffers: list[tuple[str, Node]] = list(module.named_buffers(recurse=False, remove_duplicate=False))
-    modules = [(step, child) for step, child in module._modules.items() if child is not None]
+    modules = [(step, child) for step, child in own_modules(module).items() if child is not None]
     # Accelerate takes the buffers of the whole model last, and those of the modules in it that are split not at all.
     own = [*parameters, *buffers, *modules] if name else [*parameters, *modules, *buffers]
     return [(f"{prefix}{step}", node) for step, node in own]
@@ -137,7 +138,7 @@ class Layers:
 
 def _children(name: str, node: Node) -> list[tuple[str, Node]]:
     prefix = f"{name}." if name else ""
-    own = node._modules.items() if isinstance(node, nn.Module) else ()
+    own = own_modules(node).items() if isinstance(node, nn.Module) else ()
     return [(f"{prefix}{step}", child) for step, child in own if child is not None]
 
 

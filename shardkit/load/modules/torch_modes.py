@@ -9,20 +9,28 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import cache, wraps
-from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from shardkit.errors import LoadError
+from shardkit.load.modules.torch_internals import (
+    current_trace,
+    has_gradient_transform,
+    innermost_transform,
+    is_compiler_imported,
+    is_graph_traced,
+    is_tracing,
+    mode_count,
+    no_modes,
+    no_transforms,
+    set_trace,
+)
 
-_set_trace: Callable[[object], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]  # which torch leaves out
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -35,11 +43,11 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if not is_watched():
             return function(*args, **kwargs)
         with ExitStack() as aside:
-            aside.enter_context(torch._C._DisableFuncTorch())
-            aside.enter_context(_disable_current_modes())
-            if (trace := torch._C._get_tracing_state()) is not None:  # torch lets none be set below its dispatcher
-                aside.callback(_set_trace, trace)
-                _set_trace(None)
+            aside.enter_context(no_transforms())
+            aside.enter_context(no_modes())
+            if (trace := current_trace()) is not None:  # torch lets none be set below its dispatcher
+                aside.callback(set_trace, trace)
+                set_trace(None)
             return function(*args, **kwargs)
 
     return called
@@ -51,7 +59,7 @@ def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(hook)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "torch._dynamo" not in sys.modules:
+        if not is_compiler_imported():
             return hook(*args, **kwargs)
         result: _R = disabled()(*args, **kwargs)
         return result
@@ -59,20 +67,10 @@ def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     return called
 
 
-def hide_from_compiler(function: FunctionType) -> None:
-    """Let torch.compile run *function*, and not trace it, which takes long and gives nothing.
-
-    `torch.compiler.disable` would do the same, and import the compiler, which takes as long as to import torch.
-    """
-    with suppress(ImportError):  # an older torch: it traces, and computes the same
-        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-
-        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-
-
 def lasting(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """*tensors* where a forward is watched, or copies of them if somebody may keep them."""
-    return _copies(tensors) if _is_written_down() or _has_way_back() else tensors
+    may_keep = is_tracing() or is_graph_traced() or has_gradient_transform()
+    return _copies(tensors) if may_keep else tensors
 
 
 def refuse_trace() -> None:
@@ -81,7 +79,7 @@ def refuse_trace() -> None:
     Raises:
         LoadError: one does.
     """
-    if torch._C._is_tracing():
+    if is_tracing():
         raise LoadError(
             "torch.jit.trace writes down what it meets, and cannot do so with the address of a weight that is used where it lies",
             hint="trace a model that is in memory: load it with device_map=None",
@@ -90,21 +88,7 @@ def refuse_trace() -> None:
 
 def is_watched() -> bool:
     """Asked for each block and forward: whether anything is on, whatever it is."""
-    on = bool(torch._C._len_torch_dispatch_stack()) or torch._C._is_tracing()
-    return on or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _is_written_down() -> bool:
-    """Whether torch.jit.trace, or make_fx and what is built on it, is at work."""
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return torch._C._is_tracing() or (proxies is not None and proxies.get_proxy_mode() is not None)
-
-
-def _has_way_back() -> bool:
-    """Whether a transform that is on, the innermost or not, goes back over what is computed."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    return any(each.key() == torch._C._functorch.TransformType.Grad for each in torch._C._functorch.get_interpreter_stack())
+    return bool(mode_count()) or is_tracing() or innermost_transform() is not None
 
 
 @unseen

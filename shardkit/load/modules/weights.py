@@ -14,8 +14,13 @@ import torch
 from torch import nn
 
 from shardkit.dtypes import BY_TORCH, DType
-
-_EXTRA_STATE = "_extra_state"  # torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+from shardkit.load.modules.torch_internals import (
+    EXTRA_STATE,
+    non_persistent_buffers,
+    own_buffers,
+    own_modules,
+    own_parameters,
+)
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -28,7 +33,7 @@ class ParameterSlot:
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there."""
-        for table in (self.owner._parameters, self.owner._buffers):  # which are no dicts in what torch.jit.script makes
+        for table in (own_parameters(self.owner), own_buffers(self.owner)):  # which are no dicts in what torch.jit.script makes
             if self.name in table and table[self.name] is not None:
                 return table[self.name]
         return None
@@ -38,10 +43,10 @@ class ParameterSlot:
         owner = self.owner
         if type(owner).__setattr__ is not nn.Module.__setattr__:  # such as that of LSTM, which keeps a list of its own
             setattr(owner, self.name, tensor)
-        elif self.name in owner._parameters:
-            owner._parameters[self.name] = tensor  # type: ignore[assignment]  # what is a Parameter to torch is none to mypy
+        elif self.name in own_parameters(owner):
+            own_parameters(owner)[self.name] = tensor
         else:
-            owner._buffers[self.name] = tensor
+            own_buffers(owner)[self.name] = tensor
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -87,16 +92,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while stack:
         name, module = stack.pop()
         yield name, module
-        if module._modules:
+        if own_modules(module):
             dotted = f"{name}." if name else ""
-            stack += [(dotted + step, child) for step, child in reversed(module._modules.items()) if child is not None]
+            stack += [(dotted + step, child) for step, child in reversed(own_modules(module).items()) if child is not None]
 
 
 def unreal_buffers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
     """Buffers of *modules* that no checkpoint holds and that have no values."""
     for prefix, module in modules:
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
+        for name in non_persistent_buffers(module):
+            buffer = own_buffers(module).get(name)
             if buffer is not None and buffer.is_meta:
                 yield f"{prefix}.{name}" if prefix else name
 
@@ -106,7 +111,7 @@ def extra_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
     plain = nn.Module.set_extra_state
     for prefix, module in modules:
         if type(module).set_extra_state is not plain:
-            yield f"{prefix}.{_EXTRA_STATE}" if prefix else _EXTRA_STATE
+            yield f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
 
 
 @cache
@@ -126,9 +131,9 @@ def _one_by_one(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
     """What a state dict of *modules* holds, without making one; what is tied comes once for each name."""
     for prefix, module in modules:
         dotted = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None:
                 yield Weight((dotted + name,), parameter, False, (ParameterSlot(module, name),))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+        for name, buffer in own_buffers(module).items():
+            if buffer is not None and name not in non_persistent_buffers(module):
                 yield Weight((dotted + name,), buffer, True, (ParameterSlot(module, name),))

@@ -181,7 +181,7 @@ LEAST = 2  # blocks in a ring: one is computed while one is read
 USUAL = 4  # where little streams, and nothing is measured for it
 LITTLE = 64 << 20  # bytes
 SMALL = "little streams, and nothing is measured for it"
-_MOST = 8
+MOST = 8
 _STALLS = {2: 1.08, 3: 1.03}  # as measured
 _ENOUGH = 1.005  # as fast, but for what no one can measure
 
@@ -203,7 +203,7 @@ Ring = int | str | Depth | None  # how many blocks, or how much it may take, as 
 def depth_for(steps: Sequence[Step], rates: Rates, room: int) -> Depth:
     """The depth that pays for forwards of *steps*, within *room* bytes, of which two blocks are taken in any case."""
     sizes = [step.room for step in steps if step.room]
-    deeper = [blocks for blocks in range(LEAST + 1, _MOST + 1) if sum(nlargest(blocks, sizes)) <= min(room, sum(sizes) - 1)]
+    deeper = [blocks for blocks in range(LEAST + 1, MOST + 1) if sum(nlargest(blocks, sizes)) <= min(room, sum(sizes) - 1)]
     return chosen({blocks: seconds_with(blocks, steps, rates) for blocks in (LEAST, *deeper)})
 
 
@@ -220,13 +220,6 @@ def chosen(seconds: Mapping[int, float]) -> Depth:
     if blocks - 1 in seconds:
         return Depth(blocks, f"with {blocks - 1} a forward would take {seconds[blocks - 1] / seconds[blocks] - 1:.0%} longer")
     return Depth(blocks, "more would be no faster" if len(seconds) > 1 else "more have no room, or would be all that streams")
-
-
-def depths_of(ring: int | Depth | None) -> Sequence[int]:
-    """The depths that may be tried for *ring*; what is preferred where all are as good comes first."""
-    if ring is None:
-        return range(LEAST, _MOST + 1)
-    return [ring.blocks] if isinstance(ring, Depth) else range(max(LEAST, ring), LEAST - 1, -1)
 
 
 def ring_bytes(sizes: Iterable[int], ring: Ring) -> int:

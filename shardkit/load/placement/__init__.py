@@ -6,5 +6,4 @@
     device_map="sequential"             infer_device_map ──────────────────────────┼─→ a device map, checked
     device_map="balanced_low_0"         even budgets ─→ infer_device_map ──────────┤
     device_map="auto", "balanced"       even budgets ─→ infer_device_map ─→ choose_resident
-                                        (which blocks stay in memory: resident_search)
 """

@@ -1,17 +1,26 @@
-"""Choose which blocks of a model stay in memory where not all of them can (pure: modules and sizes are looked at).
+"""Choose which blocks of a model stay in memory, where not all of them can.
 
-1. What a device map lets stream is dealt out anew, with what lies beside it: between the device that runs it, the CPU if that is
-   another, and the disk. What other accelerators hold stays there.
-2. The budget of the device that runs a block also pays for the ring that blocks stream through, and for what cannot stream: tied
-   weights, buffers, and what a module owns that contains blocks.
-3. A map that keeps the budgets so, and has less on disk, stays as it is.
+Pure: modules and sizes are looked at, and nothing is read. From top to bottom:
+
+1. `choose_residents` makes a better device map of a given one. It moves what streams, and what lies
+   beside it, between the device that runs it, the CPU if that is another, and the disk. What other
+   accelerators hold stays there. A map that keeps the budgets and has less on disk stays as it is.
+2. `_Movable` is what there is to choose from. The budget of the runner also pays for the prefetch
+   buffer, and for what cannot stream: tied weights, buffers, and what a module owns that contains
+   blocks.
+3. `search` chooses, from sizes alone. As many bytes stay as there is room for: each is one less to
+   read in every forward. But a large block that streams makes the buffer large, and a deep buffer
+   takes room from blocks: the way whose forward takes the fewest seconds is chosen.
+4. `spread` has what streams lie evenly between what stays: it is read while that is computed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import nn
@@ -20,13 +29,27 @@ from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
 from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
+from shardkit.load.modules.torch_internals import own_buffers, own_modules, own_parameters
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.bandwidth import Rates
-from shardkit.load.performance.cost_model import LEAST, LITTLE, SMALL, USUAL, Depth, Ring, ring_bytes
+from shardkit.load.performance.cost_model import (
+    LEAST,
+    LITTLE,
+    MOST,
+    SMALL,
+    USUAL,
+    Depth,
+    Ring,
+    Step,
+    chosen,
+    ring_bytes,
+    seconds_with,
+)
 from shardkit.load.placement.device_map import clean_device_map, device_of
-from shardkit.load.placement.resident_search import UNMEASURED, ResidentSet, deal
-from shardkit.sizes import format_size
+from shardkit.sizes import format_size, parse_size
 
+UNMEASURED = Rates(disk=1.0)  # all time goes into reading
+_LIMITS = 16  # how many of the largest sizes are tried as the largest that streams
 _ALIGNMENT = 64
 _EDGES = 2 * 4096  # of a direct read: what it reads along before and behind a weight
 _DIRECT = 256 << 10  # bytes, from which on weights are read so
@@ -37,7 +60,7 @@ class Residents(NamedTuple):
 
     Attributes:
         device_map: a device for each part of the model.
-        ring: how many blocks the ring has room for, or how much it may take.
+        ring: how many blocks the prefetch buffer has room for, or how much it may take.
     """
 
     device_map: dict[str, Device]
@@ -55,162 +78,180 @@ def choose_residents(
     offload_buffers: bool = False,
     rates: Callable[[Device], Rates] = lambda _: UNMEASURED,
 ) -> Residents:
-    """Deal out anew what *device_map* lets stream, and what lies where that runs.
+    """Choose anew where the blocks go that *device_map* lets stream, and those beside them.
 
     Args:
         model: the model, on any device.
         device_map: what was made within *budgets*, such as by `infer_auto_device_map`.
         budgets: bytes that each device may hold.
-        ring: how many blocks the ring has room for at most, or how much it may take, as in "500MB"; None for as many as pay.
+        ring: how many blocks the prefetch buffer has room for at most, or how much it may take, as
+            in "500MB"; None to choose it.
         whole: names of classes whose modules stream as one.
         dtype: what floats are cast to when the weights are loaded.
         offload_buffers: whether buffers stream.
-        rates: those of this machine, for a device that runs what streams; they are asked for if the ring depends on them.
+        rates: measures this machine for a device that runs what streams; called only if the depth
+            of the buffer depends on it.
 
     Raises:
-        OverBudget: there is no room for the ring, of two blocks at least.
+        OverBudget: there is no room for the buffer, of two blocks at least.
     """
-    scales = _Scales(model, module_sizes(model, dtype), whole, offload_buffers)
-    table = scales.table(device_map, budgets)
-    if not table.streams:
-        return Residents(dict(device_map), ring)
-    most = USUAL if ring is None and sum(table.sizes) <= LITTLE else ring
-    dealt = table.deal(most, rates(table.runner) if most is None else UNMEASURED)
-    if dealt is None:
-        return Residents(dict(device_map), ring)
-    made = table.written(dealt, list(_parts(model)))
-    given = scales.held(device_map, most)
-    keeps_budgets = all(nbytes <= budgets.get(device, nbytes) for device, nbytes in given.items())
-    if table.runner not in made.values() or (keeps_budgets and given["disk"] < scales.held(made, dealt.ring)["disk"]):
-        return Residents(dict(device_map), ring)
-    return Residents(made, _explained(dealt.ring, ring))
+    given = Residents(dict(device_map), ring)
+    sized = _Sized(model, module_sizes(model, dtype), whole, offload_buffers)
+    movable = sized.movable(device_map)
+    if movable is None:
+        return given
+
+    # Which blocks stay, and how deep the buffer is.
+    runner, sizes = movable.runner, movable.sizes
+    room = budgets.get(runner, 0) - movable.fixed
+    cpu = None if runner == "cpu" else budgets.get("cpu", 0)
+    most = USUAL if ring is None and sum(sizes) <= LITTLE else ring
+    found = search(sizes, room, most, cpu, rates=rates(runner) if most is None else UNMEASURED)
+    if found is None:
+        movable.refuse_lack_of_room(most, budgets)
+        return given  # a block is larger than the buffer may be: refused when it is attached
+
+    # The map that says so, unless the given one keeps the budgets and reads less.
+    made = movable.device_map_of(found, list(_parts(model)))
+    before, after = sized.held(device_map, most), sized.held(made, found.ring)
+    keeps_budgets = all(nbytes <= budgets.get(device, nbytes) for device, nbytes in before.items())
+    if runner not in made.values() or (keeps_budgets and before["disk"] < after["disk"]):
+        return given
+    if not isinstance(found.ring, int) or found.ring == ring:
+        return Residents(made, found.ring)
+    fewer = f"at most {ring} were asked for, and fewer leave more blocks in memory"
+    return Residents(made, Depth(found.ring, SMALL if ring is None else fewer))
 
 
-def _explained(ring: Ring, asked: Ring) -> Ring:
-    """*ring*, and why it is not what the caller *asked* for, if it is not."""
-    if not isinstance(ring, int) or ring == asked:
-        return ring
-    return Depth(ring, SMALL if asked is None else f"at most {asked} were asked for, and fewer leave more blocks in memory")
+# ---- What there is to choose from ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Scales:
-    """A model, and what its tensors weigh."""
+class _Sized:
+    """A model, and the bytes of its tensors by name."""
 
     model: nn.Module
     nbytes: Mapping[str, int]
     whole: Collection[str]
     offload_buffers: bool
 
-    def table(self, device_map: Mapping[str, Device], budgets: Mapping[Device, int]) -> _Table:
-        """What there is to deal anew of *device_map*."""
+    def movable(self, device_map: Mapping[str, Device]) -> _Movable | None:
+        """What may be moved; None if nothing streams with *device_map* that can."""
         runner = _runner(device_map)
         devices = {name: device_of(name, device_map) for name, _ in named_tensors(self.model)}
         ours = {name for name, device in devices.items() if device in (runner, "cpu", "disk")}
-        blocks = self._blocks(device_map, lambda device: "anywhere" if device in (runner, "cpu", "disk") else None)
-        around = {block.name for block in blocks}
-        here = ours | {name for name in devices if not around.isdisjoint(prefixes(name))}
-        return _Table(
-            device_map=device_map,
-            runner=runner,
-            budgets=budgets,
-            blocks=blocks,
-            sizes=tuple(map(self._page, blocks)),
-            fixed=sum(self.nbytes[name] for name in here - _inside(blocks)),
-            streams=bool(blocks) and any(devices[name] != runner for name in ours),
+        blocks = self._blocks(
+            device_map,
+            lambda device: "anywhere" if device in (runner, "cpu", "disk") else None,
         )
+        if not blocks or all(devices[name] == runner for name in ours):
+            return None
+        names = {block.name for block in blocks}
+        here = ours | {name for name in devices if not names.isdisjoint(prefixes(name))}
+        fixed = sum(self.nbytes[name] for name in here - _inside(blocks))
+        return _Movable(device_map, runner, blocks, tuple(map(self._buffer_size, blocks)), fixed)
 
     def held(self, device_map: Mapping[str, Device], ring: Ring) -> Counter[Device]:
-        """What each device holds with *device_map*: weights, and the ring, which what is on disk passes on the CPU too."""
+        """Bytes that each device holds with *device_map*, of weights and of the prefetch buffer.
+
+        What is on disk passes through a staging buffer on the CPU too.
+        """
         runner = _runner(device_map)
-        blocks = self._blocks(device_map, lambda device: device if device in ("cpu", "disk") and device != runner else None)
+        blocks = self._blocks(
+            device_map,
+            lambda device: device if device in ("cpu", "disk") and device != runner else None,
+        )
         away, held = _inside(blocks), Counter[Device]()
         for name, _ in named_tensors(self.model):
             device = device_of(name, device_map)
-            held[device if name in away or device not in ("cpu", "disk") else runner] += self.nbytes[name]
-        nbytes = ring_bytes(map(self._page, blocks), ring)
+            stays = name not in away and device in ("cpu", "disk")
+            held[runner if stays else device] += self.nbytes[name]
+        nbytes = ring_bytes(map(self._buffer_size, blocks), ring)
         held[runner] += nbytes
         if runner != "cpu" and held["disk"]:
             held["cpu"] += nbytes
         return held
 
-    def _blocks(self, device_map: Mapping[str, Device], target: Callable[[Device], Device | None]) -> tuple[ModuleBlock, ...]:
+    def _blocks(
+        self, device_map: Mapping[str, Device], target: Callable[[Device], Device | None]
+    ) -> tuple[ModuleBlock, ...]:
         def streams(weight: Weight) -> Device | None:
-            return None if weight.is_buffer and not self.offload_buffers else target(device_of(weight.names[0], device_map))
+            if weight.is_buffer and not self.offload_buffers:
+                return None
+            return target(device_of(weight.names[0], device_map))
 
-        return cut(self.model, list(weights_of(self.model)), target=streams, whole=self.whole).blocks
+        weights = list(weights_of(self.model))
+        return cut(self.model, weights, target=streams, whole=self.whole).blocks
 
-    def _page(self, block: ModuleBlock) -> int:
-        """What *block* takes in the ring, whatever the edges of its reads."""
+    def _buffer_size(self, block: ModuleBlock) -> int:
+        """What *block* takes in the prefetch buffer, whatever the edges of its reads."""
         sizes = [self.nbytes[weight.names[0]] for weight in block.weights]
-        return sum(_padded(nbytes) + (_EDGES if nbytes >= _DIRECT else 0) for nbytes in sizes)
+        edges = _EDGES * sum(nbytes >= _DIRECT for nbytes in sizes)
+        return edges + sum(-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
-    """What there is to deal, and to whom.
+class _Movable:
+    """What may be moved.
 
     Attributes:
         device_map: where everything was.
         runner: the device that runs what streams.
-        budgets: bytes that each device may hold.
-        blocks: what may lie anywhere.
-        sizes: what each of them takes.
+        blocks: what may lie anywhere, in the order of the model.
+        sizes: what each of them takes in memory.
         fixed: bytes that must be in the memory of the runner.
-        streams: whether anything streams, and can be dealt.
     """
 
     device_map: Mapping[str, Device]
     runner: Device
-    budgets: Mapping[Device, int]
     blocks: tuple[ModuleBlock, ...]
     sizes: tuple[int, ...]
     fixed: int
-    streams: bool
 
-    def deal(self, ring: Ring, rates: Rates) -> ResidentSet | None:
-        """Deal the blocks; None if one is larger than the ring may be, and cannot stay.
+    def refuse_lack_of_room(self, ring: Ring, budgets: Mapping[Device, int]) -> None:
+        """Say which budget is too small for the prefetch buffer.
 
         Raises:
-            OverBudget: there is no room for the ring.
+            OverBudget: one is.
         """
-        available = self.budgets.get(self.runner, 0)
-        cpu = None if self.runner == "cpu" else self.budgets.get("cpu", 0)
-        dealt = deal(self.sizes, available - self.fixed, ring, cpu, rates=rates)
-        needed = ring_bytes(self.sizes, ring if isinstance(ring, str) else LEAST)
-        if dealt is None and self.fixed + needed > available:
-            what = f"{format_size(self.fixed)} that cannot stream, and room for {_said(ring)} at a time"
-            raise self._over_budget(self.runner, self.fixed + needed, what)
-        if dealt is None and cpu is not None and needed > cpu:
-            raise self._over_budget("cpu", needed, f"room for {_said(ring)} that pass through it on their way from disk")
-        return dealt
+        nbytes = ring_bytes(self.sizes, ring if isinstance(ring, str) else LEAST)
+        blocks = f"room for {ring} of blocks" if isinstance(ring, str) else "room for two blocks"
+        what = f"{format_size(self.fixed)} that cannot stream, and {blocks} at a time"
+        needs = [(self.runner, self.fixed + nbytes, what)]
+        if self.runner != "cpu":
+            what = f"{blocks} that pass through it on their way from disk"
+            needs.append(("cpu", nbytes, what))
+        for device, needed, reason in needs:
+            available = budgets.get(device, 0)
+            if needed > available:
+                pairs = zip(self.sizes, self.blocks, strict=True)
+                largest, name = max((size, block.name) for size, block in pairs)
+                raise OverBudget(
+                    f"device {shown(device)} may hold {format_size(available)}, and needs "
+                    f"{format_size(needed)} at least: {reason}; "
+                    f"the largest is {shown(name)} with {format_size(largest)}",
+                    needed=needed,
+                    available=available,
+                    hint="raise its max_memory, give a narrower dtype, "
+                    "or give a device_map that says where each part goes",
+                )
 
-    def _over_budget(self, device: Device, needed: int, what: str) -> OverBudget:
-        available = self.budgets.get(device, 0)
-        nbytes, largest = max((nbytes, block.name) for nbytes, block in zip(self.sizes, self.blocks, strict=True))
-        return OverBudget(
-            f"device {shown(device)} may hold {format_size(available)}, and needs {format_size(needed)} at least: "
-            f"{what}; the largest is {shown(largest)} with {format_size(nbytes)}",
-            needed=needed,
-            available=available,
-            hint="raise its max_memory, give a narrower dtype, or give a device_map that says where each part goes",
-        )
-
-    def written(self, dealt: ResidentSet, names: Collection[str]) -> dict[str, Device]:
-        """The device map of the parts called *names* that says so."""
-        homes: dict[str, Device] = {}
+    def device_map_of(self, found: ResidentSet, names: Iterable[str]) -> dict[str, Device]:
+        """The device map of the parts called *names* where *found* stays."""
+        devices: dict[str, Device] = {}
         for number, block in enumerate(self.blocks):
-            away: Device = "cpu" if number in dealt.on_cpu else "disk"
-            homes[block.name] = self.runner if number in dealt.kept else away
-        made = clean_device_map({name: self._home(name, homes) for name in names})
+            away: Device = "cpu" if number in found.on_cpu else "disk"
+            devices[block.name] = self.runner if number in found.kept else away
+        made = clean_device_map({name: self._device_of(name, devices) for name in names})
         # The first accelerator in a map runs what streams.
-        order = made if _runner(made) == self.runner else sorted(made, key=lambda name: made[name] != self.runner)
-        return {name: made[name] for name in order}
+        if _runner(made) == self.runner:
+            return made
+        return dict(sorted(made.items(), key=lambda item: item[1] != self.runner))
 
-    def _home(self, name: str, homes: Mapping[str, Device]) -> Device:
-        """That of the block that *name* is in, or else where it was, if that was no place to stream from."""
-        around = [prefix for prefix in prefixes(name) if prefix in homes]
-        device = homes[around[-1]] if around else device_of(name, self.device_map)
+    def _device_of(self, name: str, devices: Mapping[str, Device]) -> Device:
+        """That of the block around *name*, or else where it was, if nothing streams from there."""
+        around = [prefix for prefix in prefixes(name) if prefix in devices]
+        device = devices[around[-1]] if around else device_of(name, self.device_map)
         return device if around or device not in ("cpu", "disk") else self.runner
 
 
@@ -226,16 +267,160 @@ def _inside(blocks: Iterable[ModuleBlock]) -> set[str]:
 def _parts(model: nn.Module) -> Iterator[str]:
     """All names of modules that contain none, and of tensors that stand beside modules."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if not module._modules:
+        if not own_modules(module):
             yield name
             continue
-        tensors = {**module._parameters, **module._buffers}
-        yield from (f"{name}.{each}" if name else each for each, tensor in tensors.items() if tensor is not None)
+        prefix = f"{name}." if name else ""
+        tensors = {**own_parameters(module), **own_buffers(module)}
+        yield from (f"{prefix}{each}" for each, tensor in tensors.items() if tensor is not None)
 
 
-def _said(ring: Ring) -> str:
-    return f"{ring} of blocks" if isinstance(ring, str) else "two blocks"
+# ---- The search: blocks are numbers here, and have sizes -----------------------------------------
 
 
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+@dataclass(frozen=True, slots=True)
+class ResidentSet:
+    """Which blocks stay, and where the others lie; what is in neither set is on disk.
+
+    Attributes:
+        kept: those that stay where they are run.
+        ring: how many of the others the prefetch buffer has room for, or how much it may take.
+        on_cpu: those that stay in main memory, and stream from there.
+    """
+
+    kept: frozenset[int]
+    ring: Ring
+    on_cpu: frozenset[int] = frozenset()
+
+
+def search(
+    sizes: Sequence[int],
+    room: int,
+    ring: Ring,
+    cpu: int | None = None,
+    *,
+    rates: Rates = UNMEASURED,
+) -> ResidentSet | None:
+    """Choose which blocks of *sizes* stay, so that a forward is short; None if there is no way.
+
+    Args:
+        sizes: bytes of each, in the order in which they are run.
+        room: bytes that those that stay and the prefetch buffer may take together.
+        ring: how many blocks the buffer has room for at most, of which two are needed; or how much
+            it may take, as in "500MB"; None for as many as make a forward faster.
+        cpu: bytes of main memory, through which what is on disk passes; None where it runs there.
+        rates: those of this machine.
+    """
+    everything = frozenset(range(len(sizes)))
+    if sum(sizes) <= room:
+        return ResidentSet(everything, ring)
+
+    # For each depth that may be, the most bytes that can stay. What is preferred comes first.
+    tried = ((depth, _fullest(sizes, room, depth, cpu)) for depth in _depths(ring))
+    ways = {depth: kept for depth, kept in tried if kept is not None}
+    if not ways:
+        return None
+
+    # The depth whose forward is shortest.
+    seconds = {
+        depth: seconds_with(depth, _steps(sizes, kept, linked=cpu is not None), rates)
+        for depth, kept in ways.items()
+        if isinstance(depth, int)
+    }
+    depth: int | str | Depth
+    if isinstance(ring, str):
+        depth = ring
+    else:
+        depth = chosen(seconds) if ring is None else min(seconds, key=seconds.__getitem__)
+    kept = ways[depth.blocks if isinstance(depth, Depth) else depth]
+
+    # Main memory takes what it has room for. What comes from disk passes through a buffer there.
+    streamed = sorted(everything - kept)
+    streamed_sizes = [sizes[number] for number in streamed]
+    left = cpu or 0
+    if sum(streamed_sizes) > left:
+        left = max(0, left - ring_bytes(streamed_sizes, depth))
+    on_cpu = frozenset(streamed[at] for at in spread(streamed_sizes, left))
+    return ResidentSet(kept, depth, on_cpu)
+
+
+def _depths(ring: Ring) -> Sequence[int | str]:
+    """What may be tried for *ring*; what is preferred where all are as fast comes first."""
+    match ring:
+        case None:
+            return range(LEAST, MOST + 1)
+        case Depth(blocks):
+            return [blocks]
+        case str():
+            return [ring]
+        case int():
+            return range(max(LEAST, ring), LEAST - 1, -1)
+
+
+def _steps(sizes: Sequence[int], kept: Container[int], *, linked: bool) -> list[Step]:
+    """The work of a forward if *kept* stay. It is as if all others were on disk: that is open yet."""
+    return [
+        Step(compute=nbytes)
+        if number in kept
+        else Step(disk=nbytes, link=nbytes if linked else 0, compute=nbytes, room=nbytes)
+        for number, nbytes in enumerate(sizes)
+    ]
+
+
+def _fullest(
+    sizes: Sequence[int], room: int, ring: int | str, cpu: int | None
+) -> frozenset[int] | None:
+    """Which blocks stay so that most bytes do; None if there is no room for the prefetch buffer.
+
+    The largest block that streams makes the buffer as large, so several limits are tried for it.
+    """
+    most = parse_size(ring) if isinstance(ring, str) else max(sizes)
+    ways = []
+    for limit in nlargest(_LIMITS, set(sizes)):
+        # What is larger stays, and of the others what has room beside it and the buffer.
+        small = [number for number, nbytes in enumerate(sizes) if nbytes <= limit]
+        small_sizes = [sizes[number] for number in small]
+        large = frozenset(range(len(sizes))).difference(small)
+        left = room - _sum(sizes, large) - ring_bytes(small_sizes, ring)
+        if left < 0 or limit > most:
+            continue
+        kept = large.union(small[at] for at in spread(small_sizes, left))
+        # Main memory must hold all that streams, or else a buffer through which it comes from disk.
+        streamed = [nbytes for number, nbytes in enumerate(sizes) if number not in kept]
+        if cpu is None or min(sum(streamed), ring_bytes(streamed, ring)) <= cpu:
+            ways.append(kept)
+    return max(ways, key=lambda kept: _sum(sizes, kept), default=None)
+
+
+def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
+    """Which blocks of *sizes* stay in *room* bytes, as evenly as can be.
+
+    They are no fewer bytes than the first that fit.
+    """
+    # Of all runs from the start, the share that *room* is of the whole.
+    evenly: set[int] = set()
+    passed, taken, total = 0, 0, sum(sizes)
+    for number, nbytes in enumerate(sizes):
+        passed += nbytes
+        if (taken + nbytes) * total <= passed * room:
+            evenly.add(number)
+            taken += nbytes
+    first = {number for number, end in enumerate(accumulate(sizes)) if end <= room}
+    ways = [_filled(kept, sizes, room) for kept in (evenly, first)]
+    return max(ways, key=lambda kept: _sum(sizes, kept))  # evenly, if both are as many
+
+
+def _filled(kept: Collection[int], sizes: Sequence[int], room: int) -> frozenset[int]:
+    """*kept*, and what else there is room for, the largest first."""
+    room -= _sum(sizes, kept)
+    more: set[int] = set()
+    others = set(range(len(sizes))).difference(kept)
+    for number in sorted(others, key=lambda number: (-sizes[number], number)):
+        if sizes[number] <= room:
+            more.add(number)
+            room -= sizes[number]
+    return frozenset(kept) | more
+
+
+def _sum(sizes: Sequence[int], numbers: Iterable[int]) -> int:
+    return sum(sizes[number] for number in numbers)

@@ -1,7 +1,7 @@
 """Device maps as they are asked for: a dict that is taken as it is, or a word that says how to make one.
 
 "auto" and "balanced" spread a model evenly over the accelerators, "balanced_low_0" leaves the first as empty as can be, and
-"sequential" fills one after the other. Where something streams, the first two also choose what does (see `residents`).
+"sequential" fills one after the other. Where something streams, the first two also choose what does (`choose_residents`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from shardkit.errors import LoadError, shown
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import Ring
-from shardkit.load.placement.choose_resident import Residents, choose_residents
+from shardkit.load.placement.choose_resident import UNMEASURED, Residents, choose_residents
 from shardkit.load.placement.device_map import DeviceMap, refuse_disk
 from shardkit.load.placement.infer_device_map import get_balanced_memory, infer_auto_device_map
-from shardkit.load.placement.resident_search import UNMEASURED
 
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shardkit.load.performance.bandwidth import Rate, Rates
 from shardkit.load.performance.cost_model import STAGES, Prediction, Step, predict, ring_bytes
-from shardkit.load.placement.resident_search import spread
+from shardkit.load.placement.choose_resident import spread
 
 RATES = Rates(disk=10, copy=50, link=20, compute=100)
 

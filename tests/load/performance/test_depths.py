@@ -17,7 +17,7 @@ from shardkit.load import close, explain, init_empty_weights, load_checkpoint_an
 from shardkit.load.dispatch import streamed_block
 from shardkit.load.performance.bandwidth import Product, Rates, common_product
 from shardkit.load.performance.cost_model import Depth, Step, depth_for, ring_bytes, seconds_with
-from shardkit.load.placement.resident_search import deal
+from shardkit.load.placement.choose_resident import search
 from shardkit.payloads.payload import Payload
 
 MUCH = 1 << 40
@@ -73,7 +73,7 @@ def test_no_deeper_ring_that_has_room_is_faster_and_no_shallower_one_is_as_fast(
 def test_what_is_dealt_weighs_a_deep_ring_against_what_could_stay() -> None:
     sizes = [100] * 20
     slow_disk, slow_compute = Rates(disk=10, compute=1e6), Rates(disk=1e6, compute=10)
-    of_disk, of_compute = (deal(sizes, 1000, None, rates=rates) for rates in (slow_disk, slow_compute))
+    of_disk, of_compute = (search(sizes, 1000, None, rates=rates) for rates in (slow_disk, slow_compute))
     assert of_disk is not None
     assert of_compute is not None
     assert isinstance(of_disk.ring, Depth)
@@ -176,7 +176,7 @@ def test_for_little_nothing_is_measured(file: Path, monkeypatch: pytest.MonkeyPa
 def test_a_ring_that_is_chosen_for_a_map_says_so(
     file: Path, ring: int | None, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardkit.load.placement.resident_search.seconds_with", lambda depth, *_: abs(depth - 3))
+    monkeypatch.setattr("shardkit.load.placement.choose_resident.seconds_with", lambda depth, *_: abs(depth - 3))
     model = loaded(file, "auto", max_memory={"cpu": 6 * WIDTH * WIDTH * 4}, ring=ring)
     assert explain(model, rates=DISK).depths == (sentence,)
     close(model)
