@@ -1,4 +1,4 @@
-"""What was tried to break a run, and what came of it: the table of faults in the README. Takes some minutes; Linux only.
+"""What was tried to break a run, and what came of it: the table of faults in docs/verify.md. Takes some minutes; Linux only.
 
 Each program of `tests/crash` strikes one call after the other, checks the laws of an output that is whole or not there, gives
 the same command again, and counts. Whatever is wrong is printed, and makes the exit code 1.

@@ -93,7 +93,7 @@ def test_each_shell_has_its_script(shell: str, monkeypatch: pytest.MonkeyPatch, 
     assert "_shardkit_completion" in capsys.readouterr().out
 
 
-# Programs in which a shell reads the script as the README says, and completes a line.
+# Programs in which a shell reads the script as docs/cli.md says, and completes a line.
 SHELLS = {
     "bash": """
 eval "$(_SHARDKIT_COMPLETE=bash_source shardkit)"
