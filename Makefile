@@ -62,6 +62,7 @@ coverage: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check-files: $(TOOLS)/.installed

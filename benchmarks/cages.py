@@ -1,4 +1,6 @@
-"""Processes in a memory cgroup, of either version: what they touch beyond its limit is reclaimed, or ends them."""
+"""Processes in a memory cgroup, of either version: what they touch beyond its limit is reclaimed,
+or ends them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def cage(limit: int | None) -> Iterator[list[str]]:
             name = "memory.limit_in_bytes"
         (folder / name).write_text(str(limit))
     except OSError as error:
-        sys.exit(f"no memory cgroup can be made here ({error}); run this as root, or where they are delegated")
+        sys.exit(
+            f"no memory cgroup can be made here ({error}); run this as root, or where they are "
+            "delegated"
+        )
     try:
         yield ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh"]
     finally:
@@ -44,7 +49,9 @@ def output_of(command: Sequence[str | Path], limit: int | None) -> str:
         SystemExit: it failed.
     """
     with cage(limit) as prefix:
-        done = subprocess.run([*prefix, *map(str, command)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*prefix, *map(str, command)], capture_output=True, text=True, check=False
+        )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr}")
     return done.stdout.splitlines()[-1]

@@ -1,4 +1,6 @@
-"""The checkpoints that the benchmarks run on, made once and kept: ``python benchmarks/checkpoints.py NAME FOLDER``."""
+"""The checkpoints that the benchmarks run on, made once and kept: ``python
+benchmarks/checkpoints.py NAME FOLDER``.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,18 @@ def save_narrow(path: Path) -> None:
 
 def save_tiny(path: Path) -> None:
     """50,000 tensors of 64 bytes."""
-    torch.save({f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(50_000)}, path)
+    torch.save(
+        {f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(50_000)},
+        path,
+    )
 
 
 def save_many(path: Path) -> None:
     """160,000 tensors of 64 bytes."""
-    torch.save({f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(160_000)}, path)
+    torch.save(
+        {f"layers.{number}.weight": torch.full((16,), float(number)) for number in range(160_000)},
+        path,
+    )
 
 
 def save_index(path: Path) -> None:
@@ -52,7 +60,10 @@ def save_index(path: Path) -> None:
     weight_map: dict[str, str] = {}
     for shard in range(40):
         name = f"model-{shard + 1:05d}-of-00040.safetensors"
-        tensors = {f"model.layers.{shard}.mlp.experts.{number}.weight": torch.zeros(4) for number in range(2500)}
+        tensors = {
+            f"model.layers.{shard}.mlp.experts.{number}.weight": torch.zeros(4)
+            for number in range(2500)
+        }
         save_file(tensors, path / name)
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": 1_600_000}, "weight_map": weight_map}

@@ -1,9 +1,10 @@
-"""How fast `shardkit convert` is, beside `cp`, the limit of the file system, and beside what others would run.
+"""How fast `shardkit convert` is, beside `cp`, the limit of the file system, and beside what others
+would run.
 
     python benchmarks/convert.py [--folder FOLDER] [--rounds N] [--only NAME ...]
 
-Contenders take turns within one run; what is printed are medians, their ratio to the limit, and the largest peak of memory.
-The checkpoints are made once in FOLDER, which needs 45 GB with the outputs.
+Contenders take turns within one run; what is printed are medians, their ratio to the limit, and the
+largest peak of memory. The checkpoints are made once in FOLDER, which needs 45 GB with the outputs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,22 @@ class Bench(Benching):
     def shardkit(self, command: str, source: Path, *options: str) -> Contender:
         out = self.folder / "out-shardkit"
         output = ("-o", str(out), "-q") if command in ("convert", "offload-prep") else ()
-        return Contender((sys.executable, "-m", "shardkit", command, str(source), *output, *options), out)
+        return Contender(
+            (sys.executable, "-m", "shardkit", command, str(source), *output, *options), out
+        )
 
     def peer(self, job: str, source: Path) -> Contender:
         out = self.folder / f"out-{job}"
-        return Contender((sys.executable, PEERS, job, str(source), *([str(out)] if job.startswith("hub") else [])), out)
+        return Contender(
+            (
+                sys.executable,
+                PEERS,
+                job,
+                str(source),
+                *([str(out)] if job.startswith("hub") else []),
+            ),
+            out,
+        )
 
     def cp(self, source: Path, *, sync: bool = False) -> Contender:
         out = self.folder / "out-cp"
@@ -40,11 +52,15 @@ class Bench(Benching):
 def same_bytes(bench: Bench, name: str) -> None:
     """2 GB shards, page cache warm, nothing synced on any side."""
     source = bench.source(name)
-    peers = ["hub"] if name == "legacy.bin" else ["hub", "hub-mmap"]  # torch cannot map a legacy file
+    peers = (
+        ["hub"] if name == "legacy.bin" else ["hub", "hub-mmap"]
+    )  # torch cannot map a legacy file
     contenders = {
         "cp": bench.cp(source),
         "shardkit": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync"),
-        "shardkit --jobs 2": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync", "--jobs", "2"),
+        "shardkit --jobs 2": bench.shardkit(
+            "convert", source, "--max-shard", "2GB", "--no-fsync", "--jobs", "2"
+        ),
         **{f"huggingface_hub ({peer})": bench.peer(peer, source) for peer in peers},
     }
     report(f"{name} → 2 GB shards", contenders, bench, limit="cp", warm=source)
@@ -66,7 +82,9 @@ def blocks(bench: Bench) -> None:
     contenders = {
         "cp": bench.cp(source),
         "shardkit convert": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync"),
-        "shardkit offload-prep": bench.shardkit("offload-prep", source, "--max-shard", "2GB", "--no-fsync"),
+        "shardkit offload-prep": bench.shardkit(
+            "offload-prep", source, "--max-shard", "2GB", "--no-fsync"
+        ),
     }
     report("big.safetensors → 2 GB shards, by blocks", contenders, bench, limit="cp", warm=source)
 
@@ -78,23 +96,38 @@ def compressed(bench: Bench) -> None:
     contenders = {
         "cp": bench.cp(source),
         "zstd -T0": Contender(("zstd", "-T0", "-q", "-f", str(source), "-o", str(out)), out),
-        "shardkit --compress zstd": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync", "--compress", "zstd"),
+        "shardkit --compress zstd": bench.shardkit(
+            "convert", source, "--max-shard", "2GB", "--no-fsync", "--compress", "zstd"
+        ),
     }
-    report("big.safetensors → 2 GB shards, compressed", contenders, bench, limit="zstd -T0", warm=source)
+    report(
+        "big.safetensors → 2 GB shards, compressed",
+        contenders,
+        bench,
+        limit="zstd -T0",
+        warm=source,
+    )
 
 
 def cast(bench: Bench) -> None:
-    """8.7 GB of fp32 to bf16; the import of torch is no part of the work, and is measured beside it."""
+    """8.7 GB of fp32 to bf16; the import of torch is no part of the work, and is measured beside
+    it.
+    """
     source = bench.source("big-fp32.bin")
     contenders = {
         "cp": bench.cp(source),
         "import torch": bench.peer("import-torch", source),
-        "shardkit": bench.shardkit("convert", source, "--max-shard", "2GB", "--no-fsync", "--dtype", "bf16"),
+        "shardkit": bench.shardkit(
+            "convert", source, "--max-shard", "2GB", "--no-fsync", "--dtype", "bf16"
+        ),
         "huggingface_hub (hub-cast)": bench.peer("hub-cast", source),
     }
     medians = report("big-fp32.bin → bf16", contenders, bench, limit="cp", warm=source)
     shardkit, torch = medians["shardkit"], medians["import torch"]
-    print(f"  (shardkit − import torch) / cp = {(shardkit.seconds - torch.seconds) / medians['cp'].seconds:.2f}")
+    print(
+        "  (shardkit − import torch) / cp = "
+        f"{(shardkit.seconds - torch.seconds) / medians['cp'].seconds:.2f}"
+    )
     print(f"  shardkit − import torch = {shardkit.peak_mb - torch.peak_mb:.0f} MB of memory\n")
 
 
@@ -106,7 +139,13 @@ def tiny(bench: Bench) -> None:
         "shardkit inspect": bench.shardkit("inspect", source),
         "shardkit convert": bench.shardkit("convert", source, "--no-fsync"),
     }
-    report("tiny.pt (50,000 tensors)", contenders, bench, limit="torch.load(weights_only=True)", warm=source)
+    report(
+        "tiny.pt (50,000 tensors)",
+        contenders,
+        bench,
+        limit="torch.load(weights_only=True)",
+        warm=source,
+    )
 
 
 def many(bench: Bench) -> None:
@@ -114,10 +153,15 @@ def many(bench: Bench) -> None:
     source = bench.source("many.bin")
     converted = bench.folder / "many-shards"
     if not converted.exists():
-        subprocess.run([sys.executable, "-m", "shardkit", "convert", str(source), "-o", str(converted), "-q"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "shardkit", "convert", str(source), "-o", str(converted), "-q"],
+            check=True,
+        )
     contenders = {
         "shardkit convert": bench.shardkit("convert", source, "--no-fsync"),
-        "shardkit verify": Contender((sys.executable, "-m", "shardkit", "verify", str(converted), "--against", str(source))),
+        "shardkit verify": Contender(
+            (sys.executable, "-m", "shardkit", "verify", str(converted), "--against", str(source))
+        ),
         "shardkit inspect": bench.shardkit("inspect", source),
         "torch.load(weights_only=True)": bench.peer("load", source),
     }
@@ -131,7 +175,12 @@ def index(bench: Bench) -> None:
 
 
 def report(
-    title: str, contenders: Mapping[str, Contender], bench: Bench, *, limit: str, warm: Path | None = None
+    title: str,
+    contenders: Mapping[str, Contender],
+    bench: Bench,
+    *,
+    limit: str,
+    warm: Path | None = None,
 ) -> dict[str, Medians]:
     """Race, and print a table."""
 

@@ -1,7 +1,9 @@
-"""What the hooks of a dispatched model cost where nothing moves: ``python benchmarks/hooks.py [--rounds N]``.
+"""What the hooks of a dispatched model cost where nothing moves: ``python benchmarks/hooks.py
+[--rounds N]``.
 
-A block is a Linear of one weight, so that next to nothing but the call is measured; each has the hook that a block has whose
-inputs are where they are needed. Plain and hooked forwards take turns; printed is the median of the differences, per block.
+A block is a Linear of one weight, so that next to nothing but the call is measured; each has the
+hook that a block has whose inputs are where they are needed. Plain and hooked forwards take turns;
+printed is the median of the differences, per block.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def hooked() -> nn.Sequential:
 
 
 def seconds(model: nn.Module, given: torch.Tensor) -> float:
-    """Of the processor for one forward, on average of a few: nothing waits, and other work of the machine is no part of it."""
+    """Of the processor for one forward, on average of a few: nothing waits, and other work of the
+    machine is no part of it.
+    """
     begun = time.process_time()
     for _ in range(_FORWARDS):
         model(given)
@@ -53,7 +57,10 @@ def main() -> None:
         pairs = [(seconds(plain, given), seconds(with_hooks, given)) for _ in range(rounds + 1)][1:]
     added = statistics.median(after - before for before, after in pairs) / _BLOCKS * 1e6
     bare = statistics.median(before for before, _ in pairs) / _BLOCKS * 1e6
-    print(f"hooks add {added:.1f} µs to each block and forward ({bare:.1f} µs without); at most {_MOST} are wanted")
+    print(
+        f"hooks add {added:.1f} µs to each block and forward ({bare:.1f} µs without); at most "
+        f"{_MOST} are wanted"
+    )
 
 
 if __name__ == "__main__":

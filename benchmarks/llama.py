@@ -1,4 +1,6 @@
-"""The models of the benchmarks: the shape of Llama with 40 layers, in two widths of about as many bytes."""
+"""The models of the benchmarks: the shape of Llama with 40 layers, in two widths of about as many
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,19 @@ class Llama:
         yield "model.embed_tokens.weight", (VOCABULARY, self.hidden)
         for number in range(LAYERS):
             layer = f"model.layers.{number}"
-            yield from ((f"{layer}.self_attn.{part}_proj.weight", (self.hidden, self.hidden)) for part in "qkvo")
-            yield from ((f"{layer}.mlp.{part}_proj.weight", (self.inner, self.hidden)) for part in ("gate", "up"))
+            yield from (
+                (f"{layer}.self_attn.{part}_proj.weight", (self.hidden, self.hidden))
+                for part in "qkvo"
+            )
+            yield from (
+                (f"{layer}.mlp.{part}_proj.weight", (self.inner, self.hidden))
+                for part in ("gate", "up")
+            )
             yield f"{layer}.mlp.down_proj.weight", (self.hidden, self.inner)
-            yield from ((f"{layer}.{part}_layernorm.weight", (self.hidden,)) for part in ("input", "post_attention"))
+            yield from (
+                (f"{layer}.{part}_layernorm.weight", (self.hidden,))
+                for part in ("input", "post_attention")
+            )
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (VOCABULARY, self.hidden)
 
@@ -50,7 +61,10 @@ class Llama:
 
         made = torch.Generator().manual_seed(0)
         wanted = dtype or getattr(torch, self.dtype)
-        return {name: torch.randn(shape, generator=made, dtype=torch.float32).to(wanted) for name, shape in self.shapes()}
+        return {
+            name: torch.randn(shape, generator=made, dtype=torch.float32).to(wanted)
+            for name, shape in self.shapes()
+        }
 
     def empty(self) -> Any:  # Any: transformers is imported by those who need it only
         """The model, without weights."""
@@ -74,12 +88,16 @@ class Llama:
 
 
 WIDE = Llama(2048, 5632, "bfloat16", "big.bin", "offload")  # 2.19 billion weights, 4.37 GB
-NARROW = Llama(1408, 4096, "float32", "narrow.bin", "offload-narrow")  # 1.10 billion weights, 4.39 GB
+NARROW = Llama(
+    1408, 4096, "float32", "narrow.bin", "offload-narrow"
+)  # 1.10 billion weights, 4.39 GB
 BY_DTYPE = {model.dtype: model for model in (WIDE, NARROW)}
 
 
 def suited() -> Llama:
-    """The one whose arithmetic this processor has: where it has none in bf16, that takes longer than any disk."""
+    """The one whose arithmetic this processor has: where it has none in bf16, that takes longer
+    than any disk.
+    """
     told = Path("/proc/cpuinfo")
     has = "bf16" in told.read_text() if told.exists() else platform.machine() == "arm64"
     return WIDE if has else NARROW

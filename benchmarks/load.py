@@ -1,13 +1,16 @@
-"""How fast a checkpoint comes into an empty model on the CPU, beside what others would run and what the memory allows.
+"""How fast a checkpoint comes into an empty model on the CPU, beside what others would run and what
+the memory allows.
 
     python benchmarks/load.py [--folder FOLDER] [--rounds N] [--only NAME ...]
 
-The page cache is warm, and every byte is touched once after loading, so that lazily mapped pages flatter nobody. Contenders
-take turns within one run; what is printed are medians, their ratio to the first, and the largest peak of memory. Before each, a
-process takes as much memory and returns it: the host of a virtual machine is slow to give memory that was not used for a while.
+The page cache is warm, and every byte is touched once after loading, so that lazily mapped pages
+flatter nobody. Contenders take turns within one run; what is printed are medians, their ratio to
+the first, and the largest peak of memory. Before each, a process takes as much memory and returns
+it: the host of a virtual machine is slow to give memory that was not used for a while.
 
-fastsafetensors and Run:ai's streamer take part where they are installed (``pip install -e ".[bench]"``). ``--only small`` is the
-same race with huge pages disabled for everyone, and ``--only cast`` loads the bfloat16 file into a model of float32.
+fastsafetensors and Run:ai's streamer take part where they are installed (``pip install -e
+".[bench]"``). ``--only small`` is the same race with huge pages disabled for everyone, and ``--only
+cast`` loads the bfloat16 file into a model of float32.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from measuring import Benching, Contender, in_page_cache, race, run_those_asked_
 
 _BESIDE = 500_000_000  # what a process with torch takes beside the weights
 LOADERS = str(Path(__file__).parent / "loaders.py")
-PEERS = {"fastsafetensors": "fastsafetensors", "runai": "runai-model-streamer"}  # packages, by their jobs in loaders.py
+PEERS = {
+    "fastsafetensors": "fastsafetensors",
+    "runai": "runai-model-streamer",
+}  # packages, by their jobs in loaders.py
 
 
 class Bench(Benching):
@@ -36,7 +42,12 @@ class Bench(Benching):
         folder = self.folder / "llama"
         folder.mkdir(exist_ok=True)
         width = {"hidden_size": WIDE.hidden, "intermediate_size": WIDE.inner}
-        sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 16, "vocab_size": VOCABULARY, **width}
+        sizes = {
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 16,
+            "vocab_size": VOCABULARY,
+            **width,
+        }
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
         (folder / "config.json").write_text(json.dumps(config))
         weights = folder / "model.safetensors"
@@ -47,11 +58,15 @@ class Bench(Benching):
 
 def loader(job: str, path: Path, *, small: bool = False) -> Contender:
     """One of loaders.py; without huge pages where they are to be *small*."""
-    return Contender((sys.executable, LOADERS, job, str(path), *(["small"] if small else [])), tells=True)
+    return Contender(
+        (sys.executable, LOADERS, job, str(path), *(["small"] if small else [])), tells=True
+    )
 
 
 def peers(path: Path, *, small: bool = False) -> dict[str, Contender]:
-    """Those loaders into memory of the model's own that are installed; a line tells of the others."""
+    """Those loaders into memory of the model's own that are installed; a line tells of the
+    others.
+    """
     found = {}
     for job, package in PEERS.items():
         if find_spec(package.replace("-", "_")):
@@ -86,14 +101,25 @@ def small_pages(bench: Bench) -> None:
         "shardkit": loader("shardkit", path, small=True),
         **others,
     }
-    report("big.safetensors → CPU, huge pages disabled", contenders, bench, warm=path, rivals=others)
+    report(
+        "big.safetensors → CPU, huge pages disabled", contenders, bench, warm=path, rivals=others
+    )
 
 
 def cast(bench: Bench) -> None:
     """The same into float32: 8.7 GB of memory."""
     path = bench.source("big.safetensors")
-    contenders = {"accelerate": loader("accelerate-cast", path), "shardkit": loader("shardkit-cast", path)}
-    report("big.safetensors → CPU, cast to float32", contenders, bench, warm=path, nbytes=2 * path.stat().st_size)
+    contenders = {
+        "accelerate": loader("accelerate-cast", path),
+        "shardkit": loader("shardkit-cast", path),
+    }
+    report(
+        "big.safetensors → CPU, cast to float32",
+        contenders,
+        bench,
+        warm=path,
+        nbytes=2 * path.stat().st_size,
+    )
 
 
 def torch_zip(bench: Bench) -> None:
@@ -147,7 +173,10 @@ def report(
     for name, each in medians.items():
         print(f"  {name:54} {each}  {each.seconds / first:5.2f} ×", flush=True)
     if best := min(rivals, key=lambda name: medians[name].seconds, default=None):
-        print(f"  shardkit takes {medians['shardkit'].seconds / medians[best].seconds:.2f} × {best}, the fastest peer")
+        print(
+            f"  shardkit takes {medians['shardkit'].seconds / medians[best].seconds:.2f} × "
+            f"{best}, the fastest peer"
+        )
     print(flush=True)
 
 

@@ -1,7 +1,9 @@
-"""Load a checkpoint onto the CPU and touch every byte of it, as a process: ``python benchmarks/loaders.py JOB PATH [small]``.
+"""Load a checkpoint onto the CPU and touch every byte of it, as a process: ``python
+benchmarks/loaders.py JOB PATH [small]``.
 
-What counts is printed last: the seconds from the call that loads to the last byte touched, imports and the empty model apart.
-With ``small``, Linux gives the process no huge pages, whatever it asks for.
+What counts is printed last: the seconds from the call that loads to the last byte touched, imports
+and the empty model apart. With ``small``, Linux gives the process no huge pages, whatever it asks
+for.
 """
 
 from __future__ import annotations
@@ -36,21 +38,27 @@ def shardkit_mmap(path: str) -> Callable[[], nn.Module]:
     """Weights that share the page cache."""
     from shardkit.load import load_checkpoint_in_model
 
-    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}, mmap=True))
+    return _into_empty(
+        path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}, mmap=True)
+    )
 
 
 def shardkit_cast(path: str) -> Callable[[], nn.Module]:
     """The first, into a model of float32."""
     from shardkit.load import load_checkpoint_in_model
 
-    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), torch.float32)
+    return _into_empty(
+        path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), torch.float32
+    )
 
 
 def accelerate(path: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[], nn.Module]:
     """The function of the same name."""
     from accelerate import load_checkpoint_in_model  # type: ignore[import-untyped]  # has no types
 
-    return _into_empty(path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), dtype)
+    return _into_empty(
+        path, lambda model: load_checkpoint_in_model(model, path, {"": "cpu"}), dtype
+    )
 
 
 def accelerate_cast(path: str) -> Callable[[], nn.Module]:
@@ -64,7 +72,10 @@ def fastsafetensors(path: str) -> Callable[[], nn.Module]:
 
     def load(model: nn.Module) -> None:
         with fastsafe_open(path, framework="pt", device="cpu", nogds=True) as file:
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)  # noqa: SIM118
+            model.load_state_dict(
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 - it is no dict
+                assign=True,
+            )
 
     return _into_empty(path, load)
 
@@ -89,7 +100,9 @@ def transformers(path: str) -> Callable[[], nn.Module]:
 
 
 def assigned(path: str) -> Callable[[], nn.Module]:
-    """The file as its own library reads it, assigned: safetensors.torch.load_file, or torch.load with mmap=True."""
+    """The file as its own library reads it, assigned: safetensors.torch.load_file, or torch.load
+    with mmap=True.
+    """
     from safetensors.torch import load_file
 
     def load(model: nn.Module) -> None:
@@ -101,7 +114,9 @@ def assigned(path: str) -> Callable[[], nn.Module]:
 
 
 def copy(path: str) -> Callable[[], nn.Module]:
-    """The limit: as many bytes, from memory that is warm into memory that is fresh and as good as there is."""
+    """The limit: as many bytes, from memory that is warm into memory that is fresh and as good as
+    there is.
+    """
     from shardkit.load.memory.allocate import aligned
     from shardkit.load.memory.parallel_reads import WORKERS
 
@@ -153,11 +168,17 @@ def _into_empty(
 
 
 def _shapes(path: str) -> Shapes:
-    return ((f"layers.{number}.weight", (16,)) for number in range(50_000)) if "tiny" in path else WIDE.shapes()
+    return (
+        ((f"layers.{number}.weight", (16,)) for number in range(50_000))
+        if "tiny" in path
+        else WIDE.shapes()
+    )
 
 
 def _empty(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
-    """Modules as the names have them, with parameters of *dtype* on the meta device; those of tiny.pt are float32."""
+    """Modules as the names have them, with parameters of *dtype* on the meta device; those of
+    tiny.pt are float32.
+    """
     model = nn.Module()
     for name, shape in shapes:
         *steps, last = name.split(".")
@@ -177,7 +198,8 @@ def _touch(model: nn.Module) -> None:
         for tensor in tensors:
             if tensor.nbytes >= _PAGE:
                 tensor.view(-1).view(torch.int64).sum()
-        # At once, and as they are: it is their memory that is touched, and not the patience of torch with many tensors.
+        # At once, and as they are: it is their memory that is touched, and not the patience of
+        # torch with many tensors.
         torch.cat([tensor for tensor in tensors if tensor.nbytes < _PAGE] or [torch.empty(0)])
 
 

@@ -1,7 +1,8 @@
 """Run commands in turn, as whole processes, and hold their medians against each other.
 
-Every contender of a race runs once in each round, so that a machine whose speed drifts drifts for all of them. This module
-stays small: a child counts the memory of the process that started it into its own peak.
+Every contender of a race runs once in each round, so that a machine whose speed drifts drifts for
+all of them. This module stays small: a child counts the memory of the process that started it into
+its own peak.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ class Benching:
 _Bench = TypeVar("_Bench", bound=Benching)
 
 
-def run_those_asked_for(told: str, benches: Mapping[str, Callable[[_Bench], object]], kind: type[_Bench]) -> None:
-    """Be the program that runs *benches*, or some of them; the first line of *told* says what it is."""
+def run_those_asked_for(
+    told: str, benches: Mapping[str, Callable[[_Bench], object]], kind: type[_Bench]
+) -> None:
+    """Be the program that runs *benches*, or some of them; the first line of *told* says what it
+    is.
+    """
     parser = argparse.ArgumentParser(description=told.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "shardkit-benchmarks"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir(), "shardkit-benchmarks")
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=benches, default=list(benches))
     asked = parser.parse_args()
@@ -49,15 +56,32 @@ def run_those_asked_for(told: str, benches: Mapping[str, Callable[[_Bench], obje
 
 
 def machine() -> str:
-    """The processor and memory of this machine, and when Linux gives huge pages, for whoever quotes the figures."""
+    """The processor and memory of this machine, and when Linux gives huge pages, for whoever quotes
+    the figures.
+    """
     facts = Path("/proc/cpuinfo"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
     told, pages = (path.read_text() if path.exists() else "" for path in facts)
-    names = dict.fromkeys(line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name"))
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{told} ".replace("\n", " ")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0
+    names = dict.fromkeys(
+        line.partition(":")[2].strip()
+        for line in told.splitlines()
+        if line.startswith("model name")
+    )
+    flags = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        if f" {flag} " in f"{told} ".replace("\n", " ")
+    ]
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        if hasattr(os, "sysconf")
+        else 0
+    )
     processor = " + ".join(names) or platform.processor() or platform.machine()
     huge = pages.partition("[")[2].partition("]")[0] or "unknown"
-    return f"{processor} ({', '.join(flags)}), {os.cpu_count()} cores, {memory:.0f} GB of memory, huge pages: {huge}"
+    return (
+        f"{processor} ({', '.join(flags)}), {os.cpu_count()} cores, {memory:.0f} GB of "
+        f"memory, huge pages: {huge}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +118,8 @@ class Contender:
     Attributes:
         command: what is run.
         output: the file or folder that it writes.
-        tells: whether the last line that it prints is the seconds that count, because much of its time is another matter.
+        tells: whether the last line that it prints is the seconds that count, because much of its
+            time is another matter.
     """
 
     command: Sequence[str]
@@ -102,8 +127,12 @@ class Contender:
     tells: bool = False
 
 
-def race(contenders: Mapping[str, Contender], rounds: int, before: Callable[[], None] = lambda: None) -> dict[str, Medians]:
-    """Run all *contenders* in turn, *rounds* times after one round that does not count; *before* runs before each process."""
+def race(
+    contenders: Mapping[str, Contender], rounds: int, before: Callable[[], None] = lambda: None
+) -> dict[str, Medians]:
+    """Run all *contenders* in turn, *rounds* times after one round that does not count; *before*
+    runs before each process.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, contender in contenders.items():
@@ -119,22 +148,29 @@ def race(contenders: Mapping[str, Contender], rounds: int, before: Callable[[], 
 def measured(command: Sequence[str], *, tells: bool = False) -> Run:
     """Run *command* to its end, and take its time, or what it *tells* of it.
 
-    Python keeps the bytecode of what it imports, whatever the environment says: pip makes that of what it installs, and a
-    checkout has it from the round that does not count.
+    Python keeps the bytecode of what it imports, whatever the environment says: pip makes that of
+    what it installs, and a checkout has it from the round that does not count.
 
     Raises:
         SystemExit: it failed; what it said is printed.
     """
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     begun = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    ) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - begun
     if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{said.decode(errors='replace')}")
+        sys.exit(
+            f"{' '.join(map(str, command))}\nended with "
+            f"{process.returncode}:\n{said.decode(errors='replace')}"
+        )
     return Run(float(said.splitlines()[-1]) if tells else seconds, usage.ru_maxrss * 1024)
 
 
@@ -159,10 +195,14 @@ def in_page_cache(path: Path) -> None:
 
 
 def made(folder: Path, name: str) -> Path:
-    """The checkpoint called *name* of checkpoints.py in *folder*; both are made, by a process of its own, if they are missing."""
+    """The checkpoint called *name* of checkpoints.py in *folder*; both are made, by a process of
+    its own, if they are missing.
+    """
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"making {path} …", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, Path(__file__).parent / "checkpoints.py", name, folder], check=True)
+        subprocess.run(
+            [sys.executable, Path(__file__).parent / "checkpoints.py", name, folder], check=True
+        )
     return path

@@ -1,4 +1,6 @@
-"""What others would run for the same job, each as a process: ``python benchmarks/peers.py JOB SOURCE [OUT]``."""
+"""What others would run for the same job, each as a process: ``python benchmarks/peers.py JOB
+SOURCE [OUT]``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def hub_cast(source: str, out: str) -> None:
     """The same, cast to bf16."""
     import torch
 
-    _save({name: tensor.to(torch.bfloat16) for name, tensor in _load(source, mmap=True).items()}, out)
+    _save(
+        {name: tensor.to(torch.bfloat16) for name, tensor in _load(source, mmap=True).items()}, out
+    )
 
 
 def load(source: str) -> None:

@@ -1,8 +1,9 @@
 """How well explain predicts: ``python benchmarks/predict.py --folder BIG [--tokens 16]``.
 
-The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU. All of its layers stream from disk, or every
-second one, or as many as "auto" leaves no room for. Each map is a process of its own: forwards, before each of which the page
-cache forgets the checkpoint, and then the prediction, with rates that are measured in the same minute.
+The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU. All of its layers stream
+from disk, or every second one, or as many as "auto" leaves no room for. Each map is a process of
+its own: forwards, before each of which the page cache forgets the checkpoint, and then the
+prediction, with rates that are measured in the same minute.
 """
 
 from __future__ import annotations
@@ -38,8 +39,15 @@ MAPS: dict[str, DeviceMap] = {
 def main() -> None:
     """Run all maps, or the one that is named, of which the result is printed as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is made")
-    parser.add_argument("--dtype", choices=BY_DTYPE, default=suited().dtype, help="by default what this processor computes in")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the checkpoint is, or is made"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=BY_DTYPE,
+        default=suited().dtype,
+        help="by default what this processor computes in",
+    )
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=4)
@@ -54,30 +62,44 @@ def main() -> None:
     for _ in range(asked.rounds):
         for name in MAPS:
             command = [sys.executable, __file__, *sys.argv[1:], "--map", name]
-            results[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            results[name].append(
+                json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            )
     for name, each in results.items():
         print(f"{name:12} " + "; ".join(map(sentence, each)))
         ratios = sorted(one["predicted"]["seconds"] / one["seconds"] for one in each)
         within = sum(abs(1 - ratio) <= TOLERANCE for ratio in ratios)
         print(
-            f"{'':12} predicted is {median(ratios):.2f} x measured ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
-            f"{within} of {len(ratios)} within {TOLERANCE:.0%}; limit: {each[-1]['predicted']['limit']}"
+            f"{'':12} predicted is {median(ratios):.2f} x measured ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}), "
+            f"{within} of {len(ratios)} within {TOLERANCE:.0%}; limit: "
+            f"{each[-1]['predicted']['limit']}"
         )
 
 
-def told(llama: Llama, source: Path, device_map: DeviceMap, tokens: int, forwards: int) -> dict[str, Any]:
+def told(
+    llama: Llama, source: Path, device_map: DeviceMap, tokens: int, forwards: int
+) -> dict[str, Any]:
     """What explain says after some forwards, and their median in seconds."""
     import torch
 
     from shardkit.load import explain, load_checkpoint_and_dispatch
 
-    options: dict[str, Any] = {"max_memory": {"cpu": "2GB"}, "no_split_module_classes": ["LlamaDecoderLayer"]}
+    options: dict[str, Any] = {
+        "max_memory": {"cpu": "2GB"},
+        "no_split_module_classes": ["LlamaDecoderLayer"],
+    }
     options["ring"] = (
-        4  # so that rates are not measured now, with some of the checkpoint in the page cache, but after the forwards
+        # so that rates are not measured now, with some of the checkpoint in the page cache, but
+        # after the forwards
+        4
     )
     model = load_checkpoint_and_dispatch(llama.empty(), source, device_map, **options)
     ids = (torch.arange(tokens) * 7 % VOCABULARY)[None]
-    seconds = [timed(lambda: model(ids, use_cache=False, logits_to_keep=1), source) for _ in range(forwards + 1)]
+    seconds = [
+        timed(lambda: model(ids, use_cache=False, logits_to_keep=1), source)
+        for _ in range(forwards + 1)
+    ]
     explanation = explain(model)
     print(explanation, file=sys.stderr)
     return {**explanation.as_dict(), "seconds": median(seconds[1:])}

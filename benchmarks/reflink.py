@@ -1,4 +1,6 @@
-"""Resharding safetensors on a file system that shares blocks: a fresh XFS in a file that is mounted. Needs root and mkfs.xfs."""
+"""Resharding safetensors on a file system that shares blocks: a fresh XFS in a file that is
+mounted. Needs root and mkfs.xfs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ LAYERS = [f"model.layers.{number}.*" for number in range(19)]  # 2 GB of the 4.4
 TIMED = """
 import sys, time, shardkit
 source, out = sys.argv[1:]
-shardkit.convert(source, f"{out}.safetensors", include=["*.0.input_layernorm.*"])  # so that no import is timed
+# Of little, so that no import is timed.
+shardkit.convert(source, f"{out}.safetensors", include=["*.0.input_layernorm.*"])
 for sync in False, True:
     begun = time.perf_counter()
     shardkit.convert(source, f"{out}-{sync}", max_shard="160MB", sync=sync)
@@ -37,12 +40,16 @@ def reshard(big: Path) -> None:
         subprocess.run([sys.executable, "-c", PART, big, source, *LAYERS], check=True)
         settle()
         used = shutil.disk_usage(folder).used
-        timed = subprocess.run([sys.executable, "-c", TIMED, source, out], check=True, capture_output=True, text=True)
+        timed = subprocess.run(
+            [sys.executable, "-c", TIMED, source, out], check=True, capture_output=True, text=True
+        )
         settle()
         grown = (shutil.disk_usage(folder).used - used) / 2  # for each of the two
         shards = len(list(Path(f"{out}-True").glob("*.safetensors")))
         unsynced, synced = (float(line) * 1000 for line in timed.stdout.split())
-        print(f"reflink: {source.stat().st_size / 1e9:.2f} GB of safetensors → {shards} shards on XFS")
+        print(
+            f"reflink: {source.stat().st_size / 1e9:.2f} GB of safetensors → {shards} shards on XFS"
+        )
         print(f"  {unsynced:.1f} ms, {synced:.1f} ms synced, {grown / 1e6:.2f} MB of new disk\n")
 
 

@@ -1,19 +1,23 @@
-"""How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG [--only CASE …]``.
+"""How fast a model runs that is larger than its memory: ``python benchmarks/stream.py --folder BIG
+[--only CASE …]``.
 
-For 500 forwards of one token, which take a while and are run only if they are asked for, and for fewer:
-``python benchmarks/stream.py --folder BIG --only endurance "endurance, 0.8 GB" [--forwards N]``.
+For 500 forwards of one token, which take a while and are run only if they are asked for, and for
+fewer: ``python benchmarks/stream.py --folder BIG --only endurance "endurance, 0.8 GB" [--forwards
+N]``.
 
-The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has such arithmetic and in fp32 where
-it has not. 4.2 GB of it, the layers and the head, stream from disk in each forward. Accelerate, the floor (the same blocks into
-the same ring, and nothing else) and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the
-checkpoint before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if they are missing.
+The model has the shape of Llama, 40 layers, 4.4 GB, and runs on the CPU, in bf16 where that has
+such arithmetic and in fp32 where it has not. 4.2 GB of it, the layers and the head, stream from
+disk in each forward. Accelerate, the floor (the same blocks into the same ring, and nothing else)
+and shardkit take turns, each as a process in a memory cgroup; the page cache forgets the checkpoint
+before each forward. What the disk gave is told. The folder, and the checkpoints in it, are made if
+they are missing.
 
-In the cases "cast" weights of bf16 stream into a model of fp32. That is held against the same forward without a cast, and what
-computing in fp32 takes more, or less, than in bf16.
+In the cases "cast" weights of bf16 stream into a model of fp32. That is held against the same
+forward without a cast, and what computing in fp32 takes more, or less, than in bf16.
 
-In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed. Its files, one for each
-layer, take another 4.4 GB. It asks for packages that it can do without here, so install it alone, and nothing else changes:
-``pip install --no-deps airllm==4.0.0``.
+In the case "generate" a token comes out of `generate`, and AirLLM takes part where it is installed.
+Its files, one for each layer, take another 4.4 GB. It asks for packages that it can do without
+here, so install it alone, and nothing else changes: ``pip install --no-deps airllm==4.0.0``.
 """
 
 from __future__ import annotations
@@ -84,8 +88,10 @@ class Result:
 
     def __str__(self) -> str:
         times, read = sorted(self.seconds), statistics.median(self.read) / 1e9
-        return f"{self.median:6.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {read:5.2f} GB read  {self.peak / 1e6:6.0f} MB"
-
+        return (
+            f"{self.median:6.2f} s  ({times[0]:.2f} to {times[-1]:.2f})  {read:5.2f} GB read  "
+            f"{self.peak / 1e6:6.0f} MB"
+        )
 
 
 def casts(*, warm: bool) -> dict[str, Contender]:
@@ -149,21 +155,37 @@ CASES: dict[str, dict[str, Contender]] = {
     "cast": casts(warm=False),
     "cast, warm": casts(warm=True),
     "endurance": {"shardkit, plain .bin": Contender("shardkit", plain=True, tokens=1)},
-    "endurance, 0.8 GB": {"shardkit, plain .bin": Contender("shardkit", plain=True, ring=2, tokens=1, limit=LITTLE)},
+    "endurance, 0.8 GB": {
+        "shardkit, plain .bin": Contender("shardkit", plain=True, ring=2, tokens=1, limit=LITTLE)
+    },
 }
 OF_BF16 = ("cast", "cast, warm")  # whatever the processor has
-ALIKE = {"shardkit", "planned", "beside", "accelerate", "airllm"}, {"cast"}  # who must agree with whom
-LONG = {"endurance": 500, "endurance, 0.8 GB": 500}  # forwards of what is run only if it is asked for, and once
+ALIKE = (
+    {"shardkit", "planned", "beside", "accelerate", "airllm"},
+    {"cast"},
+)  # who must agree with whom
+LONG = {
+    "endurance": 500,
+    "endurance, 0.8 GB": 500,
+}  # forwards of what is run only if it is asked for, and once
 
 
 def main() -> None:
     """Run the cases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are, or are made")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the checkpoints are, or are made"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--forwards", type=int, help="of each process, after one that does not count: 3, and for endurance 500")
+    parser.add_argument(
+        "--forwards",
+        type=int,
+        help="of each process, after one that does not count: 3, and for endurance 500",
+    )
     parser.add_argument("--dtype", choices=BY_DTYPE, default=suited().dtype)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=[name for name in CASES if name not in LONG])
+    parser.add_argument(
+        "--only", nargs="*", choices=CASES, default=[name for name in CASES if name not in LONG]
+    )
     parser.add_argument("--plot", type=Path, help="an SVG to draw (needs matplotlib)")
     asked = parser.parse_args()
     print(machine())
@@ -173,10 +195,19 @@ def main() -> None:
         prepared(asked.folder, llama)
         print(f"\n{name}: {llama.dtype}, hidden {llama.hidden}, inner {llama.inner}", flush=True)
         forwards = asked.forwards or LONG.get(name, 3)
-        found[name] = race(installed(CASES[name]), llama, asked.folder, 1 if name in LONG else asked.rounds, forwards)
+        found[name] = race(
+            installed(CASES[name]),
+            llama,
+            asked.folder,
+            1 if name in LONG else asked.rounds,
+            forwards,
+        )
         for who, result in found[name].items():
             limit = CASES[name][who].limit
-            print(f"  {who:22}{result}  {f'of {limit / 1e6:.0f} MB' if limit else ''}".rstrip(), flush=True)
+            print(
+                f"  {who:22}{result}  {f'of {limit / 1e6:.0f} MB' if limit else ''}".rstrip(),
+                flush=True,
+            )
         for line in (*ratios(found[name]), *(flatness(found[name]) if name in LONG else ())):
             print(f"  {line}", flush=True)
     if asked.plot:
@@ -185,7 +216,9 @@ def main() -> None:
 
 def installed(case: dict[str, Contender]) -> dict[str, Contender]:
     """Those of *case* who can run here; a line tells of the others."""
-    missing = [name for name, each in case.items() if each.who == "airllm" and not find_spec("airllm")]
+    missing = [
+        name for name, each in case.items() if each.who == "airllm" and not find_spec("airllm")
+    ]
     for name in missing:
         print(f"  {name} is left out: it is not installed (pip install --no-deps airllm)")
     return {name: each for name, each in case.items() if name not in missing}
@@ -195,7 +228,9 @@ def prepared(folder: Path, llama: Llama) -> None:
     """Make the checkpoints, if they are missing."""
     plain, layout = made(folder, llama.plain), folder / llama.layout
     if not layout.exists():
-        subprocess.run([sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", layout], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "shardkit", "offload-prep", plain, "-o", layout], check=True
+        )
     beside = Contender("airllm").source(folder, llama)
     if find_spec("airllm") and not beside.exists():
         beside.mkdir()
@@ -204,14 +239,24 @@ def prepared(folder: Path, llama: Llama) -> None:
             (beside / path.name).symlink_to(path.resolve())
 
 
-def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, forwards: int) -> dict[str, Result]:
+def race(
+    case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, forwards: int
+) -> dict[str, Result]:
     """Let all of *case* take turns."""
     results = {name: Result() for name in case}
     for _ in range(rounds):
         for name, each in case.items():
             numbers = [each.resident, each.ring, each.tokens, forwards]
             how = [each.how, "warm" if each.warm else "cold"]
-            command = [sys.executable, STREAMING, llama.dtype, each.who, each.source(folder, llama), *numbers, *how]
+            command = [
+                sys.executable,
+                STREAMING,
+                llama.dtype,
+                each.who,
+                each.source(folder, llama),
+                *numbers,
+                *how,
+            ]
             told = json.loads(output_of([str(part) for part in command], each.limit))
             result = results[name]
             result.seconds += told["seconds"]
@@ -221,7 +266,12 @@ def race(case: dict[str, Contender], llama: Llama, folder: Path, rounds: int, fo
             result.held += told["held"]
             result.peak = max(result.peak, told["peak"])
     for alike in ALIKE:
-        answers = {answer for name, result in results.items() if case[name].who in alike for answer in result.told}
+        answers = {
+            answer
+            for name, result in results.items()
+            if case[name].who in alike
+            for answer in result.told
+        }
         if len(answers) > 1:
             sys.exit(f"the contenders do not agree: {answers}")
     return results
@@ -232,18 +282,32 @@ def ratios(results: dict[str, Result]) -> Iterator[str]:
     median = {name: result.median for name, result in results.items()}
     for ours, theirs in COMPARED:
         if ours in median and theirs in median:
-            read = statistics.median(results[ours].read) / max(1, statistics.median(results[theirs].read))
-            yield f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}, and reads {read:.2f} x as many bytes"
+            read = statistics.median(results[ours].read) / max(
+                1, statistics.median(results[theirs].read)
+            )
+            yield (
+                f"{ours} takes {median[ours] / median[theirs]:.2f} x {theirs}, and reads "
+                f"{read:.2f} x as many bytes"
+            )
     if {"cast", "no cast"} <= median.keys():
         without = median["no cast"] + median["compute, cast"] - median["compute, no cast"]
-        yield f"cast takes {median['cast'] / without:.2f} x no cast and the difference in compute ({without:.2f} s)"
+        yield (
+            f"cast takes {median['cast'] / without:.2f} x no cast and the difference in "
+            f"compute ({without:.2f} s)"
+        )
     if {"floor", "shardkit"} <= median.keys():
         waited = statistics.median(results["shardkit"].waited)
-        yield f"forwards waited {waited:.2f} s for weights: {1 - waited / median['floor']:.0%} of the floor is hidden"
+        yield (
+            f"forwards waited {waited:.2f} s for weights: {1 - waited / median['floor']:.0%} "
+            "of the floor is hidden"
+        )
     if {"floor", "compute", "shardkit"} <= median.keys():
         floor, compute, both = median["floor"], median["compute"], median["shardkit"]
         yield f"shardkit takes {both / max(floor, compute):.2f} x the longer of floor and compute"
-        yield f"{(floor + compute - both) / min(floor, compute):.0%} of the shorter is hidden behind the longer"
+        yield (
+            f"{(floor + compute - both) / min(floor, compute):.0%} of the shorter is hidden "
+            "behind the longer"
+        )
 
 
 def flatness(results: dict[str, Result]) -> Iterator[str]:
@@ -251,11 +315,17 @@ def flatness(results: dict[str, Result]) -> Iterator[str]:
     for name, result in results.items():
         before, *during, after = result.held
         slower = tenth(result.seconds, -1) / tenth(result.seconds, 0)
-        yield f"{name}: {len(during)} forwards, the last tenth of which took {slower:.2f} x as long as the first"
+        yield (
+            f"{name}: {len(during)} forwards, the last tenth of which took {slower:.2f} x as "
+            "long as the first"
+        )
         for what in ("memory", "descriptors", "threads"):
             held = [each[what] for each in during]
             first, later = held[0], max(held[1:], default=held[0])
-            told = f"{before[what]:,} before, {first:,} after one forward, {later:,} at most later, {held[-1]:,} after the last"
+            told = (
+                f"{before[what]:,} before, {first:,} after one forward, {later:,} at most "
+                f"later, {held[-1]:,} after the last"
+            )
             yield f"  {what:12}{told}; {after[what]:,} after the end"
 
 
@@ -288,10 +358,16 @@ def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    rows = [(f"{case}: {who}", result) for case, results in found.items() for who, result in results.items()][::-1]
+    rows = [
+        (f"{case}: {who}", result)
+        for case, results in found.items()
+        for who, result in results.items()
+    ][::-1]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 0.9))
     for name, result in rows:
-        colour = "#d6604d" if "accelerate" in name else "#2166ac" if "shardkit" in name else "#bbbbbb"
+        colour = (
+            "#d6604d" if "accelerate" in name else "#2166ac" if "shardkit" in name else "#bbbbbb"
+        )
         spread = [[result.median - min(result.seconds)], [max(result.seconds) - result.median]]
         axes.barh([name], [result.median], xerr=spread, color=colour, error_kw={"elinewidth": 0.8})
     axes.set_xlabel("seconds per forward: median, least and most")

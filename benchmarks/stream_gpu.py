@@ -1,8 +1,10 @@
-"""How fast weights come to an accelerator, beside what its link can: ``python benchmarks/stream_gpu.py --folder BIG``.
+"""How fast weights come to an accelerator, beside what its link can: ``python
+benchmarks/stream_gpu.py --folder BIG``.
 
-The model is that of stream.py; its layers and head lie in main memory or on disk, and run on the accelerator. Each figure has its
-limit beside it: copies out of pinned memory, measured in the same minute, or the disk as `floor` of streaming.py reads it, turn
-and turn about and with nothing in the page cache. Where there is no accelerator it says so.
+The model is that of stream.py; its layers and head lie in main memory or on disk, and run on the
+accelerator. Each figure has its limit beside it: copies out of pinned memory, measured in the same
+minute, or the disk as `floor` of streaming.py reads it, turn and turn about and with nothing in the
+page cache. Where there is no accelerator it says so.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ COLD = 3  # the same for a disk, which may be slow
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is made")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the checkpoint is, or is made"
+    )
     asked = parser.parse_args()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
@@ -46,13 +50,27 @@ def from_memory(source: Path, device: torch.device) -> None:
     say("copies out of pinned memory", link)
     model = ours(source, "cpu")
     seconds = median(forward(model, device, 16))
-    say("CPU tier, 16 tokens", streamed_bytes() / seconds, f"{streamed_bytes() / seconds / link:.0%} of that")
+    say(
+        "CPU tier, 16 tokens",
+        streamed_bytes() / seconds,
+        f"{streamed_bytes() / seconds / link:.0%} of that",
+    )
     theirs = median(forward(accelerated(source), device, 16))
-    say("Accelerate, the same memory", streamed_bytes() / theirs, f"{theirs / seconds:.1f} x as long")
-    long, compute = median(forward(model, device, LONG)), median(forward(resident(source, device), device, LONG))
+    say(
+        "Accelerate, the same memory",
+        streamed_bytes() / theirs,
+        f"{theirs / seconds:.1f} x as long",
+    )
+    long, compute = (
+        median(forward(model, device, LONG)),
+        median(forward(resident(source, device), device, LONG)),
+    )
     copying = streamed_bytes() / link
     hidden = (compute + copying - long) / min(compute, copying)
-    print(f"prefill of {LONG} tokens {long:.3f} s: computing {compute:.3f} s, copying {copying:.3f} s, {hidden:.0%} hidden")
+    print(
+        f"prefill of {LONG} tokens {long:.3f} s: computing {compute:.3f} s, copying "
+        f"{copying:.3f} s, {hidden:.0%} hidden"
+    )
     close(model)
 
 
@@ -66,14 +84,20 @@ def from_disk(source: Path, device: torch.device) -> None:
         drop(source)
         before = stream.counts.disk
         seconds = timed(run)
-        rates.append((stream.counts.disk - before) / seconds)  # but for what was read ahead since the last one
+        rates.append(
+            (stream.counts.disk - before) / seconds
+        )  # but for what was read ahead since the last one
         stream.rest()
         drop(source)
         limits.append(streamed_bytes() / timed(once))
     close(model)
     ratios = [rate / limit for rate, limit in zip(rates[1:], limits[1:], strict=True)]
     say("the disk, read and left", statistics.median(limits[1:]))
-    say("disk tier, 16 tokens", statistics.median(rates[1:]), f"{statistics.median(ratios):.0%} of that")
+    say(
+        "disk tier, 16 tokens",
+        statistics.median(rates[1:]),
+        f"{statistics.median(ratios):.0%} of that",
+    )
 
 
 def say(what: str, rate: float, more: str = "") -> None:
@@ -84,7 +108,11 @@ def say(what: str, rate: float, more: str = "") -> None:
 def streamed_bytes() -> int:
     """Of the layers and the head."""
     names = ("embed", "model.norm")
-    return sum(p.numel() * 2 for name, p in WIDE.empty().named_parameters() if not any(part in name for part in names))
+    return sum(
+        p.numel() * 2
+        for name, p in WIDE.empty().named_parameters()
+        if not any(part in name for part in names)
+    )
 
 
 def pinned_rate(device: torch.device) -> float:
@@ -103,7 +131,9 @@ def ours(source: Path, tier: str) -> Any:  # Any: a model of transformers
     """The model with shardkit, its layers and head on *tier*."""
     from shardkit.load import load_checkpoint_and_dispatch
 
-    return load_checkpoint_and_dispatch(WIDE.empty(), source, places(tier), no_split_module_classes=["LlamaDecoderLayer"])
+    return load_checkpoint_and_dispatch(
+        WIDE.empty(), source, places(tier), no_split_module_classes=["LlamaDecoderLayer"]
+    )
 
 
 def stream_of(model: Any) -> Any:  # Any: likewise; what brings its weights
@@ -118,7 +148,9 @@ def accelerated(source: Path) -> Any:  # Any: likewise
     """The same with Accelerate, from main memory."""
     from accelerate import load_checkpoint_and_dispatch  # type: ignore[import-untyped]  # as it comes
 
-    return load_checkpoint_and_dispatch(WIDE.empty(), str(source), places("cpu"), no_split_module_classes=["LlamaDecoderLayer"])
+    return load_checkpoint_and_dispatch(
+        WIDE.empty(), str(source), places("cpu"), no_split_module_classes=["LlamaDecoderLayer"]
+    )
 
 
 def resident(source: Path, device: torch.device) -> Any:  # Any: likewise

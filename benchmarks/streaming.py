@@ -1,7 +1,9 @@
-"""One contender of stream.py: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING TOKENS FORWARDS HOW CACHE``.
+"""One contender of stream.py: ``python benchmarks/streaming.py DTYPE WHO SOURCE RESIDENT RING
+TOKENS FORWARDS HOW CACHE``.
 
-Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for weights, the bytes that the process
-really read for it, what came out, and what the process held: before the model, after each forward, and after the end of it.
+Prints one line of JSON: the seconds of each forward, those that shardkit says it waited for
+weights, the bytes that the process really read for it, what came out, and what the process held:
+before the model, after each forward, and after the end of it.
 """
 
 from __future__ import annotations
@@ -52,11 +54,24 @@ def main() -> None:
         held.append(holding())
     del once
     held.append(end())
-    print(json.dumps({"seconds": seconds, "waited": waited, "read": read, "told": told, "peak": peak(), "held": held}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "waited": waited,
+                "read": read,
+                "told": told,
+                "peak": peak(),
+                "held": held,
+            }
+        )
+    )
 
 
 def load_libraries(llama: Llama) -> None:
-    """Have what is in memory once and for all before anything is counted: code, and the threads that compute."""
+    """Have what is in memory once and for all before anything is counted: code, and the threads
+    that compute.
+    """
     import torch
 
     llama.empty()
@@ -79,8 +94,14 @@ def end() -> dict[str, int]:
 def holding() -> dict[str, int]:
     """What the process holds: memory that is no file's, in bytes, descriptors and threads."""
     status = Path("/proc/self/status").read_text().splitlines()
-    memory = sum(int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon", "RssShmem")))
-    return {"memory": memory, "descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
+    memory = sum(
+        int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon", "RssShmem"))
+    )
+    return {
+        "memory": memory,
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
 
 
 def waited_for() -> float:
@@ -124,11 +145,15 @@ def where(resident: int) -> dict[str, str]:
     first = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     step = LAYERS / max(1, resident)
     held = {int(number * step) for number in range(resident)}
-    layers = {f"model.layers.{number}": "cpu" if number in held else "disk" for number in range(LAYERS)}
+    layers = {
+        f"model.layers.{number}": "cpu" if number in held else "disk" for number in range(LAYERS)
+    }
     return first | layers | {"lm_head": "cpu" if resident == LAYERS else "disk"}
 
 
-def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as transformers leaves it
+def forward(
+    model: Any, tokens: int
+) -> Callable[[], float | None]:  # Any: as transformers leaves it
     """What runs it once, and tells what came out."""
     import torch
 
@@ -137,55 +162,82 @@ def forward(model: Any, tokens: int) -> Callable[[], float | None]:  # Any: as t
     def once() -> float:
         with torch.no_grad():
             if HOW == ["generate"]:
-                return float(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0, -1])
+                return float(
+                    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0, -1]
+                )
             return float(model(ids, use_cache=False, logits_to_keep=1).logits.double().sum())
 
     return once
 
 
-def shardkit(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def shardkit(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """This package."""
     return dispatched(llama.empty(), source, resident, ring, tokens)
 
 
-def cast(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def cast(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """The same, into a model of float32."""
     return dispatched(llama.empty().float(), source, resident, ring, tokens)
 
 
-def dispatched(model: Any, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def dispatched(
+    model: Any, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """What runs *model*, which is empty."""
     from shardkit.load import load_checkpoint_and_dispatch
     from shardkit.load.dispatch.attachments import attachments
     from shardkit.load.hooks.streaming_hooks import Pager
 
     model = load_checkpoint_and_dispatch(
-        model, source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
+        model,
+        source,
+        where(resident),
+        no_split_module_classes=["LlamaDecoderLayer"],
+        ring=ring or None,
     )
     MODELS.append(model)
     WATCHED.extend(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     return forward(model, tokens)
 
 
-def planned(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
-    """This package, which chooses what is resident within the memory that the limit leaves beside torch."""
+def planned(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
+    """This package, which chooses what is resident within the memory that the limit leaves beside
+    torch.
+    """
     from shardkit.load import load_checkpoint_and_dispatch
 
     model = load_checkpoint_and_dispatch(
-        llama.empty(), source, "auto", {"cpu": PLANNED}, no_split_module_classes=["LlamaDecoderLayer"], ring=ring or None
+        llama.empty(),
+        source,
+        "auto",
+        {"cpu": PLANNED},
+        no_split_module_classes=["LlamaDecoderLayer"],
+        ring=ring or None,
     )
     MODELS.append(model)
     return forward(model, tokens)
 
 
-def reading(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def reading(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """This package, which brings every block to where it would be used, and computes nothing."""
     from shardkit.load import load_checkpoint_and_dispatch
     from shardkit.load.dispatch.attachments import attachments
     from shardkit.load.hooks.streaming_hooks import Pager
 
     model = load_checkpoint_and_dispatch(
-        llama.empty(), source, where(resident), no_split_module_classes=["LlamaDecoderLayer"], ring=ring
+        llama.empty(),
+        source,
+        where(resident),
+        no_split_module_classes=["LlamaDecoderLayer"],
+        ring=ring,
     )
     stream = next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     count = sum(device == "disk" for device in where(resident).values())
@@ -198,8 +250,12 @@ def reading(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -
     return once
 
 
-def accelerate(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
-    """Accelerate on its best input: it reads safetensors where they lie, and needs no copy of them."""
+def accelerate(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
+    """Accelerate on its best input: it reads safetensors where they lie, and needs no copy of
+    them.
+    """
     from accelerate import dispatch_model  # type: ignore[import-untyped]  # as it comes
     from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]  # likewise
     from safetensors import safe_open
@@ -211,13 +267,19 @@ def accelerate(llama: Llama, source: Path, resident: int, ring: int, tokens: int
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(disk):
-                    index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": llama.dtype}
+                    index[name] = {
+                        "safetensors_file": str(path),
+                        "weight_name": name,
+                        "dtype": llama.dtype,
+                    }
                 else:
                     set_module_tensor_to_device(model, name, "cpu", file.get_tensor(name).clone())
     return forward(dispatch_model(model, places, main_device="cpu", offload_index=index), tokens)
 
 
-def airllm(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def airllm(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """AirLLM, which has a file for each layer; it makes them when it sees the checkpoint first."""
     from contextlib import redirect_stdout
 
@@ -237,7 +299,9 @@ def airllm(llama: Llama, source: Path, resident: int, ring: int, tokens: int) ->
     return quietly
 
 
-def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
+def floor(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
     """The same blocks into a ring of the same size, and nothing else."""
     blocks = list(runs(source, resident))
     sizes = sorted((stop - start for _, start, stop in blocks), reverse=True)
@@ -246,7 +310,13 @@ def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> 
     direct = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path, _, _ in blocks}
 
     def once() -> None:
-        reads = iter([(direct[path], at, stop) for path, start, stop in blocks for at in range(start, stop, RING_READ)])
+        reads = iter(
+            [
+                (direct[path], at, stop)
+                for path, start, stop in blocks
+                for at in range(start, stop, RING_READ)
+            ]
+        )
         lock, place = threading.Lock(), iter(range(1 << 62))
 
         def work() -> None:
@@ -268,9 +338,16 @@ def floor(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> 
     return once
 
 
-def beside(llama: Llama, source: Path, resident: int, ring: int, tokens: int) -> Callable[[], float | None]:
-    """All of the model in memory, and the same blocks read for nothing while it computes: what reading takes from computing."""
-    compute, read = shardkit(llama, source, LAYERS, ring, tokens), floor(llama, source, resident, ring, tokens)
+def beside(
+    llama: Llama, source: Path, resident: int, ring: int, tokens: int
+) -> Callable[[], float | None]:
+    """All of the model in memory, and the same blocks read for nothing while it computes: what
+    reading takes from computing.
+    """
+    compute, read = (
+        shardkit(llama, source, LAYERS, ring, tokens),
+        floor(llama, source, resident, ring, tokens),
+    )
 
     def once() -> float | None:
         reading = threading.Thread(target=read)
@@ -290,7 +367,10 @@ def runs(source: Path, resident: int) -> Iterator[tuple[Path, int, int]]:
     extents = {entry.name: entry.payload.sources[0] for entry in shardkit.open(source).tensors}
     for block in disk:
         inside = [extent for name, extent in extents.items() if name.startswith(f"{block}.")]
-        start, stop = min(each.start for each in inside), max(each.start + each.nbytes for each in inside)
+        start, stop = (
+            min(each.start for each in inside),
+            max(each.start + each.nbytes for each in inside),
+        )
         yield inside[0].path, start // 4096 * 4096, -(-stop // 4096) * 4096
 
 

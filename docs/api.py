@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from importlib import import_module
 
 PUBLIC = {
-    "shardkit": "Open, convert and compare checkpoints. Nothing here imports torch before it is needed.",
-    "shardkit.load": "Build models without memory, and run them over GPU, CPU and disk. Needs torch.",
+    "shardkit": (
+        "Open, convert and compare checkpoints. Nothing here imports torch before it is needed."
+    ),
+    "shardkit.load": (
+        "Build models without memory, and run them over GPU, CPU and disk. Needs torch."
+    ),
     "shardkit.plugin": "What the author of a format or a codec imports.",
     "shardkit.testing": "The conformance kit that every format and codec must pass.",
 }
 HEAD = """# Public names
 
-Import from these four modules only: what lies deeper moves without notice. `help(shardkit.convert)` shows arguments, types, errors
-and an example.
+Import from these four modules only: modules below them move without notice.
+`help(shardkit.convert)` shows arguments, types and errors.
 """
 
 

@@ -22,11 +22,12 @@ ORDER = (
 )
 HEAD = """# JSON documents
 
-`--json` prints one document on one line. Its first key is `schema`: the name of the command and a version, as in
-`shardkit.convert/1`. A version only gains keys; a key that changes its meaning or goes makes a new version. Sizes are in bytes.
+`--json` prints one document on one line. Its first key is `schema`: the name of the command and a
+version, as in `shardkit.convert/1`. A version only gains keys; a key that changes its meaning or
+goes makes a new version. Sizes are in bytes.
 
-The tables below are made from the JSON Schema files in [schemas](schemas), against which the tests validate what every command
-prints. A key in *italics* may be absent.
+The tables below are made from the JSON Schema files in [schemas](schemas), against which the tests
+validate what every command prints. A key in *italics* may be absent.
 """
 
 Schema = Mapping[str, Any]  # as JSON has it
@@ -39,7 +40,10 @@ def page() -> str:
 
 def _section(name: str) -> Iterator[str]:
     schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
-    yield f"## {schema['properties']['schema']['const']}\n\n{schema['title']}\n\n| key | type | meaning |\n|---|---|---|"
+    yield (
+        f"## {schema['properties']['schema']['const']}\n\n{schema['title']}\n\n| key | type | "
+        "meaning |\n|---|---|---|"
+    )
     yield from _rows(schema, "")
     yield ""
 

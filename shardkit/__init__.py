@@ -84,7 +84,9 @@ __all__ = [*_LAZY_EXPORTS, "__version__"]  # noqa: PLE0604 - the table above is 
 
 
 def __getattr__(name: str) -> object:
-    """Import what a public name stands for when it is first used, so that `import shardkit` costs nothing (PEP 562)."""
+    """Import what a public name stands for when it is first used, so that `import shardkit` costs
+    nothing (PEP 562).
+    """
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'shardkit' has no attribute {name!r}")
     return getattr(import_module(f"shardkit.{_LAZY_EXPORTS[name]}"), name)

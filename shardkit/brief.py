@@ -1,4 +1,6 @@
-"""Reprs that fit in a few lines, whatever a value holds: reports and plans may list a hundred thousand names."""
+"""Reprs that fit in a few lines, whatever a value holds: reports and plans may list a hundred
+thousand names.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def _bounded(value: object) -> str:
         case bytes() | bytearray() | memoryview():
             return shown(bytes(value[:_LONGEST]))
         case Mapping() if not is_dataclass(value):
-            inside = [f"{_bounded(key)}: {_bounded(each)}" for key, each in islice(value.items(), _MOST)]
+            inside = [
+                f"{_bounded(key)}: {_bounded(each)}" for key, each in islice(value.items(), _MOST)
+            ]
             return f"{{{', '.join([*inside, *_more(len(value))])}}}"
         case tuple() | list():
             inside = [_bounded(each) for each in value[:_MOST]]
@@ -47,7 +51,9 @@ def _bounded(value: object) -> str:
 
 
 def _has_long_repr(value: object) -> TypeGuard[Dataclass]:
-    """Whether the repr of *value* is the one that `dataclass` makes, which ends where the value does."""
+    """Whether the repr of *value* is the one that `dataclass` makes, which ends where the value
+    does.
+    """
     return is_dataclass(value) and bool(getattr(value, "__dataclass_params__").repr)  # noqa: B009 - not in typeshed
 
 

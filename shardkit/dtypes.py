@@ -1,7 +1,7 @@
 """Element types: the codes of safetensors, the names of torch, and how many bits an element takes.
 
-Codes are those of the safetensors format (safetensors/src/tensor.rs, `Dtype`). A few types of torch have no code there:
-they can be inspected and compared, never written, and `DType.writable` says so.
+Codes are those of the safetensors format (safetensors/src/tensor.rs, `Dtype`). A few types of torch
+have no code there: they can be inspected and compared, never written, and `DType.writable` says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class DType:
         bits: width of one element; below 8, elements are packed.
         kind: what arithmetic the type is for.
         torch: name of the attribute of `torch` ("bfloat16"); None where torch has no such type.
-        word: bytes that are reversed together when the byte order changes (a complex number is two words).
+        word: bytes that are reversed together when the byte order changes (a complex number is two
+            words).
         writable: whether the safetensors format has the type.
         itemsize: bytes of one element, and so its natural alignment; 1 for packed types.
         packed: how many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`).
@@ -55,15 +56,20 @@ class DType:
         """
         bits = prod(shape) * self.bits
         if bits % 8:
-            raise ValueError(f"{self.code} {list(shape)} is {bits} bits, which is no whole number of bytes")
+            raise ValueError(
+                f"{self.code} {list(shape)} is {bits} bits, which is no whole number of bytes"
+            )
         return bits // 8
 
 
-def _dtype(code: str, bits: int, kind: Kind, torch: str | None, *, word: int = 0, writable: bool = True) -> DType:
+def _dtype(
+    code: str, bits: int, kind: Kind, torch: str | None, *, word: int = 0, writable: bool = True
+) -> DType:
     return DType(code, bits, kind, torch, word or max(1, bits // 8), writable)
 
 
-# In the order of safetensors' own enum: its writer sorts by it, descending, so that wide types come first.
+# In the order of safetensors' own enum: its writer sorts by it, descending, so that wide types come
+# first.
 DTYPES: tuple[DType, ...] = (
     _dtype("BOOL", 8, "bool", "bool"),
     _dtype("F4", 4, "float", "float4_e2m1fn_x2"),
@@ -95,12 +101,20 @@ BY_CODE: dict[str, DType] = {dtype.code: dtype for dtype in DTYPES}
 BY_TORCH: dict[str, DType] = {dtype.torch: dtype for dtype in DTYPES if dtype.torch}
 U8 = BY_CODE["U8"]
 
-_SHORT = {"half": "F16", "float": "F32", "double": "F64", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
+_SHORT = {
+    "half": "F16",
+    "float": "F32",
+    "double": "F64",
+    "fp16": "F16",
+    "fp32": "F32",
+    "fp64": "F64",
+}
 _SHORT |= {"fp8": "F8_E4M3", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 
 
 def parse_dtype(name: str) -> DType:
-    """The floating-point type that people call *name*: "bf16", "bfloat16", "BF16", "torch.bfloat16".
+    """The floating-point type that people call *name*: "bf16", "bfloat16", "BF16",
+    "torch.bfloat16".
 
     Raises:
         BadDType: it is none.
@@ -109,6 +123,7 @@ def parse_dtype(name: str) -> DType:
     dtype = BY_TORCH.get(word) or BY_CODE.get(_SHORT.get(word, word.upper()))
     if dtype is None or dtype.kind != "float" or not dtype.writable:
         raise BadDType(
-            f"{shown(name)} is no floating-point type", hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"'
+            f"{shown(name)} is no floating-point type",
+            hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"',
         )
     return dtype

@@ -1,29 +1,23 @@
 """Everything that shardkit raises on purpose.
 
-ShardkitError (.hint)
-├── FormatError (.path)             the input cannot be read
-│   ├── UnknownFormat (.claimed)    no format recognises it, or more than one does
-│   ├── Malformed (.where)          it breaks the rules of its format
-│   └── LimitExceeded (.limit .actual)  it asks for more than we give to a stranger
-├── PlanError                       the request cannot be met with this input
-│   ├── NameClash                   two tensors would get one name
-│   ├── AmbiguousRoot               several subtrees could be the model
-│   ├── Unwritable                  the output format has no way to hold a tensor
-│   ├── NothingSelected             no tensor is left
-│   ├── BadSize                     a size that cannot be read
-│   └── BadDType                    a type that is none, or that nothing can be cast to
-├── OutputError                     the output cannot be written or replaced
-│   └── NoRoom                      the disk is too small for it
-├── UnknownTensor (.name)           a checkpoint holds no tensor of this name; also a KeyError
-├── LoadError                       a checkpoint cannot become a running model
-│   ├── Mismatch (.missing .unexpected .wrong_shape)  the model and the checkpoint are not of one kind
-│   ├── ReadOnly (.places)          a weight would be written that is an address
-│   ├── NotTrained                  a gradient is asked of a weight that streams; also a RuntimeError
-│   └── OverBudget (.needed .available)  the memory that may be used is too small
-└── PluginError (.distribution .entry_point)  a plugin cannot be loaded
+ShardkitError (.hint) ├── FormatError (.path) the input cannot be read │ ├── UnknownFormat
+(.claimed) no format recognises it, or more than one does │ ├── Malformed (.where) it breaks the
+rules of its format │ └── LimitExceeded (.limit .actual) it asks for more than we give to a stranger
+├── PlanError the request cannot be met with this input │ ├── NameClash two tensors would get one
+name │ ├── AmbiguousRoot several subtrees could be the model │ ├── Unwritable the output format has
+no way to hold a tensor │ ├── NothingSelected no tensor is left │ ├── BadSize a size that cannot be
+read │ └── BadDType a type that is none, or that nothing can be cast to ├── OutputError the output
+cannot be written or replaced │ └── NoRoom the disk is too small for it ├── UnknownTensor (.name) a
+checkpoint holds no tensor of this name; also a KeyError ├── LoadError a checkpoint cannot become a
+running model │ ├── Mismatch (.missing .unexpected .wrong_shape) the model and the checkpoint are
+not of one kind │ ├── ReadOnly (.places) a weight would be written that is an address │ ├──
+NotTrained a gradient is asked of a weight that streams; also a RuntimeError │ └── OverBudget
+(.needed .available) the memory that may be used is too small └── PluginError (.distribution
+.entry_point) a plugin cannot be loaded
 
-A message is a sentence for the person who holds the file: where, what was found, what was needed. *hint* says what to
-try; a traceback ends with it. Values that come out of a file reach a message only through `shown`.
+A message is a sentence for the person who holds the file: where, what was found, what was needed.
+*hint* says what to try; a traceback ends with it. Values that come out of a file reach a message
+only through `shown`.
 """
 
 from __future__ import annotations
@@ -34,15 +28,19 @@ from pathlib import Path
 from shardkit.hints import Hint, Option, in_python, on_command_line
 
 _SHOWN_CHARACTERS = 80
-_DAMAGED = "it was damaged on its way, or written wrong: fetch it again, or have it saved again where it was made"
+_DAMAGED = (
+    "it was damaged on its way, or written wrong: fetch it again, or have it saved again "
+    "where it was made"
+)
 
 
 class ShardkitError(Exception):
     """The root of the tree: catch this to catch them all.
 
     Attributes:
-        hint: what to try next, one sentence that names arguments of the library; None where there is nothing to say. It is a
-            note of the exception as well (PEP 678), so that a traceback ends with it.
+        hint: what to try next, one sentence that names arguments of the library; None where there
+            is nothing to say. It is a note of the exception as well (PEP 678), so that a traceback
+            ends with it.
         command_hint: the same for the command line, with options as they are typed there.
     """
 
@@ -54,7 +52,8 @@ class ShardkitError(Exception):
             self.add_note(f"hint: {self.hint}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default an exception is made anew from its message alone, which most of these do not take.
+        # By default an exception is made anew from its message alone, which most of these do not
+        # take.
         return _revived, (type(self), self.args), self.__dict__
 
 
@@ -96,11 +95,16 @@ class Malformed(FormatError):
     """The file breaks the rules of its format.
 
     Attributes:
-        where: the part at fault (a tensor, a member, a byte offset); empty where it is the file as a whole.
+        where: the part at fault (a tensor, a member, a byte offset); empty where it is the file as
+            a whole.
     """
 
-    def __init__(self, path: Path, message: str, *, where: str = "", hint: Hint | None = None) -> None:
-        super().__init__(path, f"{_printable(where)}: {message}" if where else message, hint=hint or _DAMAGED)
+    def __init__(
+        self, path: Path, message: str, *, where: str = "", hint: Hint | None = None
+    ) -> None:
+        super().__init__(
+            path, f"{_printable(where)}: {message}" if where else message, hint=hint or _DAMAGED
+        )
         self.where = where
 
 
@@ -112,8 +116,14 @@ class LimitExceeded(FormatError):
         actual: what the file asked for, in that field's unit.
     """
 
-    def __init__(self, path: Path, message: str, *, limit: str, actual: int, hint: Hint | None = None) -> None:
-        super().__init__(path, message, hint=hint or ("if you trust the file, raise the limit: ", _raised(limit, actual)))
+    def __init__(
+        self, path: Path, message: str, *, limit: str, actual: int, hint: Hint | None = None
+    ) -> None:
+        super().__init__(
+            path,
+            message,
+            hint=hint or ("if you trust the file, raise the limit: ", _raised(limit, actual)),
+        )
         self.limit = limit
         self.actual = actual
 
@@ -163,7 +173,11 @@ class UnknownTensor(ShardkitError, KeyError):
 
     def __init__(self, name: object, near: Sequence[str] = ()) -> None:
         """Say so, with names that are *near*."""
-        hint = f"near to it: {listed([shown(each) for each in near])}" if near else "list the names to see what there is"
+        hint = (
+            f"near to it: {listed([shown(each) for each in near])}"
+            if near
+            else "list the names to see what there is"
+        )
         super().__init__(f"there is no tensor {shown(name)}", hint=hint)
         self.name = name
 
@@ -203,16 +217,25 @@ class ReadOnly(LoadError):
     """A weight would be written that is an address.
 
     Attributes:
-        places: where it lies: for each run of bytes the file, the first byte, and how many they are.
+        places: where it lies: for each run of bytes the file, the first byte, and how many they
+            are.
     """
 
-    def __init__(self, message: str, *, places: tuple[tuple[Path, int, int], ...] = (), hint: Hint | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        places: tuple[tuple[Path, int, int], ...] = (),
+        hint: Hint | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.places = places
 
 
 class NotTrained(LoadError, RuntimeError):
-    """A gradient is asked of a weight that streams, or through it when it is no longer in memory."""
+    """A gradient is asked of a weight that streams, or through it when it is no longer in
+    memory.
+    """
 
 
 class OverBudget(LoadError):
@@ -223,7 +246,9 @@ class OverBudget(LoadError):
         available: bytes.
     """
 
-    def __init__(self, message: str, *, needed: int, available: int, hint: Hint | None = None) -> None:
+    def __init__(
+        self, message: str, *, needed: int, available: int, hint: Hint | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.needed = needed
         self.available = available
@@ -237,7 +262,9 @@ class PluginError(ShardkitError):
         entry_point: the entry point, as ``group:name``.
     """
 
-    def __init__(self, distribution: str, entry_point: str, message: str, *, hint: Hint | None = None) -> None:
+    def __init__(
+        self, distribution: str, entry_point: str, message: str, *, hint: Hint | None = None
+    ) -> None:
         super().__init__(f"plugin {entry_point} of {distribution}: {message}", hint=hint)
         self.distribution = distribution
         self.entry_point = entry_point
@@ -254,8 +281,8 @@ def _raised(limit: str, actual: int) -> Option:
 def shown(value: object) -> str:
     """A foreign *value* as one bounded, escaped piece of a sentence; never calls its methods.
 
-    Text and bytes are quoted, cut at 80 characters and freed of control characters. Containers and objects are named by
-    kind only, since the `repr` of a deep or shared structure may never end.
+    Text and bytes are quoted, cut at 80 characters and freed of control characters. Containers and
+    objects are named by kind only, since the `repr` of a deep or shared structure may never end.
     """
     match value:
         case str():
@@ -265,7 +292,11 @@ def shown(value: object) -> str:
         case bool() | None | float():
             return str(value)
         case int():
-            return str(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+            return (
+                str(value)
+                if value.bit_length() <= 128
+                else f"an integer of {value.bit_length()} bits"
+            )
         case tuple() | list() | dict() | set() | frozenset():
             return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
@@ -297,4 +328,8 @@ def _clipped(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
+    return (
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode()
+    )

@@ -1,7 +1,7 @@
 """Hints: what to try next, worded once for the command line and for Python.
 
-An option of a command is an argument of a function: `--root ema` is `root='ema'`. A hint is a text, or a tuple of texts and
-options; `in_python` and `on_command_line` make one sentence of it.
+An option of a command is an argument of a function: `--root ema` is `root='ema'`. A hint is a text,
+or a tuple of texts and options; `in_python` and `on_command_line` make one sentence of it.
 """
 
 from __future__ import annotations

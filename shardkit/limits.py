@@ -10,7 +10,8 @@ class Limits:
     """Guards against lies, not against size: real checkpoints of any size stay far below.
 
     Attributes:
-        header_bytes: a header, an index or a zip directory, in bytes (the safetensors format itself allows no more).
+        header_bytes: a header, an index or a zip directory, in bytes (the safetensors format itself
+            allows no more).
         tensors: entries in one checkpoint.
         pickle_ops: opcodes of one pickle.
         held_bytes: bytes that one pickle may make us hold.

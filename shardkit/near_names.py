@@ -12,7 +12,8 @@ _COMPARED = 1000  # names that are compared letter by letter, which is slow
 
 
 def near(name: object, names: Iterable[str]) -> list[str]:
-    """A few of *names*: those that differ from *name* in the modules around it or in case, else the likest ones.
+    """A few of *names*: those that differ from *name* in the modules around it or in case, else the
+    likest ones.
 
     >>> near("h.0.attn.weight", ["model.h.0.attn.weight", "model.h.0.attn.bias"])
     ['model.h.0.attn.weight']
@@ -23,7 +24,9 @@ def near(name: object, names: Iterable[str]) -> list[str]:
         return []
     names = [each for each in names if len(each) <= _LONGEST]
     lower = name.lower()
-    inside = (each for each in names if _is_end(each.lower(), lower) or _is_end(lower, each.lower()))
+    inside = (
+        each for each in names if _is_end(each.lower(), lower) or _is_end(lower, each.lower())
+    )
     if found := list(islice(inside, _MOST)):
         return found
     last, steps = name.rpartition(".")[2], name.count(".") + 1

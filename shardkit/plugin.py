@@ -23,7 +23,19 @@ from shardkit.metadata.strict_json import parse_json
 from shardkit.payloads.coalesce import coalesced
 from shardkit.payloads.codec import Codec, Frame
 from shardkit.payloads.compressed import Expanded, Framed
-from shardkit.payloads.payload import CHUNK, PAGE, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, read_all, rechunked
+from shardkit.payloads.payload import (
+    CHUNK,
+    PAGE,
+    Concat,
+    Extent,
+    Literal,
+    Part,
+    Payload,
+    Swapped,
+    Trailer,
+    read_all,
+    rechunked,
+)
 from shardkit.payloads.strided import strided
 from shardkit.sources.format import Format, Source
 from shardkit.sources.zip_directory import STORED, Member

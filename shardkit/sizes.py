@@ -1,6 +1,8 @@
-"""Sizes as people write them: "2GB" is 2·10⁹ bytes, "2GiB" is 2·2³⁰, "2G" is "2GB", a bare number is bytes.
+"""Sizes as people write them: "2GB" is 2·10⁹ bytes, "2GiB" is 2·2³⁰, "2G" is "2GB", a bare number
+is bytes.
 
-Case never means bits: "2gb", "2Gb" and "2GB" are one size (IEC 80000-13 prefixes, as dd and docker read them).
+Case never means bits: "2gb", "2Gb" and "2GB" are one size (IEC 80000-13 prefixes, as dd and docker
+read them).
 """
 
 from __future__ import annotations

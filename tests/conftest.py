@@ -8,26 +8,28 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# Tests run side by side, and the threads of OpenMP would spin while they wait for work: they sleep. libgomp reads this when
-# torch is imported, here and in the processes that tests start.
+# Tests run side by side, and the threads of OpenMP would spin while they wait for work: they sleep.
+# libgomp reads this when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A busy machine makes no test wrong; what hangs is ended by pytest-timeout.
 settings.register_profile("shardkit", deadline=None)
 settings.load_profile("shardkit")
 
-# What a test sees has the colours that the test asks for, whatever the terminal or the CI service asks for.
+# What a test sees has the colours that the test asks for, whatever the terminal or the CI service
+# asks for.
 for name in ("NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Torch computes in the calling thread alone, from the first test of the module that asks for it to the module's last.
+    """Torch computes in the calling thread alone, from the first test of the module that asks for
+    it to the module's last.
 
-    For tests that fork, because the threads of OpenMP do not exist in the child, and for models that are so small that several
-    threads would only wait for each other. Threads that a test starts have as many as the environment says, and their results
-    may differ in the last bit.
+    For tests that fork, because the threads of OpenMP do not exist in the child, and for models
+    that are so small that several threads would only wait for each other. Threads that a test
+    starts have as many as the environment says, and their results may differ in the last bit.
     """
     import torch
 

@@ -1,4 +1,6 @@
-"""What a caller of the library holds: mappings, values of NumPy, reprs of a few lines, and errors by their names."""
+"""What a caller of the library holds: mappings, values of NumPy, reprs of a few lines, and errors
+by their names.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from shardkit import brief, errors, near_names
 from shardkit.checkpoint import entries
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DTYPES
-from shardkit.errors import BadDType, FormatError, LimitExceeded, Malformed, Mismatch, PluginError, ShardkitError, UnknownTensor
+from shardkit.errors import (
+    BadDType,
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    Mismatch,
+    PluginError,
+    ShardkitError,
+    UnknownTensor,
+)
 from shardkit.load import tensors
 from shardkit.load.diagnostics.explanation import Explanation, Part
 from shardkit.load.performance.cost_model import Step
@@ -39,7 +50,9 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 
 
 def test_every_error_is_exported_and_drawn_in_the_tree() -> None:
-    documented = [each for each in subclasses(ShardkitError) if each.__module__ == "shardkit.errors"]
+    documented = [
+        each for each in subclasses(ShardkitError) if each.__module__ == "shardkit.errors"
+    ]
     assert len(documented) > 15
     kinds: list[type[Exception]] = [ShardkitError, *documented]
     for each in kinds:
@@ -73,7 +86,9 @@ def test_a_checkpoint_is_a_mapping() -> None:
     assert isinstance(found, Mapping)
     assert set(found) == set(found.keys()) == set(arrays)
     assert len(found) == len(arrays) == len(found.values())
-    assert all(name in found and found.get(name) is entry is found[name] for name, entry in found.items())
+    assert all(
+        name in found and found.get(name) is entry is found[name] for name, entry in found.items()
+    )
     assert found.get("nothing") is None
     assert "nothing" not in found
     assert found == dict(found)
@@ -187,9 +202,17 @@ def test_a_repr_fits_in_a_few_lines_whatever_there_is(many: Path, tmp_path: Path
 
 def test_a_repr_names_what_is_there() -> None:
     text = repr(shardkit.open(TRAINING))
-    assert text.startswith(f"<Checkpoint {TRAINING}: torch-zip, 20 tensors, 348 B: 'state_dict.0.weight', ")
-    assert repr(shardkit.open(TRAINING)["state_dict.0.weight"]) == "TensorEntry('state_dict.0.weight', F32 [4, 3], 48 B)"
-    assert repr(tensors(TRAINING)) == "<7 tensors on cpu, read when they are used: '0.weight', '0.bias', '1.weight' …>"
+    assert text.startswith(
+        f"<Checkpoint {TRAINING}: torch-zip, 20 tensors, 348 B: 'state_dict.0.weight', "
+    )
+    assert (
+        repr(shardkit.open(TRAINING)["state_dict.0.weight"])
+        == "TensorEntry('state_dict.0.weight', F32 [4, 3], 48 B)"
+    )
+    assert (
+        repr(tensors(TRAINING))
+        == "<7 tensors on cpu, read when they are used: '0.weight', '0.bias', '1.weight' …>"
+    )
 
 
 @pytest.mark.parametrize("module", [brief, entries, near_names], ids=lambda module: module.__name__)

@@ -1,4 +1,6 @@
-"""What the world does to a run: full disks, read-only folders, sources that cannot be read. One sentence, nothing lost."""
+"""What the world does to a run: full disks, read-only folders, sources that cannot be read. One
+sentence, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, NoRoom, OutputError
 from shardkit.metadata.journal_records import JOURNAL_NAME
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, and reads paths of descriptors from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="mounts, and reads paths of descriptors from /proc"
+)
 
 if sys.platform == "linux":
     from injection import READS, Layer, failing
@@ -42,7 +46,12 @@ def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 def mounted(folder: Path, options: str) -> bool:
     folder.mkdir(exist_ok=True)
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture
@@ -62,7 +71,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_too_small_a_disk_is_told_before_the_first_byte(disk: Callable[[str], Path], source: Path) -> None:
+def test_too_small_a_disk_is_told_before_the_first_byte(
+    disk: Callable[[str], Path], source: Path
+) -> None:
     small = disk("size=16k")
     with pytest.raises(NoRoom, match=r"free, and the output of .* needs") as caught:
         shardkit.convert(source, small / "out")
@@ -92,7 +103,9 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_goes_on_when_there_is_room(
     assert stamps(source) == before
 
 
-def test_a_read_only_disk_is_a_sentence(disk: Callable[[str], Path], source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_disk_is_a_sentence(
+    disk: Callable[[str], Path], source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", str(source), "-o", str(disk("ro") / "out")]) == 1
     said = capsys.readouterr().err
     assert re.search(r"out\.partial: .*Read-only file system", said)
@@ -126,10 +139,15 @@ def test_a_source_that_fails_at_any_call_is_named_and_the_run_goes_on_later(
             break
         done = journalled(out)
         if not out.exists():
-            assert shardkit.convert(source, out, max_shard=MAX_SHARD, jobs=1, sync=False).resumed >= done
-        assert {name: data for name, data in tree(out).items() if name in whole and name.startswith("model")} == {
-            name: data for name, data in whole.items() if name.startswith("model")
-        }
+            assert (
+                shardkit.convert(source, out, max_shard=MAX_SHARD, jobs=1, sync=False).resumed
+                >= done
+            )
+        assert {
+            name: data
+            for name, data in tree(out).items()
+            if name in whole and name.startswith("model")
+        } == {name: data for name, data in whole.items() if name.startswith("model")}
         assert stamps(source) == before
     assert len(said) > 10
     assert all(sentence.startswith(str(source)) for sentence in said)
@@ -142,7 +160,9 @@ def journalled(out: Path) -> int:
 
 
 @pytest.mark.parametrize("at", [1, 9_000, 20_000])
-def test_a_source_that_is_written_to_while_it_is_read_is_found_before_the_commit(at: int, source: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_written_to_while_it_is_read_is_found_before_the_commit(
+    at: int, source: Path, tmp_path: Path
+) -> None:
     written = 0
 
     def meddle(count: int) -> None:
@@ -160,7 +180,9 @@ def test_a_source_that_is_written_to_while_it_is_read_is_found_before_the_commit
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_appears_at_the_output_meanwhile_is_not_replaced(overwrite: bool, source: Path, tmp_path: Path) -> None:
+def test_what_appears_at_the_output_meanwhile_is_not_replaced(
+    overwrite: bool, source: Path, tmp_path: Path
+) -> None:
     def appear(count: int) -> None:
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -169,10 +191,14 @@ def test_what_appears_at_the_output_meanwhile_is_not_replaced(overwrite: bool, s
         shardkit.convert(source, tmp_path / "out", overwrite=overwrite, on_bytes=appear)
     assert tree(tmp_path / "out") == {"mine.txt": b"mine"}
     (tmp_path / "out" / "mine.txt").unlink()
-    assert shardkit.convert(source, tmp_path / "out", overwrite=overwrite).resumed == 3, "all of it was done"
+    assert shardkit.convert(source, tmp_path / "out", overwrite=overwrite).resumed == 3, (
+        "all of it was done"
+    )
 
 
-def test_the_partial_folder_of_another_output_is_no_commit_that_was_killed(source: Path, tmp_path: Path) -> None:
+def test_the_partial_folder_of_another_output_is_no_commit_that_was_killed(
+    source: Path, tmp_path: Path
+) -> None:
     def stop(count: int) -> None:
         raise KeyboardInterrupt
 

@@ -20,7 +20,12 @@ CALLS = [name for name in MANIFEST if name.startswith("pickle-calls-")]
 
 def described(entry: TensorEntry) -> dict[str, object]:
     sha256 = hashlib.sha256(entry.read()).hexdigest()
-    return {"name": entry.name, "dtype": entry.dtype.code, "shape": list(entry.shape), "sha256": sha256}
+    return {
+        "name": entry.name,
+        "dtype": entry.dtype.code,
+        "shape": list(entry.shape),
+        "sha256": sha256,
+    }
 
 
 def by_name(tensors: list[dict[str, object]]) -> dict[object, dict[str, object]]:
@@ -42,19 +47,29 @@ def test_a_good_file_holds_what_torch_reads_in_it(name: str) -> None:
 @pytest.mark.parametrize("name", MANIFEST)
 def test_what_is_no_dense_tensor_is_said(name: str) -> None:
     others = shardkit.open(FIXTURES / "good" / name).others
-    assert {other.name: str(other.kind) for other in others if other.is_weight} == MANIFEST[name]["others"]
+    assert {other.name: str(other.kind) for other in others if other.is_weight} == MANIFEST[name][
+        "others"
+    ]
 
 
-@pytest.mark.parametrize("name", [name for name in MANIFEST if (FIXTURES / "good" / name).is_file()])
+@pytest.mark.parametrize(
+    "name", [name for name in MANIFEST if (FIXTURES / "good" / name).is_file()]
+)
 def test_a_file_is_recognised_by_its_content(name: str, tmp_path: Path) -> None:
     copy = shutil.copy(FIXTURES / "good" / name, tmp_path / "model.download")
     assert shardkit.open(copy).format == shardkit.open(FIXTURES / "good" / name).format
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_in_a_pickle_is_named_and_not_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_in_a_pickle_is_named_and_not_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    calls = [other.reason for other in shardkit.open(FIXTURES / "good" / name).others if other.kind is OtherKind.CALL]
+    calls = [
+        other.reason
+        for other in shardkit.open(FIXTURES / "good" / name).others
+        if other.kind is OtherKind.CALL
+    ]
     assert calls
     assert len(calls) == len(set(calls))
     assert not list(tmp_path.iterdir())

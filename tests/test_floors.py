@@ -1,7 +1,9 @@
-"""The packages of shardkit, from the ground up: which may import which, and where the outside world comes in.
+"""The packages of shardkit, from the ground up: which may import which, and where the outside world
+comes in.
 
-A module imports only from packages that stand before its own, or from modules that stand before it in its own package, so that
-no circle is possible. CONTRIBUTING shows both lists as the map of the project.
+A module imports only from packages that stand before its own, or from modules that stand before it
+in its own package, so that no circle is possible. CONTRIBUTING shows both lists as the map of the
+project.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def module_at(package: str, name: str) -> str:
 
 
 def in_order() -> Iterator[tuple[str, str]]:
-    """Every module on the map with its package, from the ground up; a package itself stands before its modules."""
+    """Every module on the map with its package, from the ground up; a package itself stands before
+    its modules.
+    """
     for package, names in listed("the packages of shardkit"):
         if package == "load":
             for part, inside in listed("the packages of shardkit.load"):
@@ -54,13 +58,17 @@ def in_order() -> Iterator[tuple[str, str]]:
             yield from ((package, name if top else module_at(package, name)) for name in names)
 
 
-# What comes from outside the standard library or prints, and the only places that may know it: modules or packages.
+# What comes from outside the standard library or prints, and the only places that may know it:
+# modules or packages.
 ONLY_IN = {
     "torch": ("payloads.cast", "load"),
     "transformers": ("load.libraries",),
     "diffusers": ("load.libraries",),
     "huggingface_hub": ("load.libraries.model_folder",),
-    "numpy": ("payloads.gather", "checkpoint.entries"),  # entries: TensorEntry.numpy, which is asked for by name
+    "numpy": (
+        "payloads.gather",
+        "checkpoint.entries",
+    ),  # entries: TensorEntry.numpy, which is asked for by name
     "zstandard": ("codecs.zstd",),
     "safetensors": ("writing.reference_check",),
     "xxhash": ("payloads.digests",),
@@ -68,14 +76,26 @@ ONLY_IN = {
     "tqdm": ("system.progress",),
     "importlib.metadata": ("sources.registry", "cli"),  # cli: the version
 }
-FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "base", "manager", "misc"}
+FORBIDDEN_NAMES = {
+    "utils",
+    "util",
+    "helpers",
+    "helper",
+    "common",
+    "core",
+    "base",
+    "manager",
+    "misc",
+}
 
-MAP = dict((module, package) for package, module in in_order())
+MAP = {module: package for package, module in in_order()}
 HEIGHT = {module: height for height, module in enumerate(MAP)}
 
 
 def module_name(path: Path) -> str:
-    """'formats.torch_zip' for shardkit/formats/torch_zip.py, 'formats' for its package, '__init__' for shardkit's own."""
+    """'formats.torch_zip' for shardkit/formats/torch_zip.py, 'formats' for its package, '__init__'
+    for shardkit's own.
+    """
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
@@ -123,12 +143,18 @@ def test_the_map_shows_every_module_once() -> None:
 def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
     for name in imported(tree_of(module)):
         if name.split(".")[0] == "shardkit" and not is_bare_package(there := own_module(name)):
-            assert HEIGHT[there] < HEIGHT[module] or there == module, f"{module} imports {name} from above"
+            assert HEIGHT[there] < HEIGHT[module] or there == module, (
+                f"{module} imports {name} from above"
+            )
 
 
 def test_no_package_is_crowded() -> None:
     folders = {path.parent for path in MODULES.values()}
-    crowded = {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py"))) - 1) > MOST}
+    crowded = {
+        str(folder): count
+        for folder in folders
+        if (count := len(list(folder.glob("*.py"))) - 1) > MOST
+    }
     assert not crowded
 
 
@@ -142,7 +168,9 @@ def test_every_step_of_the_main_paths_exists() -> None:
         found: ast.AST | None = tree_of(module)
         for part in inside.split(".") if inside else ():
             assert found is not None
-            found = next((n for n in ast.iter_child_nodes(found) if getattr(n, "name", None) == part), None)
+            found = next(
+                (n for n in ast.iter_child_nodes(found) if getattr(n, "name", None) == part), None
+            )
         assert found is not None, f"{step} is not there"
 
 
@@ -154,7 +182,9 @@ def test_the_outside_world_comes_in_where_the_table_says(module: str) -> None:
         outside = next((known for known in ONLY_IN if f"{name}.".startswith(f"{known}.")), None)
         rooms = ONLY_IN[outside] if outside else ()
         allowed = any(f"{module}.".startswith(f"{room}.") for room in rooms)
-        assert allowed or (outside is None and name.split(".")[0] in sys.stdlib_module_names), f"{module} imports {name}"
+        assert allowed or (outside is None and name.split(".")[0] in sys.stdlib_module_names), (
+            f"{module} imports {name}"
+        )
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] != "cli"])
@@ -170,4 +200,6 @@ def test_a_module_has_a_name_that_says_something(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_opens_with_a_sentence(module: str) -> None:
-    assert (ast.get_docstring(tree_of(module)) or "").strip(), f"{module} does not say what it is for"
+    assert (ast.get_docstring(tree_of(module)) or "").strip(), (
+        f"{module} does not say what it is for"
+    )

@@ -1,4 +1,6 @@
-"""The fuzzers keep their own law on what they begin with; `make fuzz` goes on from there, guided by what is reached."""
+"""The fuzzers keep their own law on what they begin with; `make fuzz` goes on from there, guided by
+what is reached.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ CHANGES = 12
 
 
 @pytest.mark.parametrize("parser", PARSERS.values(), ids=PARSERS)
-def test_what_a_fuzzer_begins_with_is_read_or_refused_with_a_sentence(parser: Parser, tmp_path: Path) -> None:
+def test_what_a_fuzzer_begins_with_is_read_or_refused_with_a_sentence(
+    parser: Parser, tmp_path: Path
+) -> None:
     seeds = list(parser.seeds())
     assert seeds
     for seed in seeds:

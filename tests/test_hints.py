@@ -1,4 +1,6 @@
-"""What an error advises: in the words of the place it is read in, at the end of a traceback, and never twice."""
+"""What an error advises: in the words of the place it is read in, at the end of a traceback, and
+never twice.
+"""
 
 from __future__ import annotations
 
@@ -160,14 +162,30 @@ def test_a_foreign_name_in_a_hint_obeys_no_terminal() -> None:
 
 
 ADVISED_BY_DEFAULT = ("Malformed", "LimitExceeded", "UnknownTensor")
-TREE = {name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, ShardkitError)}
+TREE = {
+    name
+    for name, each in vars(errors).items()
+    if isinstance(each, type) and issubclass(each, ShardkitError)
+}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "shardkit").rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "shardkit").rglob("*.py")), ids=lambda path: path.stem
+)
 def test_no_error_ends_in_nothing_to_do(path: Path) -> None:
-    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    made = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in TREE - set(ADVISED_BY_DEFAULT)]
-    assert not [call.lineno for call in made if not any(keyword.arg == "hint" for keyword in call.keywords)]
+    calls = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    )
+    made = [
+        call
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in TREE - set(ADVISED_BY_DEFAULT)
+    ]
+    assert not [
+        call.lineno for call in made if not any(keyword.arg == "hint" for keyword in call.keywords)
+    ]
 
 
 def _hints(path: Path) -> list[tuple[int, str]]:

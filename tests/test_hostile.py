@@ -1,4 +1,6 @@
-"""Bad input: nothing but a ShardkitError comes out, soon, in bounded memory; nothing is run, and no output is left."""
+"""Bad input: nothing but a ShardkitError comes out, soon, in bounded memory; nothing is run, and no
+output is left.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ CUT = [
     "compressed-safetensors.safetensors.zst",
 ]
 
-# The command line under a watchdog: a limit of memory and of processor time, so that a bomb ends as a failed test.
+# The command line under a watchdog: a limit of memory and of processor time, so that a bomb ends as
+# a failed test.
 WATCHED = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
@@ -62,7 +65,9 @@ def command_line(*arguments: str | Path, room: Path) -> subprocess.CompletedProc
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WATCHED, *arguments]
     # SECONDS are of the processor, which a busy machine gives later.
-    return subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=9 * SECONDS)
+    return subprocess.run(
+        command, cwd=room, env=environment, capture_output=True, text=True, timeout=9 * SECONDS
+    )
 
 
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.name)
@@ -93,14 +98,18 @@ def test_the_command_line_refuses_it_in_bounded_time_and_memory(path: Path, tmp_
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes and devices")
-@pytest.mark.parametrize(("shard", "kind"), [("pipe", "a pipe"), ("zero", "a device"), ("random", "a device")])
+@pytest.mark.parametrize(
+    ("shard", "kind"), [("pipe", "a pipe"), ("zero", "a device"), ("random", "a device")]
+)
 def test_a_shard_that_is_no_file_is_not_waited_for(shard: str, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     os.mkfifo(folder / "pipe")
     for device in ("zero", "random"):
         (folder / device).symlink_to(f"/dev/{device}")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": shard}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"weight": shard}})
+    )
     done = command_line("convert", folder, "-o", "out", room=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{shard}: is {kind}, and only files and folders can be read" in done.stderr

@@ -1,4 +1,6 @@
-"""Memory grows with the number of tensors, by little for each: the peaks of whole processes on two checkpoints of many."""
+"""Memory grows with the number of tensors, by little for each: the peaks of whole processes on two
+checkpoints of many.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ import shardkit
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 
 FEW, MANY = 5_000, 25_000
-INSPECT = "list(shardkit.cli.output.inspect_text.portrait(pathlib.Path(sys.argv[1]), shardkit.open(sys.argv[1]), everything=False))"
+INSPECT = (
+    "list(shardkit.cli.output.inspect_text.portrait(pathlib.Path(sys.argv[1]), "
+    "shardkit.open(sys.argv[1]), everything=False))"
+)
 
 PROGRAM = """
 import pathlib, sys, shardkit
@@ -29,7 +34,9 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
     for count in (FEW, MANY):
-        state = {f"layers.{number}.weight": torch.full((4,), float(number)) for number in range(count)}
+        state = {
+            f"layers.{number}.weight": torch.full((4,), float(number)) for number in range(count)
+        }
         torch.save(state, folder / f"{count}.bin")
         shardkit.convert(folder / f"{count}.bin", folder / f"{count}", sync=False)
     return folder
@@ -45,7 +52,8 @@ def peak(statement: str, folder: Path, count: int, out: Path) -> int:
     ("statement", "most"),
     [
         ("shardkit.open(sys.argv[1])", 1000),
-        # Of 160,000 these two take less than 1000: then what the C library keeps of freed blocks counts for less.
+        # Of 160,000 these two take less than 1000: then what the C library keeps of freed blocks
+        # counts for less.
         (INSPECT, 1200),
         ("shardkit.open(sys.argv[2])", 800),
         ("shardkit.verify(sys.argv[2], sys.argv[1])", 1200),
@@ -54,6 +62,8 @@ def peak(statement: str, folder: Path, count: int, out: Path) -> int:
     ],
     ids=["open", "inspect", "open safetensors", "verify", "convert"],
 )
-def test_a_tensor_more_takes_little_memory_more(statement: str, most: int, folder: Path, tmp_path: Path) -> None:
+def test_a_tensor_more_takes_little_memory_more(
+    statement: str, most: int, folder: Path, tmp_path: Path
+) -> None:
     few, many = (peak(statement, folder, count, tmp_path) for count in (FEW, MANY))
     assert (many - few) / (MANY - FEW) < most

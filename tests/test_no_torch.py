@@ -15,7 +15,8 @@ from repository import ROOT
 
 FIXTURE = ROOT / "fixtures" / "good" / "zip-training.pt"
 
-# What a library user does, in a fresh interpreter; it prints which of the names in its second argument were imported.
+# What a library user does, in a fresh interpreter; it prints which of the names in its second
+# argument were imported.
 WORK = """
 import json, sys
 from pathlib import Path
@@ -39,10 +40,14 @@ sys.exit(main())
 """
 
 
-def python(*arguments: str | Path, interpreter: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str | Path, interpreter: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
     path = {"PYTHONPATH": str(ROOT)} if interpreter == sys.executable else {}
-    return subprocess.run([interpreter, *arguments], capture_output=True, text=True, env=environment | path)
+    return subprocess.run(
+        [interpreter, *arguments], capture_output=True, text=True, env=environment | path
+    )
 
 
 def test_opening_converting_and_verifying_import_no_torch(tmp_path: Path) -> None:
@@ -52,11 +57,16 @@ def test_opening_converting_and_verifying_import_no_torch(tmp_path: Path) -> Non
 
 
 def test_importing_shardkit_imports_almost_nothing() -> None:
-    done = python("-c", "import sys, shardkit; print(sorted(m for m in sys.modules if m.startswith('shardkit')))")
+    done = python(
+        "-c",
+        "import sys, shardkit; print(sorted(m for m in sys.modules if m.startswith('shardkit')))",
+    )
     assert done.stdout == "['shardkit']\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["convert", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["convert", "--help"], ["--version"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = python("-c", COMMAND_LINE, *arguments)
     assert done.returncode in (0, 2), done.stderr
@@ -77,7 +87,11 @@ def test_the_commands_import_no_torch(command: str, tmp_path: Path) -> None:
     assert "torch" not in json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("compress", "imported"), [((), True), (("--compress", "zstd"), False)], ids=["plain", "compressed"])
+@pytest.mark.parametrize(
+    ("compress", "imported"),
+    [((), True), (("--compress", "zstd"), False)],
+    ids=["plain", "compressed"],
+)
 def test_the_reference_reader_is_imported_where_it_reads_what_is_written(
     compress: tuple[str, ...], imported: bool, tmp_path: Path
 ) -> None:
@@ -106,7 +120,9 @@ def install(interpreter: Path, *arguments: str) -> None:
 @pytest.mark.network
 def test_the_library_works_with_nothing_else_installed(bare: Path, tmp_path: Path) -> None:
     assert python("-c", "import torch", interpreter=bare).returncode == 1
-    done = python("-c", WORK, FIXTURE, "torch,numpy,zstandard,safetensors,click", tmp_path, interpreter=bare)
+    done = python(
+        "-c", WORK, FIXTURE, "torch,numpy,zstandard,safetensors,click", tmp_path, interpreter=bare
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
 

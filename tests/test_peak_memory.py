@@ -1,4 +1,6 @@
-"""Memory does not grow with the file or its largest tensor: the peak of whole processes, on files larger than the bound."""
+"""Memory does not grow with the file or its largest tensor: the peak of whole processes, on files
+larger than the bound.
+"""
 
 import subprocess
 import sys
@@ -26,7 +28,9 @@ def legacy(tensors: dict[str, torch.Tensor], path: Path) -> None:
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.fixture(scope="module", params=[torch.save, legacy, save_file], ids=["zip", "legacy", "safetensors"])
+@pytest.fixture(
+    scope="module", params=[torch.save, legacy, save_file], ids=["zip", "legacy", "safetensors"]
+)
 def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "large"
     save: Callable[[dict[str, torch.Tensor], Path], None] = request.param
@@ -51,11 +55,16 @@ def peak(statement: str, *arguments: Path) -> int:
     ],
     ids=["open", "convert", "compress", "offload-prep", "verify"],
 )
-def test_a_tensor_larger_than_the_bound_passes_through_it(large: Path, tmp_path: Path, statement: str) -> None:
+def test_a_tensor_larger_than_the_bound_passes_through_it(
+    large: Path, tmp_path: Path, statement: str
+) -> None:
     assert peak(statement, large, tmp_path / "out") < BOUND
 
 
 def test_a_view_is_gathered_in_bounded_memory(tmp_path: Path) -> None:
-    torch.save({"turned": torch.zeros(8192, ELEMENTS // 8192, dtype=torch.bfloat16).t()}, tmp_path / "turned.pt")
+    torch.save(
+        {"turned": torch.zeros(8192, ELEMENTS // 8192, dtype=torch.bfloat16).t()},
+        tmp_path / "turned.pt",
+    )
     statement = "shardkit.convert(sys.argv[1], sys.argv[2], sync=False)"
     assert peak(statement, tmp_path / "turned.pt", tmp_path / "out") < 2 * BOUND

@@ -1,4 +1,6 @@
-"""Plugins as they are installed, seen from outside: what is broken shows in `shardkit formats` and stops nobody."""
+"""Plugins as they are installed, seen from outside: what is broken shows in `shardkit formats` and
+stops nobody.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ def sniff(source): return source.head.startswith(b"TOY!")
 def scan(source): return Checkpoint((TensorEntry(("{name}",), BY_CODE["U8"], (4,), source.payload(0, 4)),))
 FORMAT = Format(name="{name}", suffixes=(".toy",), sniff=sniff, scan=scan)
 """
-CODEC = "from shardkit.plugin import Codec\nFORMAT = Codec('{name}', '.ty', lambda head: {verdict}, lambda pieces: iter(()))"
+CODEC = (
+    "from shardkit.plugin import Codec\nFORMAT = Codec('{name}', '.ty', lambda head: "
+    "{verdict}, lambda pieces: iter(()))"
+)
 
 # Name of the plugin: its group, its module and what is said of it.
 BROKEN = {
@@ -36,11 +41,18 @@ BROKEN = {
         "version 0 of the plugin contract",
     ),
     "missing-codec": ("codecs", "import nowhere_to_be_found", "ModuleNotFoundError"),
-    "mistyped-codec": ("codecs", TOY.format(name="mistyped-codec"), "must be a Codec, found a Format"),
+    "mistyped-codec": (
+        "codecs",
+        TOY.format(name="mistyped-codec"),
+        "must be a Codec, found a Format",
+    ),
 }
 # These load, and fail when they are asked about a file.
 FAILING = {
-    "raising": ("formats", TOY.format(name="raising").replace('source.head.startswith(b"TOY!")', "source.nowhere")),
+    "raising": (
+        "formats",
+        TOY.format(name="raising").replace('source.head.startswith(b"TOY!")', "source.nowhere"),
+    ),
     "raising-codec": ("codecs", CODEC.format(name="raising-codec", verdict="head[5000]")),
 }
 
@@ -62,14 +74,18 @@ def install_npz(site: Path) -> None:
     info = site / "shardkit_npz-1.2.dist-info"
     shutil.copytree(NPZ / "src", site, dirs_exist_ok=True)
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1.2\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1.2\n"
+    )
     (info / "entry_points.txt").write_text(
         "[shardkit.formats]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
     )
 
 
 def hide_npz(site: Path) -> None:
-    """A distribution of the same name that brings nothing stands before the one that may be installed."""
+    """A distribution of the same name that brings nothing stands before the one that may be
+    installed.
+    """
     info = site / "shardkit_npz-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shardkit-npz\nVersion: 0\n")
@@ -78,7 +94,9 @@ def hide_npz(site: Path) -> None:
 def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=site, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=site, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
 
 
 def shardkit(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -113,9 +131,22 @@ def test_broken_plugins_are_listed_for_machines_too(site: Path) -> None:
     assert {name for name, error in errors.items() if error} == set(BROKEN)
 
 
-@pytest.mark.parametrize("name", ["safetensors-matrix.safetensors", "zip-shared.pt", "compressed-zip.pt.zst"])
-def test_broken_plugins_do_not_stand_in_the_way_of_other_files(name: str, site: Path, tmp_path: Path) -> None:
-    done = shardkit(site, "convert", str(FIXTURES / "good" / name), "-o", str(tmp_path / "out"), "--root", ".", "-q")
+@pytest.mark.parametrize(
+    "name", ["safetensors-matrix.safetensors", "zip-shared.pt", "compressed-zip.pt.zst"]
+)
+def test_broken_plugins_do_not_stand_in_the_way_of_other_files(
+    name: str, site: Path, tmp_path: Path
+) -> None:
+    done = shardkit(
+        site,
+        "convert",
+        str(FIXTURES / "good" / name),
+        "-o",
+        str(tmp_path / "out"),
+        "--root",
+        ".",
+        "-q",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -129,8 +160,12 @@ def test_what_a_broken_plugin_might_have_known_is_said(site: Path, tmp_path: Pat
         assert name in done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name, (group, *_) in BROKEN.items() if group == "formats"])
-def test_a_broken_plugin_that_is_asked_for_is_named_with_its_reason(name: str, site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name, (group, *_) in BROKEN.items() if group == "formats"]
+)
+def test_a_broken_plugin_that_is_asked_for_is_named_with_its_reason(
+    name: str, site: Path, tmp_path: Path
+) -> None:
     (tmp_path / "x.bin").write_bytes(b"TOY!" * 9)
     done = shardkit(site, "inspect", str(tmp_path / "x.bin"), "--format", name)
     assert done.returncode == 1
@@ -175,7 +210,9 @@ def test_with_shardkit_npz_installed_every_fixture_is_what_it_was(tmp_path: Path
     hide_npz(tmp_path / "without")
     runs = [python(tmp_path / site, "-c", OPEN_ALL, str(FIXTURES)) for site in ("with", "without")]
     assert [done.stderr for done in runs] == ["", ""]
-    (names_with, verdicts_with), (names_without, verdicts_without) = (json.loads(done.stdout) for done in runs)
+    (names_with, verdicts_with), (names_without, verdicts_without) = (
+        json.loads(done.stdout) for done in runs
+    )
     assert set(names_with) - set(names_without) == {"npy", "npz"}
     assert verdicts_with == verdicts_without
     assert len(verdicts_with) > 50
@@ -184,7 +221,11 @@ def test_with_shardkit_npz_installed_every_fixture_is_what_it_was(tmp_path: Path
 def test_npz_goes_through_every_command(tmp_path: Path) -> None:
     site = tmp_path / "site"
     install_npz(site)
-    source, archive, shards = FIXTURES / "good" / "zip-shared.pt", tmp_path / "x.npz", tmp_path / "shards"
+    source, archive, shards = (
+        FIXTURES / "good" / "zip-shared.pt",
+        tmp_path / "x.npz",
+        tmp_path / "shards",
+    )
     for command in (
         ("convert", str(source), "-o", str(archive), "--root", ".", "--dtype", "fp32", "-q"),
         ("inspect", str(archive)),

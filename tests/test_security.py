@@ -37,4 +37,6 @@ def test_a_promise_names_tests_that_there_are(promise: str) -> None:
         elif name["folder"]:
             assert list(ROOT.glob(name["folder"])), name["folder"]
         else:
-            assert f"\ndef {name['test']}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name[0]
+            assert f"\ndef {name['test']}(" in (ROOT / "tests" / file).read_text(
+                encoding="utf-8"
+            ), name[0]

@@ -1,4 +1,6 @@
-"""The page "Write a format" is true: what it shows is written, installed and run as a reader would."""
+"""The page "Write a format" is true: what it shows is written, installed and run as a reader
+would.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Block:
 
 
 def blocks() -> Iterator[Block]:
-    for match in re.finditer(r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for match in re.finditer(
+        r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
         yield Block(match[1], match[2], match[3])
 
 
@@ -39,7 +43,9 @@ STEPS = [block for block in blocks() if not block.label]
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plugin of the page in it, as good as installed, where each step finds what the one before left."""
+    """A folder with the plugin of the page in it, as good as installed, where each step finds what
+    the one before left.
+    """
     room = tmp_path_factory.mktemp("room")
     for name, text in FILES.items():
         (room / name).parent.mkdir(exist_ok=True)
@@ -49,22 +55,34 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(room: Path) -> None:
-    """What pip leaves in site-packages; and shardkit-npz, where it is installed, gives way, as the page asks for."""
+    """What pip leaves in site-packages; and shardkit-npz, where it is installed, gives way, as the
+    page asks for.
+    """
     project = tomllib.loads(FILES["shardkit-npy-small/pyproject.toml"])["project"]
     site = room / "site"
-    lines = [f"[{group}]\n{name} = {value}" for group, those in project["entry-points"].items() for name, value in those.items()]
+    lines = [
+        f"[{group}]\n{name} = {value}"
+        for group, those in project["entry-points"].items()
+        for name, value in those.items()
+    ]
     for name, entry_points in ((project["name"], "\n".join(lines)), ("shardkit-npz", "")):
         info = site / f"{name.replace('-', '_')}-{project['version']}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {project['version']}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {project['version']}\n"
+        )
         (info / "entry_points.txt").write_text(entry_points)
     for source in (room / "shardkit-npy-small").glob("shardkit_*.py"):
         shutil.copy(source, site)
 
 
 def run(room: Path, command: list[str]) -> str:
-    path = os.pathsep.join([str(room / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, cwd=room, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    path = os.pathsep.join(
+        [str(room / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    done = subprocess.run(
+        command, cwd=room, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -1,8 +1,10 @@
-"""Which device each block goes to: accelerators first, then the CPU, then the disk. Pure, and of sizes alone.
+"""Which device each block goes to: accelerators first, then the CPU, then the disk. Pure, and of
+sizes alone.
 
-Blocks are taken in order, each onto the first device from the current one on that has room for it; a device that was left is not
-returned to. The device that runs what lies on CPU and disk, which is the first accelerator, and the CPU as long as something
-may land on disk, keep room for the largest block that is yet to come.
+Blocks are taken in order, each onto the first device from the current one on that has room for it;
+a device that was left is not returned to. The device that runs what lies on CPU and disk, which is
+the first accelerator, and the CPU as long as something may land on disk, keep room for the largest
+block that is yet to come.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Fit:
         homes: the device of each block, in their order.
         budgets: what each device may hold; the disk is not among them.
         used: bytes of blocks on each device, the disk with them.
-        brought: for each device that blocks are brought to, to be run or on their way, the largest of these.
+        brought: for each device that blocks are brought to, to be run or on their way, the largest
+            of these.
         sizes: bytes of each block.
     """
 
@@ -40,8 +43,12 @@ class Fit:
 
     @property
     def lacking(self) -> dict[str, int]:
-        """For each device that has no room for the largest block that is brought there, the bytes that are missing."""
-        missing = {device: self.sizes[block] - self.left[device] for device, block in self.brought.items()}
+        """For each device that has no room for the largest block that is brought there, the bytes
+        that are missing.
+        """
+        missing = {
+            device: self.sizes[block] - self.left[device] for device, block in self.brought.items()
+        }
         return {device: nbytes for device, nbytes in missing.items() if nbytes > 0}
 
 
@@ -50,13 +57,16 @@ def fit(sizes: Mapping[str, int], budgets: Mapping[str, int]) -> Fit:
 
     Args:
         sizes: bytes of the blocks by name, in the order in which they are run.
-        budgets: bytes that each device may hold, in the order in which they are filled: accelerators, then "cpu".
+        budgets: bytes that each device may hold, in the order in which they are filled:
+            accelerators, then "cpu".
     """
     keepers = _keepers(budgets)
     devices = [*budgets, DISK]
     used = dict.fromkeys(devices, 0)
     homes: dict[str, str] = {}
-    for (name, nbytes), reserve in zip(sizes.items(), _largest_after(tuple(sizes.values())), strict=True):
+    for (name, nbytes), reserve in zip(
+        sizes.items(), _largest_after(tuple(sizes.values())), strict=True
+    ):
         while devices[0] != DISK:
             kept = reserve if devices[0] in keepers else 0
             if used[devices[0]] + nbytes + kept <= budgets[devices[0]]:
@@ -78,7 +88,9 @@ def _largest_after(sizes: Sequence[int]) -> list[int]:
     return list(accumulate(reversed(sizes[1:]), max, initial=0))[::-1] if sizes else []
 
 
-def _brought(homes: Mapping[str, str], sizes: Mapping[str, int], keepers: Sequence[str]) -> Iterable[tuple[str, str]]:
+def _brought(
+    homes: Mapping[str, str], sizes: Mapping[str, int], keepers: Sequence[str]
+) -> Iterable[tuple[str, str]]:
     for device in keepers:
         below = (DISK,) if device == CPU else (CPU, DISK)
         coming = [name for name, home in homes.items() if home in below]

@@ -1,4 +1,6 @@
-"""What the user wants changed: root, select, rename, cast_to, fold_ties; entries in, entries out, in that order."""
+"""What the user wants changed: root, select, rename, cast_to, fold_ties; entries in, entries out,
+in that order.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from shardkit.checkpoint.model_root import Rooted, select_root
 from shardkit.checkpoint.quantised_scales import decoding
 from shardkit.checkpoint.tie_records import LISTING
 from shardkit.dtypes import DType, parse_dtype
-from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable, listed, several, shown, shown_path
+from shardkit.errors import (
+    NameClash,
+    NothingSelected,
+    PlanError,
+    Unwritable,
+    listed,
+    several,
+    shown,
+    shown_path,
+)
 from shardkit.hints import Hint, excluding, option, renaming
 from shardkit.payloads.cast import Cast
 
@@ -27,9 +38,11 @@ class Edits:
 
     Attributes:
         root: dotted path of the subtree to take; "." for everything; None to find the model.
-        include: globs of names below the root; where there are any, only what matches one of them is taken. ``*`` crosses dots.
+        include: globs of names below the root; where there are any, only what matches one of them
+            is taken. ``*`` crosses dots.
         exclude: globs of names below the root to leave out.
-        rename: pairs of a regular expression and what replaces every match of it, applied in order to every name.
+        rename: pairs of a regular expression and what replaces every match of it, applied in order
+            to every name.
         dtype: what floating-point tensors are cast to; None to keep each as it is.
         ties: write a tied weight once and record its other names, or write a copy under each.
 
@@ -47,11 +60,16 @@ class Edits:
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
             known = ", ".join(map(shown, get_args(Ties)))
-            raise PlanError(f"ties is {shown(self.ties)}, and must be one of {known}", hint="give one of them")
+            raise PlanError(
+                f"ties is {shown(self.ties)}, and must be one of {known}", hint="give one of them"
+            )
         for rule in self.rename:
             if not _is_rule(rule):
                 raise PlanError(
-                    f"a rename is {shown(rule)}, and must be a pair: a regular expression, and what replaces it",
+                    (
+                        f"a rename is {shown(rule)}, and must be a pair: a regular expression, and "
+                        "what replaces it"
+                    ),
                     hint=("write it as in ", renaming("^module\\.", "")),
                 )
 
@@ -66,13 +84,18 @@ class Edits:
         dtype: str | None,
         ties: Ties,
     ) -> Edits:
-        """What a caller of the library asks for in plain words; a glob that stands alone is one, and not a glob for each letter.
+        """What a caller of the library asks for in plain words; a glob that stands alone is one,
+        and not a glob for each letter.
 
         Raises:
             PlanError: it makes no sense.
         """
-        included, excluded = ((globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude))
-        return cls(root, included, excluded, tuple(rename), parse_dtype(dtype) if dtype else None, ties)
+        included, excluded = (
+            (globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude)
+        )
+        return cls(
+            root, included, excluded, tuple(rename), parse_dtype(dtype) if dtype else None, ties
+        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,26 +139,36 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     if idle := _idle(edits.include, names):
         raise NothingSelected(f"include {_matches_none(idle[0], names)}", hint=_SHOWS)
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
-    _refuse_undense([other for other in rooted.others if other.is_weight and wanted.takes(other.name)])
+    _refuse_undense(
+        [other for other in rooted.others if other.is_weight and wanted.takes(other.name)]
+    )
     if not entries:
         raise NothingSelected(_why_nothing(checkpoint, rooted, edits.root), hint=_SHOWS)
     renamed = _renamed(entries, edits.rename)
     _refuse_clashes(renamed, entries)
     entries = renamed
-    # What is to be left out and is not there is left out: one list of globs may serve many checkpoints.
+    # What is to be left out and is not there is left out: one list of globs may serve many
+    # checkpoints.
     notes = tuple(f"exclude {_matches_none(glob, names)}" for glob in _idle(edits.exclude, names))
     if edits.dtype is not None:
         entries, more = cast_to(entries, edits.dtype)
         notes += more
-    kept, aliases = fold_ties(entries, {"format", LISTING, *checkpoint.metadata}) if edits.ties == "keep-first" else (entries, {})
+    kept, aliases = (
+        fold_ties(entries, {"format", LISTING, *checkpoint.metadata})
+        if edits.ties == "keep-first"
+        else (entries, {})
+    )
     return Edited(kept, aliases, (*checkpoint.left_out, *rooted.left_out), notes)
 
 
-def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
-    """*entries* with every float of 16 bits or more as *dtype*, and what there is to say about the others.
+def cast_to(
+    entries: Iterable[TensorEntry], dtype: DType
+) -> tuple[tuple[TensorEntry, ...], tuple[str, ...]]:
+    """*entries* with every float of 16 bits or more as *dtype*, and what there is to say about the
+    others.
 
-    Narrower floats are the codes of quantised weights. These, and the scales, zero points and tables that decode them or other
-    codes, stay as they are.
+    Narrower floats are the codes of quantised weights. These, and the scales, zero points and
+    tables that decode them or other codes, stay as they are.
     """
     entries = tuple(entries)
     narrow = sum(entry.dtype.kind == "float" and entry.dtype.bits < 16 for entry in entries)
@@ -143,10 +176,14 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
     notes: list[str] = []
     if narrow:
         floats = f"{several(narrow, 'tensor')} of 8-bit or narrower floats"
-        notes.append(f"not cast: {floats}, which are quantised, and their scales lie in other tensors")
+        notes.append(
+            f"not cast: {floats}, which are quantised, and their scales lie in other tensors"
+        )
     if kept:
         names = listed([shown(entry.name) for entry in entries if entry.name in kept], most=3)
-        tables = f"{several(len(kept), 'tensor')} of scales, zero points or tables of quantised weights"
+        tables = (
+            f"{several(len(kept), 'tensor')} of scales, zero points or tables of quantised weights"
+        )
         notes.append(f"not cast: {tables}: {names}")
     cast = tuple(entry if entry.name in kept else _cast(entry, dtype) for entry in entries)
     return cast, tuple(notes)
@@ -155,9 +192,11 @@ def cast_to(entries: Iterable[TensorEntry], dtype: DType) -> tuple[tuple[TensorE
 def fold_ties(
     entries: Iterable[TensorEntry], reserved: Container[str] = ("format", LISTING)
 ) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
-    """The entries whose bytes are not those of an earlier one, and for each other one its name to that earlier name.
+    """The entries whose bytes are not those of an earlier one, and for each other one its name to
+    that earlier name.
 
-    A name in *reserved* means something else in the metadata of the output: under it a tensor is written again.
+    A name in *reserved* means something else in the metadata of the output: under it a tensor is
+    written again.
     """
     first: dict[tuple[object, DType, tuple[int, ...]], str] = {}
     kept: list[TensorEntry] = []
@@ -188,7 +227,9 @@ class _Wanted:
         return cls(_any_of(edits.include), _any_of(edits.exclude))
 
     def takes(self, name: str) -> bool:
-        return (self.include is None or bool(self.include.match(name))) and not (self.exclude and self.exclude.match(name))
+        return (self.include is None or bool(self.include.match(name))) and not (
+            self.exclude and self.exclude.match(name)
+        )
 
 
 def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
@@ -198,7 +239,9 @@ def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
 def _refuse_undense(others: Sequence[Other]) -> None:
     if not others:
         return
-    found = listed([f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others])
+    found = listed(
+        [f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others]
+    )
     advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
     raise Unwritable(
         f"safetensors holds dense tensors only, and these are none: {found}",
@@ -207,15 +250,21 @@ def _refuse_undense(others: Sequence[Other]) -> None:
 
 
 _ADVICE = {
-    OtherKind.DISTRIBUTED: "save tensor.full_tensor() of each on all ranks where the model was trained",
+    OtherKind.DISTRIBUTED: (
+        "save tensor.full_tensor() of each on all ranks where the model was trained"
+    ),
     OtherKind.QUANTISED: "convert the model from before it was quantised",
-    OtherKind.UNKNOWN_TENSOR: "save model.state_dict() or save_pretrained() with the library that made the file",
+    OtherKind.UNKNOWN_TENSOR: (
+        "save model.state_dict() or save_pretrained() with the library that made the file"
+    ),
 }
 
 
 def _idle(globs: Iterable[str], names: Sequence[str]) -> list[str]:
     """Those of *globs* that match none of *names*."""
-    return [glob for glob in globs if names and not any(map(re.compile(translate(glob)).match, names))]
+    return [
+        glob for glob in globs if names and not any(map(re.compile(translate(glob)).match, names))
+    ]
 
 
 def _matches_none(pattern: str, names: Sequence[str]) -> str:
@@ -230,20 +279,33 @@ def _as_in(names: Iterable[str]) -> str:
 def _why_nothing(checkpoint: Checkpoint, rooted: Rooted, root: str | None) -> str:
     if not checkpoint.tensors:
         where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the source"
-        whole = next((other for other in checkpoint.others if not other.path and other.kind is OtherKind.OBJECT), None)
+        whole = next(
+            (
+                other
+                for other in checkpoint.others
+                if not other.path and other.kind is OtherKind.OBJECT
+            ),
+            None,
+        )
         only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
         return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
     if rooted.tensors:
         return f"include and exclude leave none of the {several(len(rooted.tensors), 'tensor')}"
     if root is not None:
-        return f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
+        return (
+            f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
+        )
     if not any(entry.nbytes for entry in checkpoint.tensors):
         return "; ".join(checkpoint.notes)  # which say that the file holds no values
     aside = listed([f"{shown(part.path)} ({part.reason})" for part in rooted.left_out])
-    return f"no model was found among the file's {several(len(checkpoint.tensors), 'tensor')}: {aside}"
+    return (
+        f"no model was found among the file's {several(len(checkpoint.tensors), 'tensor')}: {aside}"
+    )
 
 
-def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]) -> tuple[TensorEntry, ...]:
+def _renamed(
+    entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]]
+) -> tuple[TensorEntry, ...]:
     for pattern, replacement in rules:
         try:
             compiled = re.compile(pattern)
@@ -264,7 +326,9 @@ def _renamed(entries: tuple[TensorEntry, ...], rules: Iterable[tuple[str, str]])
 
 
 def _refuse_clashes(entries: Sequence[TensorEntry], before: Sequence[TensorEntry]) -> None:
-    """Raise NameClash if two of *entries* have one name; *before* has each as it was before it was renamed."""
+    """Raise NameClash if two of *entries* have one name; *before* has each as it was before it was
+    renamed.
+    """
     seen: dict[str, TensorEntry] = {}
     for entry, old in zip(entries, before, strict=True):
         first = seen.setdefault(entry.name, old)
@@ -272,11 +336,15 @@ def _refuse_clashes(entries: Sequence[TensorEntry], before: Sequence[TensorEntry
             continue
         if first.name != old.name:
             both = f"{shown(first.name)} and {shown(old.name)}"
-            raise NameClash(f"rename gives {both} the same name, {shown(entry.name)}", hint=_RENAMED)
+            raise NameClash(
+                f"rename gives {both} the same name, {shown(entry.name)}", hint=_RENAMED
+            )
         raise clash(first, old)
 
 
-def clash(first: TensorEntry, second: TensorEntry, where: str = "", *, hint: Hint | None = None) -> NameClash:
+def clash(
+    first: TensorEntry, second: TensorEntry, where: str = "", *, hint: Hint | None = None
+) -> NameClash:
     """The error that says that two tensors of *where* have one dotted name."""
     paths = (" → ".join(shown(step) for step in each.path) for each in (first, second))
     message = f"two tensors would be called {shown(first.name)}: {', and '.join(paths)}"
@@ -284,8 +352,18 @@ def clash(first: TensorEntry, second: TensorEntry, where: str = "", *, hint: Hin
 
 
 _SHOWS = "run `shardkit inspect` to see what the file holds"
-_RENAMED: Hint = ("change ", option("rename"), " so that names stay unique, or leave one of them out with ", option("exclude"))
-_APART: Hint = ("take what is below one of them with ", option("root"), ", or leave both out with ", option("exclude"))
+_RENAMED: Hint = (
+    "change ",
+    option("rename"),
+    " so that names stay unique, or leave one of them out with ",
+    option("exclude"),
+)
+_APART: Hint = (
+    "take what is below one of them with ",
+    option("root"),
+    ", or leave both out with ",
+    option("exclude"),
+)
 
 
 def _cast(entry: TensorEntry, dtype: DType) -> TensorEntry:

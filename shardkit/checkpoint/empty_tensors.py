@@ -1,8 +1,10 @@
-"""Tensors without values, reported: the placeholders that DeepSpeed ZeRO-3 leaves, and files that hold nothing else.
+"""Tensors without values, reported: the placeholders that DeepSpeed ZeRO-3 leaves, and files that
+hold nothing else.
 
-With ZeRO-3 a rank has an empty tensor of shape [0] in the place of each weight that is partitioned. A state dict that was saved
-without gathering them looks complete and is not. A tensor with another axis ([0, 128]) is empty on purpose, and so may
-be one of shape [0] whose name is not that of a parameter, such as the `min_val` of an observer.
+With ZeRO-3 a rank has an empty tensor of shape [0] in the place of each weight that is partitioned.
+A state dict that was saved without gathering them looks complete and is not. A tensor with another
+axis ([0, 128]) is empty on purpose, and so may be one of shape [0] whose name is not that of a
+parameter, such as the `min_val` of an observer.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def _notes(entries: Sequence[TensorEntry]) -> Iterator[str]:
 
 
 _ZERO = (
-    "DeepSpeed ZeRO-3 leaves such placeholders for weights that were not gathered when the file was saved; "
+    "DeepSpeed ZeRO-3 leaves such placeholders for weights that were not gathered when the file "
+    "was saved; "
     "zero_to_fp32.py, in the folder of the DeepSpeed checkpoint, makes a complete file"
 )

@@ -43,7 +43,10 @@ class TensorEntry:
     def __post_init__(self) -> None:
         need = self.dtype.nbytes(self.shape)
         if self.payload.nbytes != need:
-            raise ValueError(f"{self.dtype.code} {list(self.shape)} needs {need} bytes, has {self.payload.nbytes}")
+            raise ValueError(
+                f"{self.dtype.code} {list(self.shape)} needs {need} bytes, has "
+                f"{self.payload.nbytes}"
+            )
 
     @property
     def name(self) -> str:
@@ -73,7 +76,8 @@ class TensorEntry:
         if code is None:
             raise BadDType(
                 f"{shown(self.name)}: NumPy has no type for {self.dtype.code}",
-                hint="take the bytes with .read(), a torch tensor from shardkit.load.tensors(path), or cast with "
+                hint="take the bytes with .read(), a torch tensor from "
+                "shardkit.load.tensors(path), or cast with "
                 "`shardkit convert --dtype fp32` first",
             )
         import numpy as np
@@ -81,7 +85,10 @@ class TensorEntry:
         return np.frombuffer(self.read(), np.dtype(code)).reshape(self.shape)
 
     def __repr__(self) -> str:
-        return f"TensorEntry({shown(self.name)}, {self.dtype.code} {list(self.shape)}, {format_size(self.nbytes)})"
+        return (
+            f"TensorEntry({shown(self.name)}, {self.dtype.code} {list(self.shape)}, "
+            f"{format_size(self.nbytes)})"
+        )
 
 
 # By what NumPy calls them; the bytes are little-endian on every machine.
@@ -161,7 +168,9 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file as it was when it was scanned, so that a change is noticed before the output is committed."""
+    """A file as it was when it was scanned, so that a change is noticed before the output is
+    committed.
+    """
 
     path: Path
     size: int
@@ -186,9 +195,9 @@ class SourceFile:
 class Checkpoint(Mapping[str, TensorEntry]):
     """Everything that a file, or a folder of shards, holds.
 
-    A checkpoint is a read-only `Mapping` from dotted names to `TensorEntry`. Where two paths give one name, the mapping has
-    the first of them; `tensors` has both. Two checkpoints are equal if all of their fields are; one and another mapping, if
-    their items are.
+    A checkpoint is a read-only `Mapping` from dotted names to `TensorEntry`. Where two paths give
+    one name, the mapping has the first of them; `tensors` has both. Two checkpoints are equal if
+    all of their fields are; one and another mapping, if their items are.
 
     >>> Checkpoint(())
     <Checkpoint: 0 tensors, 0 B>
@@ -236,15 +245,24 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Checkpoint):
-            return all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self))
+            return all(
+                getattr(self, each.name) == getattr(other, each.name) for each in fields(self)
+            )
         return self._by_name == other if isinstance(other, Mapping) else NotImplemented
 
     def __repr__(self) -> str:
         where = f" {shown_path(self.files[0].path)}" if self.files else ""
         where += f" and {len(self.files) - 1:,} more files" if len(self.files) > 1 else ""
-        count = f"{len(self.tensors):,} tensor{'s' * (len(self.tensors) != 1)}, {format_size(self.nbytes)}"
+        count = (
+            f"{len(self.tensors):,} tensor{'s' * (len(self.tensors) != 1)}, "
+            f"{format_size(self.nbytes)}"
+        )
         made = ", ".join(filter(None, (self.format, count)))
-        names = f": {listed([shown(name) for name in islice(self._by_name, 3)])}" if self._by_name else ""
+        names = (
+            f": {listed([shown(name) for name in islice(self._by_name, 3)])}"
+            if self._by_name
+            else ""
+        )
         return f"<Checkpoint{where}: {made}{names}{' …' if len(self._by_name) > 3 else ''}>"
 
     @cached_property

@@ -1,14 +1,19 @@
-"""Where in a nested checkpoint the model is, told by the shape of the tree, and by names only where several parts could be it.
+"""Where in a nested checkpoint the model is, told by the shape of the tree, and by names only where
+several parts could be it.
 
-1. Set aside: subtrees shaped like the state of an optimizer (`state` beside `param_groups`, as torch.optim.Optimizer.state_dict
-   makes them, or a partition of DeepSpeed ZeRO) or of a scheduler, and random-number states (one axis of unsigned integers).
-   Subtrees that hold nothing but scalars go with them where their name, or one beside it, is of a training run (`epoch`,
-   `loops`): a scalar that is called as parameters are, or that no such name is beside, is a weight. A file that has nothing
-   but what is set aside is refused.
-2. A node with tensors of its own is the model. Otherwise descend while exactly one child holds tensors.
-3. Lists (children that are all numbered) give way to a child with names: lists of tensors are optimizer slots and averages.
-4. Where one child has the name that training programs give to the model (`state_dict`, `model`), it is the model if all that
-   is beside it is settings, callbacks and the like. A moving average of the weights is none of these.
+1. Set aside: subtrees shaped like the state of an optimizer (`state` beside `param_groups`, as
+   torch.optim.Optimizer.state_dict makes them, or a partition of DeepSpeed ZeRO) or of a scheduler,
+   and random-number states (one axis of unsigned integers). Subtrees that hold nothing but scalars
+   go with them where their name, or one beside it, is of a training run (`epoch`, `loops`): a
+   scalar that is called as parameters are, or that no such name is beside, is a weight. A file that
+   has nothing but what is set aside is refused.
+2. A node with tensors of its own is the model. Otherwise descend while exactly one child holds
+   tensors.
+3. Lists (children that are all numbered) give way to a child with names: lists of tensors are
+   optimizer slots and averages.
+4. Where one child has the name that training programs give to the model (`state_dict`, `model`), it
+   is the model if all that is beside it is settings, callbacks and the like. A moving average of
+   the weights is none of these.
 5. What is left is ambiguous, and the person is asked.
 """
 
@@ -35,7 +40,9 @@ from shardkit.sizes import format_size
 
 @dataclass(frozen=True, slots=True)
 class Rooted:
-    """The part of a checkpoint that lies below the place *path*, with paths from there on, and what lies elsewhere."""
+    """The part of a checkpoint that lies below the place *path*, with paths from there on, and what
+    lies elsewhere.
+    """
 
     tensors: tuple[TensorEntry, ...]
     others: tuple[Other, ...]
@@ -52,12 +59,14 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
 
     Raises:
         AmbiguousRoot: several subtrees could be the model.
-        NothingSelected: *root* is not in the file, or there is no tensor, or the file holds the state of an optimizer, a
-            scheduler or a random-number generator, and no model.
+        NothingSelected: *root* is not in the file, or there is no tensor, or the file holds the
+            state of an optimizer, a scheduler or a random-number generator, and no model.
     """
     if root is None:
         _refuse_no_model(checkpoint, RANDOM if is_only_random(checkpoint) else "")
-    flat = all(len(entry.path) == 1 for entry in checkpoint.tensors) and not any(o.is_weight for o in checkpoint.others)
+    flat = all(len(entry.path) == 1 for entry in checkpoint.tensors) and not any(
+        o.is_weight for o in checkpoint.others
+    )
     if root == "." or (root is None and flat):
         return Rooted(checkpoint.tensors, checkpoint.others)
     tree = tree_of(checkpoint)
@@ -67,7 +76,9 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
     aside = _set_aside(node) if root is None else {}
     chosen = _Chosen(node.path, aside)
     left_out = tuple(_left_out(tree, node, aside))
-    return Rooted(chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, chosen.path)
+    return Rooted(
+        chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, chosen.path
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +90,17 @@ class _Chosen:
         depth = len(self.path)
         if not depth and not self.aside:
             return tuple(entries)
-        return tuple(TensorEntry(e.path[depth:], e.dtype, e.shape, e.payload) for e in entries if self._holds(e.path))
+        return tuple(
+            TensorEntry(e.path[depth:], e.dtype, e.shape, e.payload)
+            for e in entries
+            if self._holds(e.path)
+        )
 
     def others(self, others: Iterable[Other]) -> tuple[Other, ...]:
         depth = len(self.path)
-        return tuple(Other(o.path[depth:], o.kind, o.nbytes, o.reason) for o in others if self._holds(o.path))
+        return tuple(
+            Other(o.path[depth:], o.kind, o.nbytes, o.reason) for o in others if self._holds(o.path)
+        )
 
     def _holds(self, path: tuple[str, ...]) -> bool:
         depth = len(self.path)
@@ -107,7 +124,9 @@ def _find_model(tree: Node) -> Node:
 
 
 def _conventional(node: Node) -> Node | None:
-    """The one child of *node* that is called as models are, if nothing beside it could be a model too."""
+    """The one child of *node* that is called as models are, if nothing beside it could be a model
+    too.
+    """
     called = [node.children[name] for name in CONVENTIONAL if name in node.children]
     models = [child for child in called if child.children and child.why_aside is None]
     if len(models) != 1:
@@ -147,17 +166,23 @@ def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
         return
     where = shown_path(checkpoint.files[0].path) if checkpoint.files else "the file"
     model = (
-        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which DeepSpeed writes into the checkpoint "
+        "the *_model_states.pt files beside it hold the weights, and zero_to_fp32.py, which "
+        "DeepSpeed writes into the checkpoint "
         "folder, joins the partitions"
     )
     if PARTITION not in state:
-        model = "the model is probably in a file beside it, such as model.safetensors or pytorch_model.bin"
+        model = (
+            "the model is probably in a file beside it, such as model.safetensors or "
+            "pytorch_model.bin"
+        )
     hint = (f"{model}; to take it all the same, add ", option("root", "."))
     raise NothingSelected(f"{where}: holds {state}, and no model", hint=hint)
 
 
 def _set_aside(node: Node) -> dict[str, str]:
-    """The steps to the subtrees below the model's *node* that are no part of it, each with the reason."""
+    """The steps to the subtrees below the model's *node* that are no part of it, each with the
+    reason.
+    """
     subtrees = (child for child in node.children.values() if child.children and child.holds_weights)
     reasons = {child.step: reason for child in subtrees if (reason := child.why_aside)}
     return reasons if len(reasons) < len(node.children) else {}
@@ -181,7 +206,9 @@ def _named(tree: Node, root: str) -> Node:
 
 
 def _left_out(tree: Node, chosen: Node, aside: dict[str, str]) -> Iterator[LeftOut]:
-    """What is beside the way down to *chosen*, topmost places only, and what is set aside below it."""
+    """What is beside the way down to *chosen*, topmost places only, and what is set aside below
+    it.
+    """
     node = tree
     for step in chosen.path:
         for child in node.children.values():
@@ -193,7 +220,9 @@ def _left_out(tree: Node, chosen: Node, aside: dict[str, str]) -> Iterator[LeftO
 
 
 def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
-    found = listed([f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10)
+    found = listed(
+        [f"{shown(node.name)} ({format_size(node.nbytes)})" for node in candidates], most=10
+    )
     likeliest = _likeliest(candidates)
     averages = [node for node in candidates if is_average(node.step) and node is not likeliest]
     average: tuple[str | Option, ...] = ()

@@ -1,4 +1,6 @@
-"""The names of a checkpoint as a tree, and what can be told of each place from what lies at and below it."""
+"""The names of a checkpoint as a tree, and what can be told of each place from what lies at and
+below it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class Node:
         is_random: whether one of them is the state of a random-number generator.
         is_numbered: whether all names below are numbers.
         has_matrix: whether one of the weights has two axes or more, or is no dense tensor.
-        state_of: what all weights belong to if that is no model: an optimizer, a list of them, one beside its slots, or a
-            learning-rate scheduler; empty for anything else.
+        state_of: what all weights belong to if that is no model: an optimizer, a list of them, one
+            beside its slots, or a learning-rate scheduler; empty for anything else.
         in_training: whether something right below it is of a training run; None until asked.
     """
 
@@ -61,7 +63,9 @@ class Node:
         self.has_matrix |= any(child.has_matrix for child in bearing)
         self.is_incidental &= all(child.is_incidental for child in bearing)
         self.is_random |= any(child.is_random for child in bearing)
-        self.is_numbered = all(step.isdecimal() and child.is_numbered for step, child in self.children.items())
+        self.is_numbered = all(
+            step.isdecimal() and child.is_numbered for step, child in self.children.items()
+        )
         self.state_of = self._state_of(bearing)
 
     def _state_of(self, bearing: list[Node]) -> str:
@@ -77,8 +81,13 @@ class Node:
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether weights hang on this place by names of their own, and not just counters and the like."""
-        return any((child.tensors or child.undense) and child.why_aside is None for child in self.children.values())
+        """Whether weights hang on this place by names of their own, and not just counters and the
+        like.
+        """
+        return any(
+            (child.tensors or child.undense) and child.why_aside is None
+            for child in self.children.values()
+        )
 
     @property
     def why_aside(self) -> str | None:
@@ -97,20 +106,28 @@ class Node:
 
     @property
     def is_called_weight(self) -> bool:
-        """Whether it could be a parameter by its name, if it is a scalar; one of integers is a counter."""
-        return is_coefficient(self.step) and (not self.tensors or any(entry.dtype.kind == "float" for entry in self.tensors))
+        """Whether it could be a parameter by its name, if it is a scalar; one of integers is a
+        counter.
+        """
+        return is_coefficient(self.step) and (
+            not self.tensors or any(entry.dtype.kind == "float" for entry in self.tensors)
+        )
 
     @property
     def keeps_training(self) -> bool:
         """Whether something right below is of a training run, by its name or its shape."""
         if self.in_training is None:
             below = self.children.values()
-            self.in_training = any(child.state_of or child.is_random or is_progress(child.step) for child in below)
+            self.in_training = any(
+                child.state_of or child.is_random or is_progress(child.step) for child in below
+            )
         return self.in_training
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The steps from the root down to this place; not kept, since a tree may be 100,000 deep."""
+        """The steps from the root down to this place; not kept, since a tree may be 100,000
+        deep.
+        """
         steps: list[str] = []
         node = self
         while node.parent is not None:
@@ -128,7 +145,9 @@ class Node:
         total, stack = 0, [self]
         while stack:
             node = stack.pop()
-            total += sum(entry.nbytes for entry in node.tensors) + sum(other.nbytes for other in node.undense)
+            total += sum(entry.nbytes for entry in node.tensors) + sum(
+                other.nbytes for other in node.undense
+            )
             stack.extend(node.children.values())
         return total
 
@@ -148,14 +167,18 @@ def tree_of(checkpoint: Checkpoint) -> Node:
 
 
 def is_only_random(checkpoint: Checkpoint) -> bool:
-    """Whether the file holds the state of a random-number generator, and besides that nothing but scalars and the like."""
+    """Whether the file holds the state of a random-number generator, and besides that nothing but
+    scalars and the like.
+    """
     if any(other.is_weight for other in checkpoint.others):
         return False
     return all(map(_is_incidental, checkpoint.tensors)) and any(map(_is_random, checkpoint.tensors))
 
 
 def _place(nodes: list[Node], path: tuple[str, ...]) -> Node:
-    """The place at *path*; it and those above it are made, and added to *nodes*, where they are missing."""
+    """The place at *path*; it and those above it are made, and added to *nodes*, where they are
+    missing.
+    """
     node = nodes[0]
     for step in path:
         if step not in node.children:
@@ -166,8 +189,12 @@ def _place(nodes: list[Node], path: tuple[str, ...]) -> Node:
 
 
 def _is_incidental(entry: TensorEntry) -> bool:
-    """Whether it is a scalar, or what random-number states consist of: one axis of unsigned integers."""
-    return prod(entry.shape) <= 1 or (len(entry.shape) == 1 and entry.dtype.code in ("U8", "U32", "U64"))
+    """Whether it is a scalar, or what random-number states consist of: one axis of unsigned
+    integers.
+    """
+    return prod(entry.shape) <= 1 or (
+        len(entry.shape) == 1 and entry.dtype.code in ("U8", "U32", "U64")
+    )
 
 
 def _is_random(entry: TensorEntry) -> bool:
@@ -175,7 +202,11 @@ def _is_random(entry: TensorEntry) -> bool:
     return (entry.dtype.code, entry.shape) in _GENERATORS
 
 
-_GENERATORS = {("U8", (5056,)), ("U8", (5048,)), ("U32", (624,))}  # torch has 5048 where a long has 4 bytes
+_GENERATORS = {
+    ("U8", (5056,)),
+    ("U8", (5048,)),
+    ("U32", (624,)),
+}  # torch has 5048 where a long has 4 bytes
 _STATES = (
     (frozenset({"state", "param_groups"}), OPTIMIZER),
     (frozenset({"state", "hypers"}), OPTIMIZER),  # of fastai

@@ -1,10 +1,12 @@
-"""Which tensors are the scales, zero points and tables of quantised weights. They must keep their type when weights are cast.
+"""Which tensors are the scales, zero points and tables of quantised weights. They must keep their
+type when weights are cast.
 
-Told by layout: a module (or a parameter) that holds codes holds nothing else but what decodes them, and perhaps a bias.
+Told by layout: a module (or a parameter) that holds codes holds nothing else but what decodes them,
+and perhaps a bias.
 
 | format | codes | beside them |
 |---|---|---|
-| bitsandbytes 4-bit | `weight` (U8) | `weight.absmax`, `weight.quant_map`, `weight.nested_absmax`, … |
+| bitsandbytes 4 | `weight` (U8) | `weight.absmax`, `weight.quant_map`, `weight.nested_absmax`, … |
 | bitsandbytes 8-bit | `weight` (I8) | `SCB`, `weight_format` |
 | GPTQ, AWQ | `qweight` (I32) | `scales`, `qzeros`, `g_idx` |
 | compressed-tensors | `weight_packed` (I32), `weight` (I8, F8) | `weight_scale`, `weight_zero_point`, `input_scale`, … |
@@ -30,11 +32,15 @@ _QDATA = "_qdata"
 _CODES_END = ("_blocks", "_packed", "_codes", "_quantized", _QDATA)
 _ORDINARY_END = ("weight", "bias")
 _OF_CODES = frozenset({"SCB", "scales", "biases", "codebooks"})
-_OF_CACHES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "input_scale", "output_scale"})
+_OF_CACHES = frozenset(
+    {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "input_scale", "output_scale"}
+)
 
 
 def is_codes(entry: TensorEntry) -> bool:
-    """Whether *entry* holds the codes of a quantised weight, and no numbers that mean something by themselves."""
+    """Whether *entry* holds the codes of a quantised weight, and no numbers that mean something by
+    themselves.
+    """
     if entry.dtype.kind == "float":
         return entry.dtype.bits < 16
     last = _split(entry.name)[1]
@@ -43,7 +49,9 @@ def is_codes(entry: TensorEntry) -> bool:
 
 
 def decoding(entries: Iterable[TensorEntry]) -> frozenset[str]:
-    """The names of the floats of 16 bits and more without which codes among *entries* mean nothing."""
+    """The names of the floats of 16 bits and more without which codes among *entries* mean
+    nothing.
+    """
     entries = tuple(entries)
     codes = [entry.name for entry in entries if is_codes(entry)]
     if not codes:
@@ -63,9 +71,12 @@ def _is_beside(entry: TensorEntry, modules: set[str], parameters: frozenset[str]
         return False
     if module:
         return module in modules
-    # At the top of a file there is no module, and so only what is called after the codes, or as it is beside codes alone.
+    # At the top of a file there is no module, and so only what is called after the codes, or as it
+    # is beside codes alone.
     top = [name for name in parameters if "." not in name]
-    return bool(top) and (last in _OF_CODES or any(last.startswith(f"{name.removesuffix(_QDATA)}_") for name in top))
+    return bool(top) and (
+        last in _OF_CODES or any(last.startswith(f"{name.removesuffix(_QDATA)}_") for name in top)
+    )
 
 
 def _split(name: str) -> tuple[str, str]:

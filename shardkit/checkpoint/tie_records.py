@@ -1,9 +1,10 @@
 """How the metadata of safetensors record tied weights, and how a record is told from other text.
 
-huggingface_hub and safetensors write ``alias: kept`` for each name that they drop, into a map that users write to as well; no
-library reads it back. ``lm_head.weight: model.embed_tokens.weight`` is a tie, ``author: w`` beside a tensor called ``w`` is not.
-A record is believed where both names have the same last part, as the names of tied parameters nearly always have. For any other
-alias, shardkit lists it under a key of its own.
+huggingface_hub and safetensors write ``alias: kept`` for each name that they drop, into a map that
+users write to as well; no library reads it back. ``lm_head.weight: model.embed_tokens.weight`` is a
+tie, ``author: w`` beside a tensor called ``w`` is not. A record is believed where both names have
+the same last part, as the names of tied parameters nearly always have. For any other alias,
+shardkit lists it under a key of its own.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ def room(alias: str, kept: str) -> int:
 
 
 def ties(metadata: Mapping[str, str], stored: Collection[str]) -> dict[str, str]:
-    """The aliases in *metadata* of a file that holds the tensors *stored*, each to the name that is kept."""
+    """The aliases in *metadata* of a file that holds the tensors *stored*, each to the name that is
+    kept.
+    """
     listed = _listed(metadata)
     return {
         alias: kept
         for alias, kept in metadata.items()
-        if kept in stored and alias not in stored and alias != "format" and (alias in listed or _is_alike(alias, kept))
+        if kept in stored
+        and alias not in stored
+        and alias != "format"
+        and (alias in listed or _is_alike(alias, kept))
     }
 
 
@@ -55,4 +61,8 @@ def _listed(metadata: Mapping[str, str]) -> frozenset[str]:
         names: object = json.loads(metadata.get(LISTING, "[]"))
     except (ValueError, RecursionError):
         return frozenset()
-    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+    return (
+        frozenset(name for name in names if isinstance(name, str))
+        if isinstance(names, list)
+        else frozenset()
+    )

@@ -1,4 +1,5 @@
-"""The command line: runs what was asked for, and turns what goes wrong into a sentence and an exit code.
+"""The command line: runs what was asked for, and turns what goes wrong into a sentence and an exit
+code.
 
     0    done; for verify and diff: the same
     1    it cannot be done; for verify and diff, as for cmp and diff: different, or damaged
@@ -33,14 +34,16 @@ from shardkit.errors import ShardkitError
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
 _COMPARING = ("diff", "verify")  # their exit codes are those of cmp and diff
-_COMPLETION = "_SHARDKIT_COMPLETE"  # what the shell sets when it asks for completions, by the convention of click
+# what the shell sets when it asks for completions, by the convention of click
+_COMPLETION = "_SHARDKIT_COMPLETE"
 
 
 def run() -> Never:
     """Run the command line of this process, and end it with the exit code.
 
-    The collector of cycles stays off: what is imported is no garbage, nor is what a command makes of a checkpoint, and to walk it
-    all, again and again and last of all when Python ends, is much of the time of a short command.
+    The collector of cycles stays off: what is imported is no garbage, nor is what a command makes
+    of a checkpoint, and to walk it all, again and again and last of all when Python ends, is much
+    of the time of a short command.
     """
     gc.disable()
     code = main()
@@ -85,7 +88,10 @@ def _ended(arguments: Sequence[str]) -> int:
         _explain(str(error), error.command_hint)
         return _trouble(arguments)
     except (KeyboardInterrupt, Terminated) as stop:
-        say("; ".join(["shardkit: stopped", *getattr(stop, "__notes__", ())]), after_echo=isinstance(stop, KeyboardInterrupt))
+        say(
+            "; ".join(["shardkit: stopped", *getattr(stop, "__notes__", ())]),
+            after_echo=isinstance(stop, KeyboardInterrupt),
+        )
         return stop.exit_code if isinstance(stop, Terminated) else 130
 
 

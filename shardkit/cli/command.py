@@ -1,4 +1,6 @@
-"""What every command has: --verbose, a sentence where its help cannot be printed, and no options that contradict each other."""
+"""What every command has: --verbose, a sentence where its help cannot be printed, and no options
+that contradict each other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import click
 from shardkit.cli.output.printing import Role, painted, printable, say, stdout_or_sentence
 
 _CONTRADICTIONS = (
-    ("quiet", "as_json", "--quiet has no effect with --json, which prints nothing but the document: leave one of them out"),
+    (
+        "quiet",
+        "as_json",
+        (
+            "--quiet has no effect with --json, which prints nothing but the document: leave one "
+            "of "
+            "them out"
+        ),
+    ),
     ("quiet", "verbose", "--quiet and --verbose contradict each other: leave one of them out"),
 )
 
@@ -23,11 +33,19 @@ class Command(click.Command):
     def __init__(self, *args: Any, **attributes: Any) -> None:  # Any: as of click.Command
         super().__init__(*args, **attributes)
         self.params.append(
-            click.Option(["-v", "--verbose"], count=True, help="Log to stderr what is done, and how long it takes; -vv for more.")
+            click.Option(
+                ["-v", "--verbose"],
+                count=True,
+                help="Log to stderr what is done, and how long it takes; -vv for more.",
+            )
         )
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         with stdout_or_sentence():  # --help prints
             return super().make_context(info_name, args, parent, **extra)

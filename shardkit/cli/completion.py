@@ -1,4 +1,6 @@
-"""What a shell offers after an option: names of formats, codecs, types, limits and devices. Nothing here reads a checkpoint."""
+"""What a shell offers after an option: names of formats, codecs, types, limits and devices. Nothing
+here reads a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,18 @@ _SHORT_TYPES = ("bf16", "fp16", "fp32", "fp64")
 _RATES = ("disk", "copy", "link", "compute")
 
 
-def formats(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def formats(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Formats that are installed, with the endings that their files have."""
     from shardkit.sources import registry
 
-    found = [(each.name, " ".join(each.record.suffixes)) for each in registry.formats() if each.record]
-    return [CompletionItem(name, help=endings) for name, endings in found if name.startswith(incomplete)]
+    found = [
+        (each.name, " ".join(each.record.suffixes)) for each in registry.formats() if each.record
+    ]
+    return [
+        CompletionItem(name, help=endings) for name, endings in found if name.startswith(incomplete)
+    ]
 
 
 def codecs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -34,7 +42,9 @@ def types(context: click.Context, parameter: click.Parameter, incomplete: str) -
     """Types that floats can be cast to."""
     from shardkit.dtypes import DTYPES
 
-    full = [dtype.torch for dtype in DTYPES if dtype.torch and dtype.kind == "float" and dtype.writable]
+    full = [
+        dtype.torch for dtype in DTYPES if dtype.torch and dtype.kind == "float" and dtype.writable
+    ]
     return [name for name in (*_SHORT_TYPES, *full) if name.startswith(incomplete)]
 
 
@@ -49,4 +59,6 @@ def rates(context: click.Context, parameter: click.Parameter, incomplete: str) -
     """Rates that are not given yet, after those that are."""
     given, comma, last = incomplete.rpartition(",")
     taken = {part.partition("=")[0] for part in given.split(",")}
-    return [f"{given}{comma}{name}=" for name in _RATES if name.startswith(last) and name not in taken]
+    return [
+        f"{given}{comma}{name}=" for name in _RATES if name.startswith(last) and name not in taken
+    ]

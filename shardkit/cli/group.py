@@ -26,7 +26,11 @@ class LazyGroup(click.Group):
     """A group whose commands are the modules of `commands`."""
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:  # Any: as of click.Group
         with stdout_or_sentence():  # --help and --version print
             return super().make_context(info_name, args, parent, **extra)
@@ -41,7 +45,9 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(_what_else(args[0]), ctx)
         return super().resolve_command(ctx, args)
@@ -65,7 +71,9 @@ For example:
 @click.version_option(__version__, prog_name="shardkit", message="%(prog)s %(version)s")
 @click.pass_context
 def shardkit(context: click.Context) -> None:
-    """Turn any torch checkpoint into safe, size-bounded safetensors shards, without running its pickle."""
+    """Turn any torch checkpoint into safe, size-bounded safetensors shards, without running its
+    pickle.
+    """
     if context.invoked_subcommand is None:
         put(context.get_help())
 

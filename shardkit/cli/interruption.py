@@ -1,4 +1,6 @@
-"""What a signal that asks the program to end does: raise, so that everything that is open gets closed."""
+"""What a signal that asks the program to end does: raise, so that everything that is open gets
+closed.
+"""
 
 from __future__ import annotations
 

@@ -27,12 +27,16 @@ _NAMES = [field.name for field in fields(Limits)]
 
 
 def path_argument(name: str, shown: str) -> Callable[[Command], Command]:
-    """An argument that is a path, as it was written: what it names is found out by reading it, and the shell completes it."""
+    """An argument that is a path, as it was written: what it names is found out by reading it, and
+    the shell completes it.
+    """
     return click.argument(name, metavar=shown, type=click.Path())
 
 
 def edit_options(command: Callable[..., object]) -> Callable[..., object]:
-    """What changes on the way from source to output, from --root to --ties; the command gets it as *edits*."""
+    """What changes on the way from source to output, from --root to --ties; the command gets it as
+    *edits*.
+    """
 
     @wraps(command)
     def gathered(
@@ -52,13 +56,17 @@ def edit_options(command: Callable[..., object]) -> Callable[..., object]:
     return _with(_EDITS, gathered)
 
 
-def parse_limits(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> Limits:
+def parse_limits(
+    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> Limits:
     """The limits that several ``NAME=VALUE`` give, the others as they are."""
     raised = {}
     for word in words:
         name, equals, number = word.partition("=")
         if not equals or name not in _NAMES:
-            raise click.BadParameter(f"{word!r} must be NAME=VALUE, and NAME one of {', '.join(_NAMES)}")
+            raise click.BadParameter(
+                f"{word!r} must be NAME=VALUE, and NAME one of {', '.join(_NAMES)}"
+            )
         raised[name] = _or_usage(parse_size, number)
     return Limits(**raised)
 
@@ -68,13 +76,16 @@ def parse_shard_size(context: click.Context, parameter: click.Parameter, word: s
     return None if word.lower() == "none" else _or_usage(parse_size, word)
 
 
-def parse_renames(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def parse_renames(
+    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
     """The pairs that several ``REGEX=REPL`` give."""
     return tuple(map(split_rename, words))
 
 
 def split_rename(word: str) -> tuple[str, str]:
-    """*word* split at the first ``=`` with a whole regular expression before it, so that ``(?=x)y=z`` means ``(?=x)y``.
+    """*word* split at the first ``=`` with a whole regular expression before it, so that
+    ``(?=x)y=z`` means ``(?=x)y``.
 
     Raises:
         click.BadParameter: there is none.
@@ -86,12 +97,16 @@ def split_rename(word: str) -> tuple[str, str]:
     raise click.BadParameter(f"{word!r} must be REGEX=REPL, as in '^module\\.=' or 'gamma$=weight'")
 
 
-def parse_type(context: click.Context, parameter: click.Parameter, word: str | None) -> DType | None:
+def parse_type(
+    context: click.Context, parameter: click.Parameter, word: str | None
+) -> DType | None:
     """The floating-point type that *word* names."""
     return None if word is None else _or_usage(parse_dtype, word)
 
 
-def parse_pattern(context: click.Context, parameter: click.Parameter, word: str | None) -> re.Pattern[str] | None:
+def parse_pattern(
+    context: click.Context, parameter: click.Parameter, word: str | None
+) -> re.Pattern[str] | None:
     """The regular expression *word*."""
     try:
         return None if word is None else re.compile(word)
@@ -100,7 +115,9 @@ def parse_pattern(context: click.Context, parameter: click.Parameter, word: str 
 
 
 def writing_options(command: Callable[..., object]) -> Callable[..., object]:
-    """How the source is read and the output laid out, which the command gets as *terms*, and how it is written, as *writing*."""
+    """How the source is read and the output laid out, which the command gets as *terms*, and how it
+    is written, as *writing*.
+    """
 
     @wraps(command)
     def gathered(
@@ -131,7 +148,9 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
 
 def json_option(what: str) -> Callable[[Command], Command]:
     """--json, which prints *what*."""
-    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as one JSON document.")
+    return click.option(
+        "--json", "as_json", is_flag=True, help=f"Print {what} as one JSON document."
+    )
 
 
 limit_option = click.option(
@@ -141,7 +160,10 @@ limit_option = click.option(
     multiple=True,
     callback=parse_limits,
     shell_complete=completion.limits,
-    help=f"Raise a guard against malicious files; the error that needs it says so. Names: {', '.join(_NAMES)}.",
+    help=(
+        "Raise a guard against malicious files; the error that needs it says so. Names: "
+        f"{', '.join(_NAMES)}."
+    ),
 )
 
 shard_size_option = click.option(
@@ -163,19 +185,29 @@ format_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 root_option = click.option(
-    "--root", metavar="PATH", help="Take what lies below this dotted path, '.' for all. By default the model is found."
+    "--root",
+    metavar="PATH",
+    help="Take what lies below this dotted path, '.' for all. By default the model is found.",
 )
 
 _EDITS = (
     root_option,
-    click.option("--include", metavar="GLOB", multiple=True, help="Take only names that match; repeatable. * crosses dots."),
-    click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; repeatable."),
+    click.option(
+        "--include",
+        metavar="GLOB",
+        multiple=True,
+        help="Take only names that match; repeatable. * crosses dots.",
+    ),
+    click.option(
+        "--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; repeatable."
+    ),
     click.option(
         "--rename",
         metavar="REGEX=REPL",
         multiple=True,
         callback=parse_renames,
-        help="Replace every match in every name; repeatable, in order. Split at the first = with a whole REGEX before it.",
+        help="Replace every match in every name; repeatable, in order. Split at the first = with "
+        "a whole REGEX before it.",
     ),
     click.option(
         "--dtype",
@@ -198,24 +230,33 @@ _WRITING = (
         "--jobs",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Files written at a time; by default one more than there are processors, or as many if compressed.",
+        help="Files written at a time; by default one more than there are processors, or as many "
+        "if compressed.",
     ),
-    click.option("--no-fsync", is_flag=True, help="Do not wait for the disk; a power cut may then cost the output."),
+    click.option(
+        "--no-fsync",
+        is_flag=True,
+        help="Do not wait for the disk; a power cut may then cost the output.",
+    ),
     click.option(
         "--checksum",
         type=click.Choice(["xxh3", "sha256"]),
-        help="Write digests of every file and tensor to shardkit.manifest.json, and check the source's own first.",
+        help="Write digests of every file and tensor to shardkit.manifest.json, and check the "
+        "source's own first.",
     ),
     click.option(
         "--compress",
         metavar="CODEC",
         shell_complete=completion.codecs,
-        help="Compress the shards: zstd, in its seekable format, so that they are read in place, and zstd -d expands them.",
+        help="Compress the shards: zstd, in its seekable format, so that they are read in place, "
+        "and zstd -d expands them.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of shardkit."),
     click.option(
-        "--no-companions", is_flag=True, help="Leave out the small files beside the weights: config, tokenizer, licence."
+        "--no-companions",
+        is_flag=True,
+        help="Leave out the small files beside the weights: config, tokenizer, licence.",
     ),
     format_option,
     limit_option,
@@ -235,7 +276,9 @@ def _or_usage(parse: Callable[[str], Parsed], word: str) -> Parsed:
     try:
         return parse(word)
     except ShardkitError as error:
-        raise click.BadParameter(f"{error}; {error.command_hint}" if error.command_hint else str(error)) from None
+        raise click.BadParameter(
+            f"{error}; {error.command_hint}" if error.command_hint else str(error)
+        ) from None
 
 
 def _compiles(pattern: str) -> bool:

@@ -1,4 +1,6 @@
-"""What convert and offload-prep do with what they decided: print it, or carry it out and say what was done."""
+"""What convert and offload-prep do with what they decided: print it, or carry it out and say what
+was done.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def _written(conversion: Conversion, how: Writing) -> Report:
 
     with _resumable(conversion.out), progress("writing", quiet=how.quiet or how.as_json) as bar:
         bar.expect(conversion.plan.nbytes)
-        return carry_out(conversion, jobs=how.jobs, overwrite=how.overwrite, on_bytes=bar.add, sync=how.sync)
+        return carry_out(
+            conversion, jobs=how.jobs, overwrite=how.overwrite, on_bytes=bar.add, sync=how.sync
+        )
 
 
 @contextmanager
@@ -84,5 +88,7 @@ def _resumable(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as stop:
         partial = partial_folder(out)
         if partial.exists():
-            stop.add_note(f"what is done is kept in {named(partial)}, and the same command goes on from there")
+            stop.add_note(
+                f"what is done is kept in {named(partial)}, and the same command goes on from there"
+            )
         raise

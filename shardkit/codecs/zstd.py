@@ -1,12 +1,14 @@
-"""zstd: read as a stream of frames, or frame by frame where the file ends in a table of them; written with such a table.
+"""zstd: read as a stream of frames, or frame by frame where the file ends in a table of them;
+written with such a table.
 
-1. The layout of frames and blocks is read here (RFC 8878, sections 3.1.1 and 3.1.2), and the decompressor is given a few blocks
-   at a time. A block expands to 128 KiB at most, so memory is bounded whatever the file says, and a file that ends early or
-   goes on with something else is told from one that is whole.
-2. The table is that of the standard seekable format (zstd/contrib/seekable_format): it lies in a skippable frame at the end, and
-   any zstd reader can do without it.
-3. What is written carries a checksum in each frame, which whoever expands it checks. The level is zstd's own default: on the
-   numbers of a model, higher ones find no more.
+1. The layout of frames and blocks is read here (RFC 8878, sections 3.1.1 and 3.1.2), and the
+   decompressor is given a few blocks at a time. A block expands to 128 KiB at most, so memory is
+   bounded whatever the file says, and a file that ends early or goes on with something else is told
+   from one that is whole.
+2. The table is that of the standard seekable format (zstd/contrib/seekable_format): it lies in a
+   skippable frame at the end, and any zstd reader can do without it.
+3. What is written carries a checksum in each frame, which whoever expands it checks. The level is
+   zstd's own default: on the numbers of a model, higher ones find no more.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 _MAGIC = bytes.fromhex("28b52ffd")
 _SKIPPABLE = bytes.fromhex("2a4d18")  # after a byte from 0x50 to 0x5f
 _LARGEST_WINDOW = 128 << 20  # what `zstd -d` takes unless it is told otherwise
-_BLOCKS_AT_ONCE = 2  # few, so that the memory for them is still in the processor's cache, and is used again
+_BLOCKS_AT_ONCE = (
+    2  # few, so that the memory for them is still in the processor's cache, and is used again
+)
 _RLE = 1
 _LEVEL = 3
 _TABLE_FRAME = b"\x5e" + _SKIPPABLE
@@ -36,7 +40,9 @@ _FOOTER = Struct("<IB4s")
 _LINE = Struct("<II")
 _HAS_CHECKSUMS = 0x80
 _RESERVED_BITS = 0x7C
-_MOST_FRAMES = 2_000_000  # a longer table is not worth its memory: the file is expanded as one stream
+_MOST_FRAMES = (
+    2_000_000  # a longer table is not worth its memory: the file is expanded as one stream
+)
 
 
 def sniff(head: bytes) -> bool:
@@ -76,7 +82,9 @@ def frames(payload: Payload) -> tuple[Frame, ...]:
     """
     if payload.nbytes < _FOOTER.size:
         return ()
-    count, flags, magic = _FOOTER.unpack(read_all(payload.narrow(payload.nbytes - _FOOTER.size, _FOOTER.size)))
+    count, flags, magic = _FOOTER.unpack(
+        read_all(payload.narrow(payload.nbytes - _FOOTER.size, _FOOTER.size))
+    )
     if magic != _TABLE_MAGIC or count > _MOST_FRAMES:
         return ()
     if flags & _RESERVED_BITS:
@@ -85,11 +93,16 @@ def frames(payload: Payload) -> tuple[Frame, ...]:
     table = _table(payload, count * Struct(width).size)
     sizes = list(iter_unpack(width, table))
     stops = accumulate(compressed for compressed, _ in sizes)
-    listed = tuple(Frame(stop - nbytes, nbytes, expanded) for (nbytes, expanded), stop in zip(sizes, stops, strict=True))
+    listed = tuple(
+        Frame(stop - nbytes, nbytes, expanded)
+        for (nbytes, expanded), stop in zip(sizes, stops, strict=True)
+    )
     end = listed[-1].start + listed[-1].nbytes if listed else 0
     before = payload.nbytes - len(table) - _FOOTER.size - 8
     if end != before:
-        raise ValueError(f"its table lists frames of {end:,} bytes, and the file has {before:,} before the table")
+        raise ValueError(
+            f"its table lists frames of {end:,} bytes, and the file has {before:,} before the table"
+        )
     return listed
 
 
@@ -99,7 +112,9 @@ def compress(content: memoryview) -> bytes:
     Raises:
         PluginError: the package zstandard is not there.
     """
-    return _compressor().compress(content)  # one for each call: its state is no matter of several threads
+    return _compressor().compress(
+        content
+    )  # one for each call: its state is no matter of several threads
 
 
 def table(frames: Sequence[Frame]) -> bytes:
@@ -109,11 +124,21 @@ def table(frames: Sequence[Frame]) -> bytes:
     return _TABLE_FRAME + (len(lines) + len(footer)).to_bytes(4, "little") + lines + footer
 
 
-CODEC = Codec(name="zstd", suffix=".zst", sniff=sniff, decompress=decompress, frames=frames, compress=compress, table=table)
+CODEC = Codec(
+    name="zstd",
+    suffix=".zst",
+    sniff=sniff,
+    decompress=decompress,
+    frames=frames,
+    compress=compress,
+    table=table,
+)
 
 
 class _Idle(threading.local):
-    """A decompressor of each thread that nobody uses: its memory, a window of the frame, need not be touched anew."""
+    """A decompressor of each thread that nobody uses: its memory, a window of the frame, need not
+    be touched anew.
+    """
 
     decompressor: ZstdDecompressor | None = None
 
@@ -167,7 +192,11 @@ def _expanded(stream: _Stream, decompressor: ZstdDecompressor) -> Iterator[bytes
             if expanded := frame.decompress(part):
                 yield expanded
     except ZstdError as error:
-        reason = str(error).removeprefix("zstd decompressor error: ").removeprefix("zstd decompress error: ")
+        reason = (
+            str(error)
+            .removeprefix("zstd decompressor error: ")
+            .removeprefix("zstd decompress error: ")
+        )
         raise ValueError(f"the frame at byte {start:,}: {reason}") from None
     if not frame.eof:
         raise ValueError(f"the frame at byte {start:,} does not end where its blocks do")
@@ -184,7 +213,11 @@ def _frame_parts(stream: _Stream) -> Iterator[bytes]:
     is_last = 0
     while not is_last:
         block = stream.take(3)
-        is_last, kind, nbytes = block[0] & 1, block[0] >> 1 & 3, int.from_bytes(block, "little") >> 3
+        is_last, kind, nbytes = (
+            block[0] & 1,
+            block[0] >> 1 & 3,
+            int.from_bytes(block, "little") >> 3,
+        )
         blocks += block, stream.take(1 if kind == _RLE else nbytes)
         if len(blocks) >= 2 * _BLOCKS_AT_ONCE or is_last:
             yield b"".join(blocks)
@@ -196,7 +229,9 @@ def _frame_parts(stream: _Stream) -> Iterator[bytes]:
 def _table(payload: Payload, nbytes: int) -> bytes:
     whole = nbytes + _FOOTER.size + 8
     if whole > payload.nbytes:
-        raise ValueError(f"its table of frames takes {whole:,} bytes, and the file has {payload.nbytes:,}")
+        raise ValueError(
+            f"its table of frames takes {whole:,} bytes, and the file has {payload.nbytes:,}"
+        )
     content = bytes(read_all(payload.narrow(payload.nbytes - whole, 8 + nbytes)))
     if not _is_skippable(content[:4]) or int.from_bytes(content[4:8], "little") != whole - 8:
         raise ValueError("its table of frames does not begin where it should")
@@ -225,4 +260,6 @@ def _package_told() -> Iterator[None]:
         yield
     except ImportError:
         hint = "pip install zstandard"
-        raise PluginError("shardkit", "shardkit.codecs:zstd", "needs the package zstandard", hint=hint) from None
+        raise PluginError(
+            "shardkit", "shardkit.codecs:zstd", "needs the package zstandard", hint=hint
+        ) from None

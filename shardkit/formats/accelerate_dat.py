@@ -1,12 +1,14 @@
-"""The folders that Accelerate offloads to disk: index.json, and a file NAME.dat for each tensor. Read only.
+"""The folders that Accelerate offloads to disk: index.json, and a file NAME.dat for each tensor.
+Read only.
 
-1. index.json has type and shape of each name, a file the bytes and nothing else. What numpy has no type for (bfloat16, float8)
-   lies there as whole numbers of the same width, but its name in index.json is the true one. A scalar is stored as one element.
-2. Accelerate checks nothing: a file may be cut off, and what another model left in the folder stays in index.json. Here a file
-   of another length than its line says is an error, which is all that can be told; that the lines are of one model, only a model
-   can tell.
-3. A line may point into a file of safetensors anywhere. Such a weight is listed, and not read: a file does not say what else
-   is opened.
+1. index.json has type and shape of each name, a file the bytes and nothing else. What numpy has no
+   type for (bfloat16, float8) lies there as whole numbers of the same width, but its name in
+   index.json is the true one. A scalar is stored as one element.
+2. Accelerate checks nothing: a file may be cut off, and what another model left in the folder stays
+   in index.json. Here a file of another length than its line says is an error, which is all that
+   can be told; that the lines are of one model, only a model can tell.
+3. A line may point into a file of safetensors anywhere. Such a weight is listed, and not read: a
+   file does not say what else is opened.
 """
 
 from __future__ import annotations
@@ -62,14 +64,26 @@ def scan(source: Source) -> Checkpoint:
     files = [index]
     for name, line in lines.items():
         if isinstance(line, dict) and "safetensors_file" in line:
-            others.append(Other((name,), OtherKind.META, 0, f"its values lie in {shown(line['safetensors_file'])}"))
+            others.append(
+                Other(
+                    (name,),
+                    OtherKind.META,
+                    0,
+                    f"its values lie in {shown(line['safetensors_file'])}",
+                )
+            )
             continue
         dtype, shape = _described(path, name, line)
         file = _file(source, path, name)
         tensors.append(_entry(file, name, dtype, shape))
         files.append(file)
-    unlisted = sum(name.endswith(".dat") and name.removesuffix(".dat") not in lines for name in source.names or ())
-    notes = (f"left out, being not in {_INDEX}: {several(unlisted, '.dat file')}",) if unlisted else ()
+    unlisted = sum(
+        name.endswith(".dat") and name.removesuffix(".dat") not in lines
+        for name in source.names or ()
+    )
+    notes = (
+        (f"left out, being not in {_INDEX}: {several(unlisted, '.dat file')}",) if unlisted else ()
+    )
     return Checkpoint(tuple(tensors), tuple(others), files=tuple(files), notes=notes)
 
 
@@ -78,34 +92,50 @@ FORMAT = Format(name="accelerate-dat", suffixes=(), sniff=sniff, scan=scan)
 
 def _lines(path: Path, nbytes: int, limits: Limits) -> Mapping[str, object]:
     if nbytes > limits.header_bytes:
-        raise LimitExceeded(path, f"the index takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes)
+        raise LimitExceeded(
+            path, f"the index takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes
+        )
     content = b"".join(map(bytes, Extent(path, 0, nbytes).chunks()))
     document = parse_json(path, content, limits, where=_WHERE)
     if not isinstance(document, dict):
-        raise Malformed(path, f"must have a line for each tensor, found {shown(document)}", where=_WHERE)
+        raise Malformed(
+            path, f"must have a line for each tensor, found {shown(document)}", where=_WHERE
+        )
     if len(document) > limits.tensors:
-        raise LimitExceeded(path, f"lists {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
+        raise LimitExceeded(
+            path, f"lists {several(len(document), 'tensor')}", limit="tensors", actual=len(document)
+        )
     return document
 
 
 def _described(path: Path, name: str, line: object) -> tuple[DType, tuple[int, ...]]:
     match line:
-        case {"dtype": str(word), "shape": list(shape)} if all(type(length) is int and length >= 0 for length in shape):
+        case {"dtype": str(word), "shape": list(shape)} if all(
+            type(length) is int and length >= 0 for length in shape
+        ):
             dtype = BY_TORCH.get(word)
             if dtype is None:
-                raise Malformed(path, f"its type {shown(word)} is not known", where=f"tensor {shown(name)}")
+                raise Malformed(
+                    path, f"its type {shown(word)} is not known", where=f"tensor {shown(name)}"
+                )
             return dtype, tuple(shape)
-    raise Malformed(path, f"must have a dtype and a shape, found {shown(line)}", where=f"tensor {shown(name)}")
+    raise Malformed(
+        path, f"must have a dtype and a shape, found {shown(line)}", where=f"tensor {shown(name)}"
+    )
 
 
 def _file(source: Source, path: Path, name: str) -> SourceFile:
     """The file of the tensor *name*; nothing that is no regular file is opened later."""
     fault = fault_of_name(f"{name}.dat")
     if fault:
-        raise Malformed(path, f"its file, {shown(f'{name}.dat')}, {fault}", where=f"tensor {shown(name)}")
+        raise Malformed(
+            path, f"its file, {shown(f'{name}.dat')}, {fault}", where=f"tensor {shown(name)}"
+        )
     file = source.path / f"{name}.dat"
     if not file.is_file():
-        raise Malformed(path, f"its file, {shown(file.name)}, is not there", where=f"tensor {shown(name)}")
+        raise Malformed(
+            path, f"its file, {shown(file.name)}, is not there", where=f"tensor {shown(name)}"
+        )
     return SourceFile.of(file)
 
 
@@ -116,7 +146,10 @@ def _entry(file: SourceFile, name: str, dtype: DType, shape: tuple[int, ...]) ->
         raise Malformed(file.path, str(error), where=f"tensor {shown(name)}") from None
     # numpy maps no file of no bytes, and so gives an empty tensor one.
     if file.size != need and (need or file.size > 1):
-        message = f"{dtype.code} {list(shape)[:8]} needs {several(need, 'byte')}, and the file has {file.size:,}"
+        message = (
+            f"{dtype.code} {list(shape)[:8]} needs {several(need, 'byte')}, and the file "
+            f"has {file.size:,}"
+        )
         hint = "it was cut off, or index.json was left there by another model"
         raise Malformed(file.path, message, where=f"tensor {shown(name)}", hint=hint)
     return TensorEntry((name,), dtype, shape, Extent(file.path, 0, need))

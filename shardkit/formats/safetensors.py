@@ -1,10 +1,12 @@
 """safetensors: read and written.
 
-1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``, see `shardkit.checkpoint.tie_records`)
-   becomes an entry again, with the payload of the tensor that was kept, and leaves the metadata.
-2. What is written stands in the order given, unless a tensor would then be misaligned to its type; then wide types go first.
-3. A file that is one aligned run of one source file starts its data at the source's offset modulo a page, so that a file system
-   that can share blocks shares them; any other at a multiple of 64.
+1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``,
+   see `shardkit.checkpoint.tie_records`) becomes an entry again, with the payload of the tensor
+   that was kept, and leaves the metadata.
+2. What is written stands in the order given, unless a tensor would then be misaligned to its type;
+   then wide types go first.
+3. A file that is one aligned run of one source file starts its data at the source's offset modulo a
+   page, so that a file system that can share blocks shares them; any other at a multiple of 64.
 """
 
 from __future__ import annotations
@@ -15,19 +17,36 @@ from itertools import accumulate
 
 from shardkit.checkpoint import tie_records
 from shardkit.metadata import safetensors_header
-from shardkit.plugin import PAGE, Checkpoint, Extent, Format, Literal, Part, Payload, Source, TensorEntry, coalesced
+from shardkit.plugin import (
+    PAGE,
+    Checkpoint,
+    Extent,
+    Format,
+    Literal,
+    Part,
+    Payload,
+    Source,
+    TensorEntry,
+    coalesced,
+)
 
 _ALIGNMENT = 64
 
 
 def sniff(source: Source) -> bool:
-    """Whether the file begins with a length and a header; one that lies about its length counts too."""
+    """Whether the file begins with a length and a header; one that lies about its length counts
+    too.
+    """
     head = source.head
     length = int.from_bytes(head[: safetensors_header.LENGTH_NBYTES], "little")
     rest = head[safetensors_header.LENGTH_NBYTES :]
     if length <= safetensors_header.MAX_JSON_NBYTES:
         return rest.startswith(b"{") or b'"data_offsets"' in rest
-    return rest.startswith(b"{") and b'"data_offsets"' in rest and not head[: safetensors_header.LENGTH_NBYTES].isascii()
+    return (
+        rest.startswith(b"{")
+        and b'"data_offsets"' in rest
+        and not head[: safetensors_header.LENGTH_NBYTES].isascii()
+    )
 
 
 def scan(source: Source) -> Checkpoint:
@@ -47,19 +66,28 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     """The parts of a file that holds *entries*.
 
     Raises:
-        Unwritable: a type without a code, a name that the format keeps for itself, or too many tensors for one header.
+        Unwritable: a type without a code, a name that the format keeps for itself, or too many
+            tensors for one header.
         NameClash: two entries have one name.
     """
     metadata = safetensors_header.as_readers_need(metadata)
     residue = _residue_of_source(entries)
     if residue is not None:
-        return (Literal(safetensors_header.dump(entries, metadata, residue=residue, modulus=PAGE)), *_data(entries))
+        return (
+            Literal(safetensors_header.dump(entries, metadata, residue=residue, modulus=PAGE)),
+            *_data(entries),
+        )
     if not _is_aligned(entries, at=0):
         entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    return (Literal(safetensors_header.dump(entries, metadata, modulus=_ALIGNMENT)), *_data(entries))
+    return (
+        Literal(safetensors_header.dump(entries, metadata, modulus=_ALIGNMENT)),
+        *_data(entries),
+    )
 
 
-FORMAT = Format(name="safetensors", suffixes=(".safetensors",), sniff=sniff, scan=scan, lay_out=lay_out)
+FORMAT = Format(
+    name="safetensors", suffixes=(".safetensors",), sniff=sniff, scan=scan, lay_out=lay_out
+)
 
 
 def _with_ties(parsed: safetensors_header.Header) -> Checkpoint:
@@ -72,7 +100,9 @@ def _with_ties(parsed: safetensors_header.Header) -> Checkpoint:
 
 
 def _residue_of_source(entries: Sequence[TensorEntry]) -> int | None:
-    """The offset modulo a page of the one aligned run of a file that *entries* are; None where they are none."""
+    """The offset modulo a page of the one aligned run of a file that *entries* are; None where they
+    are none.
+    """
     match list(_data(entries)):
         case [Extent(_, start, _)] if _is_aligned(entries, at=start):
             return start % PAGE
@@ -81,7 +111,9 @@ def _residue_of_source(entries: Sequence[TensorEntry]) -> int | None:
 
 def _is_aligned(entries: Sequence[TensorEntry], *, at: int) -> bool:
     starts = accumulate((entry.nbytes for entry in entries), initial=at)
-    return not any(start % entry.dtype.itemsize for entry, start in zip(entries, starts, strict=False))
+    return not any(
+        start % entry.dtype.itemsize for entry, start in zip(entries, starts, strict=False)
+    )
 
 
 def _data(entries: Sequence[TensorEntry]) -> Iterator[Payload]:

@@ -1,10 +1,12 @@
 """What `torch.save` wrote before torch 1.6: five pickles one after the other, then the storages.
 
-1. The pickles are a magic number, the protocol, what machine it was (which nothing depends on), the object, and the keys of
-   the storages in the order of the file.
-2. A storage is its number of elements, as 8 bytes, and the elements. Both are little-endian on every machine. How many bytes
-   an element has stands nowhere but at the first tensor that looks at it.
-3. Nothing is aligned, and nothing ends the file: bytes behind the last storage belong to somebody else.
+1. The pickles are a magic number, the protocol, what machine it was (which nothing depends on), the
+   object, and the keys of the storages in the order of the file.
+2. A storage is its number of elements, as 8 bytes, and the elements. Both are little-endian on
+   every machine. How many bytes an element has stands nowhere but at the first tensor that looks at
+   it.
+3. Nothing is aligned, and nothing ends the file: bytes behind the last storage belong to somebody
+   else.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from shardkit.pickles.torch_globals import find
 from shardkit.pickles.torch_tensors import Storage, storage_of
 from shardkit.pickles.unpickle import Pickle, unpickle
 from shardkit.pickles.walk import collect
-from shardkit.plugin import Checkpoint, Format, Malformed, Payload, Source, SourceFile, several, shown
+from shardkit.plugin import (
+    Checkpoint,
+    Format,
+    Malformed,
+    Payload,
+    Source,
+    SourceFile,
+    several,
+    shown,
+)
 from shardkit.sizes import format_size
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -44,7 +55,14 @@ def scan(source: Source) -> Checkpoint:
     root = reader.next("the object")
     reader.place(reader.next("the storage keys").value)
     strings = Strings(source.path, source.content, source.limits, source.scratch)
-    found = collect(source.path, root.value, record=reader.record, limits=source.limits, calls=root.calls, strings=strings)
+    found = collect(
+        source.path,
+        root.value,
+        record=reader.record,
+        limits=source.limits,
+        calls=root.calls,
+        strings=strings,
+    )
     rest = source.size - reader.at
     unread = (f"{format_size(rest)} follow the checkpoint and were not read",) if rest else ()
     notes = (*found.notes, *unread)
@@ -63,7 +81,14 @@ class _Reader:
     def next(self, what: str) -> Pickle:
         """The pickle that comes next."""
         vocabulary = Vocabulary(find, self._persistent)
-        pickle = unpickle(self.source.path, self.source.content, vocabulary, limits=self.source.limits, start=self.at, where=what)
+        pickle = unpickle(
+            self.source.path,
+            self.source.content,
+            vocabulary,
+            limits=self.source.limits,
+            start=self.at,
+            where=what,
+        )
         self.at = pickle.stop
         return pickle
 
@@ -79,7 +104,9 @@ class _Reader:
         for key in keys:
             storage = self.storages.get(key) if isinstance(key, str) else None
             if storage is None:
-                raise Malformed(self.source.path, f"lists the storage {shown(key)}, which no tensor looks at")
+                raise Malformed(
+                    self.source.path, f"lists the storage {shown(key)}, which no tensor looks at"
+                )
             if storage.key in self.records:
                 raise Malformed(self.source.path, f"lists the storage {shown(key)} twice")
             self.records[storage.key] = self._record(storage)
@@ -90,7 +117,11 @@ class _Reader:
         if payload is None:
             raise ValueError(f"its storage {shown(storage.key)} is not in the list of storages")
         if storage.nbytes > payload.nbytes:
-            raise ValueError(f"storage {shown(storage.key)} has {several(payload.nbytes, 'byte')}, and needs {storage.nbytes:,}")
+            raise ValueError(
+                f"storage {shown(storage.key)} has {several(payload.nbytes, 'byte')}, and "
+                "needs "
+                f"{storage.nbytes:,}"
+            )
         return payload
 
     def _record(self, storage: Storage) -> Payload:
@@ -125,4 +156,6 @@ class _Reader:
         return storage
 
 
-FORMAT = Format(name="torch-legacy", suffixes=(".pth", ".pt", ".bin", ".t7"), sniff=sniff, scan=scan)
+FORMAT = Format(
+    name="torch-legacy", suffixes=(".pth", ".pt", ".bin", ".t7"), sniff=sniff, scan=scan
+)

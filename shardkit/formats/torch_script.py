@@ -1,11 +1,16 @@
-"""TorchScript archives: the state dict as `torch.jit.load(…).state_dict()` gives it, without running any of the code.
+"""TorchScript archives: the state dict as `torch.jit.load(…).state_dict()` gives it, without
+running any of the code.
 
-1. The pickle names every attribute of every module and says of none what it is: that stands in the text of the classes,
-   `code/**.py`, in lines of a fixed form. The text is searched for these lines, and neither compiled nor run.
+1. The pickle names every attribute of every module and says of none what it is: that stands in the
+   text of the classes, `code/**.py`, in lines of a fixed form. The text is searched for these
+   lines, and neither compiled nor run.
 2. Non-persistent buffers are part of this state dict: the archive does not know them from others.
-3. Before torch 1.5 a class had no `__buffers__` line, and every tensor that was no parameter was a buffer.
-4. A module with a `__setstate__`, or of a class built into torch (packed weights), keeps its state to itself.
-5. The code has tensors of its own, in `constants.pkl`; those of a frozen module are all there, and have lost their names.
+3. Before torch 1.5 a class had no `__buffers__` line, and every tensor that was no parameter was a
+   buffer.
+4. A module with a `__setstate__`, or of a class built into torch (packed weights), keeps its state
+   to itself.
+5. The code has tensors of its own, in `constants.pkl`; those of a frozen module are all there, and
+   have lost their names.
 """
 
 from __future__ import annotations
@@ -20,7 +25,18 @@ from shardkit.pickles.torch_globals import find
 from shardkit.pickles.torch_tensors import Undense, View, storage_of
 from shardkit.pickles.unpickle import Pickle, unpickle
 from shardkit.pickles.walk import collect
-from shardkit.plugin import Checkpoint, Format, LimitExceeded, Malformed, Member, Other, OtherKind, Source, SourceFile, shown
+from shardkit.plugin import (
+    Checkpoint,
+    Format,
+    LimitExceeded,
+    Malformed,
+    Member,
+    Other,
+    OtherKind,
+    Source,
+    SourceFile,
+    shown,
+)
 
 
 def sniff(source: Source) -> bool:
@@ -49,15 +65,25 @@ def scan(source: Source) -> Checkpoint:
     )
     constants = tuple(_constants(source, records))
     notes = (_frozen(constants),) if constants and not found.tensors else ()
-    return Checkpoint(found.tensors, (*found.others, *constants), files=(SourceFile.of(source.path),), notes=notes)
+    return Checkpoint(
+        found.tensors, (*found.others, *constants), files=(SourceFile.of(source.path),), notes=notes
+    )
 
 
 def _unpickled(source: Source, member: Member) -> Pickle:
-    return unpickle(source.path, source.member(member), Vocabulary(_find, storage_of), limits=source.limits, where=member.name)
+    return unpickle(
+        source.path,
+        source.member(member),
+        Vocabulary(_find, storage_of),
+        limits=source.limits,
+        where=member.name,
+    )
 
 
 def _find(module: str, name: str) -> object:
-    """What stands for a global: beside what torch always names, the classes of the archive and the tags of typed lists."""
+    """What stands for a global: beside what torch always names, the classes of the archive and the
+    tags of typed lists.
+    """
     full = f"{module}.{name}"
     if full.startswith("__torch__."):
         return Builder(full, lambda args: Opaque(full, args))
@@ -74,7 +100,8 @@ class _Class:
         is_module: whether its base is Module.
         parameters: names of its parameters.
         buffers: names of its buffers; None if it does not say, as before torch 1.5.
-        tensors: names of the attributes that are declared to be tensors, and not to be optional ones.
+        tensors: names of the attributes that are declared to be tensors, and not to be optional
+            ones.
         restores: whether it has a `__setstate__`.
     """
 
@@ -109,7 +136,10 @@ class _Code:
         limit = self._source.limits.header_bytes
         if self._read > limit:
             raise LimitExceeded(
-                self._source.path, f"its code has more than {limit:,} bytes", limit="header_bytes", actual=2 * self._read
+                self._source.path,
+                f"its code has more than {limit:,} bytes",
+                limit="header_bytes",
+                actual=2 * self._read,
             )
         return self._source.peek(member, member.nbytes).decode("utf-8", "replace").split("\n")
 
@@ -143,14 +173,22 @@ def _classes(lines: Iterable[str]) -> Iterator[tuple[str, _Class]]:
 
 def _outermost(source: Source, value: object, code: _Code) -> Opaque:
     if not isinstance(value, Opaque):
-        raise Malformed(source.path, f"holds {shown(value)} where a TorchScript module is needed", where="data.pkl")
+        raise Malformed(
+            source.path,
+            f"holds {shown(value)} where a TorchScript module is needed",
+            where="data.pkl",
+        )
     found = code.find(value.name)
     if found is None or not found.is_module:
-        mobile = has_member(source, "bytecode.pkl")  # torch.jit.load reads it only if it has the code as well
+        mobile = has_member(
+            source, "bytecode.pkl"
+        )  # torch.jit.load reads it only if it has the code as well
         raise Malformed(
             source.path,
             f"its code does not say which attributes of {shown(value.name)} are weights",
-            hint=_FROM_MOBILE if mobile else "load it with torch.jit.load and save its state_dict()",
+            hint=_FROM_MOBILE
+            if mobile
+            else "load it with torch.jit.load and save its state_dict()",
         )
     return value
 
@@ -159,15 +197,23 @@ _FROM_MOBILE = "it is for PyTorch Mobile: take the checkpoint or module that it 
 
 
 def _shape_modules(outermost: Opaque, code: _Code) -> None:
-    """Give the modules below *outermost* the state that pickled modules have, by which they are known for what they are."""
+    """Give the modules below *outermost* the state that pickled modules have, by which they are
+    known for what they are.
+    """
     stack, known = [outermost], {id(outermost)}
     while stack:
         module = stack.pop()
         found = code.find(module.name)
         match module.states:
-            case [Dict() as attributes] if found is not None and found.is_module and not found.restores:
+            case [Dict() as attributes] if (
+                found is not None and found.is_module and not found.restores
+            ):
                 module.states[:] = [_shaped(attributes, found, code)]
-                inside = [value for value in attributes.values() if isinstance(value, Opaque) and id(value) not in known]
+                inside = [
+                    value
+                    for value in attributes.values()
+                    if isinstance(value, Opaque) and id(value) not in known
+                ]
                 known.update(map(id, inside))
                 stack.extend(inside)
 
@@ -196,7 +242,9 @@ def _is_record(value: Opaque, code: _Code) -> bool:
 
 
 def _flat(value: object) -> object:
-    """The values of a dict or of a plain object as a list, so that tensors among them are noticed."""
+    """The values of a dict or of a plain object as a list, so that tensors among them are
+    noticed.
+    """
     match value:
         case Dict():
             return list(value.values())
@@ -211,16 +259,27 @@ def _constants(source: Source, records: Records) -> Iterator[Other]:
     values = _unpickled(source, member).value if member else ()
     for i, value in enumerate(values if isinstance(values, tuple | list) else ()):
         if isinstance(value, View | Undense):
-            what = f"{value.dtype.code} {list(value.shape)}" if isinstance(value, View) else value.kind
-            yield Other((f"CONSTANTS.c{i}",), OtherKind.OBJECT, value.nbytes, f"{what}, a constant of the code")
+            what = (
+                f"{value.dtype.code} {list(value.shape)}" if isinstance(value, View) else value.kind
+            )
+            yield Other(
+                (f"CONSTANTS.c{i}",),
+                OtherKind.OBJECT,
+                value.nbytes,
+                f"{what}, a constant of the code",
+            )
 
 
 def _frozen(constants: tuple[Other, ...]) -> str:
-    listed = ", ".join(f"{other.name} ({other.reason.rpartition(',')[0]})" for other in constants[:3])
+    listed = ", ".join(
+        f"{other.name} ({other.reason.rpartition(',')[0]})" for other in constants[:3]
+    )
     more = ", …" if len(constants) > 3 else ""
     return (
-        f"it looks like a frozen TorchScript module, whose weights have become constants without names ({len(constants)} of "
-        f"them: {listed}{more}); save the module as it was before torch.jit.freeze, and convert that"
+        "it looks like a frozen TorchScript module, whose weights have become constants without "
+        f"names ({len(constants)} of "
+        f"them: {listed}{more}); save the module as it was before torch.jit.freeze, and convert "
+        "that"
     )
 
 

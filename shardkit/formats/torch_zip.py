@@ -1,7 +1,10 @@
-"""What `torch.save` writes since torch 1.6: a zip archive with a pickle, `data.pkl`, and a record for each storage.
+"""What `torch.save` writes since torch 1.6: a zip archive with a pickle, `data.pkl`, and a record
+for each storage.
 
-1. The folder inside the archive is named after the file it was saved to: it is taken from where `data.pkl` is.
-2. `byteorder` came with torch 2.1; where it is absent the bytes are little-endian. Of other records nothing is needed.
+1. The folder inside the archive is named after the file it was saved to: it is taken from where
+   `data.pkl` is.
+2. `byteorder` came with torch 2.1; where it is absent the bytes are little-endian. Of other records
+   nothing is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +15,18 @@ from shardkit.pickles.torch_globals import find
 from shardkit.pickles.torch_tensors import Storage, storage_of
 from shardkit.pickles.unpickle import unpickle
 from shardkit.pickles.walk import collect
-from shardkit.plugin import Checkpoint, Extent, Format, Malformed, Member, Payload, Source, SourceFile, read_all, shown
+from shardkit.plugin import (
+    Checkpoint,
+    Extent,
+    Format,
+    Malformed,
+    Member,
+    Payload,
+    Source,
+    SourceFile,
+    read_all,
+    shown,
+)
 
 
 def sniff(source: Source) -> bool:
@@ -29,7 +43,13 @@ def scan(source: Source) -> Checkpoint:
     """
     records = Records(source)
     data = source.member(records.member("data.pkl"))
-    pickle = unpickle(source.path, data, Vocabulary(find, storage_of), limits=source.limits, where=f"{records.root}data.pkl")
+    pickle = unpickle(
+        source.path,
+        data,
+        Vocabulary(find, storage_of),
+        limits=source.limits,
+        where=f"{records.root}data.pkl",
+    )
     found = collect(
         source.path,
         pickle.value,
@@ -39,7 +59,10 @@ def scan(source: Source) -> Checkpoint:
         big_endian=records.is_big_endian(),
         strings=Strings(source.path, data, source.limits, source.scratch),
     )
-    notes = (*found.notes, *((_RELABELLED.format(shown(source.head[:2])),) if source.is_relabelled_zip else ()))
+    notes = (
+        *found.notes,
+        *((_RELABELLED.format(shown(source.head[:2])),) if source.is_relabelled_zip else ()),
+    )
     return Checkpoint(found.tensors, found.others, files=(SourceFile.of(source.path),), notes=notes)
 
 
@@ -77,7 +100,8 @@ class Records:
                 self._storages[storage.key] = payload
         if payload.nbytes != storage.nbytes:
             raise ValueError(
-                f"record {shown(storage.key)} holds {payload.nbytes:,} bytes, and {storage.count:,} elements of "
+                f"record {shown(storage.key)} holds {payload.nbytes:,} bytes, and "
+                f"{storage.count:,} elements of "
                 f"{storage.kind.dtype.code} need {storage.nbytes:,}"
             )
         return payload
@@ -90,23 +114,45 @@ class Records:
         order = bytes(read_all(self._source.member(member))) if member.nbytes < 16 else b""
         if order not in (b"little", b"big"):
             raise Malformed(
-                self._source.path, f"says {shown(order)}, neither little nor big", where=f"record {shown(member.name)}"
+                self._source.path,
+                f"says {shown(order)}, neither little nor big",
+                where=f"record {shown(member.name)}",
             )
         return order == b"big"
 
     def _root(self) -> str:
-        roots = [name.removesuffix("data.pkl") for name in self._members if name == "data.pkl" or name.endswith("/data.pkl")]
+        roots = [
+            name.removesuffix("data.pkl")
+            for name in self._members
+            if name == "data.pkl" or name.endswith("/data.pkl")
+        ]
         if not roots:
-            raise Malformed(self._source.path, "is a zip archive without data.pkl, which torch.save did not write")
+            raise Malformed(
+                self._source.path,
+                "is a zip archive without data.pkl, which torch.save did not write",
+            )
         root = min(roots, key=len)
         if other := next((each for each in roots if not each.startswith(root)), None):
-            message = f"holds {shown(f'{root}data.pkl')} and {shown(f'{other}data.pkl')}, and torch.save writes one of them"
-            raise Malformed(self._source.path, message, hint="unpack it, and convert the checkpoints that are inside")
+            message = (
+                f"holds {shown(f'{root}data.pkl')} and {shown(f'{other}data.pkl')}, and "
+                "torch.save writes one of them"
+            )
+            raise Malformed(
+                self._source.path,
+                message,
+                hint="unpack it, and convert the checkpoints that are inside",
+            )
         return root
 
 
-_RELABELLED = "it begins with {} instead of 'PK', as GPT-SoVITS writes, and is otherwise an archive of torch.save"
-_OTHERS = ("constants.pkl", ".data/extern_modules")  # what TorchScript and torch.package have beside a data.pkl
+_RELABELLED = (
+    "it begins with {} instead of 'PK', as GPT-SoVITS writes, and is otherwise an "
+    "archive of torch.save"
+)
+_OTHERS = (
+    "constants.pkl",
+    ".data/extern_modules",
+)  # what TorchScript and torch.package have beside a data.pkl
 
 
 def has_member(source: Source, *names: str) -> bool:
@@ -115,4 +161,6 @@ def has_member(source: Source, *names: str) -> bool:
     return any(member.name.endswith(below) or member.name in names for member in source.members)
 
 
-FORMAT = Format(name="torch-zip", suffixes=(".bin", ".pt", ".pth", ".ckpt", ".pth.tar"), sniff=sniff, scan=scan)
+FORMAT = Format(
+    name="torch-zip", suffixes=(".bin", ".pt", ".pth", ".ckpt", ".pth.tar"), sniff=sniff, scan=scan
+)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from shardkit.load.dispatch.accelerate_api import cpu_offload as cpu_offload
     from shardkit.load.dispatch.accelerate_api import disk_offload as disk_offload
     from shardkit.load.dispatch.accelerate_api import dispatch_model as dispatch_model
-    from shardkit.load.dispatch.accelerate_api import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+    from shardkit.load.dispatch.accelerate_api import (
+        load_checkpoint_and_dispatch as load_checkpoint_and_dispatch,
+    )
     from shardkit.load.dispatch.attachments import close as close
     from shardkit.load.dispatch.attachments import remove_hooks as remove_hooks
     from shardkit.load.hooks.turn_taking import cpu_offload_with_hook as cpu_offload_with_hook
@@ -22,13 +24,17 @@ if TYPE_CHECKING:
     from shardkit.load.libraries.block_hints import recorded_order as recorded_order
     from shardkit.load.libraries.pretrained import from_pretrained as from_pretrained
     from shardkit.load.libraries.save_model import save as save
-    from shardkit.load.loading.load_checkpoint import load_checkpoint_in_model as load_checkpoint_in_model
+    from shardkit.load.loading.load_checkpoint import (
+        load_checkpoint_in_model as load_checkpoint_in_model,
+    )
     from shardkit.load.modules.init_empty import init_empty_weights as init_empty_weights
     from shardkit.load.modules.init_empty import init_on_device as init_on_device
     from shardkit.load.performance.bandwidth import Rates as Rates
     from shardkit.load.placement.device_map import check_device_map as check_device_map
     from shardkit.load.placement.infer_device_map import get_balanced_memory as get_balanced_memory
-    from shardkit.load.placement.infer_device_map import infer_auto_device_map as infer_auto_device_map
+    from shardkit.load.placement.infer_device_map import (
+        infer_auto_device_map as infer_auto_device_map,
+    )
 
 _LAZY_EXPORTS = {
     "Explanation": "diagnostics.explanation",

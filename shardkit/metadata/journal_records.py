@@ -1,4 +1,6 @@
-"""The lines of a journal, read: for what it was begun, what is complete, who wrote it last, and what it was committed to."""
+"""The lines of a journal, read: for what it was begun, what is complete, who wrote it last, and
+what it was committed to.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ class Written:
             return ""
         match document:
             case {"sources": list(lines)} if lines:
-                paths = [line[0] for line in lines if isinstance(line, list) and line and isinstance(line[0], str)]
+                paths = [
+                    line[0]
+                    for line in lines
+                    if isinstance(line, list) and line and isinstance(line[0], str)
+                ]
                 try:
                     return os.path.commonpath(paths)
                 except ValueError:  # some are relative
@@ -66,7 +72,9 @@ class Written:
         """What the open journal *file* says."""
         file.seek(0)
         content = file.read()
-        nbytes = content.rfind(b"\n") + 1  # what follows the last line end was cut off while written
+        nbytes = (
+            content.rfind(b"\n") + 1
+        )  # what follows the last line end was cut off while written
         first, *rest = content[:nbytes].decode(errors="replace").split("\n")
         written = cls(first, nbytes)
         for line in rest[:-1]:
@@ -79,7 +87,11 @@ class Written:
         except (ValueError, RecursionError):
             entry = None
         match entry:
-            case {"done": str(name), "nbytes": int(nbytes), "digests": [str(whole), dict(tensors), *blocks]}:
+            case {
+                "done": str(name),
+                "nbytes": int(nbytes),
+                "digests": [str(whole), dict(tensors), *blocks],
+            }:
                 self.done[name] = Finished(nbytes, Digests(whole, tensors, tuple(map(str, blocks))))
             case {"done": str(name), "nbytes": int(nbytes)}:
                 self.done[name] = Finished(nbytes, None)

@@ -1,8 +1,11 @@
-"""shardkit.manifest.json: a digest of every file of an output and of every tensor in it, parsed and dumped without any I/O.
+"""shardkit.manifest.json: a digest of every file of an output and of every tensor in it, parsed and
+dumped without any I/O.
 
-1. It says nothing that changes from run to run: no time, no absolute path, no number of jobs. Same input and options, same bytes.
-2. The digest of a file is over all its bytes (with sha256 it is the object id of git-lfs and of the Hugging Face Hub); that of a
-   tensor over its bytes as stored. Where a tensor lies is said too, so that damage can be named even where a header is lost.
+1. It says nothing that changes from run to run: no time, no absolute path, no number of jobs. Same
+   input and options, same bytes.
+2. The digest of a file is over all its bytes (with sha256 it is the object id of git-lfs and of the
+   Hugging Face Hub); that of a tensor over its bytes as stored. Where a tensor lies is said too, so
+   that damage can be named even where a header is lost.
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ def dump(manifest: Manifest) -> bytes:
     It is put together here, as `json` takes ten times as long for indented text.
     """
     files = {file.name: _text(file) for file in manifest.files}
-    head = f'{{\n "version": {_VERSION},\n "algorithm": {json.dumps(manifest.algorithm)},\n "files": '
+    head = (
+        f'{{\n "version": {_VERSION},\n "algorithm": {json.dumps(manifest.algorithm)},\n "files": '
+    )
     return f"{head}{_object(files, 2)}\n}}\n".encode()
 
 
@@ -79,17 +84,27 @@ def parse(path: Path, content: bytes, limits: Limits) -> Manifest:
     """The manifest whose text is *content*.
 
     Raises:
-        Malformed: it is none, is of a later version, or names a file that does not lie in its folder.
+        Malformed: it is none, is of a later version, or names a file that does not lie in its
+            folder.
         LimitExceeded: it is nested too deeply.
     """
     match parse_json(path, content, limits, where=_WHERE):
         case {"version": int(version)} if version > _VERSION:
-            raise Malformed(path, f"is of version {version}, and {_VERSION} is known", where=_WHERE, hint="update shardkit")
+            raise Malformed(
+                path,
+                f"is of version {version}, and {_VERSION} is known",
+                where=_WHERE,
+                hint="update shardkit",
+            )
         case {"algorithm": str(algorithm), "files": dict(files)} if algorithm in ALGORITHMS:
-            return Manifest(algorithm, tuple(_listed(path, name, said) for name, said in files.items()))
+            return Manifest(
+                algorithm, tuple(_listed(path, name, said) for name, said in files.items())
+            )
         case {"algorithm": algorithm}:
             known = " and ".join(ALGORITHMS)
-            raise Malformed(path, f"the algorithm is {shown(algorithm)}, and {known} are known", where=_WHERE)
+            raise Malformed(
+                path, f"the algorithm is {shown(algorithm)}, and {known} are known", where=_WHERE
+            )
     raise Malformed(path, "must name an algorithm and files", where=_WHERE)
 
 
@@ -123,7 +138,12 @@ def _listed(path: Path, name: str, said: object) -> Listed:
     match said:
         case {"nbytes": int(nbytes), "digest": str(whole), **rest}:
             tensors = list(_tensors(path, name, nbytes, rest.get("tensors", {})))
-            return Listed(name, nbytes, tuple(run for run, _ in tensors), Digests(whole, {r.name: d for r, d in tensors}))
+            return Listed(
+                name,
+                nbytes,
+                tuple(run for run, _ in tensors),
+                Digests(whole, {r.name: d for r, d in tensors}),
+            )
     raise Malformed(path, f"the file {shown(name)} must have a length and a digest", where=_WHERE)
 
 
@@ -131,8 +151,12 @@ def _tensors(path: Path, name: str, nbytes: int, said: object) -> Iterator[tuple
     at = 0
     for tensor, place in said.items() if isinstance(said, dict) else ():
         match place:
-            case {"start": int(start), "stop": int(stop), "digest": str(digest)} if at <= start <= stop <= nbytes:
+            case {"start": int(start), "stop": int(stop), "digest": str(digest)} if (
+                at <= start <= stop <= nbytes
+            ):
                 yield Run(tensor, start, stop), digest
                 at = stop
             case _:
-                raise Malformed(path, f"tensor {shown(tensor)} lies nowhere in {shown(name)}", where=_WHERE)
+                raise Malformed(
+                    path, f"tensor {shown(tensor)} lies nowhere in {shown(name)}", where=_WHERE
+                )

@@ -1,9 +1,13 @@
-"""offload.json: which bytes of which shard are which block, in the order in which blocks run; parsed and dumped without any I/O.
+"""offload.json: which bytes of which shard are which block, in the order in which blocks run;
+parsed and dumped without any I/O.
 
-1. It says nothing that changes from run to run: no time, no absolute path. Same input and options, same bytes.
-2. A shard is known by its length and by the digest of its header, so that a record that was left beside other shards is told
-   from one that belongs to them without reading a weight. The digest of a block tells the rest.
-3. A block that alone is larger than a shard may be has a line for each of its runs; every other block has one.
+1. It says nothing that changes from run to run: no time, no absolute path. Same input and options,
+   same bytes.
+2. A shard is known by its length and by the digest of its header, so that a record that was left
+   beside other shards is told from one that belongs to them without reading a weight. The digest of
+   a block tells the rest.
+3. A block that alone is larger than a shard may be has a line for each of its runs; every other
+   block has one.
 """
 
 from __future__ import annotations
@@ -104,7 +108,9 @@ class OffloadRecord:
 
 
 def dump(record: OffloadRecord, digests: Mapping[str, Sequence[str]] | None = None) -> bytes:
-    """The text of *record*; with the *digests* of the runs in each shard, where they are given, in their order."""
+    """The text of *record*; with the *digests* of the runs in each shard, where they are given, in
+    their order.
+    """
     left = {shard: iter(each) for shard, each in (digests or {}).items()}
     origin = record.origin
     document = {
@@ -112,8 +118,13 @@ def dump(record: OffloadRecord, digests: Mapping[str, Sequence[str]] | None = No
         "source": {"name": origin.name, "format": origin.format, "files": dict(origin.files)},
         "dtypes": dict(record.dtypes),
         "algorithm": record.algorithm,
-        "shards": {shard.name: {"nbytes": shard.nbytes, "header": shard.header} for shard in record.shards},
-        "blocks": [_document(run, next(left[run.shard]) if run.shard in left else run.digest) for run in record.runs],
+        "shards": {
+            shard.name: {"nbytes": shard.nbytes, "header": shard.header} for shard in record.shards
+        },
+        "blocks": [
+            _document(run, next(left[run.shard]) if run.shard in left else run.digest)
+            for run in record.runs
+        ],
     }
     return (json.dumps(document, indent=1) + "\n").encode("utf-8", "surrogatepass")
 
@@ -122,23 +133,41 @@ def parse(path: Path, content: bytes, limits: Limits) -> OffloadRecord:
     """The record whose text is *content*.
 
     Raises:
-        Malformed: it is none, is of a later version, or names a file that does not lie in its folder.
+        Malformed: it is none, is of a later version, or names a file that does not lie in its
+            folder.
         LimitExceeded: it is nested too deeply.
     """
     match parse_json(path, content, limits, where=_WHERE):
         case {"version": int(version)} if version > _VERSION:
-            raise Malformed(path, f"is of version {version}, and {_VERSION} is known", where=_WHERE, hint="update shardkit")
-        case {"algorithm": str(algorithm), "source": said, "dtypes": dict(dtypes), "shards": dict(shards), "blocks": list(runs)}:
+            raise Malformed(
+                path,
+                f"is of version {version}, and {_VERSION} is known",
+                where=_WHERE,
+                hint="update shardkit",
+            )
+        case {
+            "algorithm": str(algorithm),
+            "source": said,
+            "dtypes": dict(dtypes),
+            "shards": dict(shards),
+            "blocks": list(runs),
+        }:
             _check_algorithm(path, algorithm)
             listed = {name: _shard(path, name, each) for name, each in shards.items()}
             found = tuple(_runs(path, runs, listed))
-            return OffloadRecord(algorithm, _origin(path, said), _sizes(path, dtypes), tuple(listed.values()), found)
+            return OffloadRecord(
+                algorithm, _origin(path, said), _sizes(path, dtypes), tuple(listed.values()), found
+            )
     raise Malformed(path, "must name a source, an algorithm, shards and blocks", where=_WHERE)
 
 
 def _check_algorithm(path: Path, name: str) -> None:
     if name not in ALGORITHMS:
-        raise Malformed(path, f"the algorithm is {shown(name)}, and {' and '.join(ALGORITHMS)} are known", where=_WHERE)
+        raise Malformed(
+            path,
+            f"the algorithm is {shown(name)}, and {' and '.join(ALGORITHMS)} are known",
+            where=_WHERE,
+        )
 
 
 def _document(run: BlockRun, digest: str) -> dict[str, object]:
@@ -156,7 +185,11 @@ def _origin(path: Path, said: object) -> Origin:
 def _sizes(path: Path, said: dict[str, object]) -> tuple[tuple[str, int], ...]:
     for name, nbytes in said.items():
         if type(nbytes) is not int or nbytes < 0:
-            raise Malformed(path, f"{shown(name)} must have a number of bytes, found {shown(nbytes)}", where=_WHERE)
+            raise Malformed(
+                path,
+                f"{shown(name)} must have a number of bytes, found {shown(nbytes)}",
+                where=_WHERE,
+            )
     return tuple((name, nbytes) for name, nbytes in said.items() if isinstance(nbytes, int))
 
 
@@ -167,7 +200,11 @@ def _shard(path: Path, name: str, said: object) -> Shard:
     match said:
         case {"nbytes": int(nbytes), "header": str(header)}:
             return Shard(name, nbytes, header)
-    raise Malformed(path, f"the file {shown(name)} must have a length and the digest of its header", where=_WHERE)
+    raise Malformed(
+        path,
+        f"the file {shown(name)} must have a length and the digest of its header",
+        where=_WHERE,
+    )
 
 
 def _runs(path: Path, said: Sequence[object], shards: Mapping[str, Shard]) -> Iterator[BlockRun]:
@@ -185,12 +222,18 @@ def _runs(path: Path, said: Sequence[object], shards: Mapping[str, Shard]) -> It
                 yield BlockRun(name, shard, start, stop, _names(path, name, tensors), digest)
                 at[shard] = stop
             case {"name": str(name)}:
-                raise Malformed(path, f"the block {shown(name)} lies nowhere, or over another", where=_WHERE)
+                raise Malformed(
+                    path, f"the block {shown(name)} lies nowhere, or over another", where=_WHERE
+                )
             case _:
-                raise Malformed(path, f"a block must have a name and a place, found {shown(line)}", where=_WHERE)
+                raise Malformed(
+                    path, f"a block must have a name and a place, found {shown(line)}", where=_WHERE
+                )
 
 
 def _names(path: Path, block: str, said: Sequence[object]) -> tuple[str, ...]:
     if all(isinstance(name, str) for name in said):
         return tuple(map(str, said))
-    raise Malformed(path, f"the block {shown(block)} must name its tensors, found {shown(said)}", where=_WHERE)
+    raise Malformed(
+        path, f"the block {shown(block)} must name its tensors, found {shown(said)}", where=_WHERE
+    )

@@ -1,8 +1,9 @@
 """The safetensors header: bytes ↔ entries, without any I/O.
 
-A file is 8 bytes (little-endian length n), n bytes of JSON that may end in spaces, and the data of all tensors without holes
-(https://github.com/huggingface/safetensors#format). What the reference reader refuses is refused here, each fault with a
-sentence that names the tensor. A key that stands twice is refused too, though that reader takes the last.
+A file is 8 bytes (little-endian length n), n bytes of JSON that may end in spaces, and the data of
+all tensors without holes (https://github.com/huggingface/safetensors#format). What the reference
+reader refuses is refused here, each fault with a sentence that names the tensor. A key that stands
+twice is refused too, though that reader takes the last.
 """
 
 from __future__ import annotations
@@ -38,18 +39,25 @@ _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says: the tensors in the order of their data, and the free text of `__metadata__`."""
+    """What a header says: the tensors in the order of their data, and the free text of
+    `__metadata__`.
+    """
 
     tensors: tuple[TensorEntry, ...]
     metadata: dict[str, str]
 
 
 def places(content: bytes) -> list[tuple[str, int, int]]:
-    """Name, start and stop of each tensor in a file that begins with *content*, a header that we dumped, in their order."""
+    """Name, start and stop of each tensor in a file that begins with *content*, a header that we
+    dumped, in their order.
+    """
     start = LENGTH_NBYTES + int.from_bytes(content[:LENGTH_NBYTES], "little")
     fields: dict[str, dict[str, tuple[int, int]]] = json.loads(content[LENGTH_NBYTES:start])
     offsets = ((name, field["data_offsets"]) for name, field in fields.items() if name != METADATA)
-    return sorted(((name, start + low, start + high) for name, (low, high) in offsets), key=lambda place: place[1:])
+    return sorted(
+        ((name, start + low, start + high) for name, (low, high) in offsets),
+        key=lambda place: place[1:],
+    )
 
 
 def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> int:
@@ -60,15 +68,27 @@ def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> i
         LimitExceeded: it is longer than `header_bytes`.
     """
     if len(first) < LENGTH_NBYTES:
-        message = f"the file has {several(file_nbytes, 'byte')}, and 8 are needed to say how long the header is"
+        message = (
+            f"the file has {several(file_nbytes, 'byte')}, and 8 are needed to say how "
+            "long the header is"
+        )
         raise Malformed(path, message, where=_WHERE, hint=_FETCH)
     nbytes = int.from_bytes(first[:LENGTH_NBYTES], "little")
     if nbytes > MAX_JSON_NBYTES:
-        raise Malformed(path, f"is said to take {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}", where=_WHERE)
+        raise Malformed(
+            path,
+            f"is said to take {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
+            where=_WHERE,
+        )
     if nbytes > limits.header_bytes:
-        raise LimitExceeded(path, f"the header takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes)
+        raise LimitExceeded(
+            path, f"the header takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes
+        )
     if nbytes > file_nbytes - LENGTH_NBYTES:
-        message = f"takes {nbytes:,} bytes, and the file ends after {file_nbytes - LENGTH_NBYTES:,} of them"
+        message = (
+            f"takes {nbytes:,} bytes, and the file ends after "
+            f"{file_nbytes - LENGTH_NBYTES:,} of them"
+        )
         raise Malformed(path, message, where=_WHERE, hint=_FETCH)
     return nbytes
 
@@ -87,7 +107,9 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
         raise Malformed(path, "must hold tensors by name, found the fields of one", where=_WHERE)
     metadata = _metadata(path, document.pop(METADATA, None))
     if len(document) > limits.tensors:
-        raise LimitExceeded(path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document))
+        raise LimitExceeded(
+            path, f"holds {several(len(document), 'tensor')}", limit="tensors", actual=len(document)
+        )
     # Memory is given back as it goes: popped from the document here, and from the lines below.
     lines = sorted(_line(path, name, document.pop(name)) for name in list(document))
     _check_cover(path, lines, data.nbytes)
@@ -95,8 +117,15 @@ def parse(path: Path, content: bytes, data: Payload, limits: Limits) -> Header:
     return Header(tuple(lines.pop().entry(data) for _ in range(len(lines))), metadata)
 
 
-def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue: int = 0, modulus: int = 64) -> bytes:
-    """The first bytes of a file that holds *entries* one after the other: length, JSON, and spaces up to the data.
+def dump(
+    entries: Sequence[TensorEntry],
+    metadata: Mapping[str, str],
+    *,
+    residue: int = 0,
+    modulus: int = 64,
+) -> bytes:
+    """The first bytes of a file that holds *entries* one after the other: length, JSON, and spaces
+    up to the data.
 
     Args:
         entries: in the order of their data.
@@ -117,7 +146,10 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
     nbytes = len(text) + len(padding)
     if nbytes > MAX_JSON_NBYTES:
         raise Unwritable(
-            f"the header of {len(entries):,} tensors takes {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
+            (
+                f"the header of {len(entries):,} tensors takes {nbytes:,} bytes, and the format "
+                f"allows {MAX_JSON_NBYTES:,}"
+            ),
             hint=("write more, smaller shards: lower ", option("max_shard")),
         )
     return b"".join((nbytes.to_bytes(LENGTH_NBYTES, "little"), text, padding))
@@ -126,18 +158,27 @@ def dump(entries: Sequence[TensorEntry], metadata: Mapping[str, str], *, residue
 def room(entry: TensorEntry) -> int:
     """At least the bytes that the line of *entry* takes in a header, wherever its data lies."""
     digits = sum(len(str(length)) + 1 for length in entry.shape)
-    return len(_quoted(entry.name).encode("utf-8", "surrogatepass")) + len(entry.dtype.code) + digits + _LINE_ROOM
+    return (
+        len(_quoted(entry.name).encode("utf-8", "surrogatepass"))
+        + len(entry.dtype.code)
+        + digits
+        + _LINE_ROOM
+    )
 
 
 def as_readers_need(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """*metadata* with the format ``pt``: huggingface_hub, accelerate and transformers refuse, or read otherwise, any other."""
+    """*metadata* with the format ``pt``: huggingface_hub, accelerate and transformers refuse, or
+    read otherwise, any other.
+    """
     if metadata.get("format") == "pt":
         return metadata
     return {"format": "pt", **{key: text for key, text in metadata.items() if key != "format"}}
 
 
 def fixed_room(metadata: Mapping[str, str]) -> int:
-    """At least the bytes of a header that are no tensor's: length, braces, *metadata*, and padding up to a page."""
+    """At least the bytes of a header that are no tensor's: length, braces, *metadata*, and padding
+    up to a page.
+    """
     line = _metadata_line(as_readers_need(metadata))
     return LENGTH_NBYTES + len(line.encode("utf-8", "surrogatepass")) + len("{,}") + PAGE
 
@@ -149,14 +190,20 @@ def _metadata(path: Path, document: object) -> dict[str, str]:
         case dict():
             for key, value in document.items():
                 if not isinstance(value, str):
-                    message = f"{METADATA}: the value of {shown(key)} must be text, found {shown(value)}"
+                    message = (
+                        f"{METADATA}: the value of {shown(key)} must be text, found {shown(value)}"
+                    )
                     raise Malformed(path, message, where=_WHERE)
             return document
-    raise Malformed(path, f"{METADATA} must hold texts by name, found {shown(document)}", where=_WHERE)
+    raise Malformed(
+        path, f"{METADATA} must hold texts by name, found {shown(document)}", where=_WHERE
+    )
 
 
 class _Line(NamedTuple):
-    """What the header says of one tensor; *start* and *stop* count from the first byte of the data, and lines sort by them."""
+    """What the header says of one tensor; *start* and *stop* count from the first byte of the data,
+    and lines sort by them.
+    """
 
     start: int
     stop: int
@@ -165,11 +212,15 @@ class _Line(NamedTuple):
     shape: tuple[int, ...]
 
     def entry(self, data: Payload) -> TensorEntry:
-        return TensorEntry((self.name,), self.dtype, self.shape, data.narrow(self.start, self.stop - self.start))
+        return TensorEntry(
+            (self.name,), self.dtype, self.shape, data.narrow(self.start, self.stop - self.start)
+        )
 
 
 class _Fields(NamedTuple):
-    """The same without the name: what stands for the object of a tensor, of which it takes a third."""
+    """The same without the name: what stands for the object of a tensor, of which it takes a
+    third.
+    """
 
     start: int
     stop: int
@@ -178,14 +229,21 @@ class _Fields(NamedTuple):
 
 
 def _told(fields: dict[str, object]) -> object:
-    """What stands for an object of the header: the fields of a tensor, where it has these and no others."""
+    """What stands for an object of the header: the fields of a tensor, where it has these and no
+    others.
+    """
     return (_fields(fields) if len(fields) == 3 else None) or fields
 
 
 def _fields(values: dict[str, object]) -> _Fields | None:
     code, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     dtype = _WRITABLE.get(code) if isinstance(code, str) else None
-    if dtype is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+    if (
+        dtype is None
+        or not isinstance(shape, list)
+        or not isinstance(offsets, list)
+        or len(offsets) != 2
+    ):
         return None
     if not _are_sizes((*offsets, *shape)):
         return None
@@ -225,23 +283,43 @@ def _fault(fields: object) -> str:
     if not isinstance(dtype, str) or dtype not in _WRITABLE:
         return f"dtype {shown(dtype)} is none of the format's: {', '.join(_WRITABLE)}"
     shape = fields["shape"]
-    field, count = ("data_offsets", "two") if isinstance(shape, list) and _are_sizes(shape) else ("shape", "a list of")
-    return f"{field} must be {count} whole numbers from 0 to 2⁶⁴ - 1, found {_shown_list(fields[field])}"
+    field, count = (
+        ("data_offsets", "two")
+        if isinstance(shape, list) and _are_sizes(shape)
+        else ("shape", "a list of")
+    )
+    return (
+        f"{field} must be {count} whole numbers from 0 to 2⁶⁴ - 1, found "
+        f"{_shown_list(fields[field])}"
+    )
 
 
-def _check_nbytes(path: Path, name: str, dtype: DType, shape: Sequence[int], start: int, stop: int) -> None:
+def _check_nbytes(
+    path: Path, name: str, dtype: DType, shape: Sequence[int], start: int, stop: int
+) -> None:
     bits = dtype.bits
     for length in shape:
         bits *= length
         if bits >= _U64:
-            raise Malformed(path, f"{dtype.code} {_shown_list(shape)} is larger than any memory", where=_tensor(name))
+            raise Malformed(
+                path,
+                f"{dtype.code} {_shown_list(shape)} is larger than any memory",
+                where=_tensor(name),
+            )
     if stop < start:
-        raise Malformed(path, f"its data ends at {stop:,}, before it starts at {start:,}", where=_tensor(name))
+        raise Malformed(
+            path, f"its data ends at {stop:,}, before it starts at {start:,}", where=_tensor(name)
+        )
     if bits % 8:
-        message = f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
+        message = (
+            f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
+        )
         raise Malformed(path, message, where=_tensor(name))
     if bits // 8 != stop - start:
-        message = f"{dtype.code} {_shown_list(shape)} needs {several(bits // 8, 'byte')}, has {stop - start:,}"
+        message = (
+            f"{dtype.code} {_shown_list(shape)} needs {several(bits // 8, 'byte')}, has "
+            f"{stop - start:,}"
+        )
         raise Malformed(path, message, where=_tensor(name))
 
 
@@ -257,14 +335,22 @@ def _check_cover(path: Path, lines: Sequence[_Line], data_nbytes: int) -> None:
         message = f"{need}; the first to miss some is {shown(first.name)}"
         raise Malformed(path, message, hint=_FETCH)
     if at < data_nbytes:
-        raise Malformed(path, f"after the last tensor, {several(data_nbytes - at, 'byte')} of no tensor")
+        raise Malformed(
+            path, f"after the last tensor, {several(data_nbytes - at, 'byte')} of no tensor"
+        )
 
 
 def _gap(line: _Line, before: _Line | None) -> str:
     at = before.stop if before else 0
     if before is None or line.start > at:
-        return f"its data starts at {line.start:,}, behind {several(line.start - at, 'byte')} of no tensor"
-    return f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor {shown(before.name)}, which ends at {at:,}"
+        return (
+            f"its data starts at {line.start:,}, behind {several(line.start - at, 'byte')} of "
+            "no tensor"
+        )
+    return (
+        f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor "
+        f"{shown(before.name)}, which ends at {at:,}"
+    )
 
 
 def _tensor(name: str) -> str:
@@ -283,8 +369,13 @@ def _check_names(entries: Sequence[TensorEntry]) -> None:
         hint = ("give it another name: ", renaming(f"^{METADATA}$", "metadata"))
         raise Unwritable(f"no tensor of a safetensors file can be called {METADATA}", hint=hint)
     if len(names) < len(entries):
-        twice = next(name for name, count in Counter(entry.name for entry in entries).items() if count > 1)
-        raise NameClash(f"two tensors would be called {shown(twice)}", hint=("give one another name with ", option("rename")))
+        twice = next(
+            name for name, count in Counter(entry.name for entry in entries).items() if count > 1
+        )
+        raise NameClash(
+            f"two tensors would be called {shown(twice)}",
+            hint=("give one another name with ", option("rename")),
+        )
 
 
 def _check_types(entries: Sequence[TensorEntry]) -> None:
@@ -296,7 +387,8 @@ def _check_types(entries: Sequence[TensorEntry]) -> None:
 
 
 def _metadata_line(metadata: Mapping[str, str]) -> str:
-    return f'"{METADATA}":{{{",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in metadata.items())}}}'
+    pairs = ",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in metadata.items())
+    return f'"{METADATA}":{{{pairs}}}'
 
 
 def _lines(entries: Sequence[TensorEntry]) -> Iterator[str]:
@@ -304,7 +396,9 @@ def _lines(entries: Sequence[TensorEntry]) -> Iterator[str]:
     for entry, stop in zip(entries, stops, strict=True):
         shape = ",".join(map(str, entry.shape))
         start = stop - entry.nbytes
-        yield f'{_quoted(entry.name)}:{{"dtype":"{entry.dtype.code}","shape":[{shape}],"data_offsets":[{start},{stop}]}}'
+        dtype = entry.dtype.code
+        place = f'"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{stop}]'
+        yield f"{_quoted(entry.name)}:{{{place}}}"
 
 
 _LINE_ROOM = len(':{"dtype":"","shape":[],"data_offsets":[,]},') + 2 * _OFFSET_DIGITS

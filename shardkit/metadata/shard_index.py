@@ -1,7 +1,8 @@
 """The index of a folder of shards (``*.index.json``): parsed and dumped, without any I/O.
 
-A name in it comes from a stranger and is opened: it may not leave the folder of the index. ``./`` in a name is dropped. Besides
-the form of Hugging Face, ``{"metadata": …, "weight_map": {name: file}}``, the map alone is an index, as it is for Accelerate.
+A name in it comes from a stranger and is opened: it may not leave the folder of the index. ``./``
+in a name is dropped. Besides the form of Hugging Face, ``{"metadata": …, "weight_map": {name:
+file}}``, the map alone is an index, as it is for Accelerate.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _WHERE = "index"
 LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
-_NAMES = "the files of an index lie in its folder or below, and it has their names from there: fetch it again, or mend it by hand"
+_NAMES = (
+    "the files of an index lie in its folder or below, and it has their names from there: "
+    "fetch it again, or mend it by hand"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Index:
     """What an index says.
 
     Attributes:
-        weight_map: name of each tensor to the name of the file that holds it, relative to the index.
+        weight_map: name of each tensor to the name of the file that holds it, relative to the
+            index.
         metadata: what the writer added, as a total size; foreign values.
     """
 
@@ -51,15 +56,23 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
     document = parse_json(path, content, limits, where=_WHERE)
     if not isinstance(document, dict):
         raise Malformed(path, f"must be an object, found {shown(document)}", where=_WHERE)
-    is_flat = "weight_map" not in document and all(isinstance(file, str) for file in document.values())
+    is_flat = "weight_map" not in document and all(
+        isinstance(file, str) for file in document.values()
+    )
     weight_map = document if is_flat else document.get("weight_map")
     metadata = {} if is_flat else document.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map:
-        raise Malformed(path, f"weight_map must name a file for each tensor, found {shown(weight_map)}", where=_WHERE)
+        raise Malformed(
+            path,
+            f"weight_map must name a file for each tensor, found {shown(weight_map)}",
+            where=_WHERE,
+        )
     if not isinstance(metadata, dict):
         raise Malformed(path, f"metadata must be an object, found {shown(metadata)}", where=_WHERE)
     if len(weight_map) > limits.tensors:
-        raise LimitExceeded(path, f"lists {len(weight_map):,} tensors", limit="tensors", actual=len(weight_map))
+        raise LimitExceeded(
+            path, f"lists {len(weight_map):,} tensors", limit="tensors", actual=len(weight_map)
+        )
     _check_files(path, weight_map)
     if any("./" in file for file in set(weight_map.values())):
         weight_map = {tensor: _without_dots(file) for tensor, file in weight_map.items()}
@@ -67,7 +80,9 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
 
 
 def dump(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """The text of an index over *total_size* bytes of tensors: keys sorted, indented as long as readers take it so."""
+    """The text of an index over *total_size* bytes of tensors: keys sorted, indented as long as
+    readers take it so.
+    """
     document = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
     if len(text) > LARGEST_READ_BY_HUB:
@@ -79,7 +94,11 @@ def _check_files(path: Path, weight_map: dict[str, object]) -> None:
     fine: set[str] = set()
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise Malformed(path, f"the file of tensor {shown(tensor)} must be a name, found {shown(name)}", where=_WHERE)
+            raise Malformed(
+                path,
+                f"the file of tensor {shown(tensor)} must be a name, found {shown(name)}",
+                where=_WHERE,
+            )
         if name not in fine:
             fault = fault_of_name(_without_dots(name))
             if fault:
@@ -94,7 +113,9 @@ def _without_dots(name: str) -> str:
 
 
 def fault_of_name(name: str) -> str | None:
-    """What is wrong with *name* as that of a file in the folder of a listing; None if nothing is."""
+    """What is wrong with *name* as that of a file in the folder of a listing; None if nothing
+    is.
+    """
     if not name:
         return "has an empty name"
     if name.startswith("/") or _DRIVE.match(name):

@@ -16,7 +16,9 @@ _SHARD_NAME = re.compile(rf"({'|'.join(_STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetens
 
 
 def stem_of(names: Iterable[str]) -> str:
-    """What the names of shards begin with where the weights were in files called *names*, so that the same library finds them."""
+    """What the names of shards begin with where the weights were in files called *names*, so that
+    the same library finds them.
+    """
     found = {match[1] if (match := _OWN_STEM.fullmatch(name)) else STEM for name in names}
     return found.pop() if len(found) == 1 else STEM
 

@@ -1,7 +1,8 @@
-"""JSON as strangers write it: what readers may take in two ways, or choke on, is refused with a sentence.
+"""JSON as strangers write it: what readers may take in two ways, or choke on, is refused with a
+sentence.
 
-A key that stands twice, NaN, half a surrogate pair, text that is no UTF-8 and nesting beyond reason are all legal to some
-parser and fatal to another.
+A key that stands twice, NaN, half a surrogate pair, text that is no UTF-8 and nesting beyond reason
+are all legal to some parser and fatal to another.
 """
 
 from __future__ import annotations
@@ -32,22 +33,29 @@ def parse_json(
         content: the document, UTF-8.
         limits: `json_nesting` bounds its depth.
         where: what the document is, for messages.
-        made: gives what stands for an object, as soon as that is read, for those of which there are many: a dict is large.
+        made: gives what stands for an object, as soon as that is read, for those of which there are
+            many: a dict is large.
 
     Raises:
         Malformed: it is no JSON, or JSON that is read differently by different readers.
         LimitExceeded: it is nested too deeply.
     """
     try:
-        decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: made(_unique(pairs)), parse_constant=_refuse)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=lambda pairs: made(_unique(pairs)), parse_constant=_refuse
+        )
         document: object = decoder.decode(content.decode())
     except RecursionError:
         raise _too_deep(path, limits.json_nesting + 1, where) from None
     except UnicodeDecodeError as error:
         raise Malformed(path, f"byte {error.start:,} is not UTF-8 text", where=where) from None
     except json.JSONDecodeError as error:
-        raise Malformed(path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where) from None
-    except ValueError as error:  # ours from below, or Python's: an integer of more digits than it converts
+        raise Malformed(
+            path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where
+        ) from None
+    except (
+        ValueError
+    ) as error:  # ours from below, or Python's: an integer of more digits than it converts
         if "set_int_max_str_digits" in str(error):
             error = ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits")
         raise Malformed(path, f"broken JSON: {error}", where=where) from None
@@ -71,8 +79,20 @@ def _refuse(constant: str) -> object:
 def _check_nesting(path: Path, document: object, limits: Limits, where: str) -> None:
     level = [document]
     for _ in range(limits.json_nesting):
-        fields = [v for each in level if type(each) is dict for v in each.values() if type(v) is dict or type(v) is list]
-        items = [v for each in level if type(each) is list for v in each if type(v) is dict or type(v) is list]
+        fields = [
+            v
+            for each in level
+            if type(each) is dict
+            for v in each.values()
+            if type(v) is dict or type(v) is list
+        ]
+        items = [
+            v
+            for each in level
+            if type(each) is list
+            for v in each
+            if type(v) is dict or type(v) is list
+        ]
         level = [*fields, *items]
     if level:
         raise _too_deep(path, limits.json_nesting + 1, where)
@@ -82,10 +102,16 @@ def _check_surrogates(path: Path, content: bytes, document: object, where: str) 
     if re.search(rb"\\u[dD]", content) is None:
         return
     try:
-        json.dumps(document, ensure_ascii=False, default=repr).encode()  # some of it may have been made into what is no JSON
+        json.dumps(
+            document, ensure_ascii=False, default=repr
+        ).encode()  # some of it may have been made into what is no JSON
     except UnicodeEncodeError:
-        raise Malformed(path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where) from None
+        raise Malformed(
+            path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where
+        ) from None
 
 
 def _too_deep(path: Path, depth: int, where: str) -> LimitExceeded:
-    return LimitExceeded(path, f"{where}: JSON nested {depth} deep or deeper", limit="json_nesting", actual=depth)
+    return LimitExceeded(
+        path, f"{where}: JSON nested {depth} deep or deeper", limit="json_nesting", actual=depth
+    )

@@ -1,1 +1,3 @@
-"""The verbs of the library: convert, offload-prep, verify and diff, place. Each tells one story, from arguments to a report."""
+"""The verbs of the library: convert, offload-prep, verify and diff, place. Each tells one story,
+from arguments to a report.
+"""

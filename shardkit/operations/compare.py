@@ -1,6 +1,8 @@
-"""Two checkpoints, tensor by tensor and bit by bit; or an output against its source. One engine for verify and diff.
+"""Two checkpoints, tensor by tensor and bit by bit; or an output against its source. One engine for
+verify and diff.
 
-Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two formats that hold the same weights are the same.
+Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two formats that hold the
+same weights are the same.
 """
 
 from __future__ import annotations
@@ -62,7 +64,10 @@ def diff(
         Side(Path(path), replace(checkpoint, others=chosen.others), chosen.left_out)
         for path, checkpoint, chosen in zip((a, b), opened, rooted, strict=True)
     ]
-    lefts, rights = (_by_name(chosen.tensors, shown_path(Path(path))) for path, chosen in zip((a, b), rooted, strict=True))
+    lefts, rights = (
+        _by_name(chosen.tensors, shown_path(Path(path)))
+        for path, chosen in zip((a, b), rooted, strict=True)
+    )
     comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(comparison, sides)
 
@@ -76,12 +81,14 @@ def verify(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Check that *out* is complete, and that it holds the tensors that converting *against* with *edits* gives.
+    """Check that *out* is complete, and that it holds the tensors that converting *against* with
+    *edits* gives.
 
-    Without *against*, everything is checked that the files say about themselves: every header, the index against the shards,
-    that no byte is missing, the digests of a manifest or of blocks, the CRCs of zip archives; each tensor is read once. The
-    notes say what was compared with what, and which tensors carry no checksum. Files beside the weights (config, tokenizer)
-    are compared with nothing but a manifest that lists them.
+    Without *against*, everything is checked that the files say about themselves: every header, the
+    index against the shards, that no byte is missing, the digests of a manifest or of blocks, the
+    CRCs of zip archives; each tensor is read once. The notes say what was compared with what, and
+    which tensors carry no checksum. Files beside the weights (config, tokenizer) are compared with
+    nothing but a manifest that lists them.
 
     Args:
         out: what `convert` wrote, or any other checkpoint.
@@ -97,14 +104,20 @@ def verify(
         NameClash: two tensors of one have the same dotted name.
     """
     if against is None:
-        return checked(path_arguments.to_read(out), limits, on_bytes or _unheard, on_total or _unheard)
-    # The source first: to read a pickle takes more memory than is kept of it, and now there is nothing beside it.
+        return checked(
+            path_arguments.to_read(out), limits, on_bytes or _unheard, on_total or _unheard
+        )
+    # The source first: to read a pickle takes more memory than is kept of it, and now there is
+    # nothing beside it.
     origin = open_checkpoint(against, limits=limits)
     edited = edit(origin, replace(edits, ties="copy"))
     written = open_checkpoint(out, limits=limits)
     inside = edited.left_out[len(origin.left_out) :]
     sides = [Side(Path(against), replace(origin, others=()), inside), Side(Path(out), written)]
-    lefts, rights = _by_name(edited.entries, shown_path(Path(against))), _by_name(written.tensors, shown_path(Path(out)))
+    lefts, rights = (
+        _by_name(edited.entries, shown_path(Path(against))),
+        _by_name(written.tensors, shown_path(Path(out))),
+    )
     comparison = _compared(lefts, rights, on_bytes, on_total)
     return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
 
@@ -116,7 +129,8 @@ def compare(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of `verify`.
+    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of
+    `verify`.
 
     Raises:
         NameClash: two tensors of one side have the same dotted name.
@@ -137,16 +151,30 @@ _BELOW_ONE: Hint = ("compare what is below one of them with ", option("root"))
 
 
 def _compared(
-    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], on_bytes: OnBytes | None, on_total: OnBytes | None
+    lefts: Mapping[str, TensorEntry],
+    rights: Mapping[str, TensorEntry],
+    on_bytes: OnBytes | None,
+    on_total: OnBytes | None,
 ) -> Comparison:
     both = [name for name in lefts if name in rights]
     total = sum(lefts[name].nbytes for name in both)
     _LOG.info("%d tensors to compare, %s", len(both), format_size(total))
     (on_total or _unheard)(total)
     reads = SmallReads()
-    found = each(lambda name, report: _difference(lefts[name], rights[name], reads, report), both, on_bytes or _unheard)
-    changed = {name: difference for name, difference in zip(both, found, strict=True) if difference is not None}
-    differences = [*_in_order(lefts, rights, changed), *(_only(rights[name], "added") for name in rights if name not in lefts)]
+    found = each(
+        lambda name, report: _difference(lefts[name], rights[name], reads, report),
+        both,
+        on_bytes or _unheard,
+    )
+    changed = {
+        name: difference
+        for name, difference in zip(both, found, strict=True)
+        if difference is not None
+    }
+    differences = [
+        *_in_order(lefts, rights, changed),
+        *(_only(rights[name], "added") for name in rights if name not in lefts),
+    ]
     return Comparison(len(both), total, tuple(differences))
 
 
@@ -161,7 +189,9 @@ def _unheard(count: int) -> None:
 
 
 def _in_order(
-    lefts: Mapping[str, TensorEntry], rights: Mapping[str, TensorEntry], changed: Mapping[str, Difference]
+    lefts: Mapping[str, TensorEntry],
+    rights: Mapping[str, TensorEntry],
+    changed: Mapping[str, Difference],
 ) -> Iterator[Difference]:
     for name, entry in lefts.items():
         if name not in rights:
@@ -174,7 +204,9 @@ def _only(entry: TensorEntry, change: Literal["added", "removed"]) -> Difference
     return Difference(entry.name, change, f"{entry.dtype.code} {list(entry.shape)}")
 
 
-def _difference(left: TensorEntry, right: TensorEntry, reads: SmallReads, on_bytes: OnBytes) -> Difference | None:
+def _difference(
+    left: TensorEntry, right: TensorEntry, reads: SmallReads, on_bytes: OnBytes
+) -> Difference | None:
     if left.dtype != right.dtype:
         return Difference(left.name, "dtype", f"{left.dtype.code} became {right.dtype.code}")
     if left.shape != right.shape:
@@ -185,11 +217,16 @@ def _difference(left: TensorEntry, right: TensorEntry, reads: SmallReads, on_byt
     return Difference(
         left.name,
         "bytes",
-        f"the first element that differs is number {at * 8 // left.dtype.bits:,} of {left.nbytes * 8 // left.dtype.bits:,}",
+        (
+            f"the first element that differs is number {at * 8 // left.dtype.bits:,} of "
+            f"{left.nbytes * 8 // left.dtype.bits:,}"
+        ),
     )
 
 
-def _first_difference(left: Payload, right: Payload, reads: SmallReads, on_bytes: OnBytes) -> int | None:
+def _first_difference(
+    left: Payload, right: Payload, reads: SmallReads, on_bytes: OnBytes
+) -> int | None:
     """Offset of the first byte that differs; None if there is none."""
     if left == right or (left.nbytes <= SMALL and _is_read_alike(left, right, reads)):
         on_bytes(left.nbytes)
@@ -211,7 +248,9 @@ def _is_read_alike(left: Payload, right: Payload, reads: SmallReads) -> bool:
     return content == reads.read(right)
 
 
-def _paired(lefts: Iterator[memoryview], rights: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
+def _paired(
+    lefts: Iterator[memoryview], rights: Iterator[memoryview]
+) -> Iterator[tuple[memoryview, memoryview]]:
     """Both streams in pieces of one length, however each is cut."""
     a = b = memoryview(b"")
     while (a := a or next(lefts, a)) and (b := b or next(rights, b)):

@@ -17,7 +17,8 @@ class Difference:
 
     Attributes:
         name: of the tensor.
-        change: "added" is on the right side only, "removed" on the left only; else the first thing that differs.
+        change: "added" is on the right side only, "removed" on the left only; else the first thing
+            that differs.
         detail: for a person: both values, or the first element that differs.
     """
 

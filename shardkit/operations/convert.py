@@ -1,6 +1,7 @@
 """The main job: open → edit → plan → write, as one function.
 
-`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the other.
+`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the
+other.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Report:
         notes: sentences that the user should see.
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
-        stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their content where they are compressed.
+        stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their
+            content where they are compressed.
         blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
     """
 
@@ -78,7 +80,9 @@ class Report:
         calls: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> Report:
-        """The report on *output*, which is in place; the other arguments are attributes of the report."""
+        """The report on *output*, which is in place; the other arguments are attributes of the
+        report.
+        """
         plan = output.plan
         return cls(
             source=source,
@@ -125,31 +129,38 @@ def convert(
     compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
-    """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a pickle.
+    """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a
+    pickle.
 
     Args:
-        src: a torch file (zip, legacy, TorchScript), safetensors, an index JSON, a folder, or a ``.zst`` of a file.
-        out: folder to make, or a file to make where it ends like a format that can be written (``.safetensors``); None for
-            ``<stem>-shards`` beside *src*, or in the working folder where that is read-only or a cache.
-        max_shard: bound on each file, header included, as ``"2GB"``, ``"500MiB"`` or bytes; None for one shard. A tensor
-            that alone is larger stands alone.
-        dtype: what floats of 16 bits or more are cast to, as ``"bf16"`` or ``"bfloat16"``; needs torch. None keeps each.
+        src: a torch file (zip, legacy, TorchScript), safetensors, an index JSON, a folder, or a
+            ``.zst`` of a file.
+        out: folder to make, or a file to make where it ends like a format that can be written
+            (``.safetensors``); None for ``<stem>-shards`` beside *src*, or in the working folder
+            where that is read-only or a cache.
+        max_shard: bound on each file, header included, as ``"2GB"``, ``"500MiB"`` or bytes; None
+            for one shard. A tensor that alone is larger stands alone.
+        dtype: what floats of 16 bits or more are cast to, as ``"bf16"`` or ``"bfloat16"``; needs
+            torch. None keeps each.
         include: globs of names to take; none takes all. ``*`` crosses dots.
         exclude: globs of names to leave out.
         rename: pairs (regular expression, replacement), applied in order to every name.
         root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
-        ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"`` writes it under each.
-        jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
-            most 8.
+        ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"``
+            writes it under each.
+        jobs: files written at a time; None for one more than there are processors, or as many where
+            they are compressed, at most 8.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
         sync: make every file last (fsync) before the output appears.
         format: name of the format to read *src* as; None to recognise it.
-        with_companions: copy the small files beside the weights (config, tokenizer) of a source folder.
-        checksum: ``"sha256"`` or ``"xxh3"`` to write a digest of every file and tensor to ``shardkit.manifest.json``, and to
-            check the CRCs of a zip source first; None for neither.
-        compress: ``"zstd"`` for shards in the standard seekable format of zstd, which are read in place; ``zstd -d`` gives
-            back the plain ones. None for plain shards.
+        with_companions: copy the small files beside the weights (config, tokenizer) of a source
+            folder.
+        checksum: ``"sha256"`` or ``"xxh3"`` to write a digest of every file and tensor to
+            ``shardkit.manifest.json``, and to check the CRCs of a zip source first; None for
+            neither.
+        compress: ``"zstd"`` for shards in the standard seekable format of zstd, which are read in
+            place; ``zstd -d`` gives back the plain ones. None for plain shards.
         limits: what the source may ask for.
 
     Returns:
@@ -161,10 +172,18 @@ def convert(
         OutputError: *out* cannot be written or replaced.
     """
     begun = time.monotonic()
-    edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
+    edits = Edits.asked(
+        root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
+    )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare(src, out, edits, options)
-    report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
+    report = carry_out(
+        conversion,
+        jobs=jobs,
+        overwrite=overwrite,
+        on_bytes=on_bytes or (lambda count: None),
+        sync=sync,
+    )
     return replace(report, seconds=time.monotonic() - begun)
 
 
@@ -182,7 +201,9 @@ def carry_out(
         FormatError: the source cannot be read, or changed meanwhile.
         OutputError: the output cannot be written or replaced.
     """
-    written = write_output(conversion.output, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes, sync=sync)
+    written = write_output(
+        conversion.output, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes, sync=sync
+    )
     others = conversion.checkpoint.others
     return Report.of(
         conversion.output,

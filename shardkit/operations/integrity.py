@@ -1,6 +1,8 @@
-"""What can be told of bytes without a second copy of them: digests in a manifest, and the CRCs that a zip archive keeps.
+"""What can be told of bytes without a second copy of them: digests in a manifest, and the CRCs that
+a zip archive keeps.
 
-A fault names the tensor and the bytes of the file that differ. What carries no checksum is counted, so that it can be said.
+A fault names the tensor and the bytes of the file that differ. What carries no checksum is counted,
+so that it can be said.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def manifest_of(folder: Path, limits: Limits) -> Manifest | None:
         return None
     nbytes = path.stat().st_size
     if nbytes > limits.header_bytes:
-        raise LimitExceeded(path, f"the manifest takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes)
+        raise LimitExceeded(
+            path, f"the manifest takes {nbytes:,} bytes", limit="header_bytes", actual=nbytes
+        )
     return parse(path, bytes(read_all(Extent(path, 0, nbytes))), limits)
 
 
@@ -86,7 +90,13 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
         return [Fault(file.name, "removed", "the manifest lists it, and it is not there")]
     nbytes = path.stat().st_size
     if nbytes != file.nbytes:
-        return [Fault(file.name, "bytes", f"has {several(nbytes, 'byte')}, and {file.nbytes:,} were written")]
+        return [
+            Fault(
+                file.name,
+                "bytes",
+                f"has {several(nbytes, 'byte')}, and {file.nbytes:,} were written",
+            )
+        ]
     sums = Sums(algorithm, [(run.start, run.stop) for run in file.runs])
     for chunk in Extent(path, 0, nbytes).chunks():
         sums.see(chunk)
@@ -99,9 +109,13 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
 
 
 def block_fault(
-    checkpoint: Checkpoint | Mapping[str, TensorEntry], run: BlockRun, algorithm: str, on_bytes: OnBytes
+    checkpoint: Checkpoint | Mapping[str, TensorEntry],
+    run: BlockRun,
+    algorithm: str,
+    on_bytes: OnBytes,
 ) -> Fault | None:
-    """How the bytes of a block in *checkpoint* differ from what was written; None if they do not. Reads them once.
+    """How the bytes of a block in *checkpoint* differ from what was written; None if they do not.
+    Reads them once.
 
     Raises:
         FormatError: they cannot be read.
@@ -116,10 +130,16 @@ def block_fault(
             on_bytes(len(chunk))
     if digest.hexdigest() == run.digest:
         return None
-    return Fault(run.block, "bytes", f"block at [{run.start:,}, {run.stop:,}) of {shown(run.shard)}: the {algorithm} differs")
+    return Fault(
+        run.block,
+        "bytes",
+        f"block at [{run.start:,}, {run.stop:,}) of {shown(run.shard)}: the {algorithm} differs",
+    )
 
 
-def archives(files: Iterable[SourceFile], limits: Limits, scratch: Path | None = None) -> list[Archive]:
+def archives(
+    files: Iterable[SourceFile], limits: Limits, scratch: Path | None = None
+) -> list[Archive]:
     """Those of *files* that are zip archives.
 
     Raises:
@@ -133,11 +153,18 @@ def refuse_changed(files: Iterable[SourceFile]) -> None:
     """Raise Malformed where one of *files* is no longer what it was."""
     for file in files:
         if SourceFile.of(file.path) != file:
-            raise Malformed(file.path, "changed while it was read", hint="run the command again when nothing writes to it")
+            raise Malformed(
+                file.path,
+                "changed while it was read",
+                hint="run the command again when nothing writes to it",
+            )
 
 
 def refuse_damaged(
-    files: Iterable[SourceFile], entries: Iterable[TensorEntry], limits: Limits, scratch: Path | None
+    files: Iterable[SourceFile],
+    entries: Iterable[TensorEntry],
+    limits: Limits,
+    scratch: Path | None,
 ) -> list[str]:
     """Sentences on how *files*, which hold *entries*, were held against their own checksums.
 
@@ -147,12 +174,22 @@ def refuse_damaged(
     zips = archives(files, limits, scratch)
     for archive in zips:
         for fault in archive_faults(archive, entries, lambda count: None):
-            raise Malformed(archive.path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again")
-    return [said(archive) for archive in zips] or ["the source carries no checksums that could be checked"]
+            raise Malformed(
+                archive.path,
+                fault.detail,
+                where=fault.name,
+                hint="the file is damaged; fetch it again",
+            )
+    return [said(archive) for archive in zips] or [
+        "the source carries no checksums that could be checked"
+    ]
 
 
-def refuse_unlike_written(paths: Iterable[Path], entries: Mapping[str, TensorEntry], limits: Limits) -> list[Path]:
-    """Hold files against the manifests or records of blocks that lie beside them, or else against the CRCs in them.
+def refuse_unlike_written(
+    paths: Iterable[Path], entries: Mapping[str, TensorEntry], limits: Limits
+) -> list[Path]:
+    """Hold files against the manifests or records of blocks that lie beside them, or else against
+    the CRCs in them.
 
     Args:
         paths: the files.
@@ -168,23 +205,39 @@ def refuse_unlike_written(paths: Iterable[Path], entries: Mapping[str, TensorEnt
     """
     wanted = list(paths)
     folders = {path.parent for path in wanted}
-    beside = {folder: _Beside(manifest_of(folder, limits), record_in(folder, limits)) for folder in folders}
-    found = each(lambda path, report: _faults(path, beside[path.parent], entries, limits, report), wanted, lambda count: None)
+    beside = {
+        folder: _Beside(manifest_of(folder, limits), record_in(folder, limits))
+        for folder in folders
+    }
+    found = each(
+        lambda path, report: _faults(path, beside[path.parent], entries, limits, report),
+        wanted,
+        lambda count: None,
+    )
     for path, faults in zip(wanted, found, strict=True):
         for fault in faults or ():
-            raise Malformed(path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again")
+            raise Malformed(
+                path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again"
+            )
     return [path for path, faults in zip(wanted, found, strict=True) if faults is None]
 
 
-def archive_faults(archive: Archive, entries: Iterable[TensorEntry], on_bytes: OnBytes) -> list[Fault]:
-    """How the members of *archive* differ from their CRCs, tensors named after *entries*; reads every member once.
+def archive_faults(
+    archive: Archive, entries: Iterable[TensorEntry], on_bytes: OnBytes
+) -> list[Fault]:
+    """How the members of *archive* differ from their CRCs, tensors named after *entries*; reads
+    every member once.
 
     Raises:
         FormatError: it cannot be read.
     """
     holds = _held(archive, entries)
     reads = SmallReads()
-    found = each(lambda place, report: _member_fault(archive, *place, holds, reads, report), archive.members, on_bytes)
+    found = each(
+        lambda place, report: _member_fault(archive, *place, holds, reads, report),
+        archive.members,
+        on_bytes,
+    )
     return [fault for fault in found if fault is not None]
 
 
@@ -207,10 +260,18 @@ class _Beside:
 
 
 def _faults(
-    path: Path, beside: _Beside, entries: Mapping[str, TensorEntry], limits: Limits, on_bytes: OnBytes
+    path: Path,
+    beside: _Beside,
+    entries: Mapping[str, TensorEntry],
+    limits: Limits,
+    on_bytes: OnBytes,
 ) -> list[Fault] | None:
     """How the file *path* differs from what was written; None where nothing tells."""
-    listed = next((file for file in beside.manifest.files if file.name == path.name), None) if beside.manifest else None
+    listed = (
+        next((file for file in beside.manifest.files if file.name == path.name), None)
+        if beside.manifest
+        else None
+    )
     if beside.manifest and listed:
         return listed_faults(path.parent, listed, beside.manifest.algorithm, on_bytes)
     source = Source.file(path, limits)
@@ -219,7 +280,9 @@ def _faults(
     if not source.members:
         return None
     archive = _archive(source)
-    return archive_faults(archive, entries.values(), on_bytes) or (None if archive.unchecked else [])
+    return archive_faults(archive, entries.values(), on_bytes) or (
+        None if archive.unchecked else []
+    )
 
 
 def _block_faults(
@@ -229,13 +292,19 @@ def _block_faults(
     names = (source.path.name, source.path.stem)  # which is without the suffix of a codec
     runs = [run for run in record.runs if run.shard in names]
     checked = {entries[name].payload for run in runs for name in run.tensors if name in entries}
-    held = (entry for entry in entries.values() if any(extent.path == source.path for extent in entry.payload.sources))
+    held = (
+        entry
+        for entry in entries.values()
+        if any(extent.path == source.path for extent in entry.payload.sources)
+    )
     if any(entry.payload not in checked for entry in held):
         return None
     for shard in record.shards:
         if shard.name == source.path.name:
             refuse_stale_shard(source.path.parent, record, shard, source)
-    return [fault for run in runs if (fault := block_fault(entries, run, record.algorithm, on_bytes))]
+    return [
+        fault for run in runs if (fault := block_fault(entries, run, record.algorithm, on_bytes))
+    ]
 
 
 def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterator[Fault]:
@@ -247,11 +316,18 @@ def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterat
 
 def _outside_tensors(file: Listed, algorithm: str) -> Fault:
     place = f"bytes [0, {min((run.start for run in file.runs), default=file.nbytes):,})"
-    return Fault(file.name, "bytes", f"{place} of it, which are no tensor's, have another {algorithm} than was written")
+    return Fault(
+        file.name,
+        "bytes",
+        f"{place} of it, which are no tensor's, have another {algorithm} than was written",
+    )
 
 
 def _archive(source: Source) -> Archive:
-    return Archive(source.path, tuple((member, source.member(member)) for member in source.members if member.nbytes))
+    return Archive(
+        source.path,
+        tuple((member, source.member(member)) for member in source.members if member.nbytes),
+    )
 
 
 def _held(archive: Archive, entries: Iterable[TensorEntry]) -> dict[str, str]:
@@ -267,9 +343,16 @@ def _held(archive: Archive, entries: Iterable[TensorEntry]) -> dict[str, str]:
 
 
 def _member_fault(
-    archive: Archive, member: Member, content: Payload, holds: Mapping[str, str], reads: SmallReads, on_bytes: OnBytes
+    archive: Archive,
+    member: Member,
+    content: Payload,
+    holds: Mapping[str, str],
+    reads: SmallReads,
+    on_bytes: OnBytes,
 ) -> Fault | None:
-    """How the *content* of a zip *member* differs from its CRC, if it carries one; *holds* names the tensor in it."""
+    """How the *content* of a zip *member* differs from its CRC, if it carries one; *holds* names
+    the tensor in it.
+    """
     crc = 0
     for chunk in chunks_of(content, reads):
         crc = zlib.crc32(chunk, crc)
@@ -277,6 +360,9 @@ def _member_fault(
     if not member.crc or crc == member.crc:
         return None
     start = content.start if isinstance(content, Extent) else member.header_start
-    place = f"bytes [{start:,}, {start + member.compressed:,}) of {shown_path(archive.path)} (zip member {shown(member.name)})"
+    place = (
+        f"bytes [{start:,}, {start + member.compressed:,}) of {shown_path(archive.path)} "
+        f"(zip member {shown(member.name)})"
+    )
     detail = f"{place} have the CRC {crc:08x}, and {member.crc:08x} was written"
     return Fault(holds.get(member.name, member.name), "bytes", detail)

@@ -1,7 +1,9 @@
-"""offload-prep: the same path as convert, grouped by block, so that what runs as one is read as one.
+"""offload-prep: the same path as convert, grouped by block, so that what runs as one is read as
+one.
 
-Blocks are told from names (`named_blocks`) or by a pattern that the user gives. Nothing needs the class of the model; who has
-it, and Transformers, can have the pattern made from it by `shardkit.load.no_split_pattern`.
+Blocks are told from names (`named_blocks`) or by a pattern that the user gives. Nothing needs the
+class of the model; who has it, and Transformers, can have the pattern made from it by
+`shardkit.load.no_split_pattern`.
 """
 
 from __future__ import annotations
@@ -66,16 +68,20 @@ def offload_prep(
     compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
-    """Write any checkpoint as a folder of safetensors shards from which a model streams with one read per block.
+    """Write any checkpoint as a folder of safetensors shards from which a model streams with one
+    read per block.
 
-    The folder is an ordinary one of Hugging Face. In it the tensors of a block stand in one run of bytes, blocks stand in the
-    order in which they run, and ``offload.json`` says what lies where, with a digest of each block.
+    The folder is an ordinary one of Hugging Face. In it the tensors of a block stand in one run of
+    bytes, blocks stand in the order in which they run, and ``offload.json`` says what lies where,
+    with a digest of each block.
 
     Args:
         src: whatever `convert` reads.
-        out: folder to make; None for ``<stem>-offload`` beside *src*, or in the working folder where that is read-only.
-        blocks: a regular expression; each module in whose name it is found is a block. What it leaves, and all if it is None,
-            is told from the names: numbered layers, and the modules beside them.
+        out: folder to make; None for ``<stem>-offload`` beside *src*, or in the working folder
+            where that is read-only.
+        blocks: a regular expression; each module in whose name it is found is a block. What it
+            leaves, and all if it is None, is told from the names: numbered layers, and the modules
+            beside them.
         order: names of blocks, or of modules or tensors in them, in the order in which they run, as
             `shardkit.load.recorded_order` has them from a run; None for the order of the source.
         max_shard: as of `convert`. Only a block that alone is larger is cut.
@@ -91,7 +97,8 @@ def offload_prep(
         sync: make every file last before the output appears.
         format: name of the format to read *src* as.
         with_companions: copy the small files beside the weights.
-        checksum: algorithm of the digests, of which there is a manifest too; None for xxh3 and no manifest.
+        checksum: algorithm of the digests, of which there is a manifest too; None for xxh3 and no
+            manifest.
         compress: as of `convert`; frames begin where blocks do.
         limits: what the source may ask for.
 
@@ -104,10 +111,18 @@ def offload_prep(
         OutputError: *out* cannot be written or replaced.
     """
     begun = time.monotonic()
-    edits = Edits.asked(root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties)
+    edits = Edits.asked(
+        root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
+    )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare_offload(src, out, edits, options, blocks=blocks, order=order)
-    report = carry_out(conversion, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes or (lambda count: None), sync=sync)
+    report = carry_out(
+        conversion,
+        jobs=jobs,
+        overwrite=overwrite,
+        on_bytes=on_bytes or (lambda count: None),
+        sync=sync,
+    )
     return replace(report, seconds=time.monotonic() - begun)
 
 
@@ -148,7 +163,11 @@ def prepare_offload(
         plan = plan_blocks(
             edited,
             found,
-            Origin(src.resolve().name, checkpoint.format, tuple(sorted((file.path.name, file.size) for file in checkpoint.files))),
+            Origin(
+                src.resolve().name,
+                checkpoint.format,
+                tuple(sorted((file.path.name, file.size) for file in checkpoint.files)),
+            ),
             algorithm=algorithm,
             max_shard=opened.max_shard,
             metadata=checkpoint.metadata,
@@ -172,13 +191,19 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise PlanError(f"{shown_path(path)} is no text", hint=_ORDER) from None
     if not text.lstrip().startswith("["):
-        return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
+        return tuple(
+            line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")
+        )
     try:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{shown_path(path)} begins like a JSON list, and is none: {error}", hint=_ORDER) from None
+        raise PlanError(
+            f"{shown_path(path)} begins like a JSON list, and is none: {error}", hint=_ORDER
+        ) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PlanError(f"{shown_path(path)} must be a list of names, and holds something else", hint=_ORDER)
+        raise PlanError(
+            f"{shown_path(path)} must be a list of names, and holds something else", hint=_ORDER
+        )
     return tuple(names)
 
 
@@ -204,23 +229,35 @@ def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
 
 
 def _unknown(names: Iterable[str], entries: Iterable[TensorEntry]) -> Iterator[str]:
-    """A sentence on those of *names* that are part of no tensor's name: a recorded order has modules without weights."""
+    """A sentence on those of *names* that are part of no tensor's name: a recorded order has
+    modules without weights.
+    """
     known = {head for entry in entries for head in heads(entry.name)}
     if unknown := [name for name in names if name not in known]:
         yield f"in the order, but not in the checkpoint: {_listed(unknown)}"
 
 
-def _in_order(blocks: Sequence[BlockEntries], names: Sequence[str]) -> tuple[tuple[BlockEntries, ...], str]:
-    """*blocks* in the order of *names*, and a sentence on those that these leave out; "" if there are none."""
+def _in_order(
+    blocks: Sequence[BlockEntries], names: Sequence[str]
+) -> tuple[tuple[BlockEntries, ...], str]:
+    """*blocks* in the order of *names*, and a sentence on those that these leave out; "" if there
+    are none.
+    """
     called, silent = reordered(blocks, names)
     if not called:
         raise PlanError(
-            f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this name or lies around it",
+            (
+                f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this "
+                "name or lies around it"
+            ),
             hint=f"the blocks are called {listed([shown(block.name) for block in blocks])}",
         )
     if not silent:
         return called, ""
-    return (*called, *silent), f"not in the order, and so put last: {_listed([block.name for block in silent])}"
+    return (
+        *called,
+        *silent,
+    ), f"not in the order, and so put last: {_listed([block.name for block in silent])}"
 
 
 def _cut(plan: Plan, max_shard: int | None) -> Iterator[str]:
@@ -228,7 +265,10 @@ def _cut(plan: Plan, max_shard: int | None) -> Iterator[str]:
     counts = Counter(run.block for run in plan.record.runs)
     cut = [name for name, count in counts.items() if count > 1]
     if cut and max_shard is not None:
-        yield f"larger than {format_size(max_shard)} with a header, and so cut over several shards: {_listed(cut)}"
+        yield (
+            f"larger than {format_size(max_shard)} with a header, and so cut over several "
+            f"shards: {_listed(cut)}"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,4 +1,6 @@
-"""place: where the blocks of the model in a checkpoint go, from headers and budgets alone. No weight is read."""
+"""place: where the blocks of the model in a checkpoint go, from headers and budgets alone. No
+weight is read.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ class Placed:
     Attributes:
         source: what was read.
         format: its format.
-        dtype: the code of the type that floats are counted as; None for those that they are stored in.
+        dtype: the code of the type that floats are counted as; None for those that they are stored
+            in.
         blocks: in the order in which they are run, tied tensors in the first that has them.
         fit: where they go.
         aliases: the other names of tied tensors, each to the name under which it is counted.
-        left_out: weights that are not counted: files and subfolders beside the source, objects in it.
+        left_out: weights that are not counted: files and subfolders beside the source, objects in
+            it.
         notes: sentences that the user should see.
     """
 
@@ -84,7 +88,8 @@ def placed(
     rooted = select_root(checkpoint, root)
     if not rooted.tensors:
         raise NothingSelected(
-            f"{shown_path(source)}: there are no tensors in it", hint="run `shardkit inspect` to see what the file holds"
+            f"{shown_path(source)}: there are no tensors in it",
+            hint="run `shardkit inspect` to see what the file holds",
         )
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
@@ -92,11 +97,30 @@ def placed(
     blocks = named_blocks(kept, no_split)
     undense = [other.name for other in rooted.others if other.is_weight]
     if undense:
-        notes += (f"{several(len(undense), 'weight')} not counted, being no dense tensors: {listed(undense, most=_MOST)}",)
+        notes += (
+            (
+                f"{several(len(undense), 'weight')} not counted, being no dense tensors: "
+                f"{listed(undense, most=_MOST)}"
+            ),
+        )
     if CPU not in budgets and "mps" not in budgets:
         budgets = {**budgets, CPU: available_memory()}
-        notes += (f"nothing is said of the CPU: it may hold what this machine has free, {format_size(budgets[CPU])}",)
+        notes += (
+            (
+                "nothing is said of the CPU: it may hold what this machine has free, "
+                f"{format_size(budgets[CPU])}"
+            ),
+        )
     fitted = fit({block.name: block.nbytes for block in blocks}, budgets)
     code = dtype.code if dtype else None
     left_out = (*checkpoint.left_out, *rooted.left_out)
-    return Placed(source, checkpoint.format, code, blocks, fitted, aliases, left_out, (*checkpoint.notes, *notes))
+    return Placed(
+        source,
+        checkpoint.format,
+        code,
+        blocks,
+        fitted,
+        aliases,
+        left_out,
+        (*checkpoint.notes, *notes),
+    )

@@ -1,7 +1,9 @@
-"""What the files of a checkpoint say about themselves, compared with their bytes: every tensor is read once.
+"""What the files of a checkpoint say about themselves, compared with their bytes: every tensor is
+read once.
 
-Checksums are those of a manifest, of the blocks in an offload.json, of zip members, or in compressed frames. Tensors without
-one are read as well, so that a byte that cannot be read is found, and are counted.
+Checksums are those of a manifest, of the blocks in an offload.json, of zip members, or in
+compressed frames. Tensors without one are read as well, so that a byte that cannot be read is
+found, and are counted.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def _folder_of(out: Path) -> Path:
 
 
 def _manifest_for(out: Path, limits: Limits) -> Manifest | None:
-    """What the manifest in the folder of *out* lists of it: all of it for a folder and an index, or else the one file."""
+    """What the manifest in the folder of *out* lists of it: all of it for a folder and an index, or
+    else the one file.
+    """
     manifest = manifest_of(_folder_of(out), limits)
     if manifest is None or out.is_dir():
         return manifest
@@ -81,7 +85,8 @@ def _manifest_for(out: Path, limits: Limits) -> Manifest | None:
 
 
 def _record_for(out: Path, limits: Limits) -> OffloadRecord | None:
-    """What the record in the folder of *out* says of it: all of it for a folder and an index, or else of the one shard.
+    """What the record in the folder of *out* says of it: all of it for a folder and an index, or
+    else of the one shard.
 
     Raises:
         Malformed: it was made with other shards.
@@ -105,18 +110,31 @@ def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) ->
     return replace(comparison, notes=notes, left_out=tuple(side.left_out()))
 
 
-def _as_stored(checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+def _as_stored(
+    checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes
+) -> Comparison:
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
-    outside = [entry for entry in checkpoint.tensors if entry.nbytes and not _reads_only(entry.payload, inside)]
-    on_total(sum(content.nbytes for archive in zips for _, content in archive.members) + sum(entry.nbytes for entry in outside))
-    faults = [fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)]
+    outside = [
+        entry
+        for entry in checkpoint.tensors
+        if entry.nbytes and not _reads_only(entry.payload, inside)
+    ]
+    on_total(
+        sum(content.nbytes for archive in zips for _, content in archive.members)
+        + sum(entry.nbytes for entry in outside)
+    )
+    faults = [
+        fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)
+    ]
     _read_through(outside, on_bytes)
     expanded = _compressed(checkpoint.files, limits)
     notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
     unchecked = len(outside) + _without_crc(checkpoint, zips)
     nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
-    return Comparison(len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked)
+    return Comparison(
+        len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked
+    )
 
 
 def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:
@@ -126,19 +144,31 @@ def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:
 
 
 def _compressed(files: Iterable[SourceFile], limits: Limits) -> set[Path]:
-    return {file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None}
+    return {
+        file.path for file in files if registry.codec_of(Source.file(file.path, limits)) is not None
+    }
 
 
 def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator[str]:
-    """Sentences on *entries* that nothing lists a checksum of: those in files that are *compressed*, and the others."""
+    """Sentences on *entries* that nothing lists a checksum of: those in files that are
+    *compressed*, and the others.
+    """
     expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
     if expanded:
-        yield f"expanded, and compared with the checksums in the frames, where there are any: {several(expanded, 'tensor')}"
+        yield (
+            "expanded, and compared with the checksums in the frames, where there are any: "
+            f"{several(expanded, 'tensor')}"
+        )
     if expanded < len(entries):
-        yield f"readable, but unchecked, being without a checksum: {several(len(entries) - expanded, 'tensor')}"
+        yield (
+            "readable, but unchecked, being without a checksum: "
+            f"{several(len(entries) - expanded, 'tensor')}"
+        )
 
 
-def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+def _as_listed(
+    out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes
+) -> Comparison:
     on_total(sum(file.nbytes for file in manifest.files))
     folder = _folder_of(out)
 
@@ -151,31 +181,62 @@ def _as_listed(out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes,
     note = f"compared with the {manifest.algorithm} of {amount} in {MANIFEST_NAME}"
     faults = [fault for faults in found for fault in faults]
     if faults:
-        return Comparison(len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,))
-    checkpoint = open_checkpoint(out, limits=limits)  # headers and the index, which say what is wrong with them themselves
+        return Comparison(
+            len(runs), sum(run.stop - run.start for run in runs), _differences(faults), (note,)
+        )
+    checkpoint = open_checkpoint(
+        out, limits=limits
+    )  # headers and the index, which say what is wrong with them themselves
     stored = {entry.payload: entry for entry in checkpoint.tensors}
     seen = {folder / file.name for file in manifest.files}
-    unlisted = [entry for payload, entry in stored.items() if entry.nbytes and not _reads_only(payload, seen)]
+    unlisted = [
+        entry
+        for payload, entry in stored.items()
+        if entry.nbytes and not _reads_only(payload, seen)
+    ]
     _read_through(unlisted, lambda count: None)
     notes = [note]
     if unlisted:
         count = several(len(unlisted), "tensor")
-        notes.append(f"readable, but unchecked, being in files that the manifest does not list: {count}")
+        notes.append(
+            f"readable, but unchecked, being in files that the manifest does not list: {count}"
+        )
     nbytes = sum(entry.nbytes for entry in stored.values())
-    return _with_rest(Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)), Side(out, checkpoint), seen)
+    return _with_rest(
+        Comparison(len(stored), nbytes, (), tuple(notes), unchecked=len(unlisted)),
+        Side(out, checkpoint),
+        seen,
+    )
 
 
-def _as_recorded(checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
-    """The blocks of a folder, which is known to be that of *record*, compared with their digests."""
+def _as_recorded(
+    checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes
+) -> Comparison:
+    """The blocks of a folder, which is known to be that of *record*, compared with their
+    digests.
+    """
     in_blocks = {name for run in record.runs for name in run.tensors}
     checked = {entry.payload for entry in checkpoint.tensors if entry.name in in_blocks}
     outside = [entry for entry in checkpoint.tensors if entry.payload not in checked]
-    on_total(sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside))
-    found = each(lambda run, report: block_fault(checkpoint, run, record.algorithm, report), record.runs, on_bytes)
+    on_total(
+        sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside)
+    )
+    found = each(
+        lambda run, report: block_fault(checkpoint, run, record.algorithm, report),
+        record.runs,
+        on_bytes,
+    )
     _read_through(outside, on_bytes)
-    notes = [f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in {OFFLOAD_NAME}"]
+    notes = [
+        (
+            f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in "
+            f"{OFFLOAD_NAME}"
+        )
+    ]
     notes += [f"unchecked, being in no block: {several(len(outside), 'tensor')}"] if outside else []
-    nbytes = sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside)
+    nbytes = sum(run.stop - run.start for run in record.runs) + sum(
+        entry.nbytes for entry in outside
+    )
     faults = [fault for fault in found if fault is not None]
     count = len(in_blocks) + len(outside)
     return Comparison(count, nbytes, _differences(faults), tuple(notes), unchecked=len(outside))

@@ -23,7 +23,9 @@ class Side:
     parts: Sequence[LeftOut] = ()
 
     def left_out(self, other: Side | None = None) -> Iterator[LeftOut]:
-        """Weights that are not compared, under the path of this side; what the *other* side read was."""
+        """Weights that are not compared, under the path of this side; what the *other* side read
+        was.
+        """
         folder = self.path if self.path.is_dir() else self.path.parent
         read = [os.path.abspath(file.path) for file in other.checkpoint.files] if other else []
         for part in self.checkpoint.left_out:
@@ -44,14 +46,22 @@ class Side:
                 yield f"{shown(part.path)}, an index, was not read: {part.reason}"
 
     def notes(self) -> Iterator[str]:
-        """Sentences on the files beside the weights, on unused indexes, and on weights that are no dense tensors."""
+        """Sentences on the files beside the weights, on unused indexes, and on weights that are no
+        dense tensors.
+        """
         yield from self.indexes()
         count = sum(other.is_weight for other in self.checkpoint.others)
         if count:
-            yield f"{shown_path(self.path)}: {count:,} weights that are no dense tensors are not compared"
+            yield (
+                f"{shown_path(self.path)}: {count:,} weights that are no dense tensors are not "
+                "compared"
+            )
         names = self.others()
         if names:
-            yield f"{shown_path(self.path)}: files beside the weights are not compared: {listed(names)}"
+            yield (
+                f"{shown_path(self.path)}: files beside the weights are not compared: "
+                f"{listed(names)}"
+            )
 
     def others(self, seen: Iterable[Path] = ()) -> list[str]:
         """The names of the files beside the weights that are none of *seen*."""

@@ -1,4 +1,6 @@
-"""Carry out an `Output`, for convert, offload-prep and `save`: it appears complete, or not at all."""
+"""Carry out an `Output`, for convert, offload-prep and `save`: it appears complete, or not at
+all.
+"""
 
 from __future__ import annotations
 

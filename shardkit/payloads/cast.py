@@ -1,8 +1,8 @@
 """A payload that changes the type of numbers while it is read, exactly as `Tensor.to` does.
 
-Torch is imported when the first byte is asked for. It is given so little at a time that it stays in the processor's
-cache, and that torch finds no work in it for threads of its own: the writer's threads are enough, and more would be
-in their way.
+Torch is imported when the first byte is asked for. It is given so little at a time that it stays in
+the processor's cache, and that torch finds no work in it for threads of its own: the writer's
+threads are enough, and more would be in their way.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from shardkit.payloads.payload import Extent, Payload, check_range, rechunked
 if TYPE_CHECKING:
     import torch
 
-GRAIN = 32768  # elements; at::internal::GRAIN_SIZE, of which torch says that more is worth a second thread
+# elements; at::internal::GRAIN_SIZE, of which torch says that more is worth a second thread
+GRAIN = 32768
 _OUTPUT = 1 << 20  # bytes of a chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Numbers of the type *source*, as *target*: floats rounded to nearest even, out of range as torch has it.
+    """Numbers of the type *source*, as *target*: floats rounded to nearest even, out of range as
+    torch has it.
 
     Attributes:
         inner: the numbers as they are stored.
@@ -44,11 +46,21 @@ class Cast:
     def __post_init__(self) -> None:
         if not can_cast(self.source, self.target):
             raise Unwritable(
-                f"{self.source.code} cannot be cast to {self.target.code}: torch casts numbers of 8 bits and more",
-                hint=("leave such tensors out with ", option("exclude"), ", or leave out ", option("dtype")),
+                (
+                    f"{self.source.code} cannot be cast to {self.target.code}: torch casts numbers "
+                    "of 8 bits and more"
+                ),
+                hint=(
+                    "leave such tensors out with ",
+                    option("exclude"),
+                    ", or leave out ",
+                    option("dtype"),
+                ),
             )
         if self.inner.nbytes % self.source.itemsize:
-            raise ValueError(f"{self.inner.nbytes} bytes are no whole number of {self.source.code} elements")
+            raise ValueError(
+                f"{self.inner.nbytes} bytes are no whole number of {self.source.code} elements"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -63,8 +75,14 @@ class Cast:
         first, before = divmod(start, self.target.itemsize)
         count, behind = divmod(nbytes, self.target.itemsize)
         if before or behind:
-            raise ValueError(f"[{start}, {start + nbytes}) cuts an element of {self.target.itemsize} bytes")
-        return Cast(self.inner.narrow(first * self.source.itemsize, count * self.source.itemsize), self.source, self.target)
+            raise ValueError(
+                f"[{start}, {start + nbytes}) cuts an element of {self.target.itemsize} bytes"
+            )
+        return Cast(
+            self.inner.narrow(first * self.source.itemsize, count * self.source.itemsize),
+            self.source,
+            self.target,
+        )
 
     def chunks(self) -> Iterator[memoryview]:
         if not self.nbytes:
@@ -73,7 +91,9 @@ class Cast:
         rooms = parts(tensor_over(output, self.target), GRAIN)
         for chunk in rechunked(self.inner.chunks(), self.inner.nbytes):
             # Torch warns of memory that must not be written, though it will only read it.
-            floats = tensor_over(memoryview(bytearray(chunk)) if chunk.readonly else chunk, self.source)
+            floats = tensor_over(
+                memoryview(bytearray(chunk)) if chunk.readonly else chunk, self.source
+            )
             for part in parts(floats, GRAIN * len(rooms)):
                 for room, grain in zip(rooms, parts(part, GRAIN), strict=False):
                     room[: len(grain)].copy_(grain)
@@ -81,7 +101,9 @@ class Cast:
 
 
 def can_cast(source: DType, target: DType) -> bool:
-    """Whether torch makes *target* of *source* without losing more than precision: complex numbers stay complex."""
+    """Whether torch makes *target* of *source* without losing more than precision: complex numbers
+    stay complex.
+    """
     known = all(dtype.bits >= 8 and dtype.torch is not None for dtype in (source, target))
     return known and (source.kind != "complex" or target.kind == "complex")
 
@@ -97,9 +119,12 @@ def tensor_over(memory: memoryview, dtype: DType) -> torch.Tensor:
         import torch
     except ImportError:
         raise Unwritable(
-            "casting needs torch, which is not installed", hint=("pip install torch, or leave out ", option("dtype"))
+            "casting needs torch, which is not installed",
+            hint=("pip install torch, or leave out ", option("dtype")),
         ) from None
     name = str(dtype.torch)
     if not hasattr(torch, name):
-        raise Unwritable(f"torch {torch.__version__}, which is installed, has no {name}", hint="update torch")
+        raise Unwritable(
+            f"torch {torch.__version__}, which is installed, has no {name}", hint="update torch"
+        )
     return torch.frombuffer(memory, dtype=getattr(torch, name))

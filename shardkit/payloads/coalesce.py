@@ -10,7 +10,9 @@ from shardkit.payloads.payload import Concat, Extent, Payload
 
 
 def coalesced(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """*payloads* in order, each as long as it can be, none of them empty; their bytes are the same."""
+    """*payloads* in order, each as long as it can be, none of them empty; their bytes are the
+    same.
+    """
     run: Payload | None = None
     for part in _flat(payloads):
         longer = run and _joined(run, part)
@@ -31,10 +33,16 @@ def _flat(payloads: Iterable[Payload]) -> Iterator[Payload]:
 
 def _joined(left: Payload, right: Payload) -> Payload | None:
     match left, right:
-        case Extent(), Extent() if left.start + left.nbytes == right.start and left.path == right.path:
+        case Extent(), Extent() if (
+            left.start + left.nbytes == right.start and left.path == right.path
+        ):
             return Extent(left.path, left.start, left.nbytes + right.nbytes)
-        case Expanded(), Expanded() if left.start + left.nbytes == right.start and left.spool == right.spool:
+        case Expanded(), Expanded() if (
+            left.start + left.nbytes == right.start and left.spool == right.spool
+        ):
             return Expanded(left.spool, left.start, left.nbytes + right.nbytes)
-        case Framed(), Framed() if left.start + left.nbytes == right.start and left.frame == right.frame:
+        case Framed(), Framed() if (
+            left.start + left.nbytes == right.start and left.frame == right.frame
+        ):
             return replace(left, nbytes=left.nbytes + right.nbytes)
     return None

@@ -41,13 +41,15 @@ class Codec:
         name: what it is called, as in ``zstd``.
         suffix: what is added to the file's name, as in ``.zst``; a hint only.
         sniff: whether the first bytes of a file (up to 4096) are of this codec.
-        decompress: compressed pieces in, expanded pieces of any length out; a piece is valid until the next. Raises
-            ValueError with a sentence if the stream is broken or ends early. Must not expand more than a few MB ahead.
-        frames: the frames of a whole compressed file, in order; empty where it keeps no table of them. Raises
-            ValueError with a sentence if the table is broken.
-        compress: up to 8 MiB → a frame that expands to them on its own; the same bytes always, and from any thread. None for
-            a codec that is only read.
-        table: what a file of these frames, one after the other from its first byte on, ends in, so that *frames* finds them.
+        decompress: compressed pieces in, expanded pieces of any length out; a piece is valid until
+            the next. Raises ValueError with a sentence if the stream is broken or ends early. Must
+            not expand more than a few MB ahead.
+        frames: the frames of a whole compressed file, in order; empty where it keeps no table of
+            them. Raises ValueError with a sentence if the table is broken.
+        compress: up to 8 MiB → a frame that expands to them on its own; the same bytes always, and
+            from any thread. None for a codec that is only read.
+        table: what a file of these frames, one after the other from its first byte on, ends in, so
+            that *frames* finds them.
         api: version of this contract.
     """
 

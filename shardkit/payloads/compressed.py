@@ -1,8 +1,11 @@
 """Compressed bytes as payloads, so that what is compressed is read like anything else.
 
-1. Without random access they are expanded once, on first use, to a temporary file that has no name (`Expanded`).
-2. With a table of frames each frame is expanded where it is read, and there is no temporary file (`Framed`).
-3. Equality, hashing and `sources` keep naming the original: a plan made from a `.zst` is the same plan on the next day.
+1. Without random access they are expanded once, on first use, to a temporary file that has no name
+   (`Expanded`).
+2. With a table of frames each frame is expanded where it is read, and there is no temporary file
+   (`Framed`).
+3. Equality, hashing and `sources` keep naming the original: a plan made from a `.zst` is the same
+   plan on the next day.
 """
 
 from __future__ import annotations
@@ -30,10 +33,17 @@ _RATIO_FROM = 64 << 20
 
 
 class Spool:
-    """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may read."""
+    """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may
+    read.
+    """
 
     def __init__(
-        self, origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None, promised: int | None = None
+        self,
+        origin: Payload,
+        codec: Codec,
+        limits: Limits,
+        scratch: Path | None = None,
+        promised: int | None = None,
     ) -> None:
         """Expand nothing yet.
 
@@ -75,14 +85,19 @@ class Spool:
     def read(self, start: int, nbytes: int) -> bytes:
         """At most *nbytes* of the expanded bytes, from *start* on; fewer only at their end."""
         file = self.file()
-        if hasattr(os, "pread"):  # which moves no offset: that is shared with the children of a fork
+        if hasattr(
+            os, "pread"
+        ):  # which moves no offset: that is shared with the children of a fork
             return os.pread(file.fileno(), nbytes, start)
         with self._lock:
             file.seek(start)
             return file.read(nbytes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spool) and (self.origin, self.codec.name) == (other.origin, other.codec.name)
+        return isinstance(other, Spool) and (self.origin, self.codec.name) == (
+            other.origin,
+            other.codec.name,
+        )
 
     def __hash__(self) -> int:
         return hash((self.origin, self.codec.name))
@@ -104,7 +119,9 @@ class Spool:
             except ValueError as error:
                 raise _broken(self.origin, self.codec, error) from None
             except OSError as error:
-                sentence = f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}"
+                sentence = (
+                    f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}"
+                )
                 raise OutputError(sentence, hint=self._elsewhere()) from None
             undo.pop_all()  # from here on the spool owns the file, which goes when the spool goes
             return file
@@ -114,7 +131,9 @@ class Spool:
         for piece in self.codec.decompress(self.origin.chunks()):
             expanded += len(piece)
             if self._promised is not None and expanded > self._promised:
-                raise ValueError(f"expands to more than the {self._promised:,} bytes that were promised")
+                raise ValueError(
+                    f"expands to more than the {self._promised:,} bytes that were promised"
+                )
             _check_limits(self.origin, expanded, self._limits)
             self._check_room(expanded)
             file.write(piece)
@@ -161,13 +180,17 @@ class Expanded:
             wanted = min(CHUNK, stop - at)
             chunk = self.spool.read(at, wanted)
             if len(chunk) < wanted:  # before it is given out: a short chunk could cut a word
-                raise Malformed(self.spool.path, f"expands to {at + len(chunk):,} bytes, {stop:,} were promised")
+                raise Malformed(
+                    self.spool.path, f"expands to {at + len(chunk):,} bytes, {stop:,} were promised"
+                )
             yield memoryview(chunk)
             at += len(chunk)
 
 
 class LastFrame:
-    """What one frame expands to, kept so that reading many small things in it expands it once; any thread may use it."""
+    """What one frame expands to, kept so that reading many small things in it expands it once; any
+    thread may use it.
+    """
 
     def __init__(self) -> None:
         self._held: tuple[Payload, bytes] | None = None
@@ -185,7 +208,9 @@ class LastFrame:
 
 @dataclass(frozen=True, slots=True)
 class Framed:
-    """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many those are."""
+    """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many
+    those are.
+    """
 
     frame: Payload
     codec: Codec
@@ -206,18 +231,23 @@ class Framed:
         if self.whole > CHUNK:
             yield from rechunked(self.pieces(), self.nbytes)
         elif self.nbytes:
-            content = self.last.content(self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole).pieces()))
+            content = self.last.content(
+                self.frame, lambda: b"".join(replace(self, start=0, nbytes=self.whole).pieces())
+            )
             yield memoryview(content)[self.start : self.start + self.nbytes]
 
     def pieces(self, compressed: Iterable[memoryview] | None = None) -> Iterator[memoryview]:
-        """The same bytes in pieces of any length, none of which is kept; for those who may cut elements.
+        """The same bytes in pieces of any length, none of which is kept; for those who may cut
+        elements.
 
         Args:
             compressed: the bytes of the frame, from who reads them by other means.
         """
         at, stop = 0, self.start + self.nbytes
         try:
-            for piece in self.codec.decompress(self.frame.chunks() if compressed is None else compressed):
+            for piece in self.codec.decompress(
+                self.frame.chunks() if compressed is None else compressed
+            ):
                 yield memoryview(piece)[max(0, self.start - at) : max(0, stop - at)]
                 at += len(piece)
                 if at > self.whole or (at >= stop and stop < self.whole):
@@ -229,8 +259,11 @@ class Framed:
             raise _broken(self.frame, self.codec, ValueError(lie))
 
 
-def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Payload:
-    """All that *origin* expands to: read in place if it has a table of frames, otherwise expanded now.
+def expansion(
+    origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None
+) -> Payload:
+    """All that *origin* expands to: read in place if it has a table of frames, otherwise expanded
+    now.
 
     Raises:
         Malformed: the stream or its table is broken.
@@ -240,16 +273,24 @@ def expansion(origin: Payload, codec: Codec, limits: Limits, scratch: Path | Non
     try:
         frames = codec.frames(origin)
         _check_limits(origin, sum(frame.expanded for frame in frames), limits)
-        bearing = [(origin.narrow(each.start, each.nbytes), each.expanded) for each in frames if each.expanded]
+        bearing = [
+            (origin.narrow(each.start, each.nbytes), each.expanded)
+            for each in frames
+            if each.expanded
+        ]
     except ValueError as error:
         raise _broken(origin, codec, error) from None
     if frames:
         last = LastFrame()
-        return Concat(tuple(Framed(frame, codec, whole, 0, whole, last) for frame, whole in bearing))
+        return Concat(
+            tuple(Framed(frame, codec, whole, 0, whole, last) for frame, whole in bearing)
+        )
     return expanded_whole(origin, codec, limits, scratch)
 
 
-def expanded_whole(origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None) -> Expanded:
+def expanded_whole(
+    origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None
+) -> Expanded:
     """All that *origin* expands to; expands it now, since its length is not known before."""
     spool = Spool(origin, codec, limits, scratch)
     return Expanded(spool, 0, os.fstat(spool.file().fileno()).st_size)
@@ -267,4 +308,6 @@ def _check_limits(origin: Payload, expanded: int, limits: Limits) -> None:
 
 
 def _broken(origin: Payload, codec: Codec, error: ValueError) -> Malformed:
-    return Malformed(origin.sources[0].path, f"broken {codec.name} data: {error}", hint="fetch the file again")
+    return Malformed(
+        origin.sources[0].path, f"broken {codec.name} data: {error}", hint="fetch the file again"
+    )

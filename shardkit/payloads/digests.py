@@ -1,4 +1,6 @@
-"""Digests of bytes as they pass: which there are, and one pass that sums a whole file and the runs in it."""
+"""Digests of bytes as they pass: which there are, and one pass that sums a whole file and the runs
+in it.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,20 @@ def new_hash(name: str) -> Hash:
     if name == "sha256":
         return hashlib.sha256()
     if name != "xxh3":
-        raise PlanError(f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}", hint="give one of them")
+        raise PlanError(
+            f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}",
+            hint="give one of them",
+        )
     try:
         import xxhash
     except ModuleNotFoundError:
         raise PlanError(
             "the digest xxh3 needs xxhash, which is not installed",
-            hint=("pip install xxhash, or use ", option("checksum", "sha256"), ", which needs nothing"),
+            hint=(
+                "pip install xxhash, or use ",
+                option("checksum", "sha256"),
+                ", which needs nothing",
+            ),
         ) from None
     return xxhash.xxh3_128()
 
@@ -53,7 +62,9 @@ def new_hash(name: str) -> Hash:
 class Sums:
     """Sums a file whose bytes pass in order: all of it, and each of some runs in it."""
 
-    def __init__(self, algorithm: str, runs: Sequence[tuple[int, int]], *, whole: bool = True) -> None:
+    def __init__(
+        self, algorithm: str, runs: Sequence[tuple[int, int]], *, whole: bool = True
+    ) -> None:
         """Begin at the first byte.
 
         Args:
@@ -73,7 +84,10 @@ class Sums:
         if self._whole is not None:
             self._whole.update(chunk)
         stop = self._at + len(chunk)
-        while self._runs[len(self._digests)][0] < stop or self._runs[len(self._digests)][1] <= self._at:
+        while (
+            self._runs[len(self._digests)][0] < stop
+            or self._runs[len(self._digests)][1] <= self._at
+        ):
             start, end = self._runs[len(self._digests)]
             self._run.update(chunk[max(0, start - self._at) : max(0, end - self._at)])
             if end > stop:

@@ -1,8 +1,9 @@
 """Reading a box of a strided storage into memory: few large reads, whatever the strides.
 
-A box is a list of axes, each a length and a stride in elements. Its input comes in runs: the axes with the smallest
-strides are read as one piece, gaps included. Runs that lie close together are read many at once and picked out; those
-far apart are read one by one. Which axes make a run, and how runs are read, is a matter of price.
+A box is a list of axes, each a length and a stride in elements. Its input comes in runs: the axes
+with the smallest strides are read as one piece, gaps included. Runs that lie close together are
+read many at once and picked out; those far apart are read one by one. Which axes make a run, and
+how runs are read, is a matter of price.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from shardkit.payloads.payload import Extent, Payload, fill, unreadable
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    Array = npt.NDArray[Any]  # Any: unsigned words as wide as the elements, which is known when it runs
+    Array = npt.NDArray[
+        Any
+    ]  # Any: unsigned words as wide as the elements, which is known when it runs
 
 _STAGING = 32 << 20  # input of one box
 _WINDOW = 4 << 20  # read at once where gaps are read too
@@ -43,7 +46,9 @@ def reach_of(axes: Sequence[Axis]) -> int:
 
 
 def price_of(box: Sequence[Axis], itemsize: int) -> float:
-    """What it costs to read *box*, in bytes; infinite if it needs more memory than there is for one."""
+    """What it costs to read *box*, in bytes; infinite if it needs more memory than there is for
+    one.
+    """
     return _cheapest(box, itemsize).price
 
 
@@ -85,7 +90,9 @@ class Staging:
         self._window = memory_of(0)
 
     def gather(self, start: int, box: Sequence[Axis]) -> Array:
-        """The box that begins at element *start* of the storage, as an array of its shape; valid until the next."""
+        """The box that begins at element *start* of the storage, as an array of its shape; valid
+        until the next.
+        """
         way = _cheapest(box, self._itemsize)
         self._fill(start, way, [box[i] for i in way.outer])
         strides = [stride for _, stride in box]
@@ -128,7 +135,9 @@ class Staging:
         import numpy as np
 
         word = "c16" if self._itemsize == 16 else f"u{self._itemsize}"
-        return np.ndarray(shape, word, memory.data, strides=[stride * self._itemsize for stride in strides])
+        return np.ndarray(
+            shape, word, memory.data, strides=[stride * self._itemsize for stride in strides]
+        )
 
 
 def memory_of(nbytes: int) -> Array:
@@ -159,11 +168,17 @@ def _cheapest(box: Sequence[Axis], itemsize: int) -> _Way:
     """The cheapest way to read *box*."""
     read = [i for i, (length, stride) in enumerate(box) if length > 1 and stride]
     order = tuple(sorted(read, key=lambda i: -box[i][1]))
-    ways = (way for split in range(len(order) + 1) for way in _ways(box, order[:split], order[split:], itemsize))
+    ways = (
+        way
+        for split in range(len(order) + 1)
+        for way in _ways(box, order[:split], order[split:], itemsize)
+    )
     return min(ways, key=lambda way: way.price)
 
 
-def _ways(box: Sequence[Axis], outer: tuple[int, ...], inner: tuple[int, ...], itemsize: int) -> Iterator[_Way]:
+def _ways(
+    box: Sequence[Axis], outer: tuple[int, ...], inner: tuple[int, ...], itemsize: int
+) -> Iterator[_Way]:
     """Both ways to read runs that hold all of the *inner* axes."""
     run = reach_of([box[i] for i in inner])
     runs = count_of([box[i] for i in outer])

@@ -1,8 +1,9 @@
 """Payloads of tensors joined along any axis: a cat or a stack, made in bounded memory.
 
-1. Joined along the first axis, or along any behind axes of length one, tensors stand one behind the other.
-2. Else rows of the one and rows of the other take turns. Many short rows are read at once, and put in their places in
-   memory; long ones are read one by one.
+1. Joined along the first axis, or along any behind axes of length one, tensors stand one behind the
+   other.
+2. Else rows of the one and rows of the other take turns. Many short rows are read at once, and put
+   in their places in memory; long ones are read one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def joined(parts: Sequence[Payload], shapes: Sequence[Sequence[int]], dim: int) 
 
     Args:
         parts: the C-contiguous bytes of each.
-        shapes: their shapes, which differ in the length of *dim* alone. A stack is a join of shapes that have one index there.
+        shapes: their shapes, which differ in the length of *dim* alone. A stack is a join of shapes
+            that have one index there.
         dim: number of the axis.
 
     Raises:
@@ -74,13 +76,21 @@ class Joined:
 
     def _row(self, number: int) -> Concat:
         widths = [part.nbytes // self.rows for part in self.parts]
-        return Concat(tuple(part.narrow(number * width, width) for part, width in zip(self.parts, widths, strict=True)))
+        return Concat(
+            tuple(
+                part.narrow(number * width, width)
+                for part, width in zip(self.parts, widths, strict=True)
+            )
+        )
 
     def _rows(self, first: int, stop: int) -> tuple[Payload, ...]:
         if stop - first < 2:
             return tuple(self._row(number) for number in range(first, stop))
         widths = [part.nbytes // self.rows for part in self.parts]
-        narrow = (part.narrow(first * width, (stop - first) * width) for part, width in zip(self.parts, widths, strict=True))
+        narrow = (
+            part.narrow(first * width, (stop - first) * width)
+            for part, width in zip(self.parts, widths, strict=True)
+        )
         return (Joined(tuple(narrow), stop - first),)
 
     def _one_by_one(self) -> Iterator[memoryview]:
@@ -111,4 +121,7 @@ def _check_shapes(parts: Sequence[Payload], shapes: Sequence[Sequence[int]], dim
         raise ValueError(f"{len(parts)} tensors of {len(shapes)} shapes cannot be joined")
     around = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
     if len(around) > 1 or not all(0 <= dim < len(shape) for shape in shapes):
-        raise ValueError(f"tensors of the shapes {[list(shape) for shape in shapes[:4]]} cannot be joined along axis {dim}")
+        raise ValueError(
+            f"tensors of the shapes {[list(shape) for shape in shapes[:4]]} cannot be joined "
+            f"along axis {dim}"
+        )

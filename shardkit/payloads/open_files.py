@@ -1,4 +1,6 @@
-"""Extents of files that somebody keeps open: whoever reads a payload again and again puts them in the place of its extents."""
+"""Extents of files that somebody keeps open: whoever reads a payload again and again puts them in
+the place of its extents.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class OpenExtent(Extent):
 
 
 def opened(payload: Payload, read: ReadAt) -> Payload:
-    """*payload*, in which *read* reads the extents that it is made of; what is no dataclass stays as it is."""
+    """*payload*, in which *read* reads the extents that it is made of; what is no dataclass stays
+    as it is.
+    """
     if isinstance(payload, Extent):
         return OpenExtent(payload.path, payload.start, payload.nbytes, read)
     made = dict(_opened_inside(payload, read))

@@ -1,9 +1,12 @@
-"""Byte strings whose length is known before they are read: a weight is an address, and here are the kinds of address.
+"""Byte strings whose length is known before they are read: a weight is an address, and here are the
+kinds of address.
 
-1. Only `chunks` touches weight bytes. It may be called again, and gives the same bytes as long as the file stays as it is.
-2. A chunk is at most `CHUNK` bytes; all but the last are a multiple of `PAGE`, so that no element of any type is cut.
-   A chunk is valid until the next one is asked for: its memory is used again.
-3. Payloads are frozen, hashable and picklable. Equal payloads are the same bytes, and that is how ties are found.
+1. Only `chunks` touches weight bytes. It may be called again, and gives the same bytes as long as
+   the file stays as it is.
+2. A chunk is at most `CHUNK` bytes; all but the last are a multiple of `PAGE`, so that no element
+   of any type is cut. A chunk is valid until the next one is asked for: its memory is used again.
+3. Payloads are frozen, hashable and picklable. Equal payloads are the same bytes, and that is how
+   ties are found.
 """
 
 from __future__ import annotations
@@ -112,10 +115,11 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Weights that are in memory already; chunks are views of it, and nothing is copied but to pickle.
+    """Weights that are in memory already; chunks are views of it, and nothing is copied but to
+    pickle.
 
-    Equal are the same runs of one memory: which memory it is, is told by a name that it is given when it is first held. Where
-    tensors share memory, hold it once and narrow.
+    Equal are the same runs of one memory: which memory it is, is told by a name that it is given
+    when it is first held. Where tensors share memory, hold it once and narrow.
 
     Attributes:
         memory: C-contiguous, and not written while it is held.
@@ -188,7 +192,9 @@ class Concat:
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """The inner bytes with every word of *width* bytes (2, 4 or 8) reversed: big-endian weights made little-endian."""
+    """The inner bytes with every word of *width* bytes (2, 4 or 8) reversed: big-endian weights
+    made little-endian.
+    """
 
     inner: Payload
     width: int
@@ -215,7 +221,8 @@ class Swapped:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """A part of an output file that is computed while the file is written: zip directories, seek tables.
+    """A part of an output file that is computed while the file is written: zip directories, seek
+    tables.
 
     Attributes:
         nbytes: length of what *make* returns.
@@ -238,7 +245,9 @@ def read_all(payload: Payload) -> bytearray:
 
 
 def rechunked(pieces: Iterable[memoryview | bytes], nbytes: int) -> Iterator[memoryview]:
-    """*pieces* of any length, *nbytes* together, as chunks of `CHUNK` bytes and a rest; a piece that is one is not copied."""
+    """*pieces* of any length, *nbytes* together, as chunks of `CHUNK` bytes and a rest; a piece
+    that is one is not copied.
+    """
     buffer = memoryview(b"")
     filled = 0
     left = nbytes
@@ -275,7 +284,10 @@ def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], exten
         filled += count
 
 
-_SHRANK = "it became shorter while it was read: run the command again when nothing writes to it, or fetch it again"
+_SHRANK = (
+    "it became shorter while it was read: run the command again when nothing writes to it, "
+    "or fetch it again"
+)
 
 
 def ended_early(extent: Extent) -> Malformed:
@@ -286,7 +298,9 @@ def ended_early(extent: Extent) -> Malformed:
 
 def unreadable(path: Path, error: OSError) -> FormatError:
     """What the operating system said of *path*, as a sentence."""
-    return FormatError(path, f"cannot be read: {error.strerror or error}", hint=after_reading(error))
+    return FormatError(
+        path, f"cannot be read: {error.strerror or error}", hint=after_reading(error)
+    )
 
 
 def check_range(start: int, nbytes: int, whole: int) -> None:

@@ -1,8 +1,9 @@
 """Payloads of views: the C-contiguous bytes of any window on a storage, gathered in bounded memory.
 
 1. A contiguous view is a plain run of its storage.
-2. Any other is cut into boxes: runs of the output whose input fits the memory for one. Of all ways to cut, the one that
-   reads least is taken, where a read has a price of its own, so that few large ones win.
+2. Any other is cut into boxes: runs of the output whose input fits the memory for one. Of all ways
+   to cut, the one that reads least is taken, where a read has a price of its own, so that few large
+   ones win.
 3. A box is read as it lies in the storage, and its axes are turned in memory, a slab at a time.
 """
 
@@ -52,12 +53,17 @@ def strided(
         ValueError: there is no such view of the storage.
     """
     if len(shape) != len(strides):
-        raise ValueError(f"a view of shape {list(shape)} has {len(strides)} strides, and needs one for each axis")
+        raise ValueError(
+            f"a view of shape {list(shape)} has {len(strides)} strides, and needs one for each axis"
+        )
     count, dense = 1, not (conj or neg)
     for axis in reversed(range(len(shape))):
         length, stride = shape[axis], strides[axis]
         if length < 0 or stride < 0:
-            raise ValueError(f"a view of shape {list(shape)} has strides {list(strides)}, and none may be negative")
+            raise ValueError(
+                f"a view of shape {list(shape)} has strides {list(strides)}, and none may be "
+                "negative"
+            )
         if stride != count and length != 1:
             dense = False
         count *= length
@@ -75,7 +81,8 @@ class Strided:
     Attributes:
         storage: the bytes from the first element of the view to the last.
         dtype: type of the elements.
-        axes: length and stride of each axis, outermost first; axes that are one are joined, so that equal is equal.
+        axes: length and stride of each axis, outermost first; axes that are one are joined, so that
+            equal is equal.
         first: number, in the order of the view, of the first element that is meant.
         count: how many are meant.
         conj: whether imaginary parts change their sign.
@@ -103,14 +110,20 @@ class Strided:
         first, before = divmod(start, self.dtype.itemsize)
         count, behind = divmod(nbytes, self.dtype.itemsize)
         if before or behind:
-            raise ValueError(f"[{start}, {start + nbytes}) cuts an element of {self.dtype.itemsize} bytes")
-        return Strided(self.storage, self.dtype, self.axes, self.first + first, count, self.conj, self.neg)
+            raise ValueError(
+                f"[{start}, {start + nbytes}) cuts an element of {self.dtype.itemsize} bytes"
+            )
+        return Strided(
+            self.storage, self.dtype, self.axes, self.first + first, count, self.conj, self.neg
+        )
 
     def chunks(self) -> Iterator[memoryview]:
         return rechunked(self.pieces(), self.nbytes)
 
     def pieces(self) -> Iterator[memoryview]:
-        """The same bytes in pieces of any length, for those who may cut elements; each is valid until the next."""
+        """The same bytes in pieces of any length, for those who may cut elements; each is valid
+        until the next.
+        """
         memory = memory_of(min(_SLAB, self.nbytes))
         for box in self._boxes():
             for slab in _slabs(box):
@@ -132,7 +145,9 @@ class Strided:
                 at += count_of(box)
 
     def _change_signs(self, content: Array) -> None:
-        """Of integers, as two's complement does; of floats the bit alone, also of zeros and NaNs, as torch does."""
+        """Of integers, as two's complement does; of floats the bit alone, also of zeros and NaNs,
+        as torch does.
+        """
         if self.neg and self.dtype.kind == "int":
             integers = content.view(f"i{self.dtype.itemsize}")
             integers *= -1
@@ -149,12 +164,17 @@ def _span(storage: Payload, dtype: DType, offset: int, count: int) -> Payload:
     """*count* elements of *storage* from *offset* on."""
     start, nbytes = offset * dtype.itemsize, count * dtype.itemsize
     if start < 0 or start + nbytes > storage.nbytes:
-        raise ValueError(f"the view needs {nbytes} bytes from byte {start} of its storage, which has {storage.nbytes}")
+        raise ValueError(
+            f"the view needs {nbytes} bytes from byte {start} of its storage, which has "
+            f"{storage.nbytes}"
+        )
     return storage if nbytes == storage.nbytes else storage.narrow(start, nbytes)
 
 
 def _joined(shape: Sequence[int], strides: Sequence[int]) -> tuple[Axis, ...]:
-    """The axes, without those of length one, and neighbours joined wherever one continues the other."""
+    """The axes, without those of length one, and neighbours joined wherever one continues the
+    other.
+    """
     axes: list[Axis] = []
     for length, stride in zip(shape, strides, strict=True):
         if length == 1:
@@ -166,13 +186,22 @@ def _joined(shape: Sequence[int], strides: Sequence[int]) -> tuple[Axis, ...]:
     return tuple(axes) or ((1, 1),)
 
 
-def _gathered(storage: Payload, dtype: DType, offset: int, axes: tuple[Axis, ...], conj: bool, neg: bool) -> Strided:
+def _gathered(
+    storage: Payload, dtype: DType, offset: int, axes: tuple[Axis, ...], conj: bool, neg: bool
+) -> Strided:
     if len(axes) > _MOST_AXES:
-        raise ValueError(f"the view has {len(axes)} axes, none of which continues another; at most {_MOST_AXES} can be read")
+        raise ValueError(
+            f"the view has {len(axes)} axes, none of which continues another; at most "
+            f"{_MOST_AXES} can be read"
+        )
     if conj and dtype.kind != "complex":
-        raise ValueError(f"the view is marked as conjugate, and its type is {dtype.code}, which is not complex")
+        raise ValueError(
+            f"the view is marked as conjugate, and its type is {dtype.code}, which is not complex"
+        )
     if neg and not _has_negatives(dtype):
-        raise ValueError(f"the view is marked as negative, and its type is {dtype.code}, which cannot be negated")
+        raise ValueError(
+            f"the view is marked as negative, and its type is {dtype.code}, which cannot be negated"
+        )
     span, count = _span(storage, dtype, offset, reach_of(axes)), count_of(axes)
     if count * dtype.itemsize >= _MOST:
         raise ValueError(f"the view has {shown(count)} elements, which is larger than any memory")
@@ -180,7 +209,8 @@ def _gathered(storage: Payload, dtype: DType, offset: int, axes: tuple[Axis, ...
 
 
 def _has_negatives(dtype: DType) -> bool:
-    # Floats of 8 bits and less may have no sign bit, or a NaN where -0 would be; torch negates none of them.
+    # Floats of 8 bits and less may have no sign bit, or a NaN where -0 would be; torch negates none
+    # of them.
     return dtype.kind != "bool" and (dtype.kind == "int" or dtype.bits > 8)
 
 
@@ -193,7 +223,9 @@ class _Cut:
 
 
 def _best_cut(axes: tuple[Axis, ...], itemsize: int) -> _Cut:
-    """The cut that reads least for an element of the output; of equals, the one with the largest boxes."""
+    """The cut that reads least for an element of the output; of equals, the one with the largest
+    boxes.
+    """
     if reach_of(axes) * itemsize <= _SLAB:
         return _Cut(0, axes[0][0])  # so little that to think about it takes longer
 
@@ -214,13 +246,19 @@ def _cuts(axes: tuple[Axis, ...]) -> Iterator[_Cut]:
 
 
 def _box(axes: tuple[Axis, ...], cut: _Cut, at: int, stop: int) -> tuple[Axis, ...]:
-    """The largest box that begins with element number *at*, ends by *stop* and is within the *cut*."""
+    """The largest box that begins with element number *at*, ends by *stop* and is within the
+    *cut*.
+    """
     axis, inside = cut.axis, count_of(axes[cut.axis + 1 :])
     while at % inside or stop - at < inside:
         axis += 1
         inside //= axes[axis][0]
     length, stride = axes[axis]
-    steps = min(length - at // inside % length, (stop - at) // inside, cut.step if axis == cut.axis else length)
+    steps = min(
+        length - at // inside % length,
+        (stop - at) // inside,
+        cut.step if axis == cut.axis else length,
+    )
     return ((steps, stride), *axes[axis + 1 :])
 
 
@@ -247,8 +285,14 @@ def _slabs(array: Array) -> Iterator[Array]:
 
 
 def _copy(target: Array, slab: Array) -> None:
-    """Copy *slab* into the contiguous *target*, by way of blocks that are contiguous in the storage."""
-    moving = [(stride, -axis) for axis, stride in enumerate(slab.strides) if stride and slab.shape[axis] > 1]
+    """Copy *slab* into the contiguous *target*, by way of blocks that are contiguous in the
+    storage.
+    """
+    moving = [
+        (stride, -axis)
+        for axis, stride in enumerate(slab.strides)
+        if stride and slab.shape[axis] > 1
+    ]
     near = -min(moving, default=(0, 1 - slab.ndim))[1]
     if near == slab.ndim - 1:
         target[...] = slab

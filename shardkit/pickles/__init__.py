@@ -1,6 +1,8 @@
-"""The unpickler that executes nothing: a pickle becomes plain objects, and the tensors in them addresses.
+"""The unpickler that executes nothing: a pickle becomes plain objects, and the tensors in them
+addresses.
 
-The files of torch have had several forms. `shardkit.formats` has a module for each, and all of them read their pickles here::
+The files of torch have had several forms. `shardkit.formats` has a module for each, and all of them
+read their pickles here::
 
     until 0.1.9    a tar archive                         not read, but named
     until 1.5      five pickles, then the storages       formats.torch_legacy
@@ -9,5 +11,5 @@ The files of torch have had several forms. `shardkit.formats` has a module for e
 
 The way of a pickle::
 
-    bytes ─ machine, opcodes ─→ objects ─ torch_globals ─→ tensors on storages ─ walk ─→ named entries
+    bytes ─ machine, opcodes ─→ objects ─ torch_globals ─→ tensors ─ walk ─→ named entries
 """

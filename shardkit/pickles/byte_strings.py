@@ -1,9 +1,10 @@
 """The byte strings of a pickle as payloads.
 
 1. A string of more than 4 KiB is known by its place, and read there.
-2. Protocol 2, which torch.save uses, writes bytes as text: one character for each byte, in UTF-8. Such text is decoded once,
-   when it is first read, to a temporary file.
-3. A shorter string is in memory already. Equal short strings are not one string, so each gets a number.
+2. Protocol 2, which torch.save uses, writes bytes as text: one character for each byte, in UTF-8.
+   Such text is decoded once, when it is first read, to a temporary file.
+3. A shorter string is in memory already. Equal short strings are not one string, so each gets a
+   number.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Strings:
     scratch: Path | None = None
 
     def payload(self, string: bytes | LongString, nbytes: int, *, number: int) -> Payload:
-        """The *nbytes* bytes of *string*; a short one is the same payload only with the same *number*.
+        """The *nbytes* bytes of *string*; a short one is the same payload only with the same
+        *number*.
 
         Raises:
             ValueError: it lies outside the pickle.
@@ -78,7 +80,9 @@ class Held:
 
     def narrow(self, start: int, nbytes: int) -> Held:
         check_range(start, nbytes, self.nbytes)
-        return Held(self.path, self.number, self.start + start, self.content[start : start + nbytes])
+        return Held(
+            self.path, self.number, self.start + start, self.content[start : start + nbytes]
+        )
 
     def chunks(self) -> Iterator[memoryview]:
         if self.content:

@@ -1,7 +1,8 @@
 """The state of a pickle being read: a window on its bytes, the stack, the marks and the memo.
 
-A call makes a stand-in and is listed by name; nothing runs. What goes wrong is an IndexError (a stack or a window that
-runs dry), a KeyError (a memo index never stored) or a ValueError with a sentence; `pickles.unpickle` says where.
+A call makes a stand-in and is listed by name; nothing runs. What goes wrong is an IndexError (a
+stack or a window that runs dry), a KeyError (a memo index never stored) or a ValueError with a
+sentence; `pickles.unpickle` says where.
 """
 
 from __future__ import annotations
@@ -35,15 +36,27 @@ class Machine:
         refill_at: the byte of the window from which on `refill` is due.
         stack: the objects above the topmost mark.
         below: the stacks under each mark.
-        memo: objects by the index they were stored under, but for those that the pickle never recalls.
-        recalled: all indices that it recalls, and perhaps others; None where too much would have to be read to know.
+        memo: objects by the index they were stored under, but for those that the pickle never
+            recalls.
+        recalled: all indices that it recalls, and perhaps others; None where too much would have to
+            be read to know.
         stored: how many times it has stored an object.
         calls: unknown classes and functions that would have been called, as a set in order.
         held: bytes of the objects made so far.
     """
 
-    def __init__(self, path: Path, content: Payload, vocabulary: Vocabulary, limits: Limits, start: int, where: str) -> None:
-        """Stand at byte *start* of *content*; *where* says for messages which part of *path* that is."""
+    def __init__(
+        self,
+        path: Path,
+        content: Payload,
+        vocabulary: Vocabulary,
+        limits: Limits,
+        start: int,
+        where: str,
+    ) -> None:
+        """Stand at byte *start* of *content*; *where* says for messages which part of *path* that
+        is.
+        """
         self.path = path
         self.content = content
         self.vocabulary = vocabulary
@@ -77,12 +90,14 @@ class Machine:
         if held > self.limits.held_bytes:
             raise LimitExceeded(
                 self.path,
-                f"{self.where}: the pickle makes us hold more than {self.limits.held_bytes:,} bytes".removeprefix(": "),
+                f"{f'{self.where}: ' if self.where else ''}"
+                f"the pickle makes us hold more than {self.limits.held_bytes:,} bytes",
                 limit="held_bytes",
                 actual=2 * held,
             )
 
-    # Reading arguments: `refill` has made sure that all but long strings lie in the window, unless the stream ends.
+    # Reading arguments: `refill` has made sure that all but long strings lie in the window, unless
+    # the stream ends.
 
     def number(self, struct: Struct) -> Any:
         at = self.at
@@ -165,11 +180,17 @@ class Machine:
     def find(self, module: object, name: object) -> object:
         """What stands for a global."""
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError(f"the pickle names a class by {shown(module)} and {shown(name)}, where two texts are needed")
+            raise ValueError(
+                f"the pickle names a class by {shown(module)} and {shown(name)}, where two "
+                "texts "
+                "are needed"
+            )
         known = self.globals.get((module, name))
         if known is None:
             known = self.vocabulary.find(module, name)
-            known = self.globals[module, name] = Global(f"{module}.{name}") if known is None else known
+            known = self.globals[module, name] = (
+                Global(f"{module}.{name}") if known is None else known
+            )
         return known
 
     def call(self, callee: object, args: object) -> object:
@@ -183,7 +204,9 @@ class Machine:
         return Opaque(name, args if type(args) is tuple else (args,))
 
     def build(self) -> None:
-        """Give the topmost object its state. To what a Builder made it is not given: no weights are in it."""
+        """Give the topmost object its state. To what a Builder made it is not given: no weights are
+        in it.
+        """
         state = self.stack.pop()
         match self.stack[-1]:
             case Opaque() as opaque:
@@ -212,7 +235,8 @@ class Machine:
                 target.put(key, value)
 
 
-# An index of up to 255, four bytes behind LONG_BINGET, digits behind GET: what looks like one counts, wherever it stands.
+# An index of up to 255, four bytes behind LONG_BINGET, digits behind GET: what looks like one
+# counts, wherever it stands.
 _RECALLS = re.compile(rb"(?=j(.{4})|g([0-9]{1,20})\n)", re.DOTALL)
 _SCANNED = 64 << 20  # bytes in which they are looked for
 _OVERLAP = 24
@@ -221,8 +245,8 @@ _OVERLAP = 24
 def _recalled(content: Payload, start: int) -> frozenset[int] | None:
     """The indices that some GET behind byte *start* may recall.
 
-    A pickle stores nearly every object that it makes, in case it is needed again, and nearly none is: what is not stored need
-    not be kept.
+    A pickle stores nearly every object that it makes, in case it is needed again, and nearly none
+    is: what is not stored need not be kept.
     """
     if content.nbytes - start > _SCANNED:
         return None

@@ -1,8 +1,9 @@
 """Whole pickled modules: what `state_dict()` would give, without their classes.
 
-A module is known by the shape of its state: `_parameters`, `_buffers` and `_modules` are dicts. Names and order are torch's:
-own parameters, own buffers but for the non-persistent, then the modules inside. A module under two names is given
-twice, as torch does. What a class computes in `get_extra_state` or in hooks cannot be known, and is missing.
+A module is known by the shape of its state: `_parameters`, `_buffers` and `_modules` are dicts.
+Names and order are torch's: own parameters, own buffers but for the non-persistent, then the
+modules inside. A module under two names is given twice, as torch does. What a class computes in
+`get_extra_state` or in hooks cannot be known, and is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Item:
         name: from the outermost module on, dotted.
         value: what it is.
         aside: why it is no part of the state dict; empty if it is one.
-        is_deep: whether it is a container; tensors in it may have names elsewhere, as those of another module have.
+        is_deep: whether it is a container; tensors in it may have names elsewhere, as those of
+            another module have.
     """
 
     name: str
@@ -38,21 +40,36 @@ def module_state(value: object) -> Dict | None:
             return value if all(isinstance(value.get(name), Dict) for name in _SHAPE) else None
         case Opaque():
             # fx.GraphModule keeps it in its arguments; classes with slots keep it in a tuple.
-            inner = (part for state in (*value.states, *value.args) for part in (state if isinstance(state, tuple) else (state,)))
-            return next((part for part in inner if isinstance(part, Dict) and module_state(part) is not None), None)
+            inner = (
+                part
+                for state in (*value.states, *value.args)
+                for part in (state if isinstance(state, tuple) else (state,))
+            )
+            return next(
+                (
+                    part
+                    for part in inner
+                    if isinstance(part, Dict) and module_state(part) is not None
+                ),
+                None,
+            )
     return None
 
 
 def module_items(
-    outermost: Dict, visited: Callable[[int], None], holds: Callable[[object], bool] = lambda value: False
+    outermost: Dict,
+    visited: Callable[[int], None],
+    holds: Callable[[object], bool] = lambda value: False,
 ) -> Iterator[Item]:
     """What the module with this state holds.
 
     Args:
         outermost: as from `module_state`.
-        visited: told the length of the name of each module that is looked at, so that the caller can put an end to it:
-            modules that share modules can have more names than there is time for.
-        holds: says of an attribute whether it is a container with tensors, near or far; such attributes are given too.
+        visited: told the length of the name of each module that is looked at, so that the caller
+            can put an end to it: modules that share modules can have more names than there is time
+            for.
+        holds: says of an attribute whether it is a container with tensors, near or far; such
+            attributes are given too.
     """
     names: list[str] = []
     states = [outermost]
@@ -80,7 +97,9 @@ def module_items(
 
 
 def packed_class(value: object) -> str | None:
-    """The class of a `torch.ScriptObject`, which packs the weights of a quantised module; None for anything else."""
+    """The class of a `torch.ScriptObject`, which packs the weights of a quantised module; None for
+    anything else.
+    """
     match value:
         case Opaque(name="torch.ScriptObject", states=[(_, str(name))]):
             return name
@@ -98,7 +117,13 @@ def _own(prefix: str, state: Dict, holds: Callable[[object], bool]) -> Iterator[
     yield from (Item(prefix + name, value) for name, value in _filled(state, "_parameters"))
     passing = _passing(state)
     for name, value in _filled(state, "_buffers"):
-        yield Item(prefix + name, value, "a non-persistent buffer, which is no part of the state dict" if name in passing else "")
+        yield Item(
+            prefix + name,
+            value,
+            "a non-persistent buffer, which is no part of the state dict"
+            if name in passing
+            else "",
+        )
     for key, value in state.items():
         if packed_class(value) is not None:
             yield Item(prefix + key_text(key), value)

@@ -1,10 +1,12 @@
-"""NumPy arrays in pickles, taken apart without NumPy: their type, their shape and where their bytes are.
+"""NumPy arrays in pickles, taken apart without NumPy: their type, their shape and where their bytes
+are.
 
-1. `_reconstruct` makes an empty array, which then gets its state; `_frombuffer` (protocol 5) makes a complete one. Both are
-   in `numpy.core`, and since NumPy 2 in `numpy._core`.
+1. `_reconstruct` makes an empty array, which then gets its state; `_frombuffer` (protocol 5) makes
+   a complete one. Both are in `numpy.core`, and since NumPy 2 in `numpy._core`.
 2. The bytes are in the pickle: `pickle_strings` makes payloads of them.
-3. Arrays of numbers are tensors. Scalars, random-number generators and arrays of text, dates and objects are not. Records,
-   masked arrays and numbers without a type here (float128) cannot become tensors: they are `Undense`.
+3. Arrays of numbers are tensors. Scalars, random-number generators and arrays of text, dates and
+   objects are not. Records, masked arrays and numbers without a type here (float128) cannot become
+   tensors: they are `Undense`.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ class Array(Opaque):
     def description(self) -> str:
         """What it is, for a person."""
         fields = _fields(self)
-        return f"NumPy array, {_type_name(self._type)} {_shown_shape(fields.shape if fields else None)}".rstrip()
+        return (
+            f"NumPy array, {_type_name(self._type)} "
+            f"{_shown_shape(fields.shape if fields else None)}"
+        ).rstrip()
 
     @property
     def _type(self) -> object:
@@ -142,7 +147,9 @@ def _fields(array: Array) -> _Fields | None:
     match array.name, array.args, array.states:
         case str(name), (content, kind, shape, "C" | "F" as order), [] if name == _FROM_BUFFER:
             return _Fields(shape, kind, order == "F", content)
-        case str(name), _, [(int(), shape, kind, is_fortran, content, *more)] if name != _FROM_BUFFER:
+        case str(name), _, [(int(), shape, kind, is_fortran, content, *more)] if (
+            name != _FROM_BUFFER
+        ):
             if isinstance(is_fortran, int) and bool(more) == (name == _MASKED):
                 return _Fields(shape, kind, bool(is_fortran), content)
     return None
@@ -197,7 +204,9 @@ def _check_length(content: bytes | LongString, need: int, what: str) -> None:
 def _dtype(kind: object) -> DType | None:
     """The type that a pickled numpy.dtype means; None for what no tensor has."""
     match kind:
-        case Opaque(name="numpy.dtype", args=(Global(name=name), *_)) if name.startswith("ml_dtypes."):
+        case Opaque(name="numpy.dtype", args=(Global(name=name), *_)) if name.startswith(
+            "ml_dtypes."
+        ):
             dtype = BY_TORCH.get(name.removeprefix("ml_dtypes."))
             return dtype if dtype and dtype.packed == 1 else None
         case Opaque(name="numpy.dtype", args=(str(code), *_)):

@@ -1,6 +1,8 @@
-"""What lies in what among unpickled objects: the parts of containers, and which containers hold a tensor, near or far.
+"""What lies in what among unpickled objects: the parts of containers, and which containers hold a
+tensor, near or far.
 
-Nothing here recurses, so that a structure may be cyclic, 100,000 deep, or shared until it has more paths than atoms.
+Nothing here recurses, so that a structure may be cyclic, 100,000 deep, or shared until it has more
+paths than atoms.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque, 
 from shardkit.pickles.torch_tensors import TENSORS, Stateful, View
 
 CONTAINERS = frozenset({Dict, list, tuple, Opaque, Array, Stateful})
-"""Types of the objects that have parts. An array has them if it is one of objects, a tensor if it has attributes."""
+"""Types of the objects that have parts. An array has them if it is one of objects, a tensor if it
+has attributes.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,22 @@ Holds = Callable[[object], bool]
 
 
 def children(node: object, holds: Holds) -> Iterator[tuple[str, object]]:
-    """What lies directly in a container, by name. Of keys and the attributes of a dict only those that *holds* is true of."""
+    """What lies directly in a container, by name. Of keys and the attributes of a dict only those
+    that *holds* is true of.
+    """
     match node:
         case Dict():
-            yield from ((key if type(key) is str else key_text(key), value) for key, value in node.items())
+            yield from (
+                (key if type(key) is str else key_text(key), value) for key, value in node.items()
+            )
             for i, (key, value) in enumerate(node.pairs or ()):
                 yield f"<{shown(key)}, item {i}>", value
                 if holds(key):
                     yield f"<key of item {i}>", Key(key)
             if node.state is not None and holds(node.state):
-                yield from ((name, value) for name, value in _attributes_of_dict(node.state) if holds(value))
+                yield from (
+                    (name, value) for name, value in _attributes_of_dict(node.state) if holds(value)
+                )
         case list() | tuple():
             yield from ((str(i), value) for i, value in enumerate(node))
         case Array():
@@ -53,7 +63,9 @@ def children(node: object, holds: Holds) -> Iterator[tuple[str, object]]:
 
 
 def attributes(state: object, holds: Holds) -> Iterator[tuple[str, object]]:
-    """The parts of what `__setstate__` is given: most often a dict, or a dict beside one for the slots."""
+    """The parts of what `__setstate__` is given: most often a dict, or a dict beside one for the
+    slots.
+    """
     match state:
         case Dict() | list():
             yield from children(state, holds)
@@ -65,7 +77,9 @@ def attributes(state: object, holds: Holds) -> Iterator[tuple[str, object]]:
 
 
 def _attributes_of_dict(state: object) -> Iterator[tuple[str, object]]:
-    """The attributes of an OrderedDict. What is no plain dict of them is one part, since a dict may be its own attributes."""
+    """The attributes of an OrderedDict. What is no plain dict of them is one part, since a dict may
+    be its own attributes.
+    """
     if isinstance(state, Dict) and state.pairs is None and state.state is None:
         yield from ((key_text(key), value) for key, value in state.items())
     else:
@@ -137,7 +151,9 @@ class Named:
             self._others.add(id(tensor))
 
     def rest(self, value: object) -> int:
-        """Bytes of the tensors below *value* that have no name. They count once: asked again, it is 0."""
+        """Bytes of the tensors below *value* that have no name. They count once: asked again, it is
+        0.
+        """
         total, stack = 0, [value]
         while stack:
             node = stack.pop()
@@ -159,7 +175,9 @@ class Named:
 
 
 def nbytes_of(value: object) -> int:
-    """Bytes of a tensor, or of the tensors that lie directly in a list or a tuple; 0 for anything else."""
+    """Bytes of a tensor, or of the tensors that lie directly in a list or a tuple; 0 for anything
+    else.
+    """
     parts = value if isinstance(value, list | tuple) else (value,)
     return sum(part.nbytes for part in parts if isinstance(part, (*TENSORS, Array)))
 

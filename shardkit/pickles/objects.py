@@ -1,7 +1,8 @@
-"""What the objects of a pickle become when nothing is run: text, numbers, lists and tuples are themselves, the rest is here.
+"""What the objects of a pickle become when nothing is run: text, numbers, lists and tuples are
+themselves, the rest is here.
 
-Nothing here hashes, compares or prints a foreign value, and nothing recurses: a structure may be cyclic, 100,000 deep or
-shared until its size has a thousand digits.
+Nothing here hashes, compares or prints a foreign value, and nothing recurses: a structure may be
+cyclic, 100,000 deep or shared until its size has a thousand digits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 PlainKey = str | int | float | bool | bytes | None
 """What may be a key of a real dict."""
 
-# Beyond 60 bits, integers can be chosen so that their hashes are equal; a dict of those takes quadratic time.
+# Beyond 60 bits, integers can be chosen so that their hashes are equal; a dict of those takes
+# quadratic time.
 _KEY_BITS = 60
 _PLAIN = frozenset({str, float, bool, bytes, type(None)})
 
@@ -30,8 +32,8 @@ class Builder:
 
     Attributes:
         name: module and name, dotted.
-        build: takes the arguments that the pickle gives, and returns what stands for the result. Raises ValueError with
-            a sentence if they are not what the function takes.
+        build: takes the arguments that the pickle gives, and returns what stands for the result.
+            Raises ValueError with a sentence if they are not what the function takes.
     """
 
     name: str
@@ -40,7 +42,8 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class LongString:
-    """A byte string or a text too long to be worth holding: where it lies in the pickle, and how long it is.
+    """A byte string or a text too long to be worth holding: where it lies in the pickle, and how
+    long it is.
 
     Attributes:
         start: its first byte in the pickle.
@@ -58,8 +61,10 @@ class Vocabulary:
     """What the pickle machine is told of the world.
 
     Attributes:
-        find: what stands for the global of this module and name: a Builder, a value, or None if it is unknown.
-        persistent: what stands for a persistent id. Both raise ValueError with a sentence if the file is at fault.
+        find: what stands for the global of this module and name: a Builder, a value, or None if it
+            is unknown.
+        persistent: what stands for a persistent id. Both raise ValueError with a sentence if the
+            file is at fault.
     """
 
     find: Callable[[str, str], object]
@@ -100,7 +105,9 @@ class Opaque:
 
     __slots__ = ("args", "items", "mapping", "name", "states")
 
-    def __init__(self, name: str, args: tuple[object, ...] = (), items: list[object] | None = None) -> None:
+    def __init__(
+        self, name: str, args: tuple[object, ...] = (), items: list[object] | None = None
+    ) -> None:
         self.name = name
         self.args = args
         self.items = items

@@ -1,4 +1,6 @@
-"""What each opcode of a pickle does to the machine, for all protocols from 0 to 5 (CPython's Lib/pickle.py)."""
+"""What each opcode of a pickle does to the machine, for all protocols from 0 to 5 (CPython's
+Lib/pickle.py).
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,11 @@ def _number(line: bytes) -> object:
     if line in (b"00", b"01"):  # how protocols 0 and 1 write a bool
         return line == b"01"
     try:
-        return int(line.removesuffix(b"L")) if line.rstrip(b"L").lstrip(b"-").isdigit() else float(line)
+        return (
+            int(line.removesuffix(b"L"))
+            if line.rstrip(b"L").lstrip(b"-").isdigit()
+            else float(line)
+        )
     except ValueError:
         raise ValueError(f"{shown(line)} is no number") from None
 

@@ -1,7 +1,9 @@
-"""Where the containers of an object tree lie, and whether one that is met again may be walked again.
+"""Where the containers of an object tree lie, and whether one that is met again may be walked
+again.
 
-A container that lies at two places gives its tensors at both. Shared containers inside of shared ones can make more paths than
-there is time for, so that only so much is walked again: a container is counted first, and then walked whole or not at all.
+A container that lies at two places gives its tensors at both. Shared containers inside of shared
+ones can make more paths than there is time for, so that only so much is walked again: a container
+is counted first, and then walked whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,19 +34,25 @@ class Repeats:
     """
 
     def __init__(self, bearing: frozenset[int], most: int) -> None:
-        """Let no more than *most* objects be met again; *bearing* are the ids of all containers that hold a tensor."""
+        """Let no more than *most* objects be met again; *bearing* are the ids of all containers
+        that hold a tensor.
+        """
         self.refused = 0
         self._bearing = bearing
         self._left = min(most, _MOST_AGAIN)
         self._count = self._most = 0  # objects below the container that is being counted
         self._to_count = _MOST_COUNTED
-        self._first: dict[int, tuple[int, str]] = {}  # where each was first met: the one around it, and its name
+        self._first: dict[
+            int, tuple[int, str]
+        ] = {}  # where each was first met: the one around it, and its name
         self._around: dict[int, None] = {}  # from the root to the container that is being walked
         self._too_large: set[int] = set()
         self._again: int | None = None  # the outermost container on the way that is walked again
 
     def meet(self, node: object, around: int, name: str, room: int) -> Meeting:
-        """Say what to do with *node*, found as *name* in the container *around*; *room* is how many names there is memory for."""
+        """Say what to do with *node*, found as *name* in the container *around*; *room* is how many
+        names there is memory for.
+        """
         key = id(node)
         if key in self._around:
             return Meeting.CYCLE
@@ -75,7 +83,9 @@ class Repeats:
         return ".".join(reversed(names[:-1])) or "the root"
 
     def _fits(self, node: object, most: int) -> bool:
-        """Whether the walk would meet no more than *most* objects below *node*, as far as they can be counted."""
+        """Whether the walk would meet no more than *most* objects below *node*, as far as they can
+        be counted.
+        """
         if id(node) in self._too_large:
             return False
         self._count, self._most = 0, most
@@ -101,12 +111,19 @@ class Repeats:
                 within.remove(way.pop()[0])
 
     def _inside(self, node: object) -> Iterator[object]:
-        """What the walk meets directly in a container; of a module it meets the weights, and not the parts that it is made of."""
+        """What the walk meets directly in a container; of a module it meets the weights, and not
+        the parts that it is made of.
+        """
         state = module_state(node)
         if state is None:
             yield from inside(node)
         else:
-            yield from (None for _ in module_items(state, self._one_more, lambda value: id(value) in self._bearing))
+            yield from (
+                None
+                for _ in module_items(
+                    state, self._one_more, lambda value: id(value) in self._bearing
+                )
+            )
 
     def _one_more(self, _length: int = 0) -> None:
         self._count += 1

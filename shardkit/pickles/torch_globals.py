@@ -1,8 +1,9 @@
-"""What torch names in a pickle: the functions that rebuild tensors, the classes of storages, the types.
+"""What torch names in a pickle: the functions that rebuild tensors, the classes of storages, the
+types.
 
-Wrappers (Parameter, subclasses with dense data) are what they wrap, or `Stateful` if they have attributes that may hold
-tensors. What has no dense bytes is `Undense`, with its kind.
-None of these functions runs anything of torch's; they take the arguments apart.
+Wrappers (Parameter, subclasses with dense data) are what they wrap, or `Stateful` if they have
+attributes that may hold tensors. What has no dense bytes is `Undense`, with its kind. None of these
+functions runs anything of torch's; they take the arguments apart.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from shardkit.errors import shown
 from shardkit.pickles import numpy_arrays
 from shardkit.pickles.numpy_arrays import Array, dtype_of
 from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque
-from shardkit.pickles.torch_tensors import STORAGE_CLASSES, TENSORS, Stateful, Storage, Tensor, Undense, View, stated
+from shardkit.pickles.torch_tensors import (
+    STORAGE_CLASSES,
+    TENSORS,
+    Stateful,
+    Storage,
+    Tensor,
+    Undense,
+    View,
+    stated,
+)
 
 
 def find(module: str, name: str) -> object:
@@ -39,7 +49,12 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
         raise _wrong("_rebuild_tensor", args)
     storage, offset, shape, strides = args[:4]
     # One by one, since this runs for every tensor and a pattern takes twice as long.
-    if not (isinstance(storage, Storage) and isinstance(offset, int) and isinstance(shape, _ROW) and isinstance(strides, _ROW)):
+    if not (
+        isinstance(storage, Storage)
+        and isinstance(offset, int)
+        and isinstance(shape, _ROW)
+        and isinstance(strides, _ROW)
+    ):
         raise _wrong("_rebuild_tensor", args)
     lengths, steps = _integers(shape), _integers(strides)
     if storage.kind.quantised:
@@ -47,7 +62,15 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
     if not isinstance(dtype, DType):
         return Undense(OtherKind.UNKNOWN_TENSOR, storage.nbytes, f"of the type {_named(dtype)}")
     if isinstance(flags, Dict) and flags:
-        return View(storage, dtype, offset, lengths, steps, flags.get("conj") is True, flags.get("neg") is True)
+        return View(
+            storage,
+            dtype,
+            offset,
+            lengths,
+            steps,
+            flags.get("conj") is True,
+            flags.get("neg") is True,
+        )
     return View(storage, dtype, offset, lengths, steps)
 
 
@@ -57,13 +80,17 @@ _ROW = (tuple, list)
 def _integers(values: tuple[object, ...] | list[object]) -> tuple[int, ...]:
     for value in values:
         if type(value) is not int:
-            raise ValueError(f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers")
+            raise ValueError(
+                f"a shape or stride of a tensor is {shown(values)}, which are not all whole numbers"
+            )
     return _shared(tuple(values))
 
 
 @lru_cache(4096)
 def _shared(row: tuple[int, ...]) -> tuple[int, ...]:
-    """*row*, as one object for all tensors that have it: most tensors of a model have the shape of another."""
+    """*row*, as one object for all tensors that have it: most tensors of a model have the shape of
+    another.
+    """
     return row
 
 
@@ -95,11 +122,15 @@ def _rebuild_wrapped(args: tuple[object, ...]) -> object:
 def _rebuild_with_state(args: tuple[object, ...]) -> object:
     """A Parameter with attributes of its own: (tensor, requires_grad, hooks, attributes)."""
     made = _rebuild_wrapped(args)
-    return stated(made, "torch.nn.Parameter", args[3:]) if isinstance(made, View | Stateful) else made
+    return (
+        stated(made, "torch.nn.Parameter", args[3:]) if isinstance(made, View | Stateful) else made
+    )
 
 
 def _rebuild_from_type(args: tuple[object, ...]) -> object:
-    """A subclass: (function, class, its arguments, state). Such calls may be nested, as deep as a stranger likes."""
+    """A subclass: (function, class, its arguments, state). Such calls may be nested, as deep as a
+    stranger likes.
+    """
     states: list[object] = []
     while True:
         match args:
@@ -117,7 +148,11 @@ def _rebuild_from_type(args: tuple[object, ...]) -> object:
 
 def _of_type(made: object, name: str, states: tuple[object, ...]) -> object:
     match made:
-        case Undense(kind=OtherKind.UNKNOWN_TENSOR | OtherKind.DISTRIBUTED as kind, nbytes=nbytes, reason=reason):
+        case Undense(
+            kind=OtherKind.UNKNOWN_TENSOR | OtherKind.DISTRIBUTED as kind,
+            nbytes=nbytes,
+            reason=reason,
+        ):
             reason = reason if name in reason else f"of the class {name}, {reason}"
             return Undense(kind, nbytes + _nbytes_in(*states), reason)
         case View() | Stateful():
@@ -126,11 +161,15 @@ def _of_type(made: object, name: str, states: tuple[object, ...]) -> object:
 
 
 def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
-    """A tensor of a device that keeps its data on the CPU in files: (tensor, dtype, device, requires_grad)."""
+    """A tensor of a device that keeps its data on the CPU in files: (tensor, dtype, device,
+    requires_grad).
+    """
     match args:
         case (View() as view, DType() as dtype, *_) if view.dtype != dtype:
             return Undense(
-                OtherKind.UNKNOWN_TENSOR, view.nbytes, f"kept as {view.dtype.code}, to be cast to {dtype.code} by a device"
+                OtherKind.UNKNOWN_TENSOR,
+                view.nbytes,
+                f"kept as {view.dtype.code}, to be cast to {dtype.code} by a device",
             )
         case (View() | Undense() | Stateful() as tensor, *_):
             return tensor
@@ -138,12 +177,18 @@ def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
 
 
 def _rebuild_from_numpy(args: tuple[object, ...]) -> object:
-    """A tensor of a device that keeps its data in an array: (array, dtype, device, requires_grad)."""
+    """A tensor of a device that keeps its data in an array: (array, dtype, device,
+    requires_grad).
+    """
     match args:
         case (Array() as array, DType() as dtype, *_) if dtype_of(array) == dtype:
             return array
         case (Array() as array, DType() as dtype, *_):
-            return Undense(OtherKind.UNKNOWN_TENSOR, array.nbytes, f"{array.description}, to be cast to {dtype.code} by a device")
+            return Undense(
+                OtherKind.UNKNOWN_TENSOR,
+                array.nbytes,
+                f"{array.description}, to be cast to {dtype.code} by a device",
+            )
     return Undense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a NumPy array")
 
 
@@ -152,7 +197,9 @@ def _rebuild_sparse(args: tuple[object, ...]) -> Undense:
     values = [part for part in inside if isinstance(part, View)]
     size = next((part for part in inside if type(part) is tuple), None)
     described = _described(values[-1].dtype if values else None, size)
-    return Undense(OtherKind.SPARSE, _nbytes_in(inside), _named(args[0] if args else None) + described)
+    return Undense(
+        OtherKind.SPARSE, _nbytes_in(inside), _named(args[0] if args else None) + described
+    )
 
 
 def _layout(args: tuple[object, ...]) -> Global:
@@ -168,8 +215,12 @@ def _rebuild_quantised(args: tuple[object, ...]) -> Undense:
 
 
 def _rebuild_nested(args: tuple[object, ...]) -> Undense:
-    """Tensors of unequal shapes: (values, sizes, strides, offsets), or a dict with the values and the offsets."""
-    return Undense(OtherKind.NESTED, _nbytes_in(*args[:1]), "several tensors of unequal shapes in one")
+    """Tensors of unequal shapes: (values, sizes, strides, offsets), or a dict with the values and
+    the offsets.
+    """
+    return Undense(
+        OtherKind.NESTED, _nbytes_in(*args[:1]), "several tensors of unequal shapes in one"
+    )
 
 
 def _rebuild_meta(args: tuple[object, ...]) -> Undense:
@@ -205,7 +256,9 @@ def _ordered(args: tuple[object, ...]) -> Dict:
             case [key, value]:
                 table.put(key, value)
             case _:
-                raise ValueError(f"an item of an OrderedDict is {shown(item)}, not a key and a value")
+                raise ValueError(
+                    f"an item of an OrderedDict is {shown(item)}, not a key and a value"
+                )
     return table
 
 
@@ -242,10 +295,21 @@ def _named(value: object) -> str:
 
 
 def _nbytes_in(*values: object) -> int:
-    """Bytes of the tensors among *values*, and among what containers in them hold; of each only the first few are looked at."""
+    """Bytes of the tensors among *values*, and among what containers in them hold; of each only the
+    first few are looked at.
+    """
     inside = [part for value in values for part in islice(_parts(value), _MOST_SHOWN)]
-    deeper = (part for value in inside if isinstance(value, Dict) for part in islice(value.values(), _MOST_SHOWN))
-    return sum(part.nbytes for part in (*inside, *deeper) if isinstance(part, TENSORS) and not isinstance(part, Storage))
+    deeper = (
+        part
+        for value in inside
+        if isinstance(value, Dict)
+        for part in islice(value.values(), _MOST_SHOWN)
+    )
+    return sum(
+        part.nbytes
+        for part in (*inside, *deeper)
+        if isinstance(part, TENSORS) and not isinstance(part, Storage)
+    )
 
 
 def _parts(value: object) -> Iterable[object]:
@@ -259,7 +323,11 @@ def _parts(value: object) -> Iterable[object]:
 
 _MOST_SHOWN = 16
 
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"} | numpy_arrays.RENAMED
+_RENAMED = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "torch.tensor": "torch._tensor",
+} | numpy_arrays.RENAMED
 
 _BUILDERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_tensor": _rebuild_v1,

@@ -1,8 +1,11 @@
 """Tensors as torch pickles have them: views on storages, not yet looked up in any record.
 
-1. A `View` is numbers only. What they mean is checked when the tensor gets its name, so that a fault can name it.
-2. A storage is known by its key, never by an object: a pickle says the same storage anew for every tensor.
-3. None of them is frozen, though nothing changes them: they are made for every tensor, and a frozen one takes four times as long.
+1. A `View` is numbers only. What they mean is checked when the tensor gets its name, so that a
+   fault can name it.
+2. A storage is known by its key, never by an object: a pickle says the same storage anew for every
+   tensor.
+3. None of them is frozen, though nothing changes them: they are made for every tensor, and a frozen
+   one takes four times as long.
 """
 
 from __future__ import annotations
@@ -83,12 +86,16 @@ class Storage:
 
 
 Record = Callable[[Storage], Payload]
-"""Finds the bytes of the record of a storage, as many as it says; raises ValueError with a sentence."""
+"""Finds the bytes of the record of a storage, as many as it says; raises ValueError with a
+sentence.
+"""
 
 
 @dataclass(slots=True)
 class View:
-    """A dense tensor: a window on a storage, in elements. F4 is counted by torch in bytes of two."""
+    """A dense tensor: a window on a storage, in elements. F4 is counted by torch in bytes of
+    two.
+    """
 
     storage: Storage
     dtype: DType
@@ -109,7 +116,11 @@ class View:
         """The shape as safetensors has it, which counts packed elements one by one."""
         if self.dtype.packed == 1:
             return self.shape
-        return (*self.shape[:-1], self.shape[-1] * self.dtype.packed) if self.shape else (self.dtype.packed,)
+        return (
+            (*self.shape[:-1], self.shape[-1] * self.dtype.packed)
+            if self.shape
+            else (self.dtype.packed,)
+        )
 
     def payload(self, record: Record, *, big_endian: bool) -> Payload:
         """Its bytes: C-contiguous, little-endian.
@@ -125,17 +136,29 @@ class View:
         if big_endian and self.dtype.word > 1:
             content = Swapped(content, self.dtype.word)
         return strided(
-            content, dtype=self.dtype, offset=self.offset, shape=self.shape, strides=self.strides, conj=self.conj, neg=self.neg
+            content,
+            dtype=self.dtype,
+            offset=self.offset,
+            shape=self.shape,
+            strides=self.strides,
+            conj=self.conj,
+            neg=self.neg,
         )
 
     def _check(self) -> None:
         shape, strides = self.shape, self.strides
         if len(shape) > _MOST_AXES or len(shape) != len(strides):
             counts = f"{len(shape)} lengths and {len(strides)} strides"
-            raise ValueError(f"it has {counts}, and torch has as many of both, {_MOST_AXES} at most")
+            raise ValueError(
+                f"it has {counts}, and torch has as many of both, {_MOST_AXES} at most"
+            )
         for number in (self.offset, *shape, *strides):
             if not 0 <= number < _MOST:
-                raise ValueError(f"an axis, a stride or the offset is {shown(number)}, and torch counts from 0 to 2⁶³ - 1")
+                raise ValueError(
+                    f"an axis, a stride or the offset is {shown(number)}, and torch counts "
+                    "from "
+                    "0 to 2⁶³ - 1"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +172,8 @@ class Undense:
 
 @dataclass(slots=True, eq=False)
 class Stateful:
-    """A tensor with attributes of its own, as some subclasses and parameters have. Whether these hold tensors is told later.
+    """A tensor with attributes of its own, as some subclasses and parameters have. Whether these
+    hold tensors is told later.
 
     Attributes:
         tensor: its values, if the attributes do not matter.
@@ -180,7 +204,11 @@ def stated(tensor: View | Stateful, name: str, states: tuple[object, ...]) -> Vi
 def _is_plain(state: object) -> bool:
     """Whether *state* is texts, numbers and types, or a dict of those."""
     if isinstance(state, Dict):
-        return not state.pairs and state.state is None and all(isinstance(value, _PLAIN) for value in state.values())
+        return (
+            not state.pairs
+            and state.state is None
+            and all(isinstance(value, _PLAIN) for value in state.values())
+        )
     return isinstance(state, _PLAIN)
 
 
@@ -203,15 +231,24 @@ def storage_of(pid: object) -> Storage:
     if type(kind) is Global:
         raise ValueError(f"a storage is of the class {shown(kind.name)}, which torch does not have")
     if type(kind) is not StorageClass or type(key) is not str:
-        raise ValueError(f"a storage is named by {shown(kind)} and {shown(key)}, where a class of torch and a text are needed")
+        raise ValueError(
+            f"a storage is named by {shown(kind)} and {shown(key)}, where a class of torch "
+            "and a "
+            "text are needed"
+        )
     if type(count) is not int or not 0 <= count < _MOST:
-        raise ValueError(f"storage {shown(key)} is said to have {shown(count)} elements, and torch counts from 0 to 2⁶³ - 1")
+        raise ValueError(
+            f"storage {shown(key)} is said to have {shown(count)} elements, and torch counts "
+            "from 0 to 2⁶³ - 1"
+        )
     root = Storage(kind, key, count, 0, count)
     return root if len(pid) == 5 or pid[5] is None else _viewed(root, pid[5])
 
 
 def _viewed(root: Storage, view: object) -> Storage:
-    """A part of a storage, as torch wrote them before 0.4: (key of the view, first element, elements)."""
+    """A part of a storage, as torch wrote them before 0.4: (key of the view, first element,
+    elements).
+    """
     match view:
         case (_, int(start), int(length)) if 0 <= start <= start + length <= root.count:
             return Storage(root.kind, root.key, root.count, start, length)

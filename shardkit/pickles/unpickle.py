@@ -1,12 +1,14 @@
 """The pickle machine: it reads a pickle of any protocol (0 to 5) and runs nothing.
 
-1. A global is an opaque stand-in unless the vocabulary knows it; a call makes a stand-in and is listed by name.
-2. The stream is read through a window of 256 KiB, so a `data.pkl` of any size takes no more memory than what it builds.
-   Strings above 4 KiB (arrays, source code) are skipped over and kept as their address.
-3. Nothing recurses, and no foreign value is hashed, compared or printed; the memo is a dict, so that an index of 2³¹
-   costs what any other does, and holds only what the pickle may recall.
-4. Whatever the stream does wrong is Malformed with the byte it happened at: a stack that runs dry, a memo index never
-   stored, an end without a STOP.
+1. A global is an opaque stand-in unless the vocabulary knows it; a call makes a stand-in and is
+   listed by name.
+2. The stream is read through a window of 256 KiB, so a `data.pkl` of any size takes no more memory
+   than what it builds. Strings above 4 KiB (arrays, source code) are skipped over and kept as their
+   address.
+3. Nothing recurses, and no foreign value is hashed, compared or printed; the memo is a dict, so
+   that an index of 2³¹ costs what any other does, and holds only what the pickle may recall.
+4. Whatever the stream does wrong is Malformed with the byte it happened at: a stack that runs dry,
+   a memo index never stored, an end without a STOP.
 """
 
 from __future__ import annotations
@@ -39,7 +41,15 @@ class Pickle:
     calls: tuple[str, ...]
 
 
-def unpickle(path: Path, content: Payload, vocabulary: Vocabulary, *, limits: Limits, start: int = 0, where: str = "") -> Pickle:
+def unpickle(
+    path: Path,
+    content: Payload,
+    vocabulary: Vocabulary,
+    *,
+    limits: Limits,
+    start: int = 0,
+    where: str = "",
+) -> Pickle:
     """Read one pickle.
 
     Args:
@@ -76,7 +86,8 @@ def _run(machine: Machine, most: int) -> None:
                 machine.refill()
                 window, at, refill_at = machine.window, 0, machine.refill_at
             code = window[at]
-            # Of all operations of a torch pickle three quarters are these, so they are spared the call.
+            # Of all operations of a torch pickle three quarters are these, so they are spared the
+            # call.
             if code == _LONG_BINPUT:
                 machine.stored += 1
                 index = _uint(window, at + 1)[0]
@@ -122,7 +133,12 @@ def _malformed(machine: Machine, error: Exception) -> Malformed:
         case _:
             fault = "the pickle takes from its stack what is not there"
     place = f"{machine.where}, byte {machine.base + at:,}".removeprefix(", ")
-    return Malformed(machine.path, fault, where=place, hint="the file is damaged or was cut short; fetch it again")
+    return Malformed(
+        machine.path,
+        fault,
+        where=place,
+        hint="the file is damaged or was cut short; fetch it again",
+    )
 
 
 _LONG_BINPUT, _BINGET, _BININT1, _MARK, _TUPLE1, _TUPLE = b"rhK(\x85t"

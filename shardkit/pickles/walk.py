@@ -1,16 +1,21 @@
-"""From unpickled objects to named tensors: dicts, lists, unknown objects and whole modules, walked without recursion.
+"""From unpickled objects to named tensors: dicts, lists, unknown objects and whole modules, walked
+without recursion.
 
 1. A key is one step of a path, dots and all: the "layers.0.weight" of a state dict is not split.
-2. A module is known by the shape of its state (`_parameters`, `_buffers`, `_modules`), since its class cannot be imported.
-   It stands for its state dict: names relative to the outermost module are one step, joined with dots, in torch's order.
-   A module under two names gives both, as in torch. What `get_extra_state` would compute cannot be known and is missing.
-3. Any other container gives its tensors at every place where it lies, as torch does. It is not entered inside of itself; and
-   where shared containers would give more names than there is time for, the places that are not walked are weights left out.
-4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not mentioned, unless they are
-   tensors: torch leaves these out of the state dict too, but they should not vanish in silence.
-5. The attributes of an OrderedDict that hold tensors are named like its items. A tensor in a key is refused by name.
-6. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a `torch.ScriptObject` holds is
-   packed weights: both are refused by name.
+2. A module is known by the shape of its state (`_parameters`, `_buffers`, `_modules`), since its
+   class cannot be imported. It stands for its state dict: names relative to the outermost module
+   are one step, joined with dots, in torch's order. A module under two names gives both, as in
+   torch. What `get_extra_state` would compute cannot be known and is missing.
+3. Any other container gives its tensors at every place where it lies, as torch does. It is not
+   entered inside of itself; and where shared containers would give more names than there is time
+   for, the places that are not walked are weights left out.
+4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not
+   mentioned, unless they are tensors: torch leaves these out of the state dict too, but they should
+   not vanish in silence.
+5. The attributes of an OrderedDict that hold tensors are named like its items. A tensor in a key is
+   refused by name.
+6. A tensor whose attributes hold tensors (a scale, a table) is more than its values, and what a
+   `torch.ScriptObject` holds is packed weights: both are refused by name.
 """
 
 from __future__ import annotations
@@ -82,7 +87,9 @@ def collect(
         Malformed: a tensor does not fit its storage.
         LimitExceeded: there are too many.
     """
-    walk = _Walk(path, record, strings or Strings(path, Literal(b"")), limits, big_endian, bearing_of(root))
+    walk = _Walk(
+        path, record, strings or Strings(path, Literal(b"")), limits, big_endian, bearing_of(root)
+    )
     walk.everything(root)
     for call in calls:
         walk.other((), OtherKind.CALL, call)
@@ -93,7 +100,13 @@ class _Walk:
     """One pass over the objects, and what it has found so far."""
 
     def __init__(
-        self, path: Path, record: Record, strings: Strings, limits: Limits, big_endian: bool, bearing: frozenset[int]
+        self,
+        path: Path,
+        record: Record,
+        strings: Strings,
+        limits: Limits,
+        big_endian: bool,
+        bearing: frozenset[int],
     ) -> None:
         self.path = path
         self.record = record
@@ -137,14 +150,23 @@ class _Walk:
     def notes(self) -> Iterator[str]:
         """What there is to say about what was found."""
         if self._arrays:
-            what = "1 tensor is a NumPy array" if self._arrays == 1 else f"{self._arrays:,} tensors are NumPy arrays"
+            what = (
+                "1 tensor is a NumPy array"
+                if self._arrays == 1
+                else f"{self._arrays:,} tensors are NumPy arrays"
+            )
             yield f"{what} in the pickle; such arrays are read like tensors"
         if self._left_out:
             left = listed(self._left_out, most=3)
             yield f"tensors in plain attributes of modules are left out, as by state_dict(): {left}"
         if refused := self._repeats.refused:
-            places = "1 place holds an object" if refused == 1 else f"{refused:,} places hold objects"
-            yield f"{places} that the file has at another place too; the tensors in it are named at the other place only"
+            places = (
+                "1 place holds an object" if refused == 1 else f"{refused:,} places hold objects"
+            )
+            yield (
+                f"{places} that the file has at another place too; the tensors in it are named "
+                "at the other place only"
+            )
 
     def _visit(self, around: int, name: str, value: object) -> bool:
         """Note *value*, or say that it should be entered."""
@@ -154,7 +176,10 @@ class _Walk:
             self.weight(self._path_to(name) or ("tensor",), value)
         elif type(value) is Key:
             self.other(
-                self._path_to(name), OtherKind.UNKNOWN_TENSOR, "a tensor in a key of a dict", self._nbytes_below((value.value,))
+                self._path_to(name),
+                OtherKind.UNKNOWN_TENSOR,
+                "a tensor in a key of a dict",
+                self._nbytes_below((value.value,)),
             )
         elif id(value) not in self.bearing:
             self.other(self._path_to(name), OtherKind.OBJECT, described(value))
@@ -175,7 +200,9 @@ class _Walk:
                 self.other(self._path_to(name), OtherKind.OBJECT, same)
             else:
                 reason = f"{same}, whose tensors would have too many names"
-                self.other(self._path_to(name), OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
+                self.other(
+                    self._path_to(name), OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value)
+                )
         return meeting is Meeting.ENTER
 
     def _holds(self, value: object) -> bool:
@@ -205,7 +232,9 @@ class _Walk:
         if id(value) not in self.bearing:
             self.other(path, OtherKind.OBJECT, f"{described(value)}, whose state is its own affair")
         elif (packed := packed_class(value)) is not None:
-            self.other(path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value))
+            self.other(
+                path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value)
+            )
         else:
             reason = f"{described(value)}, whose state is its own affair"
             self.other(path, OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
@@ -222,7 +251,12 @@ class _Walk:
             case Undense():
                 self.other(path, value.kind, value.reason, value.nbytes)
             case Storage():
-                self.other(path, OtherKind.UNKNOWN_TENSOR, f"a bare storage of {value.kind.dtype.code}", value.nbytes)
+                self.other(
+                    path,
+                    OtherKind.UNKNOWN_TENSOR,
+                    f"a bare storage of {value.kind.dtype.code}",
+                    value.nbytes,
+                )
 
     def _stateful(self, path: Names, value: Stateful) -> None:
         if id(value) not in self.bearing:
@@ -289,10 +323,20 @@ class _Walk:
         self._held += nbytes
         most = self.limits.tensors
         if self._seen > 4 * most:
-            raise LimitExceeded(self.path, f"holds more than {self._seen:,} names", limit="tensors", actual=self._seen)
+            raise LimitExceeded(
+                self.path,
+                f"holds more than {self._seen:,} names",
+                limit="tensors",
+                actual=self._seen,
+            )
         if len(self.tensors) > most:
-            raise LimitExceeded(self.path, f"holds more than {most:,} tensors", limit="tensors", actual=2 * most)
+            raise LimitExceeded(
+                self.path, f"holds more than {most:,} tensors", limit="tensors", actual=2 * most
+            )
         if self._held > self.limits.held_bytes:
             raise LimitExceeded(
-                self.path, f"its names take more than {self._held:,} bytes", limit="held_bytes", actual=2 * self._held
+                self.path,
+                f"its names take more than {self._held:,} bytes",
+                limit="held_bytes",
+                actual=2 * self._held,
             )

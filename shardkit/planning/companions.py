@@ -1,7 +1,8 @@
 """Which files beside the weights come along: config, tokenizer, generation settings, licence, code.
 
-Regular files (symlinks followed) of at most 50 MB at the top of a source folder and in its subfolders without weights, not
-hidden, recognised by no format, no index, no manifest, no record of blocks, and not called like a shard.
+Regular files (symlinks followed) of at most 50 MB at the top of a source folder and in its
+subfolders without weights, not hidden, recognised by no format, no index, no manifest, no record of
+blocks, and not called like a shard.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class ModelConfig:
     """What config.json says that matters to weights.
 
     Attributes:
-        ties_embeddings: false where the model has an output head of its own, so that equal bytes are no tie.
+        ties_embeddings: false where the model has an output head of its own, so that equal bytes
+            are no tie.
         dtype: name of the type that the model is to be loaded in; None where it does not say.
         quantised: name of the method by which the weights are quantised; None where they are not.
     """
@@ -32,7 +34,9 @@ class ModelConfig:
 
     @classmethod
     def beside(cls, path: Path) -> ModelConfig:
-        """From the config.json in the folder *path*; what is not there, or not readable, says nothing."""
+        """From the config.json in the folder *path*; what is not there, or not readable, says
+        nothing.
+        """
         try:
             content = json.loads((path / "config.json").read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -46,12 +50,18 @@ class ModelConfig:
         names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
         dtype = next((name for name in names if isinstance(name, str)), None)
         ties = all(part.get("tie_word_embeddings") is not False for part in parts)
-        quantised = [part["quantization_config"] for part in parts if isinstance(part.get("quantization_config"), dict)]
+        quantised = [
+            part["quantization_config"]
+            for part in parts
+            if isinstance(part.get("quantization_config"), dict)
+        ]
         return cls(ties, dtype, _method(quantised[0]) if quantised else None)
 
 
 def _method(config: object) -> str:
-    """How a quantization_config calls its method; some name only the type of their codes, as in ``{"fmt": "e4m3"}``."""
+    """How a quantization_config calls its method; some name only the type of their codes, as in
+    ``{"fmt": "e4m3"}``.
+    """
     match config:
         case {"quant_method": str(method)}:
             return method

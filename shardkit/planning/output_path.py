@@ -1,7 +1,8 @@
 """Where an output goes when the user does not say, and what it may replace when the user says so.
 
-Nothing is replaced without `overwrite`; and with it only what shardkit itself writes: shards, their index, and the companions
-that this very run brings again. The source, a folder around it or inside it, and a mount point are never replaced.
+Nothing is replaced without `overwrite`; and with it only what shardkit itself writes: shards, their
+index, and the companions that this very run brings again. The source, a folder around it or inside
+it, and a mount point are never replaced.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ _ELSEWHERE = ("choose another output with ", out_option())
 
 
 def default_output(source: Path, ending: str = "shards") -> Path:
-    """`<stem>-<ending>` beside *source*, or in the working folder where that is read-only or a cache."""
-    source = source.resolve() if source.name in ("", "..") else source  # "." and ".." have no name and no parent
+    """`<stem>-<ending>` beside *source*, or in the working folder where that is read-only or a
+    cache.
+    """
+    source = (
+        source.resolve() if source.name in ("", "..") else source
+    )  # "." and ".." have no name and no parent
     model = _model_folder(source)
     beside = source.parent if model == source else Path.cwd()
     writable = os.access(beside, os.W_OK)
@@ -36,7 +41,9 @@ def default_output(source: Path, ending: str = "shards") -> Path:
 
 
 def followed(out: Path) -> Path:
-    """*out*, or where it leads if it is a link or has no name of its own: that is what a rename can replace."""
+    """*out*, or where it leads if it is a link or has no name of its own: that is what a rename can
+    replace.
+    """
     if out.is_symlink() and not (target := out.parent / os.readlink(out)).is_symlink():
         out = target
     return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
@@ -48,7 +55,9 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_output(output: Output, *, overwrite: bool) -> None:
-    """Raise OutputError unless the place of *output* is free, or *overwrite* and what is there is shardkit's to replace."""
+    """Raise OutputError unless the place of *output* is free, or *overwrite* and what is there is
+    shardkit's to replace.
+    """
     try:
         _check_output(output, overwrite=overwrite)
     except OSError as error:
@@ -57,7 +66,9 @@ def check_output(output: Output, *, overwrite: bool) -> None:
 
 
 def check_room(folder: Path, needed: int, name: str) -> None:
-    """Raise NoRoom unless the disk of *folder* has the *needed* bytes free for the output of what is called *name*."""
+    """Raise NoRoom unless the disk of *folder* has the *needed* bytes free for the output of what
+    is called *name*.
+    """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -84,14 +95,24 @@ def _check_output(output: Output, *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     if not overwrite:
-        raise OutputError(f"{shown_path(out)} exists", hint=(*_ELSEWHERE, ", or replace it with ", option("overwrite", True)))
+        raise OutputError(
+            f"{shown_path(out)} exists",
+            hint=(*_ELSEWHERE, ", or replace it with ", option("overwrite", True)),
+        )
     _refuse_source(out, output.files, output.origin)
     _refuse_foreign(out, output.plan)
 
 
 def _model_folder(source: Path) -> Path:
     """*source*, or the folder that bears the model's name where it lies in a Hugging Face cache."""
-    return next((parent for parent in (source, *source.absolute().parents) if parent.name.startswith("models--")), source)
+    return next(
+        (
+            parent
+            for parent in (source, *source.absolute().parents)
+            if parent.name.startswith("models--")
+        ),
+        source,
+    )
 
 
 def _stem(path: Path) -> str:
@@ -100,18 +121,29 @@ def _stem(path: Path) -> str:
     name = path.name
     if path.is_dir():
         return name or "model"
-    endings = sorted({".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()}, key=len, reverse=True)
-    while stripped := next((name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""):
+    endings = sorted(
+        {".zst", ".index.json", ".json", ".bin", ".tar", *registry.suffixes()},
+        key=len,
+        reverse=True,
+    )
+    while stripped := next(
+        (name.removesuffix(end) for end in endings if name.endswith(end) and name != end), ""
+    ):
         name = stripped
     return name
 
 
 def _refuse_working_folder(out: Path) -> None:
-    """The output replaces a folder by a rename, and a shell whose folder that was would stand in one that is gone."""
+    """The output replaces a folder by a rename, and a shell whose folder that was would stand in
+    one that is gone.
+    """
     here, place = Path.cwd(), out.resolve()
     if place == here or place in here.parents:
         raise OutputError(
-            f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be replaced",
+            (
+                f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be "
+                "replaced"
+            ),
             hint=("choose a folder in it: ", out_option(place / "shards")),
         )
 
@@ -130,13 +162,20 @@ def _refuse_source(out: Path, files: Iterable[SourceFile], origin: Path | None) 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
     ours = {file.name for file in plan.files} | {*INDEX_NAMES, MANIFEST_NAME, OFFLOAD_NAME}
     if out.is_dir():
-        found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()]
+        found = [
+            path.relative_to(out).as_posix()
+            for path in out.rglob("*")
+            if not path.is_dir() or path.is_symlink()
+        ]
     else:
         found = [out.name]
     foreign = sorted(name for name in found if name not in ours and not is_shard_name(name))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise OutputError(
-            f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, and is not overwritten",
+            (
+                f"{shown_path(out)} holds {shown(foreign[0])}{more}, which shardkit did not write, "
+                "and is not overwritten"
+            ),
             hint=(*_ELSEWHERE, ", or move those files away"),
         )

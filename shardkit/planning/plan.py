@@ -1,7 +1,8 @@
 """The byte-range plan: every output file as a list of parts, each a literal or a run of a source.
 
-Making a plan is pure: the same entries and options give the same plan, and the same plan the same bytes, always. A dry run
-prints it, the writer carries it out, resuming and verifying hold the result against it.
+Making a plan is pure: the same entries and options give the same plan, and the same plan the same
+bytes, always. A dry run prints it, the writer carries it out, resuming and verifying hold the
+result against it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class OutputFile:
         parts: its bytes, in order.
         codec: how they are compressed; None where they are stored plainly.
         frames: how many of them each frame holds, where they are compressed.
-        late: what it holds instead of parts, where that depends on files that are written before it.
+        late: what it holds instead of parts, where that depends on files that are written before
+            it.
     """
 
     name: str
@@ -94,7 +96,8 @@ class Plan:
         oversized: names of the tensors that alone are larger than the bound.
         format: name of the format of the shards.
         checksum: algorithm of the digests that a manifest will hold; None for no manifest.
-        record: the blocks that lie in the shards, without their digests; None where they are cut by size alone.
+        record: the blocks that lie in the shards, without their digests; None where they are cut by
+            size alone.
     """
 
     files: tuple[OutputFile, ...]
@@ -124,8 +127,14 @@ class Plan:
         return self.format == "safetensors" and file.name in self._shard_names
 
     def tensors_in(self, file: OutputFile) -> tuple[Run, ...]:
-        """Where tensors lie in *file*; none where it is compressed, and they do not lie in it as they are."""
-        if not self.is_safetensors(file) or file.codec is not None or not isinstance(file.parts[0], Literal):
+        """Where tensors lie in *file*; none where it is compressed, and they do not lie in it as
+        they are.
+        """
+        if (
+            not self.is_safetensors(file)
+            or file.codec is not None
+            or not isinstance(file.parts[0], Literal)
+        ):
             return ()
         return tuple(Run(*place) for place in safetensors_header.places(file.parts[0].content))
 
@@ -145,7 +154,9 @@ class Plan:
         for file in self.files:
             if file.late is not None:
                 continue
-            sha.update(f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape"))
+            sha.update(
+                f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape")
+            )
             for part in file.parts:
                 sha.update(_identity(part))
         return sha.hexdigest()
@@ -164,7 +175,8 @@ def plan_folder(
     companions: Sequence[OutputFile] = (),
     stem: str = STEM,
 ) -> Plan:
-    """Shards of at most *max_shard* bytes (None: one shard), an index if there are several, and the *companions*.
+    """Shards of at most *max_shard* bytes (None: one shard), an index if there are several, and the
+    *companions*.
 
     Their names begin with *stem*, which is `STEM`, `DIFFUSERS_STEM` or `ADAPTER_STEM`.
 
@@ -173,8 +185,15 @@ def plan_folder(
     """
     folds = _Folds.of(edited.aliases, metadata)
     fixed = safetensors_header.fixed_room(metadata)
-    runs = [edited.entries] if max_shard is None else list(by_size(edited.entries, max_shard - fixed, folds.size))
-    shards = [OutputFile(name, _laid_out(layout, run, folds.metadata(run))) for name, run in _named(runs, stem)]
+    runs = (
+        [edited.entries]
+        if max_shard is None
+        else list(by_size(edited.entries, max_shard - fixed, folds.size))
+    )
+    shards = [
+        OutputFile(name, _laid_out(layout, run, folds.metadata(run)))
+        for name, run in _named(runs, stem)
+    ]
     return _folder(edited, shards, runs, max_shard, companions, layout.name, stem)
 
 
@@ -188,7 +207,8 @@ def plan_blocks(
     metadata: Mapping[str, str],
     companions: Sequence[OutputFile] = (),
 ) -> Plan:
-    """As `plan_folder`, with *blocks*, which are all that is written, each in one run of bytes, in this order; in safetensors.
+    """As `plan_folder`, with *blocks*, which are all that is written, each in one run of bytes, in
+    this order; in safetensors.
 
     Args:
         edited: what is written.
@@ -204,12 +224,17 @@ def plan_blocks(
     """
     metadata = safetensors_header.as_readers_need(metadata)
     folds = _Folds.of(edited.aliases, metadata)
-    limit = sys.maxsize if max_shard is None else max_shard - safetensors_header.fixed_room(metadata)
+    limit = (
+        sys.maxsize if max_shard is None else max_shard - safetensors_header.fixed_room(metadata)
+    )
     cuts = list(by_block(map(arranged, blocks), limit, folds.size))
     runs = [tuple(entry for block in cut for entry in block.entries) for cut in cuts]
     heads = [safetensors_header.dump(run, folds.metadata(run), modulus=PAGE) for run in runs]
     data = (coalesced(entry.payload for entry in run) for run in runs)
-    shards = [OutputFile(name, (Literal(head), *parts)) for (name, parts), head in zip(_named(data), heads, strict=True)]
+    shards = [
+        OutputFile(name, (Literal(head), *parts))
+        for (name, parts), head in zip(_named(data), heads, strict=True)
+    ]
     plan = _folder(edited, shards, runs, max_shard, companions, "safetensors")
     return replace(plan, record=_record(origin, algorithm, shards, cuts, heads))
 
@@ -223,11 +248,22 @@ def plan_file(edited: Edited, layout: Format, *, name: str, metadata: Mapping[st
     folds = _Folds.of(edited.aliases, metadata)
     file = OutputFile(name, _laid_out(layout, edited.entries, folds.metadata(edited.entries)))
     total_size = sum(entry.nbytes for entry in edited.entries)
-    return Plan((file,), {entry.name: name for entry in edited.entries}, edited.aliases, total_size, (), layout.name)
+    return Plan(
+        (file,),
+        {entry.name: name for entry in edited.entries},
+        edited.aliases,
+        total_size,
+        (),
+        layout.name,
+    )
 
 
-def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[TensorEntry, ...]]:
-    """Cut *entries* into runs whose *size* is at most *limit* bytes; one that is larger runs alone."""
+def by_size(
+    entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEntry], int]
+) -> Iterator[tuple[TensorEntry, ...]]:
+    """Cut *entries* into runs whose *size* is at most *limit* bytes; one that is larger runs
+    alone.
+    """
     run: list[TensorEntry] = []
     room = limit
     for entry in entries:
@@ -241,15 +277,23 @@ def by_size(entries: Iterable[TensorEntry], limit: int, size: Callable[[TensorEn
         yield tuple(run)
 
 
-def by_block(blocks: Iterable[BlockEntries], limit: int, size: Callable[[TensorEntry], int]) -> Iterator[tuple[BlockEntries, ...]]:
-    """Cut *blocks* into shards whose *size* is at most *limit* bytes; only a block that alone is larger is cut itself.
+def by_block(
+    blocks: Iterable[BlockEntries], limit: int, size: Callable[[TensorEntry], int]
+) -> Iterator[tuple[BlockEntries, ...]]:
+    """Cut *blocks* into shards whose *size* is at most *limit* bytes; only a block that alone is
+    larger is cut itself.
 
-    A block that would be out of step with its types behind the one before it begins a shard as well.
+    A block that would be out of step with its types behind the one before it begins a shard as
+    well.
     """
     shard: list[BlockEntries] = []
     room, filled = limit, 0
     for block in blocks:
-        for entries in by_size(block.entries, limit, size) if sum(map(size, block.entries)) > limit else (block.entries,):
+        for entries in (
+            by_size(block.entries, limit, size)
+            if sum(map(size, block.entries)) > limit
+            else (block.entries,)
+        ):
             need = sum(map(size, entries))
             if shard and (need > room or misaligned(entries, at=filled)):
                 yield tuple(shard)
@@ -273,11 +317,17 @@ class _Folds:
         others: dict[str, list[str]] = {}
         for alias, kept in aliases.items():
             others.setdefault(kept, []).append(alias)
-        return cls(others, {key: text for key, text in metadata.items() if key != tie_records.LISTING})
+        return cls(
+            others, {key: text for key, text in metadata.items() if key != tie_records.LISTING}
+        )
 
     def size(self, entry: TensorEntry) -> int:
-        """Bytes that *entry* takes in a shard, with its line of the header and the records of its ties."""
-        records = sum(tie_records.room(alias, entry.name) for alias in self.others.get(entry.name, ()))
+        """Bytes that *entry* takes in a shard, with its line of the header and the records of its
+        ties.
+        """
+        records = sum(
+            tie_records.room(alias, entry.name) for alias in self.others.get(entry.name, ())
+        )
         return entry.nbytes + safetensors_header.room(entry) + records
 
     def metadata(self, run: Sequence[TensorEntry]) -> dict[str, str]:
@@ -295,41 +345,72 @@ def _folder(
     stem: str = STEM,
 ) -> Plan:
     """The *shards*, which hold *runs*, and what belongs beside them."""
-    weight_map = {entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run}
+    weight_map = {
+        entry.name: shard.name for shard, run in zip(shards, runs, strict=True) for entry in run
+    }
     total_size = sum(entry.nbytes for entry in edited.entries)
     listing = [_index(weight_map, total_size, stem)] if len(runs) > 1 else []
-    oversized = tuple(run[0].name for shard, run in zip(shards, runs, strict=True) if max_shard and shard.nbytes > max_shard)
-    return Plan((*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form)
+    oversized = tuple(
+        run[0].name
+        for shard, run in zip(shards, runs, strict=True)
+        if max_shard and shard.nbytes > max_shard
+    )
+    return Plan(
+        (*shards, *listing, *companions), weight_map, edited.aliases, total_size, oversized, form
+    )
 
 
 def _index(weight_map: Mapping[str, str], total_size: int, stem: str) -> OutputFile:
-    return OutputFile(f"{stem}.safetensors.index.json", (Literal(shard_index.dump(weight_map, total_size)),))
+    return OutputFile(
+        f"{stem}.safetensors.index.json", (Literal(shard_index.dump(weight_map, total_size)),)
+    )
 
 
 def _record(
-    origin: Origin, algorithm: str, shards: Sequence[OutputFile], cuts: Sequence[Sequence[BlockEntries]], heads: Sequence[bytes]
+    origin: Origin,
+    algorithm: str,
+    shards: Sequence[OutputFile],
+    cuts: Sequence[Sequence[BlockEntries]],
+    heads: Sequence[bytes],
 ) -> OffloadRecord:
-    known = [Shard(file.name, file.nbytes, hashlib.sha256(head).hexdigest()) for file, head in zip(shards, heads, strict=True)]
+    known = [
+        Shard(file.name, file.nbytes, hashlib.sha256(head).hexdigest())
+        for file, head in zip(shards, heads, strict=True)
+    ]
     runs: list[BlockRun] = []
     dtypes: Counter[str] = Counter()
     for shard, cut, head in zip(shards, cuts, heads, strict=True):
         at = len(head)
         for block in cut:
-            runs.append(BlockRun(block.name, shard.name, at, at + block.nbytes, tuple(entry.name for entry in block.entries)))
+            runs.append(
+                BlockRun(
+                    block.name,
+                    shard.name,
+                    at,
+                    at + block.nbytes,
+                    tuple(entry.name for entry in block.entries),
+                )
+            )
             at += block.nbytes
             for entry in block.entries:
                 dtypes[entry.dtype.code] += entry.nbytes
-    return OffloadRecord(algorithm, origin, tuple(sorted(dtypes.items())), tuple(known), tuple(runs))
+    return OffloadRecord(
+        algorithm, origin, tuple(sorted(dtypes.items())), tuple(known), tuple(runs)
+    )
 
 
 def _named(runs: Iterable[_Run], stem: str = STEM) -> Iterator[tuple[str, _Run]]:
     """*runs*, each with the name of the shard that it becomes."""
     runs = list(runs)
-    names = (f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1))
+    names = (
+        f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors" for number in range(1, len(runs) + 1)
+    )
     return zip(names if len(runs) > 1 else (f"{stem}.safetensors",), runs, strict=True)
 
 
-def _laid_out(layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
+def _laid_out(
+    layout: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]
+) -> tuple[Part, ...]:
     if layout.lay_out is None:
         raise Unwritable(
             f"the format {layout.name} is only read",

@@ -256,13 +256,19 @@ def plain_name(out: Path, codec: Codec | None) -> str:
     if writer is not None:
         raise PlanError(
             f"{shown_path(out)} would be compressed",
-            hint=("call it so: ", output_option(out.with_name(out.name + codec.suffix)), "; or name a folder"),
+            hint=(
+                "call it so: ",
+                output_option(out.with_name(out.name + codec.suffix)),
+                "; or name a folder",
+            ),
         )
     return out.name
 
 
 def scratch_beside(out: Path) -> Path | None:
-    """Where compressed sources are expanded: beside the output *out*, if that folder is there already."""
+    """Where compressed sources are expanded: beside the output *out*, if that folder is there
+    already.
+    """
     return out.parent if out.parent.is_dir() else None
 
 
@@ -278,20 +284,35 @@ def _notes(opened: OpenedSource, plan: Plan) -> Iterator[str]:
     src, config, limit = opened.path, opened.config, opened.max_shard
     edits, edited = opened.edits, opened.edited
     if not config.ties_embeddings and (twice := fold_ties(edited.entries)[1]):
-        yield f"config.json says that nothing is tied: {several(len(twice), 'weight')} with equal bytes written under each name"
+        yield (
+            f"config.json says that nothing is tied: {several(len(twice), 'weight')} with "
+            "equal bytes written under each name"
+        )
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
-        yield f"{shown_path(beside)} lies beside the source and is not copied; convert the folder to bring it along"
+        yield (
+            f"{shown_path(beside)} lies beside the source and is not copied; convert the "
+            "folder to bring it along"
+        )
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
         yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
     if edits.dtype is not None and config.quantised and not any(map(is_codes, edited.entries)):
         method = shown(config.quantised)
-        yield f"config.json says that the weights are quantised (method {method}), and no tensor looks so: all floats were cast"
+        yield (
+            f"config.json says that the weights are quantised (method {method}), and no tensor "
+            "looks so: all floats were cast"
+        )
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         names = ", ".join(map(shown, plan.oversized[:3]))
-        yield f"larger than {format_size(limit)} with a header, and so alone in a shard: {names}{more}"
+        yield (
+            f"larger than {format_size(limit)} with a header, and so alone in a shard: "
+            f"{names}{more}"
+        )
     if any(file.name in INDEX_NAMES and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
-        yield f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that huggingface_hub reads"
+        yield (
+            f"the index is larger than {format_size(LARGEST_READ_BY_HUB)}, the most that "
+            "huggingface_hub reads"
+        )
 
 
 def _format_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
@@ -299,7 +320,12 @@ def _format_note(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     if plan.format != "safetensors" or written == "pt":
         return ()
     kept = "names and axes of the weights stay as they are"
-    return (f"the metadata of the source say format {shown(written)}; the output says 'pt', which readers require. The {kept}",)
+    return (
+        (
+            f"the metadata of the source say format {shown(written)}; the output says 'pt', which "
+            f"readers require. The {kept}"
+        ),
+    )
 
 
 def _folder(src: Path) -> Path | None:

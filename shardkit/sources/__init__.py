@@ -4,7 +4,7 @@
 
     path ─ open ─┬ a file or an index ─ scanner ─→ registry.recognise ─→ Format.scan ─┐
                  └ a folder ─ candidates ─→ the model among its files ────────────────┴─→ Checkpoint
-                            └ folder_contents, left_out ─→ what is copied, and what is reported as left out
+                            └ folder_contents, left_out ─→ what is copied, and what is left out
 
 `foreign` names what no format reads.
 """

@@ -1,7 +1,9 @@
-"""Which of the weights in one folder are the model: candidates in the order of transformers, complete ones first.
+"""Which of the weights in one folder are the model: candidates in the order of transformers,
+complete ones first.
 
-1. `model.safetensors`, its index, `pytorch_model.bin`, its index; then the names of diffusers in the
-   same order; then indexes of other names, and complete sets of numbered shards without an index.
+1. `model.safetensors`, its index, `pytorch_model.bin`, its index; then the names of diffusers in
+   the same order; then indexes of other names, and complete sets of numbered shards without an
+   index.
 2. A candidate that lacks files is taken by nobody: where no other is complete, the error names what
    is missing. Variants, tensor-parallel parts and the state of a trainer are no candidates.
 """
@@ -80,20 +82,27 @@ def of_shards(shards: ShardSet) -> Candidate:
 
 def in_order(names: Sequence[str]) -> Iterator[str]:
     """Those of *names* that loaders look for, and indexes of other names, in their order."""
-    by_plain = {expanded(name): name for name in reversed(names)}  # one that is there in plain goes first
+    by_plain = {
+        expanded(name): name for name in reversed(names)
+    }  # one that is there in plain goes first
     yield from (by_plain[name] for name in PREFERRED if name in by_plain)
-    yield from sorted((name for name in names if is_index(name) and name not in PREFERRED), key=_safe_first)
+    yield from sorted(
+        (name for name in names if is_index(name) and name not in PREFERRED), key=_safe_first
+    )
 
 
 def sets_in_order(names: Sequence[str]) -> list[ShardSet]:
     """The sets of numbered shards among *names*, the usual names first."""
-    return sorted(shard_sets(names), key=lambda each: (_rank(each.pattern), *_safe_first(each.pattern)))
+    return sorted(
+        shard_sets(names), key=lambda each: (_rank(each.pattern), *_safe_first(each.pattern))
+    )
 
 
 def refuse_rivals(folder: Path, complete: Sequence[Candidate]) -> None:
     """Raise UnknownFormat where several complete candidates are of other names than loaders know.
 
-    What is called alike but for its ending is one model in two formats, of which the first is taken.
+    What is called alike but for its ending is one model in two formats, of which the first is
+    taken.
     """
     first = complete[0]
     rivals = [each.name for each in complete if _stem(each.name) != _stem(first.name)]

@@ -194,7 +194,9 @@ class _Walk:
         if self.by_name:
             yield f"the folder holds many files: {self.by_name:,} of them were judged by name alone"
         if self.entries >= _MOST_ENTRIES:
-            yield f"the folder has more than {_MOST_ENTRIES:,} entries; the others were not looked at"
+            yield (
+                f"the folder has more than {_MOST_ENTRIES:,} entries; the others were not looked at"
+            )
         if self.closed:
             yield f"folders that cannot be looked into: {_named(self.closed)}"
         if self.dangling:
@@ -208,13 +210,17 @@ class _Walk:
                 self.found.companions.append(file.path)
             elif file.role is not Role.LISTING and file.is_opened:
                 what = foreign(file.path.name) or ""
-                self.found.beside.append(Beside(self._name(file.path), file.nbytes, file.role, what))
+                self.found.beside.append(
+                    Beside(self._name(file.path), file.nbytes, file.role, what)
+                )
             elif file.role is not Role.LISTING:
                 unopened.setdefault((file.path.suffix, file.role), []).append(file)
         for (suffix, role), alike in unopened.items():
             pattern = self._name(here.path / f"*{suffix}")
             nbytes = sum(file.nbytes for file in alike)
-            self.found.beside.append(Beside(pattern, nbytes, role, foreign(pattern) or "", len(alike)))
+            self.found.beside.append(
+                Beside(pattern, nbytes, role, foreign(pattern) or "", len(alike))
+            )
         for folder in folders:
             self._enter(folder)
 

@@ -1,8 +1,9 @@
 """Format: what a format plugin exports, and Source: what it is given.
 
-A format is two functions over a `Source`: *sniff* says whether the file is of this format, *scan* reads its headers and
-returns where each tensor lies. A third, *lay_out*, where there is one, says of which parts a new file is made. None of
-them reads or copies a weight, so every format gets streaming, kernel copies, dry runs, verification and resume.
+A format is two functions over a `Source`: *sniff* says whether the file is of this format, *scan*
+reads its headers and returns where each tensor lies. A third, *lay_out*, where there is one, says
+of which parts a new file is made. None of them reads or copies a weight, so every format gets
+streaming, kernel copies, dry runs, verification and resume.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ _WINDOW = 64 << 10
 
 
 class Source:
-    """A file, or a folder, about to be recognised and scanned. Reads in windows, so that many small reads are cheap."""
+    """A file, or a folder, about to be recognised and scanned. Reads in windows, so that many small
+    reads are cheap.
+    """
 
     def __init__(
-        self, path: Path, content: Payload, *, names: tuple[str, ...] | None = None, limits: Limits, scratch: Path | None = None
+        self,
+        path: Path,
+        content: Payload,
+        *,
+        names: tuple[str, ...] | None = None,
+        limits: Limits,
+        scratch: Path | None = None,
     ) -> None:
         """Hold *content*, the bytes that stand for *path*; see `file` and `folder`.
 
@@ -104,11 +113,14 @@ class Source:
 
     @property
     def is_relabelled_zip(self) -> bool:
-        """Whether it is a zip archive but for its first two bytes, which GPT-SoVITS overwrites with a version of its own."""
+        """Whether it is a zip archive but for its first two bytes, which GPT-SoVITS overwrites with
+        a version of its own.
+        """
         return self.head[:2] != b"PK" and bool(self.members)
 
     def member(self, member: Member) -> Payload:
-        """The address of what a zip *member* holds; a compressed one is expanded when it is first read.
+        """The address of what a zip *member* holds; a compressed one is expanded when it is first
+        read.
 
         Raises:
             Malformed: its local header is broken, or it is compressed in a way we do not know.
@@ -116,10 +128,13 @@ class Source:
         stored = self.content.narrow(data_start(self.path, member, self.read), member.compressed)
         if member.method == STORED:
             return stored
-        return Expanded(Spool(stored, DEFLATE, self.limits, self.scratch, member.nbytes), 0, member.nbytes)
+        return Expanded(
+            Spool(stored, DEFLATE, self.limits, self.scratch, member.nbytes), 0, member.nbytes
+        )
 
     def peek(self, member: Member, nbytes: int) -> bytes:
-        """The first *nbytes* bytes of what a zip *member* holds, or all of fewer; a compressed one is expanded no further.
+        """The first *nbytes* bytes of what a zip *member* holds, or all of fewer; a compressed one
+        is expanded no further.
 
         Raises:
             Malformed: as for `member`, or the compressed data is broken.
@@ -134,7 +149,11 @@ class Source:
                 if len(content) >= nbytes:
                     break
         except ValueError as error:
-            raise Malformed(self.path, f"broken {DEFLATE.name} data: {error}", where=f"zip member {shown(member.name)}") from None
+            raise Malformed(
+                self.path,
+                f"broken {DEFLATE.name} data: {error}",
+                where=f"zip member {shown(member.name)}",
+            ) from None
         return bytes(content[:nbytes])
 
     def read(self, start: int, nbytes: int) -> bytes:
@@ -144,7 +163,9 @@ class Source:
             Malformed: the file ends before.
         """
         if start < 0 or nbytes < 0 or start + nbytes > self.content.nbytes:
-            raise Malformed(self.path, f"needs {several(nbytes, 'byte')} at {start:,}, and has {self.size:,}")
+            raise Malformed(
+                self.path, f"needs {several(nbytes, 'byte')} at {start:,}, and has {self.size:,}"
+            )
         at = start - self._window_start
         if at < 0 or at + nbytes > len(self._window):
             self._move_window(start, nbytes)
@@ -172,10 +193,13 @@ class Source:
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
         stop = start + nbytes
-        return (memoryview(self.read(at, min(_HEAD, stop - at))) for at in range(start, stop, _HEAD))
+        return (
+            memoryview(self.read(at, min(_HEAD, stop - at))) for at in range(start, stop, _HEAD)
+        )
 
     def _move_window(self, start: int, nbytes: int) -> None:
-        # Headers that stand close together are read ahead; of those far apart, as between large weights, little is read.
+        # Headers that stand close together are read ahead; of those far apart, as between large
+        # weights, little is read.
         near = 0 <= start - self._window_start - len(self._window) < _WINDOW
         span = min(max(nbytes, _WINDOW if near else _HEAD), self.size - start)
         self._window = b"".join(bytes(chunk) for chunk in self.content.narrow(start, span).chunks())
@@ -188,13 +212,14 @@ class Format:
 
     Attributes:
         name: what it is called in messages, `shardkit formats` and `--format`.
-        suffixes: endings that its files usually have; a hint for people, and how a writable format is chosen for ``-o``.
-        sniff: whether a source is of this format, judged by its content; cheap. Of what it may raise there is one: the
-            FormatError that `Source.members` has for a broken zip archive.
-        scan: reads the headers. Raises FormatError; files and notes of the checkpoint are its own to fill, the format
-            name is filled in for it.
-        lay_out: the parts of a file that holds these entries with this metadata, in order. Raises Unwritable. None for
-            a format that is only read.
+        suffixes: endings that its files usually have; a hint for people, and how a writable format
+            is chosen for ``-o``.
+        sniff: whether a source is of this format, judged by its content; cheap. Of what it may
+            raise there is one: the FormatError that `Source.members` has for a broken zip archive.
+        scan: reads the headers. Raises FormatError; files and notes of the checkpoint are its own
+            to fill, the format name is filled in for it.
+        lay_out: the parts of a file that holds these entries with this metadata, in order. Raises
+            Unwritable. None for a format that is only read.
         api: version of this contract.
     """
 

@@ -57,15 +57,24 @@ class Reader:
     def _of_set(self, shards: ShardSet, files: Mapping[str, Beside]) -> LeftOut:
         names = list(shards.names.values())
         reason = self._why_not(names[0])
-        count = f"{len(names):,} shards" if shards.is_complete else f"{len(names):,} of {shards.total:,} shards"
-        return LeftOut(shards.pattern, sum(files[name].nbytes for name in names), f"{count}; {reason}")
+        count = (
+            f"{len(names):,} shards"
+            if shards.is_complete
+            else f"{len(names):,} of {shards.total:,} shards"
+        )
+        return LeftOut(
+            shards.pattern, sum(files[name].nbytes for name in names), f"{count}; {reason}"
+        )
 
     def _indexes(self) -> Iterator[LeftOut]:
         """The indexes that were of no use; for others, their shards speak."""
         for each in self.passed:
             if each.missing and each.index is not None:
                 are = "is" if len(each.missing) == 1 else "are"
-                reason = f"{len(each.missing):,} of its {len(each.files):,} files {are} missing: {named(each.missing)}"
+                reason = (
+                    f"{len(each.missing):,} of its {len(each.files):,} files {are} missing: "
+                    f"{named(each.missing)}"
+                )
                 yield LeftOut(each.name, (self.folder / each.name).stat().st_size, reason)
         for name in self.broken:
             yield LeftOut(name, (self.folder / name).stat().st_size, "an index that cannot be read")

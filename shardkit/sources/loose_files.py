@@ -1,4 +1,6 @@
-"""A folder without anything that loaders look for: its one file with weights, or a sentence on what to give instead."""
+"""A folder without anything that loaders look for: its one file with weights, or a sentence on what
+to give instead.
+"""
 
 from __future__ import annotations
 
@@ -73,18 +75,27 @@ class LooseFiles:
     def _one_of(self, names: Sequence[str]) -> Checkpoint:
         """The only one of *names* that holds a tensor."""
         scanned = {name: self.scanner.file(self.path / name) for name in names[:_MOST_SCANNED]}
-        bearing = [name for name, each in scanned.items() if each.tensors or any(o.is_weight for o in each.others)]
+        bearing = [
+            name
+            for name, each in scanned.items()
+            if each.tensors or any(o.is_weight for o in each.others)
+        ]
         if len(bearing) == 1 and len(scanned) == len(names):
             return self._read(bearing[0])
         likely = self.path / min(names, key=likeliness)
         raise UnknownFormat(
             self.path,
             f"holds {len(names):,} files with weights and no index that joins them: {named(names)}",
-            hint=f"give one of them, as in {likely}; if they are shards of one model, fetch its *.index.json",
+            hint=(
+                f"give one of them, as in {likely}; if they are shards of one model, fetch its "
+                "*.index.json"
+            ),
         )
 
     def _no_model(self, names: Sequence[str]) -> UnknownFormat:
-        what = [f"{shown(name)} ({training_state(expanded(name))})" for name in names[:_MOST_SCANNED]]
+        what = [
+            f"{shown(name)} ({training_state(expanded(name))})" for name in names[:_MOST_SCANNED]
+        ]
         return UnknownFormat(
             self.path,
             f"holds the state of a trainer and no model: {', '.join(what)}",
@@ -104,7 +115,9 @@ class LooseFiles:
             if name.endswith(endings) and not (self.path / name).is_dir():
                 self.scanner.file(self.path / name)  # says what is wrong with it
         inside = _with_weights(self.path)
-        if inside and "snapshots" not in self.names:  # an entry of a cache, of which the error says more
+        if (
+            inside and "snapshots" not in self.names
+        ):  # an entry of a cache, of which the error says more
             message = f"holds weights in subfolders only: {named([each.path for each in inside])}"
             raise UnknownFormat(self.path, message, hint=_a_folder(self.path, inside))
         raise unknown
@@ -133,5 +146,7 @@ def _a_folder(folder: Path, inside: Sequence[Beside]) -> str | None:
     """A hint at the likeliest of the subfolders *inside*; None if there is none."""
     if not inside:
         return None
-    likely = min(inside, key=lambda each: (likeliness(each.path[:-1].rpartition("/")[2]), -each.nbytes))
+    likely = min(
+        inside, key=lambda each: (likeliness(each.path[:-1].rpartition("/")[2]), -each.nbytes)
+    )
     return f"give one of its folders, as in {folder / likely.path}"

@@ -1,8 +1,9 @@
 """What an index and its shards say together: one checkpoint, or a sentence on where they disagree.
 
-What the shards hold counts, as it does for transformers: a tensor that lies in another shard than the index says is taken from
-there, and a name that no shard contains (a tied weight, a buffer that is no longer saved) is reported. Both are notes. A shard
-that holds nothing of what the index expects in it belongs to another model, and is an error.
+What the shards hold counts, as it does for transformers: a tensor that lies in another shard than
+the index says is taken from there, and a name that no shard contains (a tied weight, a buffer that
+is no longer saved) is reported. Both are notes. A shard that holds nothing of what the index
+expects in it belongs to another model, and is an error.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ _FETCH = "the index and the shards are not of one model, or of one version of it
 _WRITE = "write an index that names the shard of each tensor, or give the shards one by one"
 
 
-def joined(path: Path, index: Index, shards: Mapping[str, Checkpoint], limits: Limits) -> Checkpoint:
-    """The *shards*, scanned each by itself, as the one checkpoint that the *index* at *path* makes of them.
+def joined(
+    path: Path, index: Index, shards: Mapping[str, Checkpoint], limits: Limits
+) -> Checkpoint:
+    """The *shards*, scanned each by itself, as the one checkpoint that the *index* at *path* makes
+    of them.
 
     Raises:
         Malformed: nothing that the index expects in a shard is in any.
@@ -40,12 +44,18 @@ def joined(path: Path, index: Index, shards: Mapping[str, Checkpoint], limits: L
         metadata=metadata,
         files=tuple(file for shard in shards.values() for file in shard.files),
         format=" + ".join(dict.fromkeys(shard.format for shard in shards.values())),
-        notes=(*census.notes(), *differing, *(note for shard in shards.values() for note in shard.notes)),
+        notes=(
+            *census.notes(),
+            *differing,
+            *(note for shard in shards.values() for note in shard.notes),
+        ),
         left_out=tuple(census.left_out()),
     )
 
 
-def unlisted(folder: Path, pattern: str, shards: Mapping[str, Checkpoint], limits: Limits) -> Checkpoint:
+def unlisted(
+    folder: Path, pattern: str, shards: Mapping[str, Checkpoint], limits: Limits
+) -> Checkpoint:
     """All *shards* of a set that *pattern* stands for, which has no index, as one checkpoint.
 
     Raises:
@@ -58,11 +68,19 @@ def unlisted(folder: Path, pattern: str, shards: Mapping[str, Checkpoint], limit
         for entry in checkpoint.tensors:
             first = weight_map.setdefault(entry.name, shard)
             if first != shard:
-                message = f"is in {shown(first)} and in {shown(shard)}, and there is no index that says which to read"
+                message = (
+                    f"is in {shown(first)} and in {shown(shard)}, and there is no index "
+                    "that says which to read"
+                )
                 raise Malformed(folder, message, where=f"tensor {shown(entry.name)}", hint=_WRITE)
     whole = joined(folder / pattern, Index(weight_map, {}), shards, limits)
-    note = f"there is no index: the {len(shards):,} shards of {shown(pattern)} were joined by their numbers"
-    return Checkpoint(whole.tensors, whole.others, whole.metadata, whole.files, whole.format, (note, *whole.notes))
+    note = (
+        f"there is no index: the {len(shards):,} shards of {shown(pattern)} were joined by "
+        "their numbers"
+    )
+    return Checkpoint(
+        whole.tensors, whole.others, whole.metadata, whole.files, whole.format, (note, *whole.notes)
+    )
 
 
 @dataclass(slots=True)
@@ -93,7 +111,10 @@ class _Census:
         met = {shard for name, shard in self.weight_map.items() if name in everywhere}
         for name, shard in self.weight_map.items():
             if shard not in met:
-                message = f"no shard contains it, nor anything else that the index expects in {shown(shard)}"
+                message = (
+                    "no shard contains it, nor anything else that the index expects in "
+                    f"{shown(shard)}"
+                )
                 raise Malformed(path, message, where=f"tensor {shown(name)}", hint=_FETCH)
 
     def add(self, name: str, shard: Checkpoint) -> None:
@@ -103,18 +124,24 @@ class _Census:
             place = self.weight_map.get(entry.name)
             if place == name:
                 self._take(entry, name)
-            elif entry.name in self.taken or (place is not None and entry.name in self.holds[place]):
+            elif entry.name in self.taken or (
+                place is not None and entry.name in self.holds[place]
+            ):
                 self.again.setdefault(name, []).append(entry)
             else:
                 foreign.append(entry)
                 self._take(entry, name)
         if not foreign:
             return
-        listed_here = {entry.payload for entry in shard.tensors if self.weight_map.get(entry.name) == name}
+        listed_here = {
+            entry.payload for entry in shard.tensors if self.weight_map.get(entry.name) == name
+        }
         for entry in foreign:
             if entry.name in self.weight_map:
                 self.moved.append(entry.name)
-            elif entry.payload not in listed_here:  # otherwise it is a tie that the shard records, and needs no index
+            elif (
+                entry.payload not in listed_here
+            ):  # otherwise it is a tie that the shard records, and needs no index
                 self.unlisted.setdefault(name, []).append(entry.name)
 
     def notes(self) -> Iterator[str]:
@@ -122,9 +149,14 @@ class _Census:
         everywhere = frozenset[str]().union(*self.holds.values())
         lacking = [name for name in self.weight_map if name not in everywhere]
         if lacking:
-            yield f"the index lists {_named(lacking)}, which no shard contains; a tied weight or a buffer need not be stored"
+            yield (
+                f"the index lists {_named(lacking)}, which no shard contains; a tied weight or "
+                "a buffer need not be stored"
+            )
         if self.moved:
-            yield f"{_named(self.moved)}: in another shard than the index says; read from where it is"
+            yield (
+                f"{_named(self.moved)}: in another shard than the index says; read from where it is"
+            )
         for shard, names in self.unlisted.items():
             yield f"{_named(names)}: in {shown(shard)} and not in the index; converted all the same"
 
@@ -132,7 +164,10 @@ class _Census:
         """Tensors that several shards hold, where they were not read."""
         for shard, entries in self.again.items():
             first = self.taken[entries[0].name]
-            reason = f"{_named([entry.name for entry in entries])}: read from {shown(first)}, which has it too"
+            reason = (
+                f"{_named([entry.name for entry in entries])}: read from {shown(first)}, "
+                "which has it too"
+            )
             yield LeftOut(shard, sum(entry.nbytes for entry in entries), reason)
 
     def _take(self, entry: TensorEntry, shard: str) -> None:
@@ -143,7 +178,9 @@ class _Census:
 def _check_count(path: Path, shards: Iterable[Checkpoint], limits: Limits) -> None:
     count = sum(len(shard.tensors) for shard in shards)
     if count > limits.tensors:
-        raise LimitExceeded(path, f"its shards hold {count:,} tensors", limit="tensors", actual=count)
+        raise LimitExceeded(
+            path, f"its shards hold {count:,} tensors", limit="tensors", actual=count
+        )
 
 
 def _names(shard: Checkpoint) -> frozenset[str]:
@@ -164,4 +201,9 @@ def _merged(shards: Iterable[Checkpoint]) -> tuple[dict[str, str], list[str]]:
                 differing[key] = None
     if not differing:
         return merged, []
-    return merged, [f"the shards differ in their metadata {', '.join(map(shown, differing))}; that of the first was taken"]
+    return merged, [
+        (
+            f"the shards differ in their metadata {', '.join(map(shown, differing))}; that of the "
+            "first was taken"
+        )
+    ]

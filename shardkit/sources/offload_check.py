@@ -1,4 +1,6 @@
-"""Whether the offload.json in a folder tells of the shards beside it, or was left there by others."""
+"""Whether the offload.json in a folder tells of the shards beside it, or was left there by
+others.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def record_in(folder: Path, limits: Limits) -> OffloadRecord | None:
 
 
 def refuse_stale(folder: Path, record: OffloadRecord, shards: Mapping[str, Source]) -> None:
-    """Raise Malformed unless *record* was made with *shards*, which are those of the checkpoint in *folder* by their names."""
+    """Raise Malformed unless *record* was made with *shards*, which are those of the checkpoint in
+    *folder* by their names.
+    """
     known = {shard.name: shard for shard in record.shards}
     differing = known.keys() ^ shards.keys()
     if differing:
@@ -44,7 +48,15 @@ def refuse_stale(folder: Path, record: OffloadRecord, shards: Mapping[str, Sourc
 def refuse_stale_shard(folder: Path, record: OffloadRecord, shard: Shard, source: Source) -> None:
     """Raise Malformed unless *source* is as long as *shard* of *record*, and has its header."""
     if source.size != shard.nbytes:
-        raise _stale(folder, record, f"{shown(shard.name)} has {several(source.size, 'byte')}, and {shard.nbytes:,} were written")
+        raise _stale(
+            folder,
+            record,
+            (
+                f"{shown(shard.name)} has {several(source.size, 'byte')}, and {shard.nbytes:,} "
+                "were "
+                "written"
+            ),
+        )
     first = source.read(0, min(safetensors_header.LENGTH_NBYTES, source.size))
     stop = len(first) + int.from_bytes(first, "little")
     if stop > source.size or hashlib.sha256(source.read(0, stop)).hexdigest() != shard.header:

@@ -1,7 +1,8 @@
 """Open a path: a file, a compressed file, an index or a folder → `Checkpoint`.
 
-1. A folder is the first complete candidate in it, in the order of transformers (`shardkit.sources.candidates`); without one, what a
-   format for folders makes of it; and else its one file with weights.
+1. A folder is the first complete candidate in it, in the order of transformers
+   (`shardkit.sources.candidates`); without one, what a format for folders makes of it; and else its
+   one file with weights.
 2. Whatever else in the folder holds weights is reported as left out.
 """
 
@@ -41,7 +42,9 @@ from shardkit.sources.weight_file_names import is_index, likeliness, variant_of
 
 _LOG = logging.getLogger("shardkit")
 _MOST_INDEXES = 8
-_FLAT_INDEX = re.compile(rb'\{\s*"[^"\\]{1,999}"\s*:\s*"[^"\\]{1,999}\.(safetensors|bin|pt|pth)(\.zst)?"')
+_FLAT_INDEX = re.compile(
+    rb'\{\s*"[^"\\]{1,999}"\s*:\s*"[^"\\]{1,999}\.(safetensors|bin|pt|pth)(\.zst)?"'
+)
 
 
 def open(
@@ -57,7 +60,8 @@ def open(
         path: a file of any format, compressed or not; an index; or a folder with one of them.
         format: name of the format to read it as; None to recognise it.
         limits: what it may ask for.
-        scratch: folder for temporary files, which hold what compressed data expands to; None for the system's.
+        scratch: folder for temporary files, which hold what compressed data expands to; None for
+            the system's.
 
     Raises:
         FormatError: it cannot be read.
@@ -68,10 +72,17 @@ def open(
     path = path_arguments.to_read(path)
     begun = time.monotonic()
     with collector_paused(), failures_told(path):
-        found = noted(_opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner))
+        found = noted(
+            _opened_folder(path, scanner) if is_folder(path) else _opened_file(path, scanner)
+        )
     taken, count = time.monotonic() - begun, len(found.tensors)
     _LOG.info(
-        "%s: %s, %d tensors in %d files; headers read in %.3f s", shown_path(path), found.format, count, len(found.files), taken
+        "%s: %s, %d tensors in %d files; headers read in %.3f s",
+        shown_path(path),
+        found.format,
+        count,
+        len(found.files),
+        taken,
     )
     return found
 
@@ -103,7 +114,9 @@ def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
     loose = LooseFiles.among(path, names, scanner)
     if not loose.models:  # a variant that is alone needs no request
         offers = _Offers.among(path, variants, scanner)
-        if (checkpoint := offers.read(offers.complete[0]) if offers.complete else offers.joined()) is not None:
+        if (
+            checkpoint := offers.read(offers.complete[0]) if offers.complete else offers.joined()
+        ) is not None:
             return checkpoint
     return loose.checkpoint(source)
 
@@ -128,7 +141,9 @@ class _Offers:
     variants: Sequence[str] = ()
 
     @classmethod
-    def among(cls, folder: Path, names: Sequence[str], scanner: Scanner, variants: Sequence[str] = ()) -> _Offers:
+    def among(
+        cls, folder: Path, names: Sequence[str], scanner: Scanner, variants: Sequence[str] = ()
+    ) -> _Offers:
         """What *names* in *folder* offer; *variants* are named where it is nothing complete."""
         offers = cls(folder, names, scanner, variants=variants)
         indexes = 0
@@ -156,7 +171,9 @@ class _Offers:
         for fault in self.faults.values():
             raise fault
         if sets:
-            raise of_shards(sets[0]).incomplete(self.folder, _or_variant(self.folder, self.variants))
+            raise of_shards(sets[0]).incomplete(
+                self.folder, _or_variant(self.folder, self.variants)
+            )
         return None
 
     def read(self, chosen: Candidate) -> Checkpoint:
@@ -168,7 +185,9 @@ class _Offers:
             checkpoint = self.scanner.file(path)
         else:
             checkpoint = self.scanner.indexed(self.scanner.source(path))
-        rival = next((each for each in passed if each.index and each.is_safe == chosen.is_safe), None)
+        rival = next(
+            (each for each in passed if each.index and each.is_safe == chosen.is_safe), None
+        )
         if chosen.is_file and rival is not None and not rival.missing:
             checkpoint = replace(checkpoint, notes=(_differ(chosen, rival), *checkpoint.notes))
         return with_left_out(checkpoint, self._reader(chosen.name, passed))
@@ -191,7 +210,9 @@ class _Offers:
             self.faults[name] = error
             return
         if candidate.missing:
-            self.faults[name] = candidate.incomplete(self.folder, _or_variant(self.folder, self.variants))
+            self.faults[name] = candidate.incomplete(
+                self.folder, _or_variant(self.folder, self.variants)
+            )
             self.incomplete.append(candidate)
         else:
             self.complete.append(candidate)
@@ -206,7 +227,8 @@ def _is_index(source: Source) -> bool:
 
 
 def _is_of_a_folder_format(source: Source) -> bool:
-    """Whether a format claims the folder *source* as a whole; what lies in it may look like anything.
+    """Whether a format claims the folder *source* as a whole; what lies in it may look like
+    anything.
 
     Raises:
         UnknownFormat: several do.
@@ -221,7 +243,8 @@ def _is_of_a_folder_format(source: Source) -> bool:
 
 def _differ(chosen: Candidate, rival: Candidate) -> str:
     return (
-        f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of {shown(rival.name)}: transformers and "
+        f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of "
+        f"{shown(rival.name)}: transformers and "
         "accelerate load the single file, huggingface_hub and diffusers the shards"
     )
 
@@ -248,7 +271,9 @@ def failures_told(path: Path) -> Iterator[None]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keep the collector of cycles from walking, again and again, the many small objects of a scan, none of which is garbage."""
+    """Keep the collector of cycles from walking, again and again, the many small objects of a scan,
+    none of which is garbage.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

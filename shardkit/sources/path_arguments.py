@@ -1,6 +1,7 @@
 """What the words of a user name: local paths to read and to write, and a sentence for what is none.
 
-A location is looked at before it becomes a `Path`: ``Path("s3://b/x")`` is ``s3:/b/x`` without a word.
+A location is looked at before it becomes a `Path`: ``Path("s3://b/x")`` is ``s3:/b/x`` without a
+word.
 """
 
 from __future__ import annotations
@@ -15,13 +16,43 @@ from shardkit.errors import FormatError, PlanError, shown
 from shardkit.hints import Hint, option, output
 from shardkit.sources import registry
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/|(?!/))")  # two letters at least: C:/x is a path of Windows
-_SCHEMES = ("abfs", "abfss", "az", "file", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "r2", "s3", "s3a")
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/|(?!/))"
+)  # two letters at least: C:/x is a path of Windows
+_SCHEMES = (
+    "abfs",
+    "abfss",
+    "az",
+    "file",
+    "ftp",
+    "gcs",
+    "gs",
+    "hdfs",
+    "hf",
+    "http",
+    "https",
+    "r2",
+    "s3",
+    "s3a",
+)
 _HUB = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _REPOSITORIES = {"datasets": "dataset", "spaces": "space"}
 _VIEWS = ("blob", "resolve", "tree", "raw")
-_OTHER_ENDINGS = (".gguf", ".h5", ".hdf5", ".json", ".keras", ".msgpack", ".npy", ".npz", ".onnx", ".pdparams", ".tar", ".zip")
+_OTHER_ENDINGS = (
+    ".gguf",
+    ".h5",
+    ".hdf5",
+    ".json",
+    ".keras",
+    ".msgpack",
+    ".npy",
+    ".npz",
+    ".onnx",
+    ".pdparams",
+    ".tar",
+    ".zip",
+)
 _PIPE = "-"
 
 
@@ -35,18 +66,23 @@ def to_read(location: str | os.PathLike[str]) -> Path:
     text = _text(location, "the source")
     if text == _PIPE:
         raise PlanError(
-            "'-' is the standard input, and a checkpoint is read at many places, not from start to end",
+            "'-' is the standard input, and a checkpoint is read at many places, not from start "
+            "to end",
             hint="write it to a file, and give its name",
         )
     if "\0" in text:
         raise FormatError(Path(text), "is no path: embedded null byte", hint="check the path")
     if scheme := _scheme(text):
-        raise PlanError(f"{shown(text)} is a URL, and only local files and folders can be read", hint=_download(scheme, text))
+        raise PlanError(
+            f"{shown(text)} is a URL, and only local files and folders can be read",
+            hint=_download(scheme, text),
+        )
     return Path(text)
 
 
 def to_write(location: str | os.PathLike[str], *, is_compressed: bool = False) -> Path:
-    """The local path that *location* names: of a folder to make, or of one file whose ending says its format.
+    """The local path that *location* names: of a folder to make, or of one file whose ending says
+    its format.
 
     Args:
         location: what the user gave.
@@ -58,22 +94,31 @@ def to_write(location: str | os.PathLike[str], *, is_compressed: bool = False) -
     text = _text(location, "the output")
     if text == _PIPE:
         raise PlanError(
-            "'-' is the standard output, and a checkpoint is written as files", hint=("name a folder, as in ", output("shards"))
+            "'-' is the standard output, and a checkpoint is written as files",
+            hint=("name a folder, as in ", output("shards")),
         )
     if scheme := _scheme(text):
-        raise PlanError(f"{shown(text)} is a URL, and only local files and folders can be written", hint=_upload(scheme, text))
+        raise PlanError(
+            f"{shown(text)} is a URL, and only local files and folders can be written",
+            hint=_upload(scheme, text),
+        )
     path = Path(text)
     if path.name in ("", ".."):
         path = path.resolve()
     if path == path.parent:
-        raise PlanError(f"{shown(text)} is the root of a file system, and cannot be replaced", hint="name a folder in it")
+        raise PlanError(
+            f"{shown(text)} is the root of a file system, and cannot be replaced",
+            hint="name a folder in it",
+        )
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass  # what is in the way of making it, the writer tells
     except (OSError, ValueError) as error:  # a ValueError of a zero byte
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise PlanError(f"{shown(text)} cannot be looked at: {reason}", hint="choose another output") from None
+        raise PlanError(
+            f"{shown(text)} cannot be looked at: {reason}", hint="choose another output"
+        ) from None
     if not (os.path.isdir(path) or text.endswith(tuple(filter(None, (os.sep, os.altsep))))):
         _refuse_ending(path, is_compressed=is_compressed)
     return path
@@ -83,7 +128,9 @@ def looked_for(path: Path) -> str | None:
     """A hint on *path*, which is not there: what else it may have been meant to be."""
     text = path.as_posix()
     if text.startswith("~") and (home := path.expanduser()).exists():
-        return f"a shell reads ~ as your home folder, Python does not: give {shlex.quote(str(home))}"
+        return (
+            f"a shell reads ~ as your home folder, Python does not: give {shlex.quote(str(home))}"
+        )
     if not _HUB_NAME.fullmatch(text) or text.startswith("."):
         return None
     cached = _cached(text)
@@ -91,7 +138,10 @@ def looked_for(path: Path) -> str | None:
         return f"it is in the cache of the Hugging Face Hub: give {shlex.quote(str(cached))}"
     if _is_called_local(path):
         return None
-    return f"if it is a model of the Hugging Face Hub: hf download {text}, and give the folder that this prints"
+    return (
+        f"if it is a model of the Hugging Face Hub: hf download {text}, and give the folder "
+        "that this prints"
+    )
 
 
 def _is_called_local(path: Path) -> bool:
@@ -103,12 +153,17 @@ def _is_called_local(path: Path) -> bool:
 def _text(location: str | os.PathLike[str], what: str) -> str:
     text = os.fspath(location)
     if not text:
-        raise PlanError(f"{what} is an empty path", hint="name a file or a folder; in a shell, a variable may be unset")
+        raise PlanError(
+            f"{what} is an empty path",
+            hint="name a file or a folder; in a shell, a variable may be unset",
+        )
     return text
 
 
 def _scheme(text: str) -> str | None:
-    """The scheme of the URL *text*, also where `Path` has made one of its two slashes; None for a path."""
+    """The scheme of the URL *text*, also where `Path` has made one of its two slashes; None for a
+    path.
+    """
     found = _URL.match(text)
     if found is None or os.path.lexists(text):
         return None
@@ -120,9 +175,15 @@ def _download(scheme: str, url: str) -> str:
     url = _whole(url)
     parts = urlsplit(url)
     if scheme == "hf":
-        return f"download it: {_hub_command([parts.netloc, *parts.path.split('/')])}, and give the folder that this prints"
+        return (
+            f"download it: {_hub_command([parts.netloc, *parts.path.split('/')])}, and give "
+            "the folder that this prints"
+        )
     if scheme in ("http", "https") and parts.netloc in _HUB:
-        return f"download it: {_hub_command(parts.path.split('/'))}, and give the path that this prints"
+        return (
+            f"download it: {_hub_command(parts.path.split('/'))}, and give the path that this "
+            "prints"
+        )
     if scheme == "file":
         return f"give its path: {shlex.quote(unquote(parts.path))}"
     name = Path(parts.path).name or parts.netloc or "checkpoint"
@@ -159,7 +220,11 @@ def _upload(scheme: str, url: str) -> Hint:
 def _whole(url: str) -> str:
     """*url* with both of its slashes."""
     scheme, _, rest = url.partition(":")
-    return f"{scheme.lower()}://{rest.lstrip('/')}" if scheme.lower() != "file" else f"file:///{rest.lstrip('/')}"
+    return (
+        f"{scheme.lower()}://{rest.lstrip('/')}"
+        if scheme.lower() != "file"
+        else f"file:///{rest.lstrip('/')}"
+    )
 
 
 def _hub_command(steps: list[str]) -> str:
@@ -188,11 +253,16 @@ def _hub_command(steps: list[str]) -> str:
 
 def _cached(name: str) -> Path | None:
     """The newest snapshot of the model *name* in the cache of the Hub, if there is one."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    home = Path(
+        os.environ.get("HF_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     model = hub / f"models--{name.replace('/', '--')}"
     try:
-        snapshot = model / "snapshots" / (model / "refs" / "main").read_text(encoding="ascii").strip()
+        snapshot = (
+            model / "snapshots" / (model / "refs" / "main").read_text(encoding="ascii").strip()
+        )
         return snapshot if snapshot.is_dir() else None
     except (OSError, ValueError):
         return None
@@ -211,6 +281,14 @@ def _refuse_ending(path: Path, *, is_compressed: bool) -> None:
     if path.suffix.lower() in known:
         folder = str(path.with_suffix(""))
         raise PlanError(
-            f"{shown(str(path))} is called like a {path.suffix} file, and shardkit writes no such files",
-            hint=(output(folder), " makes a folder of shards, ", output(f"{folder}.safetensors"), " one file"),
+            (
+                f"{shown(str(path))} is called like a {path.suffix} file, and shardkit writes no "
+                "such files"
+            ),
+            hint=(
+                output(folder),
+                " makes a folder of shards, ",
+                output(f"{folder}.safetensors"),
+                " one file",
+            ),
         )

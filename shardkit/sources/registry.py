@@ -1,9 +1,11 @@
 """Formats and codecs by their entry points, and which of them a file is.
 
-1. An entry point of the group `shardkit.formats` or `shardkit.codecs` names a `Format` or `Codec` record. The built-in ones
-   come in by the same door; where shardkit runs without being installed, the table below stands for its entry points.
+1. An entry point of the group `shardkit.formats` or `shardkit.codecs` names a `Format` or `Codec`
+   record. The built-in ones come in by the same door; where shardkit runs without being installed,
+   the table below stands for its entry points.
 2. Content decides. A suffix is a hint for people, and the way to choose what is written.
-3. A plugin that cannot be loaded is kept as its error: it never stands in the way of a file that another format reads.
+3. A plugin that cannot be loaded is kept as its error: it never stands in the way of a file that
+   another format reads.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class Loaded(Generic[Record]):
 
     @property
     def distribution(self) -> str:
-        """What brings it, with its version: read when it is asked for, since metadata are long and seldom wanted."""
+        """What brings it, with its version: read when it is asked for, since metadata are long and
+        seldom wanted.
+        """
         return f"{self.point.dist.name} {self.point.dist.version}" if self.point.dist else _OWN
 
 
@@ -123,7 +127,9 @@ def scan(found: Format, source: Source) -> Checkpoint:
 
 
 def _misread(found: Format, source: Source, error: FormatError) -> FormatError:
-    """Why *found* raised *error* over *source*: it is of another format, a part of something, or really broken."""
+    """Why *found* raised *error* over *source*: it is of another format, a part of something, or
+    really broken.
+    """
     try:
         if found.sniff(source):
             return explained(source, error)
@@ -133,7 +139,9 @@ def _misread(found: Format, source: Source, error: FormatError) -> FormatError:
     if actual is found:
         return error
     hint = ("leave out ", option("format"), ", or give ", option("format", actual.name))
-    return UnknownFormat(source.path, f"is of the format {actual.name}, and not {found.name}", hint=hint)
+    return UnknownFormat(
+        source.path, f"is of the format {actual.name}, and not {found.name}", hint=hint
+    )
 
 
 def format_named(name: str) -> Format:
@@ -146,7 +154,11 @@ def format_named(name: str) -> Format:
     found = next((each for each in formats() if each.name == name), None)
     if found is None:
         known = ", ".join(each.name for each in formats())
-        hint = ("give one of them, or leave out ", option("format"), " and the file is recognised by its content")
+        hint = (
+            "give one of them, or leave out ",
+            option("format"),
+            " and the file is recognised by its content",
+        )
         raise PlanError(f"there is no format called {shown(name)}; there are {known}", hint=hint)
     if found.record is None:
         raise found.error or _broken(found, "cannot be used")
@@ -166,7 +178,10 @@ def compressor_named(name: str) -> Codec:
     if found is None or found.record is None or found.record.compress is None:
         known = ", ".join(each.name for each in codecs() if each.record and each.record.compress)
         hint = ("give one of them, or leave out ", option("compress"))
-        raise PlanError(f"there is no codec called {shown(name)} that compresses; there are {known or 'none'}", hint=hint)
+        raise PlanError(
+            f"there is no codec called {shown(name)} that compresses; there are {known or 'none'}",
+            hint=hint,
+        )
     return found.record
 
 
@@ -188,11 +203,15 @@ def codec_suffixes() -> tuple[str, ...]:
 
 
 def codec_of(source: Source) -> Codec | None:
-    """The codec that *source* is compressed with, judged by its first bytes; None where it is not."""
+    """The codec that *source* is compressed with, judged by its first bytes; None where it is
+    not.
+    """
     if source.is_folder:
         return None
     head = source.head
-    return next((each.record for each in codecs() if each.record and _is_of(each, each.record, head)), None)
+    return next(
+        (each.record for each in codecs() if each.record and _is_of(each, each.record, head)), None
+    )
 
 
 def _is_of(plugin: Loaded[Codec], codec: Codec, head: bytes) -> bool:
@@ -202,7 +221,9 @@ def _is_of(plugin: Loaded[Codec], codec: Codec, head: bytes) -> bool:
 
 @cache
 def installed() -> tuple[EntryPoint, ...]:
-    """All entry points of our groups: whatever is installed has to be looked through for them, so it is done once."""
+    """All entry points of our groups: whatever is installed has to be looked through for them, so
+    it is done once.
+    """
     found = entry_points()
     return tuple(point for group in _BUILT_IN for point in found.select(group=group))
 
@@ -212,7 +233,10 @@ def _points(group: str) -> list[EntryPoint]:
     points = {(point.name, point.value): point for point in installed() if point.group == group}
     for name, value in _BUILT_IN[group].items():
         points.setdefault((name, value), EntryPoint(name, value, group))
-    return sorted(points.values(), key=lambda point: (point.value != _BUILT_IN[group].get(point.name), point.name))
+    return sorted(
+        points.values(),
+        key=lambda point: (point.value != _BUILT_IN[group].get(point.name), point.name),
+    )
 
 
 def _loaded(point: EntryPoint, kind: type[Record]) -> Loaded[Record]:
@@ -221,13 +245,17 @@ def _loaded(point: EntryPoint, kind: type[Record]) -> Loaded[Record]:
     if isinstance(record, PluginError):
         return replace(found, error=record)
     if not isinstance(record, kind):
-        return replace(found, error=_broken(found, f"must be a {kind.__name__}, found {shown(record)}"))
+        return replace(
+            found, error=_broken(found, f"must be a {kind.__name__}, found {shown(record)}")
+        )
     fault = _fault(point, record)
     return replace(found, error=_broken(found, fault)) if fault else replace(found, record=record)
 
 
 def _load(plugin: Loaded[Record], what: str, call: Callable[[], Result]) -> Result | PluginError:
-    """What *call*, the code of a stranger, returns: the one place where anything at all may come out."""
+    """What *call*, the code of a stranger, returns: the one place where anything at all may come
+    out.
+    """
     try:
         return call()
     except ShardkitError as error:
@@ -243,7 +271,10 @@ def _broken(plugin: Loaded[Record], message: str) -> PluginError:
 
 def _fault(point: EntryPoint, record: Format | Codec) -> str | None:
     if record.api != API:
-        return f"is made for version {shown(record.api)} of the plugin contract, and this shardkit has {API}"
+        return (
+            f"is made for version {shown(record.api)} of the plugin contract, and this "
+            f"shardkit has {API}"
+        )
     if record.name != point.name:
         return f"calls itself {shown(record.name)}, and its entry point says {shown(point.name)}"
     if _BUILT_IN[point.group].get(point.name, point.value) != point.value:
@@ -256,7 +287,9 @@ def _verdict(plugin: Loaded[Format], record: Format, source: Source) -> bool | S
     try:
         if plugin.is_own:
             return record.sniff(source)
-        return _load(plugin, f"cannot tell what {source.path.name} is", lambda: record.sniff(source))
+        return _load(
+            plugin, f"cannot tell what {source.path.name} is", lambda: record.sniff(source)
+        )
     except FormatError as error:
         return error
 
@@ -265,5 +298,9 @@ def _unknown(source: Source, verdicts: Iterable[tuple[Loaded[Format], object]]) 
     """What *source* is instead, and which plugin would perhaps have known it."""
     broken = [each.name for each in formats() if each.error]
     broken += [each.name for each, verdict in verdicts if isinstance(verdict, PluginError)]
-    also = f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why" if broken else ""
+    also = (
+        f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why"
+        if broken
+        else ""
+    )
     return diagnosed(source, also)

@@ -1,7 +1,7 @@
 """Scan one file, an index or a set of shards: bytes → `Checkpoint`.
 
-1. Nothing is opened before it is known to be a regular file: a pipe would block for ever. Links are followed, as the caches of
-   Hugging Face are made of them.
+1. Nothing is opened before it is known to be a regular file: a pipe would block for ever. Links are
+   followed, as the caches of Hugging Face are made of them.
 2. Content decides what a file is. Only an index may also be told by its name.
 """
 
@@ -58,7 +58,8 @@ class Scanner:
         gone = f"; {absent:,} more missing" if absent > 0 else ""
         rest = f"not read: {named(others)}{gone}" if others else "the others are missing"
         note = (
-            f"{shown(path.name)} is shard {shard.number:,} of {shard.total:,} and holds only a part of "
+            f"{shown(path.name)} is shard {shard.number:,} of {shard.total:,} and holds only a "
+            "part of "
             f"the model ({rest}): give the folder to take all of it"
         )
         left_out = tuple(_left_shard(path.parent / name) for name in others)
@@ -76,7 +77,9 @@ class Scanner:
             raise candidate.incomplete(source.path.parent)
         file = SourceFile.of(source.path)
         paths = {name: stored(source.path.parent / name) for name in candidate.files}
-        joined = merge_shards.joined(source.path, candidate.index, self._all(source.path.parent, paths), self.limits)
+        joined = merge_shards.joined(
+            source.path, candidate.index, self._all(source.path.parent, paths), self.limits
+        )
         return replace(joined, files=(file, *joined.files))
 
     def listing(self, source: Source) -> Candidate:
@@ -86,14 +89,21 @@ class Scanner:
             FormatError: it cannot be read.
         """
         if source.size > self.limits.header_bytes:
-            raise LimitExceeded(source.path, f"the index takes {source.size:,} bytes", limit="header_bytes", actual=source.size)
+            raise LimitExceeded(
+                source.path,
+                f"the index takes {source.size:,} bytes",
+                limit="header_bytes",
+                actual=source.size,
+            )
         listed = shard_index.parse(source.path, bytes(read_all(source.content)), self.limits)
         return of_index(source.path.parent, source.path.name, listed)
 
     def set(self, folder: Path, numbered: ShardSet) -> Checkpoint:
         """A complete set of *numbered* shards without an index, as one checkpoint."""
         paths = {name: folder / name for name in numbered.names.values()}
-        return merge_shards.unlisted(folder, numbered.pattern, self._all(folder, paths), self.limits)
+        return merge_shards.unlisted(
+            folder, numbered.pattern, self._all(folder, paths), self.limits
+        )
 
     def scanned(self, source: Source) -> Checkpoint:
         """What a format makes of *source*."""
@@ -114,7 +124,9 @@ class Scanner:
         return Source(path, content, limits=self.limits, scratch=self.scratch)
 
     def refuse_stale(self, folder: Path, paths: Mapping[str, Path]) -> None:
-        """Raise Malformed where an offload.json in *folder* tells of other files than *paths*, which it calls as their keys."""
+        """Raise Malformed where an offload.json in *folder* tells of other files than *paths*,
+        which it calls as their keys.
+        """
         record = record_in(folder, self.limits)
         if record is not None:
             refuse_stale(folder, record, {name: self.source(path) for name, path in paths.items()})
@@ -171,7 +183,11 @@ def _missing(path: Path, error: OSError | ValueError) -> FormatError:
         return FormatError(path, f"is no path: {error}", hint="check the path")
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
-        return FormatError(path, f"is a link to {target}, which is not there", hint="finish the download, and try again")
+        return FormatError(
+            path,
+            f"is a link to {target}, which is not there",
+            hint="finish the download, and try again",
+        )
     if isinstance(error, FileNotFoundError) and (hint := path_arguments.looked_for(path)):
         return FormatError(path, f"cannot be read: {error.strerror}", hint=hint)
     return unreadable(path, error)

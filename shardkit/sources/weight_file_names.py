@@ -77,7 +77,9 @@ _FOREIGN: Mapping[str, str] = {
     ".ptl": "TorchScript program for mobile devices",
     ".tensors": "file of tensorizer",
 }
-_TF_CHECKPOINT = re.compile(r".+\.data-\d{5}-of-\d{5}|.+\.ckpt(-\d+)?\.index|model\.ckpt-\d+\.index")
+_TF_CHECKPOINT = re.compile(
+    r".+\.data-\d{5}-of-\d{5}|.+\.ckpt(-\d+)?\.index|model\.ckpt-\d+\.index"
+)
 _STEP = re.compile(r"(checkpoint|step|epoch|global_step)[-_=]?(\d{1,12})\b.*")
 _ADAPTER = re.compile(r"adapter_model\b.*|.*lora_weights\.(safetensors|bin)")
 
@@ -129,7 +131,9 @@ class ShardSet:
         some = next(iter(self.names))
         found = _SHARD.fullmatch(self.names[some])
         assert found is not None  # only such names are in a set
-        return f"{found['stem']}-{number:0{len(found['number'])}}-of-{found['total']}{found['suffix']}"
+        return (
+            f"{found['stem']}-{number:0{len(found['number'])}}-of-{found['total']}{found['suffix']}"
+        )
 
     @property
     def pattern(self) -> str:
@@ -174,7 +178,9 @@ def foreign(name: str) -> str | None:
 
 
 def is_parallel(name: str) -> bool:
-    """Whether a file called *name* is the part of one rank: tensor-parallel, or a ZeRO partition."""
+    """Whether a file called *name* is the part of one rank: tensor-parallel, or a ZeRO
+    partition.
+    """
     return bool(_PARALLEL.fullmatch(name))
 
 

@@ -1,8 +1,9 @@
 """The directory of a zip archive as a list of members: where each lies, never what it holds.
 
-1. The directory at the end of the file is the truth (APPNOTE 4.3.12); of a local header we use its lengths only, because
-   torch leaves sizes and CRC there at zero.
-2. Members may not overlap, share a name or reach into the directory: every byte belongs to one member at most.
+1. The directory at the end of the file is the truth (APPNOTE 4.3.12); of a local header we use its
+   lengths only, because torch leaves sizes and CRC there at zero.
+2. Members may not overlap, share a name or reach into the directory: every byte belongs to one
+   member at most.
 3. Dates are not looked at: torch writes the month 0, which other readers choke on.
 """
 
@@ -64,11 +65,16 @@ def read_members(path: Path, size: int, read: Read, limits: Limits) -> tuple[Mem
     directory = _directory(path, size, read)
     if directory.nbytes > limits.header_bytes:
         raise LimitExceeded(
-            path, f"its zip directory takes {directory.nbytes:,} bytes", limit="header_bytes", actual=directory.nbytes
+            path,
+            f"its zip directory takes {directory.nbytes:,} bytes",
+            limit="header_bytes",
+            actual=directory.nbytes,
         )
     rows = list(_rows(path, directory, read(directory.start, directory.nbytes)))
     if len(rows) != directory.count:
-        raise _broken(path, f"it lists {several(len(rows), 'member')} and announces {directory.count:,}")
+        raise _broken(
+            path, f"it lists {several(len(rows), 'member')} and announces {directory.count:,}"
+        )
     _check_names(path, rows)
     return tuple(_placed(path, rows, directory.start))
 
@@ -76,21 +82,37 @@ def read_members(path: Path, size: int, read: Read, limits: Limits) -> tuple[Mem
 def data_start(path: Path, member: Member, read: Read) -> int:
     """Where the bytes of *member* begin.
 
-    The local header may carry a longer extra field than the directory (torch pads it to align the data), so this cannot
-    be had from the directory alone.
+    The local header may carry a longer extra field than the directory (torch pads it to align the
+    data), so this cannot be had from the directory alone.
 
     Raises:
         Malformed: the local header is broken, or the member is kept in a way that we cannot read.
     """
-    signature, flags, name_length, extra_length = _LOCAL.unpack(read(member.header_start, _LOCAL.size))
+    signature, flags, name_length, extra_length = _LOCAL.unpack(
+        read(member.header_start, _LOCAL.size)
+    )
     start: int = member.header_start + _LOCAL.size + name_length + extra_length
-    # Of the first header the first two bytes do not matter: GPT-SoVITS writes a version of its own there.
+    # Of the first header the first two bytes do not matter: GPT-SoVITS writes a version of its own
+    # there.
     if signature[2:] != b"\3\4" or (member.header_start and not signature.startswith(b"PK")):
-        raise Malformed(path, f"no local header at byte {member.header_start:,}", where=f"zip member {shown(member.name)}")
+        raise Malformed(
+            path,
+            f"no local header at byte {member.header_start:,}",
+            where=f"zip member {shown(member.name)}",
+        )
     if flags & _ENCRYPTED:
-        raise Malformed(path, "is encrypted", where=f"zip member {shown(member.name)}", hint="decrypt the archive first")
+        raise Malformed(
+            path,
+            "is encrypted",
+            where=f"zip member {shown(member.name)}",
+            hint="decrypt the archive first",
+        )
     if start + member.compressed > member.stop:
-        raise Malformed(path, f"runs over what begins at byte {member.stop:,}", where=f"zip member {shown(member.name)}")
+        raise Malformed(
+            path,
+            f"runs over what begins at byte {member.stop:,}",
+            where=f"zip member {shown(member.name)}",
+        )
     if member.method not in (STORED, DEFLATED):
         raise Malformed(
             path,
@@ -173,13 +195,17 @@ def _directory(path: Path, size: int, read: Read) -> _Directory:
 
 
 def _refuse_second(path: Path, read: Read, shift: int) -> None:
-    """Raise Malformed if an archive that knows nothing of the *shift* bytes before it begins there."""
+    """Raise Malformed if an archive that knows nothing of the *shift* bytes before it begins
+    there.
+    """
     if shift > 0 and read(shift, 4) == b"PK\3\4":
         raise Malformed(
             path,
             f"holds several zip archives one behind the other; the last begins at byte {shift:,}",
-            hint="torch.distributed.checkpoint writes such files, called .distcp: give their folder to "
-            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER out.pt, and convert out.pt",
+            hint="torch.distributed.checkpoint writes such files, called .distcp: give their "
+            "folder to "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER out.pt, and "
+            "convert out.pt",
         )
 
 
@@ -189,7 +215,10 @@ def _end(path: Path, size: int, read: Read) -> int:
     tail = read(size - span, span)
     at = tail.rfind(b"PK\5\6")
     while at >= 0:
-        if at + _END.size <= span and at + _END.size + int.from_bytes(tail[at + 20 : at + 22], "little") <= span:
+        if (
+            at + _END.size <= span
+            and at + _END.size + int.from_bytes(tail[at + 20 : at + 22], "little") <= span
+        ):
             return size - span + at
         at = tail.rfind(b"PK\5\6", 0, at)
     raise Malformed(
@@ -216,13 +245,17 @@ def _rows(path: Path, directory: _Directory, content: bytes) -> Iterator[_Row]:
     """The rows of the directory; one pass, since there may be a million."""
     at = 0
     while at + _ENTRY.size <= len(content):
-        signature, flags, method, crc, compressed, nbytes, names, extras, comments, header = _ENTRY.unpack_from(content, at)
+        signature, flags, method, crc, compressed, nbytes, names, extras, comments, header = (
+            _ENTRY.unpack_from(content, at)
+        )
         if signature != b"PK\1\2":
             raise _broken(path, f"no entry at byte {directory.start + at:,}")
         name_stop = at + _ENTRY.size + names
         name = _decoded(content[at + _ENTRY.size : name_stop], flags)
         if nbytes == _IN_ZIP64 or compressed == _IN_ZIP64 or header == _IN_ZIP64:
-            nbytes, compressed, header = _wide(path, name, (nbytes, compressed, header), content[name_stop : name_stop + extras])
+            nbytes, compressed, header = _wide(
+                path, name, (nbytes, compressed, header), content[name_stop : name_stop + extras]
+            )
         yield name, header, compressed, nbytes, method, crc
         at = name_stop + extras + comments
     if at != len(content):
@@ -230,11 +263,17 @@ def _rows(path: Path, directory: _Directory, content: bytes) -> Iterator[_Row]:
 
 
 def _decoded(name: bytes, flags: int) -> str:
-    return name.decode("utf-8", "backslashreplace") if flags & _UTF8 or name.isascii() else name.decode("cp437")
+    return (
+        name.decode("utf-8", "backslashreplace")
+        if flags & _UTF8 or name.isascii()
+        else name.decode("cp437")
+    )
 
 
 def _wide(path: Path, name: str, narrow: tuple[int, int, int], extra: bytes) -> Iterator[int]:
-    """The numbers that did not fit into 32 bits, in the order that the zip64 extra field has them (APPNOTE 4.5.3)."""
+    """The numbers that did not fit into 32 bits, in the order that the zip64 extra field has them
+    (APPNOTE 4.5.3).
+    """
     words = _zip64_words(extra)
     for number in narrow:
         value = next(words, None) if number == _IN_ZIP64 else number
@@ -246,11 +285,16 @@ def _wide(path: Path, name: str, narrow: tuple[int, int, int], extra: bytes) -> 
 def _zip64_words(extra: bytes) -> Iterator[int]:
     at = 0
     while at + 4 <= len(extra):
-        kind, length = int.from_bytes(extra[at : at + 2], "little"), int.from_bytes(extra[at + 2 : at + 4], "little")
+        kind, length = (
+            int.from_bytes(extra[at : at + 2], "little"),
+            int.from_bytes(extra[at + 2 : at + 4], "little"),
+        )
         at += 4
         if kind == 1:
             stop = min(at + length, len(extra))
-            yield from (int.from_bytes(extra[word : word + 8], "little") for word in range(at, stop - 7, 8))
+            yield from (
+                int.from_bytes(extra[word : word + 8], "little") for word in range(at, stop - 7, 8)
+            )
             return
         at += length
 
@@ -266,17 +310,28 @@ def _check_names(path: Path, rows: list[_Row]) -> None:
 
 def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
     """The rows as members that know where the next one begins, in the order of *rows*."""
-    for (name, start, compressed, nbytes, method, crc), stop in zip(rows, _stops(path, rows, end), strict=True):
+    for (name, start, compressed, nbytes, method, crc), stop in zip(
+        rows, _stops(path, rows, end), strict=True
+    ):
         if start + _LOCAL.size + compressed > stop:
             raise _broken(path, f"member {shown(name)} runs over what begins at byte {stop:,}")
         if method == STORED and compressed != nbytes:
-            raise _broken(path, f"member {shown(name)} holds {several(nbytes, 'byte')} in {compressed:,} and is not compressed")
+            raise _broken(
+                path,
+                (
+                    f"member {shown(name)} holds {several(nbytes, 'byte')} in {compressed:,} and "
+                    "is "
+                    "not compressed"
+                ),
+            )
         yield Member(name, start, compressed, nbytes, method, crc, stop)
 
 
 def _stops(path: Path, rows: list[_Row], end: int) -> Iterator[int]:
     """Where, for each of *rows*, the next member begins."""
-    if all(row[1] < behind[1] for row, behind in pairwise(rows)):  # as they are nearly always, and need no table
+    if all(
+        row[1] < behind[1] for row, behind in pairwise(rows)
+    ):  # as they are nearly always, and need no table
         if rows:
             yield from (row[1] for row in islice(rows, 1, None))
             yield end

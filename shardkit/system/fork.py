@@ -1,4 +1,6 @@
-"""The child of a fork: no other thread is there, and a lock that one of them had stays locked. What has locks begins again."""
+"""The child of a fork: no other thread is there, and a lock that one of them had stays locked. What
+has locks begins again.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,19 @@ _Owner = TypeVar("_Owner")
 
 
 def begin_again_in_children(owner: _Owner, begin: Callable[[_Owner], object]) -> None:
-    """Call *begin* with *owner* first of all in every child of a fork, as long as *owner* is there; who came first is first."""
+    """Call *begin* with *owner* first of all in every child of a fork, as long as *owner* is there;
+    who came first is first.
+    """
     number = next(_NUMBERS)
     _LIVING[number] = partial(_begin, weakref.ref(owner, lambda _: _LIVING.pop(number)), begin)
 
 
 def never_free(owner: object) -> None:
-    """Keep *owner*, and what it has, until the process is gone: not even at its end does the interpreter let go of it.
+    """Keep *owner*, and what it has, until the process is gone: not even at its end does the
+    interpreter let go of it.
 
-    That is for what only the parent can give back, such as the memory of its device: the attempt would end the child.
+    That is for what only the parent can give back, such as the memory of its device: the attempt
+    would end the child.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 

@@ -1,4 +1,6 @@
-"""How many bytes of this machine's memory can still be taken: what the system has free, and what a container leaves of it."""
+"""How many bytes of this machine's memory can still be taken: what the system has free, and what a
+container leaves of it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _FILE_PAGES = re.compile(r"^(?:in)?active_file (\d+)$", re.MULTILINE)
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be taken before the machine swaps or the container's limit strikes; on macOS, what is installed.
+    """Bytes that can be taken before the machine swaps or the container's limit strikes; on macOS,
+    what is installed.
 
     Args:
         root: where /proc and /sys are.
@@ -40,7 +43,9 @@ def _containers(root: Path) -> Iterator[int | None]:
 
 
 def _upwards(top: Path, path: str) -> Iterator[Path]:
-    """The folder of the group *path* and of those around it; inside a container, only some may be there."""
+    """The folder of the group *path* and of those around it; inside a container, only some may be
+    there.
+    """
     steps = [step for step in path.split("/") if step not in ("", "..")]
     for depth in range(len(steps), -1, -1):
         yield top.joinpath(*steps[:depth])
@@ -72,7 +77,8 @@ def _elsewhere() -> int:
 def _windows() -> int:
     import ctypes
 
-    # MEMORYSTATUSEX: two 32-bit numbers, then seven of 64 bits, of which the second is what is available.
+    # MEMORYSTATUSEX: two 32-bit numbers, then seven of 64 bits, of which the second is what is
+    # available.
     status = (ctypes.c_uint64 * 8)()
     status[0] = ctypes.sizeof(status)
     ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined] # on Windows only

@@ -1,7 +1,8 @@
 """A progress bar in bytes, drawn by tqdm, on a terminal only.
 
 1. Nothing is drawn in the first moments: a short run shows no bar.
-2. The bar is shorter than the terminal is wide by what Ctrl-C echoes, so that the terminal never breaks its line.
+2. The bar is shorter than the terminal is wide by what Ctrl-C echoes, so that the terminal never
+   breaks its line.
 3. When the work ends, however it ends, the line is blank again.
 """
 
@@ -52,7 +53,8 @@ class Progress:
 def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> Iterator[Progress]:
     """A bar that is gone when the work is done.
 
-    There is none if *quiet*, where stderr is no terminal, where lines of a log come to it, and without tqdm.
+    There is none if *quiet*, where stderr is no terminal, where lines of a log come to it, and
+    without tqdm.
 
     Args:
         label: what is being done.
@@ -69,8 +71,11 @@ def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> I
         yield Progress(None)
         return
     stream = sys.stderr
-    with tqdm(desc=label, total=nbytes, unit="B", unit_scale=True, leave=False, delay=_DELAY, file=stream) as bar:
-        # A terminal may be made wider or narrower meanwhile. The stubs know the argument only, which is a bool.
+    with tqdm(
+        desc=label, total=nbytes, unit="B", unit_scale=True, leave=False, delay=_DELAY, file=stream
+    ) as bar:
+        # A terminal may be made wider or narrower meanwhile. The stubs know the argument only,
+        # which is a bool.
         bar.dynamic_ncols = _room  # type: ignore[assignment]
         try:
             yield Progress(bar)

@@ -1,7 +1,8 @@
-"""Threads: a pool that still accepts work after the main thread has ended, and `each`, which maps a function over items.
+"""Threads: a pool that still accepts work after the main thread has ended, and `each`, which maps a
+function over items.
 
-The standard library's pool refuses work from then on, although other threads may still run. In `each`, the first failure or an
-interrupt stops the other items.
+The standard library's pool refuses work from then on, although other threads may still run. In
+`each`, the first failure or an interrupt stops the other items.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ class Pool(Executor):
         self._tasks.put((future, partial(fn, *args, **kwargs)))
         if len(self._threads) < self._count:
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}")
-            self._threads.append(thread)  # first: an interrupt while it starts must not hide it from shutdown
+            self._threads.append(
+                thread
+            )  # first: an interrupt while it starts must not hide it from shutdown
             thread.start()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end, after all that was submitted; or, with *cancel_futures*, after what they are at."""
+        """Let the threads end, after all that was submitted; or, with *cancel_futures*, after what
+        they are at.
+        """
         while cancel_futures and (task := self._waiting()):
             task[0].cancel()
         for _ in self._threads:
@@ -87,11 +92,14 @@ Result = TypeVar("Result")
 _TOGETHER = 8  # more than this do not help one disk
 
 
-def each(function: Callable[[Item, OnBytes], Result], items: Iterable[Item], on_bytes: OnBytes) -> list[Result]:
+def each(
+    function: Callable[[Item, OnBytes], Result], items: Iterable[Item], on_bytes: OnBytes
+) -> list[Result]:
     """What *function* gives of each of *items*, in their order.
 
     Args:
-        function: called, from any thread, with an item and with what it has to report the bytes it has read to.
+        function: called, from any thread, with an item and with what it has to report the bytes it
+            has read to.
         items: they are all taken at once.
         on_bytes: called, from any thread, with those numbers.
     """
@@ -99,7 +107,9 @@ def each(function: Callable[[Item, OnBytes], Result], items: Iterable[Item], on_
     results: list[Result | None] = [None] * len(wanted)
     failures: dict[int, BaseException] = {}
     stop = threading.Event()
-    numbers = iter(range(len(wanted)))  # of which each thread takes the next: a step that no other thread can interrupt
+    numbers = iter(
+        range(len(wanted))
+    )  # of which each thread takes the next: a step that no other thread can interrupt
 
     def report(count: int) -> None:
         if stop.is_set():

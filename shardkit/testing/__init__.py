@@ -1,12 +1,14 @@
-"""The conformance kit: what every format and every codec must keep, as plain functions that raise AssertionError with a sentence.
+"""The conformance kit: what every format and every codec must keep, as plain functions that raise
+AssertionError with a sentence.
 
     from shardkit.testing import check_format
 
     def test_the_format_keeps_its_promises():
         check_format(FORMAT, samples=[Path("tests/good.npz")])
 
-`check_format` and `check_codec` are made of smaller checks, listed in `READING`, `WRITING` and `CODING`, so that a test may be
-parametrised over them and name the promise that is broken. Samples should be small, a few kilobytes: they are cut at every byte.
+`check_format` and `check_codec` are made of smaller checks, listed in `READING`, `WRITING` and
+`CODING`, so that a test may be parametrised over them and name the promise that is broken. Samples
+should be small, a few kilobytes: they are cut at every byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What every codec keeps, as checks that take a `Codec` and a sample: a compressed file, and the bytes that it expands to."""
+"""What every codec keeps, as checks that take a `Codec` and a sample: a compressed file, and the
+bytes that it expands to.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,13 @@ def check_codec(codec: Codec, samples: Sequence[CodecSample]) -> None:
 
 
 def check_recognition(codec: Codec, sample: CodecSample) -> None:
-    """The codec claims the sample by its first bytes, and nothing that is foreign, nor what it expands to."""
-    expect(codec.sniff(sample.path.read_bytes()[:_HEAD]) is True, "sniff must return True for the first bytes of the sample")
+    """The codec claims the sample by its first bytes, and nothing that is foreign, nor what it
+    expands to.
+    """
+    expect(
+        codec.sniff(sample.path.read_bytes()[:_HEAD]) is True,
+        "sniff must return True for the first bytes of the sample",
+    )
     for name, content in foreign.contents():
         if not name.startswith("a gzip"):
             expect(codec.sniff(content[:_HEAD]) is False, f"sniff claims {name}")
@@ -50,17 +57,26 @@ def check_recognition(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_pieces(codec: Codec, sample: CodecSample) -> None:
-    """However the compressed bytes are cut, the same bytes come out, at most 8 MiB at a time and when they are asked for."""
+    """However the compressed bytes are cut, the same bytes come out, at most 8 MiB at a time and
+    when they are asked for.
+    """
     content = sample.path.read_bytes()
     for size in (1, 7, 4096, len(content)):
         pieces = list(map(bytes, codec.decompress(_pieces(content, size))))
-        expect(b"".join(pieces) == sample.expanded, f"fed {size} bytes at a time, it gave other bytes than the sample holds")
-        expect(max(map(len, pieces), default=0) <= CHUNK, f"one piece has more than {CHUNK:,} bytes")
+        expect(
+            b"".join(pieces) == sample.expanded,
+            f"fed {size} bytes at a time, it gave other bytes than the sample holds",
+        )
+        expect(
+            max(map(len, pieces), default=0) <= CHUNK, f"one piece has more than {CHUNK:,} bytes"
+        )
     codec.decompress(_never())
 
 
 def check_early_end(codec: Codec, sample: CodecSample) -> None:
-    """A stream that was cut off raises ValueError; where it is cut between two streams, each of them stands for itself."""
+    """A stream that was cut off raises ValueError; where it is cut between two streams, each of
+    them stands for itself.
+    """
     content = sample.path.read_bytes()
     for nbytes in places(len(content)):
         with saying(f"cut off after {nbytes:,} of {len(content):,} bytes"):
@@ -72,7 +88,9 @@ def check_early_end(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_broken_stream(codec: Codec, sample: CodecSample) -> None:
-    """Bytes changed at random raise ValueError or give other bytes, from decompress and frames alike; nothing else comes out."""
+    """Bytes changed at random raise ValueError or give other bytes, from decompress and frames
+    alike; nothing else comes out.
+    """
     content = sample.path.read_bytes()
     for damage in damages(content):
         with saying(f"with the bytes {damage} (position: value)"):
@@ -82,42 +100,74 @@ def check_broken_stream(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_frames(codec: Codec, sample: CodecSample) -> None:
-    """The frames, where there is a table, lie in order, cover all that is expanded, and each expands alone."""
+    """The frames, where there is a table, lie in order, cover all that is expanded, and each
+    expands alone.
+    """
     whole = Extent(sample.path, 0, sample.path.stat().st_size)
     at, stop = 0, 0
     for frame in codec.frames(whole):
         name = f"the frame at {frame.start}"
         expect(frame.start >= stop, f"{name} begins before the one before it ends")
         stop = frame.start + frame.nbytes
-        expanded = b"".join(map(bytes, codec.decompress(whole.narrow(frame.start, frame.nbytes).chunks())))
-        expect(len(expanded) == frame.expanded, f"{name} says {frame.expanded} bytes, and expands to {len(expanded)}")
-        expect(expanded == sample.expanded[at : at + len(expanded)], f"{name} expands to other bytes than the whole has there")
+        expanded = b"".join(
+            map(bytes, codec.decompress(whole.narrow(frame.start, frame.nbytes).chunks()))
+        )
+        expect(
+            len(expanded) == frame.expanded,
+            f"{name} says {frame.expanded} bytes, and expands to {len(expanded)}",
+        )
+        expect(
+            expanded == sample.expanded[at : at + len(expanded)],
+            f"{name} expands to other bytes than the whole has there",
+        )
         at += len(expanded)
-    expect(at in (0, len(sample.expanded)), f"the frames expand to {at} bytes, and the whole to {len(sample.expanded)}")
+    expect(
+        at in (0, len(sample.expanded)),
+        f"the frames expand to {at} bytes, and the whole to {len(sample.expanded)}",
+    )
 
 
 def check_compress(codec: Codec, sample: CodecSample) -> None:
-    """What is compressed expands again, frame by frame and as a whole, and is the same bytes each time and in any thread."""
+    """What is compressed expands again, frame by frame and as a whole, and is the same bytes each
+    time and in any thread.
+    """
     if codec.compress is None:
         return
     contents = [sample.expanded[:_FRAME], b"", bytes(_FRAME), bytes(range(256)) * 40]
     made = [codec.compress(memoryview(content)) for content in contents]
-    expect(all(map(codec.sniff, (frame[:_HEAD] for frame in made))), "sniff does not claim what compress gives")
+    expect(
+        all(map(codec.sniff, (frame[:_HEAD] for frame in made))),
+        "sniff does not claim what compress gives",
+    )
     for frame, content in zip(made, contents, strict=True):
-        expect(_expanded(codec, frame) == content, f"a frame of {len(content):,} bytes expands to others")
+        expect(
+            _expanded(codec, frame) == content,
+            f"a frame of {len(content):,} bytes expands to others",
+        )
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(codec.compress, map(memoryview, contents * 4)))
     expect(again == made * 4, "compress gives other bytes at another time, or in another thread")
     _check_table(codec, contents, made, sample.path)
 
 
-def _check_table(codec: Codec, contents: Sequence[bytes], made: Sequence[bytes], path: Path) -> None:
+def _check_table(
+    codec: Codec, contents: Sequence[bytes], made: Sequence[bytes], path: Path
+) -> None:
     starts = accumulate(map(len, made), initial=0)
-    listed = tuple(Frame(at, len(frame), len(content)) for at, frame, content in zip(starts, made, contents, strict=False))
+    listed = tuple(
+        Frame(at, len(frame), len(content))
+        for at, frame, content in zip(starts, made, contents, strict=False)
+    )
     whole = b"".join(made) + codec.table(listed)
-    expect(_expanded(codec, whole) == b"".join(contents), "frames and their table expand to other bytes than the frames")
+    expect(
+        _expanded(codec, whole) == b"".join(contents),
+        "frames and their table expand to other bytes than the frames",
+    )
     found = codec.frames(Watched(path, Literal(whole)))
-    expect(found == listed or not (found or codec.table(listed)), "frames finds others than table was given")
+    expect(
+        found == listed or not (found or codec.table(listed)),
+        "frames finds others than table was given",
+    )
     expect(_expanded(codec, codec.table(())) == b"", "a table of no frames expands to something")
 
 

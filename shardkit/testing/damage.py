@@ -1,4 +1,6 @@
-"""What every format keeps when a file is not whole: cut off or changed anywhere, it gives a sentence and nothing else."""
+"""What every format keeps when a file is not whole: cut off or changed anywhere, it gives a
+sentence and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _READ = 16 << 20
 
 
 def check_truncation(candidate: Format, sample: Path) -> None:
-    """Wherever the file is cut off, scan raises FormatError; of more than 4 KiB, at the ends and here and there between."""
+    """Wherever the file is cut off, scan raises FormatError; of more than 4 KiB, at the ends and
+    here and there between.
+    """
     if sample.is_dir():
         return
     size = sample.stat().st_size
@@ -27,11 +31,16 @@ def check_truncation(candidate: Format, sample: Path) -> None:
         source = Source(sample, Extent(sample, 0, nbytes), limits=Limits())
         with saying(f"{sample.name} cut off after {nbytes:,} of {size:,} bytes"):
             claims(candidate, source, "it")
-            expect(not _is_scanned(candidate, source), "scan took it for whole, and must raise FormatError")
+            expect(
+                not _is_scanned(candidate, source),
+                "scan took it for whole, and must raise FormatError",
+            )
 
 
 def check_damage(candidate: Format, sample: Path) -> None:
-    """Bytes changed at random give a ShardkitError or a checkpoint, from sniff, scan and read alike; nothing else comes out."""
+    """Bytes changed at random give a ShardkitError or a checkpoint, from sniff, scan and read
+    alike; nothing else comes out.
+    """
     if sample.is_dir():
         return
     content = sample.read_bytes()
@@ -53,12 +62,19 @@ def places(size: int) -> Iterator[int]:
 
 
 def damages(content: bytes) -> Iterator[dict[int, int]]:
-    """A few changed bytes by their positions, many times; near the ends, where headers are, more often than between."""
+    """A few changed bytes by their positions, many times; near the ends, where headers are, more
+    often than between.
+    """
     dice = random.Random(len(content))  # the same damage each time
     for _ in range(_ROUNDS if len(content) <= _SWEPT else _ROUNDS // 10):
         low, high = dice.choice(((0, 64), (0, 1024), (-1024, 0), (0, len(content))))
-        positions = [dice.randrange(low, high) % len(content) for _ in range(dice.choice((1, 1, 2, 4)))]
-        yield {at: dice.choice((0, 0xFF, content[at] ^ 1 << dice.randrange(8), dice.randrange(256))) for at in positions}
+        positions = [
+            dice.randrange(low, high) % len(content) for _ in range(dice.choice((1, 1, 2, 4)))
+        ]
+        yield {
+            at: dice.choice((0, 0xFF, content[at] ^ 1 << dice.randrange(8), dice.randrange(256)))
+            for at in positions
+        }
 
 
 def changed(content: bytes, damage: dict[int, int]) -> bytes:

@@ -1,7 +1,9 @@
-"""What every format keeps when it reads a good file, as checks that take a `Format` and the path of a sample.
+"""What every format keeps when it reads a good file, as checks that take a `Format` and the path of
+a sample.
 
-Each raises AssertionError with a sentence. A sample is a file that the format must read, best of a few kilobytes; a sample of a
-format for folders is a folder, and what is done to the bytes of files is left out for it.
+Each raises AssertionError with a sentence. A sample is a file that the format must read, best of a
+few kilobytes; a sample of a format for folders is a folder, and what is done to the bytes of files
+is left out for it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from shardkit.testing import foreign
 from shardkit.testing.payloads import Watched, check_payload, expect, grown, outside, overlap
 from shardkit.testing.sources import Exact, claims, saying, source_of, watched
 
-_EDGE = 66 << 10  # of the file's ends may be read whatever lies there: `head`, `tail`, and what may follow a zip directory
+_EDGE = (
+    66 << 10
+    # of the file's ends may be read whatever lies there: `head`, `tail`, and what may follow a zip
+    # directory
+)
 _SNIFFED = 1 << 20
 _MIDDLE = 64 << 20
 
@@ -40,42 +46,72 @@ def check_sniff(candidate: Format, sample: Path) -> None:
     with suppress(FormatError):  # a zip archive that was torn apart
         candidate.sniff(Exact(sample, content, limits=Limits()))
     read = sum(stop - start for start, stop in content.log)
-    expect(read <= _SNIFFED, f"sniff read {read:,} bytes of a large file, and may read its ends and directory only")
+    expect(
+        read <= _SNIFFED,
+        f"sniff read {read:,} bytes of a large file, and may read its ends and directory only",
+    )
 
 
 def check_foreign(candidate: Format, others: Iterable[Path] = ()) -> None:
-    """The format claims nothing that is foreign: no text, no image, no other archive, none of *others*."""
+    """The format claims nothing that is foreign: no text, no image, no other archive, none of
+    *others*.
+    """
     for name, content in foreign.contents():
-        claimed = claims(candidate, Exact(Path("foreign"), Watched(Path("foreign"), Literal(content)), limits=Limits()), name)
+        claimed = claims(
+            candidate,
+            Exact(Path("foreign"), Watched(Path("foreign"), Literal(content)), limits=Limits()),
+            name,
+        )
         expect(not claimed, f"sniff claims {name}")
     for names in ((), ("config.json",), ("readme.txt", "weights")):
         source = Source(Path("folder"), Literal(b""), names=names, limits=Limits())
-        expect(not claims(candidate, source, "a folder"), f"sniff claims a folder that holds {list(names)}")
+        expect(
+            not claims(candidate, source, "a folder"),
+            f"sniff claims a folder that holds {list(names)}",
+        )
     for other in others:
-        expect(not claims(candidate, source_of(other), other.name), f"sniff claims {other.name}, which another format reads")
+        expect(
+            not claims(candidate, source_of(other), other.name),
+            f"sniff claims {other.name}, which another format reads",
+        )
 
 
 def check_scan(candidate: Format, sample: Path) -> None:
     """What scan returns is a valid checkpoint, and the same one each time."""
     checkpoint = candidate.scan(source_of(sample))
-    expect(type(checkpoint) is Checkpoint, f"scan must return a Checkpoint, found a {type(checkpoint).__name__}")
-    expect(all(type(t) is TensorEntry for t in checkpoint.tensors), "tensors must be TensorEntry values")
+    expect(
+        type(checkpoint) is Checkpoint,
+        f"scan must return a Checkpoint, found a {type(checkpoint).__name__}",
+    )
+    expect(
+        all(type(t) is TensorEntry for t in checkpoint.tensors),
+        "tensors must be TensorEntry values",
+    )
     for entry in checkpoint.tensors:
         _check_entry(entry)
     paths = [entry.path for entry in checkpoint.tensors]
     expect(len(set(paths)) == len(paths), "two tensors have one path")
-    expect(all(type(other) is Other and other.reason for other in checkpoint.others), "others must be Other values that say why")
+    expect(
+        all(type(other) is Other and other.reason for other in checkpoint.others),
+        "others must be Other values that say why",
+    )
     texts = [text for item in checkpoint.metadata.items() for text in item]
-    expect(all(type(text) is str for text in (*texts, *checkpoint.notes)), "metadata and notes must be text")
+    expect(
+        all(type(text) is str for text in (*texts, *checkpoint.notes)),
+        "metadata and notes must be text",
+    )
     again = candidate.scan(source_of(sample))
     expect(
-        again.tensors == checkpoint.tensors, "a second scan of the same file gave other tensors; equal bytes need equal payloads"
+        again.tensors == checkpoint.tensors,
+        "a second scan of the same file gave other tensors; equal bytes need equal payloads",
     )
     expect(again.others == checkpoint.others, "a second scan of the same file gave other Others")
 
 
 def check_payloads(candidate: Format, sample: Path) -> None:
-    """Each payload keeps the rules (`check_payload`), and reads from its file what its sources say and nothing else."""
+    """Each payload keeps the rules (`check_payload`), and reads from its file what its sources say
+    and nothing else.
+    """
     checkpoint = candidate.scan(source_of(sample))
     for entry in {entry.payload: entry for entry in checkpoint.tensors}.values():
         with saying(f"tensor {entry.name!r}"):
@@ -86,8 +122,14 @@ def check_payloads(candidate: Format, sample: Path) -> None:
     for entry in candidate.scan(Exact(sample, content, limits=Limits())).tensors:
         content.log.clear()
         read_all(entry.payload)
-        stray = outside(content.log, [(s.start, s.start + s.nbytes) for s in entry.payload.sources if s.path == sample])
-        expect(stray is None, f"tensor {entry.name!r} reads bytes {stray} of the file, which its sources do not name")
+        stray = outside(
+            content.log,
+            [(s.start, s.start + s.nbytes) for s in entry.payload.sources if s.path == sample],
+        )
+        expect(
+            stray is None,
+            f"tensor {entry.name!r} reads bytes {stray} of the file, which its sources do not name",
+        )
 
 
 def check_headers_only(candidate: Format, sample: Path) -> None:
@@ -97,7 +139,11 @@ def check_headers_only(candidate: Format, sample: Path) -> None:
     content = watched(sample)
     tensors = candidate.scan(Exact(sample, content, limits=Limits())).tensors
     plain = [entry.payload for entry in tensors if not _is_compressed(entry.payload)]
-    weights = [(source.start, source.start + source.nbytes) for payload in plain for source in payload.sources]
+    weights = [
+        (source.start, source.start + source.nbytes)
+        for payload in plain
+        for source in payload.sources
+    ]
     inner = (min(_EDGE, content.nbytes), max(0, content.nbytes - _EDGE))
     middle = [(max(start, inner[0]), min(stop, inner[1])) for start, stop in content.log]
     touched = overlap(middle, weights)
@@ -106,18 +152,31 @@ def check_headers_only(candidate: Format, sample: Path) -> None:
     try:
         found = _described(candidate.scan(Exact(sample, poisoned, limits=Limits())).tensors)
     except FormatError as error:
-        raise AssertionError(f"scan looks at weights: with other weights in the file it raised: {error}") from error
-    expect(found == _described(tensors), "scan looks at weights: with other weights in the file it found other tensors")
+        raise AssertionError(
+            f"scan looks at weights: with other weights in the file it raised: {error}"
+        ) from error
+    expect(
+        found == _described(tensors),
+        "scan looks at weights: with other weights in the file it found other tensors",
+    )
 
 
 def check_unusual_content(candidate: Format, sample: Path) -> None:
-    """The file is read as well where its content is not one run of a file: in pieces, or expanded from something compressed."""
+    """The file is read as well where its content is not one run of a file: in pieces, or expanded
+    from something compressed.
+    """
     if sample.is_dir():
         return
     plain = _values(candidate.scan(source_of(sample)))
     whole = Extent(sample, 0, sample.stat().st_size)
     third = whole.nbytes // 3
-    pieces = Concat((whole.narrow(0, third), whole.narrow(third, 1), whole.narrow(third + 1, whole.nbytes - third - 1)))
+    pieces = Concat(
+        (
+            whole.narrow(0, third),
+            whole.narrow(third, 1),
+            whole.narrow(third + 1, whole.nbytes - third - 1),
+        )
+    )
     expanded = Expanded(Spool(whole, _PLAIN, Limits()), 0, whole.nbytes)
     with TemporaryDirectory() as folder:
         decoy = Path(folder, sample.name)
@@ -125,9 +184,16 @@ def check_unusual_content(candidate: Format, sample: Path) -> None:
         for name, content in (("in pieces", pieces), ("expanded", expanded)):
             source = Source(decoy, content, limits=Limits())
             with saying(f"from a file that is {name}"):
-                expect(candidate.sniff(source) is True, "sniff must claim it; it looks at the source, and never opens its path")
+                expect(
+                    candidate.sniff(source) is True,
+                    "sniff must claim it; it looks at the source, and never opens its path",
+                )
                 same = _values(candidate.scan(source)) == plain
-                expect(same, "scan must find the same tensors; it looks at the source, and never opens its path")
+                expect(
+                    same,
+                    "scan must find the same tensors; it looks at the source, and never opens "
+                    "its path",
+                )
 
 
 def _described(tensors: Iterable[TensorEntry]) -> list[object]:
@@ -135,19 +201,32 @@ def _described(tensors: Iterable[TensorEntry]) -> list[object]:
     return [(entry.path, entry.dtype, entry.shape, entry.payload.sources) for entry in tensors]
 
 
-_PLAIN = Codec("plain", "", sniff=lambda head: False, decompress=lambda pieces: (bytes(piece) for piece in pieces))
+_PLAIN = Codec(
+    "plain",
+    "",
+    sniff=lambda head: False,
+    decompress=lambda pieces: (bytes(piece) for piece in pieces),
+)
 
 
 def _check_entry(entry: TensorEntry) -> None:
     name = repr(entry.path)
     names = type(entry.path) is tuple and all(type(part) is str for part in entry.path)
     expect(names, f"tensor {name}: path must be a tuple of str")
-    expect(type(entry.shape) is tuple, f"tensor {name}: shape must be a tuple, found a {type(entry.shape).__name__}")
-    expect(all(type(n) is int and n >= 0 for n in entry.shape), f"tensor {name}: shape {entry.shape} must hold whole numbers")
+    expect(
+        type(entry.shape) is tuple,
+        f"tensor {name}: shape must be a tuple, found a {type(entry.shape).__name__}",
+    )
+    expect(
+        all(type(n) is int and n >= 0 for n in entry.shape),
+        f"tensor {name}: shape {entry.shape} must hold whole numbers",
+    )
 
 
 def _values(checkpoint: Checkpoint) -> tuple[object, ...]:
-    tensors = [(entry.path, entry.dtype, entry.shape, bytes(entry.read())) for entry in checkpoint.tensors]
+    tensors = [
+        (entry.path, entry.dtype, entry.shape, bytes(entry.read())) for entry in checkpoint.tensors
+    ]
     return tensors, checkpoint.others, dict(checkpoint.metadata)
 
 

@@ -1,4 +1,6 @@
-"""Payloads that watch and are watched: the rules of `shardkit.payloads.payload` as a check, and contents that remember what was read."""
+"""Payloads that watch and are watched: the rules of `shardkit.payloads.payload` as a check, and
+contents that remember what was read.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,31 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardkit.payloads.payload import CHUNK, PAGE, Concat, Extent, Literal, Payload, check_range, read_all
+from shardkit.payloads.payload import (
+    CHUNK,
+    PAGE,
+    Concat,
+    Extent,
+    Literal,
+    Payload,
+    check_range,
+    read_all,
+)
 
 _ZEROS = bytes(1 << 20)
 
 
 def expect(condition: bool, sentence: str) -> None:
-    """Raise AssertionError with *sentence* unless *condition* holds; unlike `assert`, also under ``python -O``."""
+    """Raise AssertionError with *sentence* unless *condition* holds; unlike `assert`, also under
+    ``python -O``.
+    """
     if not condition:
         raise AssertionError(sentence)
 
 
 def check_payload(payload: Payload, *, itemsize: int = 1) -> None:
-    """Check that *payload* keeps the rules: chunks, repetition, narrowing, equality, pickling, sources.
+    """Check that *payload* keeps the rules: chunks, repetition, narrowing, equality, pickling,
+    sources.
 
     Args:
         payload: what to check; it is read whole, several times.
@@ -30,7 +44,9 @@ def check_payload(payload: Payload, *, itemsize: int = 1) -> None:
         AssertionError: it does not.
     """
     content = _read_by_the_rules(payload)
-    expect(bytes(read_all(payload)) == content, "chunks() gave other bytes when it was called again")
+    expect(
+        bytes(read_all(payload)) == content, "chunks() gave other bytes when it was called again"
+    )
     _check_narrow(payload, content, itemsize)
     _check_value(payload, content)
     for source in payload.sources:
@@ -45,7 +61,8 @@ class Watched:
         path: the file that they stand for.
         inner: the bytes.
         start: where in the file they begin.
-        log: runs of the file that were read, as (start, stop); shared by all that is narrowed from one.
+        log: runs of the file that were read, as (start, stop); shared by all that is narrowed from
+            one.
     """
 
     path: Path
@@ -88,12 +105,16 @@ class Zeros:
 
     def chunks(self) -> Iterator[memoryview]:
         whole = memoryview(_ZEROS)
-        return (whole[: min(len(whole), self.nbytes - at)] for at in range(0, self.nbytes, len(whole)))
+        return (
+            whole[: min(len(whole), self.nbytes - at)] for at in range(0, self.nbytes, len(whole))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A payload that nobody may read: what decides where bytes go has no business with what they are."""
+    """A payload that nobody may read: what decides where bytes go has no business with what they
+    are.
+    """
 
     nbytes: int
 
@@ -114,7 +135,9 @@ def grown(content: bytes, nbytes: int) -> Payload:
     return Concat((Literal(content[:middle]), Zeros(nbytes), Literal(content[middle:])))
 
 
-def overlap(runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+def overlap(
+    runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
+) -> tuple[int, int] | None:
     """The first piece of *runs* that lies in one of *others* too."""
     within = list(others)
     for start, stop in runs:
@@ -124,7 +147,9 @@ def overlap(runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) 
     return None
 
 
-def outside(runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+def outside(
+    runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
+) -> tuple[int, int] | None:
     """The first of *runs* with a byte that lies in none of *others*."""
     within = sorted(others)
     for start, stop in runs:
@@ -142,25 +167,43 @@ def _read_by_the_rules(payload: Payload) -> bytes:
     short = False
     for chunk in payload.chunks():
         expect(not short, f"a chunk that is not the last must be a multiple of {PAGE} bytes")
-        expect(0 < len(chunk) <= CHUNK, f"a chunk has {len(chunk):,} bytes; it must have at least one, and at most {CHUNK:,}")
+        expect(
+            0 < len(chunk) <= CHUNK,
+            f"a chunk has {len(chunk):,} bytes; it must have at least one, and at most {CHUNK:,}",
+        )
         short = len(chunk) % PAGE != 0
         content += chunk
-    expect(len(content) == payload.nbytes, f"nbytes says {payload.nbytes:,}, and the chunks hold {len(content):,}")
+    expect(
+        len(content) == payload.nbytes,
+        f"nbytes says {payload.nbytes:,}, and the chunks hold {len(content):,}",
+    )
     return bytes(content)
 
 
 def _check_narrow(payload: Payload, content: bytes, itemsize: int) -> None:
     for start, stop in _cuts(payload.nbytes, itemsize):
         narrow = payload.narrow(start, stop - start)
-        expect(narrow.nbytes == stop - start, f"narrow({start}, {stop - start}) says it has {narrow.nbytes:,} bytes")
+        expect(
+            narrow.nbytes == stop - start,
+            f"narrow({start}, {stop - start}) says it has {narrow.nbytes:,} bytes",
+        )
         same = bytes(read_all(narrow)) == content[start:stop]
         expect(same, f"narrow({start}, {stop - start}) has other bytes than the whole has there")
-    for start, nbytes in ((0, payload.nbytes + itemsize), (-itemsize, itemsize), (payload.nbytes, itemsize)):
-        expect(_refuses(payload, start, nbytes), f"narrow({start}, {nbytes}) of {payload.nbytes} bytes must raise ValueError")
+    for start, nbytes in (
+        (0, payload.nbytes + itemsize),
+        (-itemsize, itemsize),
+        (payload.nbytes, itemsize),
+    ):
+        expect(
+            _refuses(payload, start, nbytes),
+            f"narrow({start}, {nbytes}) of {payload.nbytes} bytes must raise ValueError",
+        )
 
 
 def _cuts(nbytes: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cut between elements: the ends, around the edges of chunks, and some at random."""
+    """Ranges that cut between elements: the ends, around the edges of chunks, and some at
+    random.
+    """
     count = nbytes // itemsize
     dice = random.Random(nbytes)  # the same cuts each time
     yield 0, nbytes
@@ -177,7 +220,9 @@ def _check_value(payload: Payload, content: bytes) -> None:
     copy = pickle.loads(pickle.dumps(payload))  # our own bytes
     expect(copy == payload, "a payload must equal what pickle makes of it")
     expect(hash(copy) == hash(payload), "equal payloads must have equal hashes")
-    expect(bytes(read_all(copy)) == content, "what pickle makes of a payload must have the same bytes")
+    expect(
+        bytes(read_all(copy)) == content, "what pickle makes of a payload must have the same bytes"
+    )
 
 
 def _refuses(payload: Payload, start: int, nbytes: int) -> bool:

@@ -14,7 +14,9 @@ from shardkit.testing.payloads import Watched, expect
 
 
 class Exact(Source):
-    """A source that reads what it is asked for and no window around it, so that it can be told what a format asks for."""
+    """A source that reads what it is asked for and no window around it, so that it can be told what
+    a format asks for.
+    """
 
     def read(self, start: int, nbytes: int) -> bytes:
         if start < 0 or nbytes < 0 or start + nbytes > self.size:
@@ -37,11 +39,19 @@ def claims(candidate: Format, source: Source, name: str) -> bool:
     try:
         verdict = candidate.sniff(source)
     except FormatError:
-        expect(source.head[:2] == b"PK", f"sniff raised a FormatError for {name}, and must return False")
+        expect(
+            source.head[:2] == b"PK",
+            f"sniff raised a FormatError for {name}, and must return False",
+        )
         return False
     except Exception as error:
-        raise AssertionError(f"sniff raised {type(error).__name__} for {name}, and must return True or False: {error}") from error
-    expect(type(verdict) is bool, f"sniff must return True or False, found a {type(verdict).__name__}")
+        raise AssertionError(
+            f"sniff raised {type(error).__name__} for {name}, and must return True or False: "
+            f"{error}"
+        ) from error
+    expect(
+        type(verdict) is bool, f"sniff must return True or False, found a {type(verdict).__name__}"
+    )
     return verdict
 
 

@@ -32,13 +32,16 @@ READING: tuple[ReadingCheck, ...] = (
 )
 
 
-def check_format(candidate: Format, samples: Sequence[Path], *, foreign: Sequence[Path] = ()) -> None:
+def check_format(
+    candidate: Format, samples: Sequence[Path], *, foreign: Sequence[Path] = ()
+) -> None:
     """All of `READING` for every sample, and all of `WRITING` if the format has a lay_out.
 
     Args:
         candidate: the record that the plugin exports.
-        samples: good files of the format, small: they are cut at every byte. The first tensor of the first gives the name
-            that tensors get where writing is checked, for the sake of formats that know one name only.
+        samples: good files of the format, small: they are cut at every byte. The first tensor of
+            the first gives the name that tensors get where writing is checked, for the sake of
+            formats that know one name only.
         foreign: files of other formats, which it must not claim.
 
     Raises:

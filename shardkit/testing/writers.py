@@ -1,6 +1,8 @@
-"""What every format keeps when it writes, as checks that take a `Format` and the name of a tensor that it can hold.
+"""What every format keeps when it writes, as checks that take a `Format` and the name of a tensor
+that it can hold.
 
-The law behind them: what is laid out is scanned as it was, or else lay_out raises Unwritable; nothing is lost in silence.
+The law behind them: what is laid out is scanned as it was, or else lay_out raises Unwritable;
+nothing is lost in silence.
 """
 
 from __future__ import annotations
@@ -24,8 +26,29 @@ from shardkit.testing.sources import Exact, saying, source_of
 
 _SHAPES = ((), (1,), (0,), (7,), (3, 5), (2, 0, 3), (3, 1, 2, 2))
 _NAMES = (
-    *("weight", "layers.0.attn.q_proj.weight", "a/b", "../up", "C:\\drive", "größe", "重み", " spaces ", "", ".", "dot."),
-    *("x.npy", "'quoted' \"twice\"", "line\nbreak", "nul\0byte", "__metadata__", "format", "x" * 300, "lone \ud800 surrogate"),
+    *(
+        "weight",
+        "layers.0.attn.q_proj.weight",
+        "a/b",
+        "../up",
+        "C:\\drive",
+        "größe",
+        "重み",
+        " spaces ",
+        "",
+        ".",
+        "dot.",
+    ),
+    *(
+        "x.npy",
+        "'quoted' \"twice\"",
+        "line\nbreak",
+        "nul\0byte",
+        "__metadata__",
+        "format",
+        "x" * 300,
+        "lone \ud800 surrogate",
+    ),
 )
 _LARGE = 32 << 20
 _SLACK = 256 << 10
@@ -33,37 +56,60 @@ _SLACK = 256 << 10
 
 def check_dtypes(candidate: Format, name: str = "weight") -> None:
     """Every type comes back bit for bit or is refused, and one at least is taken."""
-    taken = [dtype.code for dtype in DTYPES if _comes_back(candidate, [_entry(name, dtype, (2, 4))], {}, f"type {dtype.code}")]
+    taken = [
+        dtype.code
+        for dtype in DTYPES
+        if _comes_back(candidate, [_entry(name, dtype, (2, 4))], {}, f"type {dtype.code}")
+    ]
     expect(bool(taken), "lay_out refuses every type; leave it out of a format that is only read")
 
 
 def check_shapes(candidate: Format, name: str = "weight") -> None:
-    """Scalars, empty tensors and tensors of any number of axes come back as they were, or are refused."""
-    taken = [s for s in _SHAPES if _comes_back(candidate, [_entry(name, _plain(candidate, name), s)], {}, f"shape {list(s)}")]
+    """Scalars, empty tensors and tensors of any number of axes come back as they were, or are
+    refused.
+    """
+    taken = [
+        s
+        for s in _SHAPES
+        if _comes_back(
+            candidate, [_entry(name, _plain(candidate, name), s)], {}, f"shape {list(s)}"
+        )
+    ]
     expect(bool(taken), "lay_out refuses every shape")
 
 
 def check_names(candidate: Format, name: str = "weight") -> None:
-    """Any name comes back as it was or is refused; several tensors keep theirs, and no two get the same."""
+    """Any name comes back as it was or is refused; several tensors keep theirs, and no two get the
+    same.
+    """
     dtype = _plain(candidate, name)
     for each in _NAMES:
         _comes_back(candidate, [_entry(each, dtype, (3,))], {}, f"name {each!r}")
     several = [_entry(f"{name}.{number}", dtype, (number,)) for number in range(1, 5)]
     _comes_back(candidate, several, {}, "several tensors")
     clashing = [_entry(name, dtype, (1,)), _entry(name, dtype, (2,))]
-    expect(_is_refused(candidate, clashing), "two tensors of one name must raise NameClash (or Unwritable)")
+    expect(
+        _is_refused(candidate, clashing),
+        "two tensors of one name must raise NameClash (or Unwritable)",
+    )
 
 
 def check_metadata(candidate: Format, name: str = "weight") -> None:
-    """Metadata comes back or is refused; only "format", which names the home of a safetensors file, may be dropped or added."""
+    """Metadata comes back or is refused; only "format", which names the home of a safetensors file,
+    may be dropped or added.
+    """
     entries = [_entry(name, _plain(candidate, name), (3,))]
-    _comes_back(candidate, entries, {"author": "someone", "größe": "\U0001f600", "empty": ""}, "metadata")
+    _comes_back(
+        candidate, entries, {"author": "someone", "größe": "\U0001f600", "empty": ""}, "metadata"
+    )
     taken = _comes_back(candidate, entries, {"format": "pt"}, "metadata {'format': 'pt'}")
     expect(taken, "metadata that says the format only must not stand in the way of writing")
 
 
 def check_ties(candidate: Format, name: str = "weight") -> None:
-    """A tie that is recorded in the metadata (``alias: kept``) comes back as a tensor of that name, or is refused."""
+    """A tie that is recorded in the metadata (``alias: kept``) comes back as a tensor of that name,
+    or is refused.
+    """
     entry = _entry(name, _plain(candidate, name), (3,))
     alias = replace(entry, path=(f"tied.{name}",))
     found = _round_trip(candidate, [entry], {alias.name: name})
@@ -72,12 +118,17 @@ def check_ties(candidate: Format, name: str = "weight") -> None:
 
 
 def check_layout(candidate: Format, name: str = "weight") -> None:
-    """lay_out reads no weights, tells the length of each part beforehand, and gives the same parts each time."""
+    """lay_out reads no weights, tells the length of each part beforehand, and gives the same parts
+    each time.
+    """
     dtype = _plain(candidate, name)
     entry = TensorEntry((name,), dtype, (1 << 20,), Unreadable(dtype.nbytes((1 << 20,))))
     with saying("lay_out"):
         parts = _lay_out(candidate, [entry], {})
-        expect(sum(part.nbytes for part in parts) >= entry.nbytes, "the parts are shorter than the tensor")
+        expect(
+            sum(part.nbytes for part in parts) >= entry.nbytes,
+            "the parts are shorter than the tensor",
+        )
     small = [_entry(name, dtype, (5,))]
     expect(
         assembled(_lay_out(candidate, small, {})) == assembled(_lay_out(candidate, small, {})),
@@ -119,19 +170,29 @@ WRITING: tuple[WritingCheck, ...] = (
 )
 
 
-def _comes_back(candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str], what: str) -> bool:
+def _comes_back(
+    candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str], what: str
+) -> bool:
     """Whether *entries* are taken; if so they must come back."""
     found = _round_trip(candidate, entries, metadata)
     if found is None:
         return False
     _compare(entries, found, what)
-    missing = {key: text for key, text in metadata.items() if found.metadata.get(key) != text and key != "format"}
+    missing = {
+        key: text
+        for key, text in metadata.items()
+        if found.metadata.get(key) != text and key != "format"
+    }
     expect(not missing, f"{what}: lay_out took the metadata {missing}, and scan does not find it")
     return True
 
 
-def _round_trip(candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> Checkpoint | None:
-    """What scan finds in the file that *entries* make, its values held in memory; None if lay_out refuses them."""
+def _round_trip(
+    candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]
+) -> Checkpoint | None:
+    """What scan finds in the file that *entries* make, its values held in memory; None if lay_out
+    refuses them.
+    """
     try:
         content = assembled(_lay_out(candidate, entries, metadata))
     except Unwritable as error:
@@ -150,18 +211,30 @@ def _scanned(candidate: Format, path: Path) -> Checkpoint:
         found = candidate.scan(source_of(path))
     except FormatError as error:
         raise AssertionError(f"scan refuses {names}: {error}") from error
-    return replace(found, tensors=tuple(replace(entry, payload=Literal(bytes(entry.read()))) for entry in found.tensors))
+    return replace(
+        found,
+        tensors=tuple(
+            replace(entry, payload=Literal(bytes(entry.read()))) for entry in found.tensors
+        ),
+    )
 
 
 def _compare(entries: Sequence[TensorEntry], found: Checkpoint, what: str) -> None:
     there = {entry.name: entry for entry in found.tensors}
     expect(
-        set(there) == {entry.name for entry in entries}, f"{what}: laid out {[e.name for e in entries]}, scanned {list(there)}"
+        set(there) == {entry.name for entry in entries},
+        f"{what}: laid out {[e.name for e in entries]}, scanned {list(there)}",
     )
     for entry in entries:
         back = there[entry.name]
-        expect(back.dtype == entry.dtype, f"{what}: {entry.name!r} was {entry.dtype.code} and came back as {back.dtype.code}")
-        expect(back.shape == entry.shape, f"{what}: {entry.name!r} was {list(entry.shape)} and came back as {list(back.shape)}")
+        expect(
+            back.dtype == entry.dtype,
+            f"{what}: {entry.name!r} was {entry.dtype.code} and came back as {back.dtype.code}",
+        )
+        expect(
+            back.shape == entry.shape,
+            f"{what}: {entry.name!r} was {list(entry.shape)} and came back as {list(back.shape)}",
+        )
         expect(back.read() == entry.read(), f"{what}: {entry.name!r} came back with other bytes")
 
 
@@ -173,7 +246,9 @@ def _is_refused(candidate: Format, entries: Sequence[TensorEntry]) -> bool:
     return False
 
 
-def _lay_out(candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
+def _lay_out(
+    candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]
+) -> tuple[Part, ...]:
     if candidate.lay_out is None:
         raise AssertionError(f"{candidate.name} has no lay_out: it is only read")
     return tuple(candidate.lay_out(entries, metadata))
@@ -185,7 +260,10 @@ def _payloads(parts: Sequence[Part]) -> Sequence[Payload]:
     payloads: list[Payload] = []
     for part in parts:
         payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
-        expect(payload.nbytes == part.nbytes, f"a trailer of {part.nbytes} bytes was promised, and {payload.nbytes} were made")
+        expect(
+            payload.nbytes == part.nbytes,
+            f"a trailer of {part.nbytes} bytes was promised, and {payload.nbytes} were made",
+        )
         crcs.append(_crc(payload))
         payloads.append(payload)
     return payloads
@@ -210,7 +288,9 @@ def _plain(candidate: Format, name: str) -> DType:
 
 
 def _entry(name: str, dtype: DType, shape: tuple[int, ...]) -> TensorEntry:
-    """A tensor of random bits, NaNs of all kinds among them; of truth values only those that there are."""
+    """A tensor of random bits, NaNs of all kinds among them; of truth values only those that there
+    are.
+    """
     dice = random.Random(prod(shape))  # the same values each time
     values = dice.randbytes(dtype.nbytes(shape))
     if dtype.kind == "bool":

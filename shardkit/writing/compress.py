@@ -1,6 +1,8 @@
-"""Write a file compressed: its frames made side by side, put down in their order, and listed at the end.
+"""Write a file compressed: its frames made side by side, put down in their order, and listed at the
+end.
 
-Memory is that of the frames under way, a few for each processor; it is used again for those that follow.
+Memory is that of the frames under way, a few for each processor; it is used again for those that
+follow.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from shardkit.writing.copier import See, write_at
 
 
 def write_compressed(
-    file: OutputFile, output: int, pool: Executor, *, ahead: int, see: Sequence[See], see_stored: Sequence[See], on_bytes: OnBytes
+    file: OutputFile,
+    output: int,
+    pool: Executor,
+    *,
+    ahead: int,
+    see: Sequence[See],
+    see_stored: Sequence[See],
+    on_bytes: OnBytes,
 ) -> None:
     """Write *file* into an open, empty one.
 
@@ -39,7 +48,9 @@ def write_compressed(
     assert file.codec.compress is not None
     frames: list[Frame] = []
     at = 0
-    for made, expanded in _in_order(file.codec.compress, _seen(_contents(file, ahead), see), pool, ahead):
+    for made, expanded in _in_order(
+        file.codec.compress, _seen(_contents(file, ahead), see), pool, ahead
+    ):
         at = _put(made, output, at, see_stored)
         frames.append(Frame(at - len(made), len(made), expanded))
         on_bytes(expanded)
@@ -47,7 +58,9 @@ def write_compressed(
 
 
 def _contents(file: OutputFile, ahead: int) -> Iterator[memoryview]:
-    """What each frame of *file* is to hold; its memory is used again for that which comes *ahead* frames later."""
+    """What each frame of *file* is to hold; its memory is used again for that which comes *ahead*
+    frames later.
+    """
     chunks = chain.from_iterable(_payload(part).chunks() for part in file.parts)
     ring = [memoryview(bytearray(max(file.frames, default=0))) for _ in range(ahead)]
     rest = nothing = memoryview(b"")
@@ -77,7 +90,10 @@ def _seen(contents: Iterable[memoryview], see: Sequence[See]) -> Iterator[memory
 
 
 def _in_order(
-    compress: Callable[[memoryview], bytes], contents: Iterable[memoryview], pool: Executor, ahead: int
+    compress: Callable[[memoryview], bytes],
+    contents: Iterable[memoryview],
+    pool: Executor,
+    ahead: int,
 ) -> Iterator[tuple[bytes, int]]:
     """What each of *contents* becomes, and its length, as many made at a time as *ahead* says."""
     under_way: deque[tuple[Future[bytes], int]] = deque()

@@ -1,12 +1,13 @@
 """Move the bytes of a part into an open file, by the fastest means that the two file systems share.
 
-    clone            FICLONERANGE: no bytes move, no space is taken; whole pages at congruent offsets (Btrfs, XFS)
+    clone            FICLONERANGE: no bytes move and no space is taken (Btrfs, XFS); needs whole
+                     pages at congruent offsets
     copy_file_range  inside the kernel, without a visit to this process
     sendfile         the same, on older kernels and between file systems
     read and write   anywhere
 
-Each is tried in this order, and what fails for a pair of files is not tried for it again. What is not a plain run of a
-file is made by its payload, chunk by chunk, and written.
+Each is tried in this order, and what fails for a pair of files is not tried for it again. What is
+not a plain run of a file is made by its payload, chunk by chunk, and written.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from shardkit.payloads.payload import CHUNK, PAGE, Extent, Literal, Part, Payload, Trailer, ended_early, unreadable
+from shardkit.payloads.payload import (
+    CHUNK,
+    PAGE,
+    Extent,
+    Literal,
+    Part,
+    Payload,
+    Trailer,
+    ended_early,
+    unreadable,
+)
 from shardkit.system.progress import OnBytes
 
 See = Callable[[memoryview], None]
@@ -56,18 +67,25 @@ def engine_of(part: Part) -> Engine:
 
 
 def can_clone(source: Path, folder: Path) -> bool:
-    """Whether the file system lets files in *folder* share the pages of *source*; tries it on a file without a name."""
+    """Whether the file system lets files in *folder* share the pages of *source*; tries it on a
+    file without a name.
+    """
     if sys.platform != "linux":
         return False
     try:
         with open(source, "rb") as origin, tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(origin.fileno()).st_size >= PAGE and _clone(origin.fileno(), 0, probe.fileno(), 0, PAGE) == PAGE
+            return (
+                os.fstat(origin.fileno()).st_size >= PAGE
+                and _clone(origin.fileno(), 0, probe.fileno(), 0, PAGE) == PAGE
+            )
     except OSError:
         return False
 
 
 def clonable(extent: Extent, at: int) -> int:
-    """How many bytes of *extent* are whole pages that lie at the same place of a page when written at offset *at*."""
+    """How many bytes of *extent* are whole pages that lie at the same place of a page when written
+    at offset *at*.
+    """
     if (extent.start - at) % PAGE:
         return 0
     first = -(-extent.start // PAGE) * PAGE
@@ -76,7 +94,8 @@ def clonable(extent: Extent, at: int) -> int:
 
 
 def reserve(file: int, nbytes: int) -> None:
-    """Allocate *nbytes* bytes for the open *file*, where the file system can; one that cannot is left alone.
+    """Allocate *nbytes* bytes for the open *file*, where the file system can; one that cannot is
+    left alone.
 
     This is fallocate(2) and not posix_fallocate(3), which the C library emulates by writing zeros.
 
@@ -88,12 +107,17 @@ def reserve(file: int, nbytes: int) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) and ctypes.get_errno() == errno.ENOSPC:
+    if (
+        libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+        and ctypes.get_errno() == errno.ENOSPC
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Copier:
-    """Writes parts into one open output file, and counts by which engine. A context: it owns the sources that it opens."""
+    """Writes parts into one open output file, and counts by which engine. A context: it owns the
+    sources that it opens.
+    """
 
     def __init__(self, output: int, *, clones: Callable[[Path], bool], on_bytes: OnBytes) -> None:
         """Write to the file descriptor *output*.
@@ -118,9 +142,11 @@ class Copier:
         self._open.close()
 
     def write(self, payload: Payload, at: int, *see: See) -> None:
-        """Write *payload* at offset *at* of the output, and call each of *see* with its bytes in their order.
+        """Write *payload* at offset *at* of the output, and call each of *see* with its bytes in
+        their order.
 
-        What the kernel copies is read back from the output: that is faster than to let it pass through this process.
+        What the kernel copies is read back from the output: that is faster than to let it pass
+        through this process.
 
         Raises:
             FormatError: a source cannot be read.
@@ -149,11 +175,15 @@ class Copier:
             start += len(chunk)
 
     def _copied(self, extent: Extent, at: int) -> Iterator[tuple[int, int]]:
-        """Copy *extent*, and say in order which runs of the output, by start and length, have been written."""
+        """Copy *extent*, and say in order which runs of the output, by start and length, have been
+        written.
+        """
         source = self._source(extent.path)
         pages = clonable(extent, at) if self._clones(extent.path) else 0
         edge = -extent.start % PAGE
-        if not pages or not _tried(_clone, source.file, extent.start + edge, self._output, at + edge, pages):
+        if not pages or not _tried(
+            _clone, source.file, extent.start + edge, self._output, at + edge, pages
+        ):
             yield from self._carried(source, extent, at)
             return
         yield from self._carried(source, extent.narrow(0, edge), at)
@@ -174,7 +204,9 @@ class Copier:
             at += count
 
     def _step(self, source: _Opened, start: int, at: int, nbytes: int) -> tuple[Engine, int]:
-        """One move by the first engine that can make it; an engine that turns out unable is forgotten for this source."""
+        """One move by the first engine that can make it; an engine that turns out unable is
+        forgotten for this source.
+        """
         while source.moves:
             engine, move = source.moves[0]
             if count := _tried(move, source.file, start, self._output, at, nbytes):
@@ -192,7 +224,9 @@ class Copier:
         return len(data)
 
     def _source(self, path: Path) -> _Opened:
-        """The source, opened; one at a time, since parts of one file stand together and descriptors are few."""
+        """The source, opened; one at a time, since parts of one file stand together and descriptors
+        are few.
+        """
         if self._source_now is None or self._source_now.path != path:
             self._open.close()
             try:
@@ -221,7 +255,9 @@ def write_at(output: int, data: memoryview | bytes, at: int) -> None:
 
 
 def read_at(output: int, buffer: memoryview, at: int) -> int:
-    """Read from offset *at* of the file descriptor *output* into *buffer*, and give how many bytes; none is an OSError."""
+    """Read from offset *at* of the file descriptor *output* into *buffer*, and give how many bytes;
+    none is an OSError.
+    """
     if hasattr(os, "preadv"):
         count = os.preadv(output, [buffer], at)
     else:  # Windows
@@ -253,7 +289,8 @@ def _moves() -> Iterator[tuple[Engine, _Move]]:
 def _tried(move: _Move, source: int, start: int, output: int, at: int, count: int) -> int:
     """Bytes moved; 0 where this means does not work for these files.
 
-    An error may be that of the means, of the source or of the output: which, a plain read and a plain write will tell.
+    An error may be that of the means, of the source or of the output: which, a plain read and a
+    plain write will tell.
     """
     try:
         return move(source, start, output, at, count)

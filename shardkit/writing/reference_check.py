@@ -1,7 +1,7 @@
 """What the reference reader of safetensors says of a file that was written.
 
-It takes about 1 kB for each tensor, as much as everything else here. A long header it reads in a process of its own, which gives
-that back at its end, and is not in the memory of this one.
+It takes about 1 kB for each tensor, as much as everything else here. A long header it reads in a
+process of its own, which gives that back at its end, and is not in the memory of this one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def fetch() -> None:
 
 
 def check(path: Path, file: OutputFile) -> None:
-    """Open *path* with the reference reader of safetensors; where it is not installed, hold its size against the plan.
+    """Open *path* with the reference reader of safetensors; where it is not installed, hold its
+    size against the plan.
 
     One that is compressed is held against the plan by its table of frames.
 
@@ -35,7 +36,9 @@ def check(path: Path, file: OutputFile) -> None:
         OutputError: it does not take the file.
     """
     if file.codec is not None:
-        listed = tuple(frame.expanded for frame in file.codec.frames(Extent(path, 0, path.stat().st_size)))
+        listed = tuple(
+            frame.expanded for frame in file.codec.frames(Extent(path, 0, path.stat().st_size))
+        )
         if listed != file.frames:
             raise _faulty(path, "its table lists other frames than were planned")
         return
@@ -45,7 +48,9 @@ def check(path: Path, file: OutputFile) -> None:
             fault = fault_of(path)
     except ImportError:
         if path.stat().st_size != file.nbytes:
-            raise _faulty(path, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there") from None
+            raise _faulty(
+                path, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there"
+            ) from None
     else:
         if fault:
             raise _faulty(path, f"the reference reader does not take it: {fault}")
@@ -75,11 +80,17 @@ print(fault_of(path), end="")
 
 
 def _fault_told_by_child(path: Path) -> str | None:
-    """The same from a process of its own; None where there was none, or it failed: it is no matter of the file then."""
+    """The same from a process of its own; None where there was none, or it failed: it is no matter
+    of the file then.
+    """
     if not sys.executable or getattr(sys, "frozen", False):
         return None
     try:
-        child = subprocess.run([sys.executable, "-I", "-c", _PROGRAM, path, *sys.path], capture_output=True, check=False)
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _PROGRAM, path, *sys.path],
+            capture_output=True,
+            check=False,
+        )
     except OSError:
         return None
     return None if child.returncode else child.stdout.decode(errors="replace")

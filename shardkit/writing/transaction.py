@@ -58,7 +58,8 @@ class Identity:
     Attributes:
         digest: of the plan.
         sources: the files that it reads.
-        boot: names the run of the system whose page cache holds the files; "" where they are synced.
+        boot: names the run of the system whose page cache holds the files; "" where they are
+            synced.
     """
 
     digest: str

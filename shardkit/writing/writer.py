@@ -1,4 +1,6 @@
-"""Carry out a plan: write, sync and check every file of it, a few at a time, with no choices left."""
+"""Carry out a plan: write, sync and check every file of it, a few at a time, with no choices
+left.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ def write(
     Args:
         plan: what to write.
         transaction: has begun; its folder is written in.
-        jobs: files written at a time; None for one more than there are processors, or as many where they are compressed, at
-            most 8.
+        jobs: files written at a time; None for one more than there are processors, or as many where
+            they are compressed, at most 8.
         sync: make each file last before it counts as done.
         on_bytes: called, from any thread, with the number of bytes after each step; first with
             those that are written already.
@@ -84,17 +86,19 @@ def write(
 def _at_a_time(plan: Plan) -> int:
     """As many files as keep all processors at work.
 
-    Shards are seldom as many as the processors, or a multiple: with one file more, the system evens out what is left of them.
-    But one that is compressed takes all processors by itself, and memory.
+    Shards are seldom as many as the processors, or a multiple: with one file more, the system evens
+    out what is left of them. But one that is compressed takes all processors by itself, and memory.
     """
     processors = os.cpu_count() or 1
     return min(_TOGETHER, processors if any(file.codec for file in plan.files) else processors + 1)
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
-    """How many bytes of *plan* each engine would move into *folder*, by what its file system can do.
+    """How many bytes of *plan* each engine would move into *folder*, by what its file system can
+    do.
 
-    Bytes that no clone saves are counted as copied in the kernel; which engine does it in the end, the run tells.
+    Bytes that no clone saves are counted as copied in the kernel; which engine does it in the end,
+    the run tells.
     """
     clones = cache(lambda path: can_clone(path, folder))
     counts: Counter[Engine] = Counter()
@@ -112,9 +116,13 @@ def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
 
 
 def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> int:
-    """Bytes that writing *plan* takes from the disk of *folder*: copies, not clones, and not the files that are *done*."""
+    """Bytes that writing *plan* takes from the disk of *folder*: copies, not clones, and not the
+    files that are *done*.
+    """
     todo = replace(plan, files=tuple(file for file in plan.files if file.name not in done))
-    return sum(count for engine, count in forecast(todo, folder).items() if engine is not Engine.CLONED)
+    return sum(
+        count for engine, count in forecast(todo, folder).items() if engine is not Engine.CLONED
+    )
 
 
 class _FileWriter:
@@ -209,7 +217,9 @@ class _FileWriter:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is summed of a file: it and its *tensors* for a manifest, its blocks for offload.json."""
+    """What is summed of a file: it and its *tensors* for a manifest, its blocks for
+    offload.json.
+    """
 
     tensors: tuple[str, ...]
     for_manifest: Sums | None
@@ -248,7 +258,10 @@ class _Crc:
 
 
 def _amounts(counts: Mapping[Engine, int]) -> str:
-    return ", ".join(f"{format_size(nbytes)} {engine}" for engine, nbytes in counts.items() if nbytes) or "no bytes"
+    return (
+        ", ".join(f"{format_size(nbytes)} {engine}" for engine, nbytes in counts.items() if nbytes)
+        or "no bytes"
+    )
 
 
 class _Stopped(BaseException):
@@ -256,7 +269,9 @@ class _Stopped(BaseException):
 
 
 def _added(futures: Iterable[Future[Counter[Engine]]]) -> Counter[Engine]:
-    """The sum of what the files counted, or else what went wrong first; that others then stopped is no news."""
+    """The sum of what the files counted, or else what went wrong first; that others then stopped is
+    no news.
+    """
     done = [future for future in futures if not future.cancelled()]
     failures = [error for future in done if (error := future.exception()) is not None]
     for error in failures:

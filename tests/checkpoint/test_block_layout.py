@@ -1,4 +1,6 @@
-"""How the tensors of a block stand: experts together, 64 bytes where sizes allow, always in step with their types."""
+"""How the tensors of a block stand: experts together, 64 bytes where sizes allow, always in step
+with their types.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,32 @@ def test_experts_come_last_each_in_one_piece_by_their_numbers() -> None:
 
 
 def test_experts_are_told_however_they_are_called() -> None:
-    for first, second in (("experts.expert_0.wi", "experts.expert_1.wi"), ("moe.expert.0.w", "moe.expert.1.w")):
-        block = BlockEntries("l", (tensor(f"l.{second}"), tensor(f"l.{first}.a"), tensor("l.z"), tensor(f"l.{second}.b")))
-        assert names(arranged(block).entries) == ["l.z", f"l.{first}.a", f"l.{second}", f"l.{second}.b"]
+    for first, second in (
+        ("experts.expert_0.wi", "experts.expert_1.wi"),
+        ("moe.expert.0.w", "moe.expert.1.w"),
+    ):
+        block = BlockEntries(
+            "l",
+            (tensor(f"l.{second}"), tensor(f"l.{first}.a"), tensor("l.z"), tensor(f"l.{second}.b")),
+        )
+        assert names(arranged(block).entries) == [
+            "l.z",
+            f"l.{first}.a",
+            f"l.{second}",
+            f"l.{second}.b",
+        ]
 
 
 def test_what_is_no_multiple_of_64_bytes_comes_last_and_wide_types_before_narrow_ones() -> None:
     block = BlockEntries(
-        "l", (tensor("mask", 3, U8), tensor("count", 1, I64), tensor("w"), tensor("e.experts.0.w"), tensor("half", 3, BF16))
+        "l",
+        (
+            tensor("mask", 3, U8),
+            tensor("count", 1, I64),
+            tensor("w"),
+            tensor("e.experts.0.w"),
+            tensor("half", 3, BF16),
+        ),
     )
     assert names(arranged(block).entries) == ["w", "e.experts.0.w", "count", "half", "mask"]
 
@@ -54,9 +74,16 @@ def test_a_block_of_even_sizes_keeps_the_order_of_the_source() -> None:
 
 
 @given(st.lists(SIZED, max_size=12), st.booleans())
-def test_every_tensor_is_in_step_with_its_type_and_none_is_lost(sizes: list[tuple[DType, int]], apart: bool) -> None:
+def test_every_tensor_is_in_step_with_its_type_and_none_is_lost(
+    sizes: list[tuple[DType, int]], apart: bool
+) -> None:
     called = [f"l.experts.{at // 2}.{at}" if apart else f"l.{at}" for at in range(len(sizes))]
-    block = BlockEntries("l", tuple(tensor(name, count, dtype) for name, (dtype, count) in zip(called, sizes, strict=True)))
+    block = BlockEntries(
+        "l",
+        tuple(
+            tensor(name, count, dtype) for name, (dtype, count) in zip(called, sizes, strict=True)
+        ),
+    )
     found = arranged(block).entries
     assert not misaligned(found)
     assert sorted(names(found)) == sorted(called)
@@ -64,7 +91,9 @@ def test_every_tensor_is_in_step_with_its_type_and_none_is_lost(sizes: list[tupl
 
 @given(st.lists(st.integers(0, 5).map(lambda count: 16 * count), max_size=12))
 def test_where_every_size_allows_it_every_tensor_lies_at_64_bytes(counts: list[int]) -> None:
-    block = BlockEntries("l", tuple(tensor(f"l.experts.{at % 3}.{at}", count) for at, count in enumerate(counts)))
+    block = BlockEntries(
+        "l", tuple(tensor(f"l.experts.{at % 3}.{at}", count) for at, count in enumerate(counts))
+    )
     at = 0
     for entry in arranged(block).entries:
         assert at % 64 == 0
@@ -72,7 +101,15 @@ def test_where_every_size_allows_it_every_tensor_lies_at_64_bytes(counts: list[i
 
 
 def test_blocks_are_called_by_their_names_or_by_what_lies_in_them() -> None:
-    blocks = [BlockEntries(name, (tensor(f"{name}.w"),)) for name in ("embed", "layers.1", "layers.10", "head")]
-    called, silent = reordered(blocks, ["model", "layers.10.attn.q", "embed.w", "layers", "layers.1", "embed"])
-    assert ([block.name for block in called], [block.name for block in silent]) == (["layers.10", "embed", "layers.1"], ["head"])
+    blocks = [
+        BlockEntries(name, (tensor(f"{name}.w"),))
+        for name in ("embed", "layers.1", "layers.10", "head")
+    ]
+    called, silent = reordered(
+        blocks, ["model", "layers.10.attn.q", "embed.w", "layers", "layers.1", "embed"]
+    )
+    assert ([block.name for block in called], [block.name for block in silent]) == (
+        ["layers.10", "embed", "layers.1"],
+        ["head"],
+    )
     assert reordered(blocks, ["." * 100_000]) == ((), tuple(blocks))

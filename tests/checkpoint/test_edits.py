@@ -21,7 +21,12 @@ def tensor(name: str, content: bytes | None = None, code: str = "F32") -> Tensor
 
 
 WEIGHTS = Checkpoint(
-    (tensor("embed.w", b"12345678"), tensor("layers.0.w"[:8]), tensor("head.w", b"12345678"), tensor("n", code="I64"))
+    (
+        tensor("embed.w", b"12345678"),
+        tensor("layers.0.w"[:8]),
+        tensor("head.w", b"12345678"),
+        tensor("n", code="I64"),
+    )
 )
 
 
@@ -43,7 +48,9 @@ def test_ties_may_be_copied() -> None:
 
 @pytest.mark.parametrize("reserved", ["format", "origin"])
 def test_a_tie_whose_name_means_something_else_in_metadata_is_copied(reserved: str) -> None:
-    checkpoint = Checkpoint((tensor("a", bytes(8)), tensor(reserved, bytes(8))), metadata={"origin": "here"})
+    checkpoint = Checkpoint(
+        (tensor("a", bytes(8)), tensor(reserved, bytes(8))), metadata={"origin": "here"}
+    )
     edited = edit(checkpoint, Edits())
     assert [entry.name for entry in edited.entries] == ["a", reserved]
     assert edited.aliases == {}
@@ -56,7 +63,9 @@ def test_empty_tensors_are_never_tied() -> None:
 def test_equal_bytes_of_other_shape_or_type_are_no_tie() -> None:
     content = bytes(8)
     turned = TensorEntry(("b",), F32, (1, 2), Literal(content))
-    assert names(Edits(), Checkpoint((tensor("a", content), turned, tensor("c", content, "I64")))) == ["a", "b", "c"]
+    assert names(
+        Edits(), Checkpoint((tensor("a", content), turned, tensor("c", content, "I64")))
+    ) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -96,10 +105,18 @@ def test_quantised_floats_keep_their_type_and_it_is_said() -> None:
 
 def test_two_tensors_of_one_name_are_a_clash_that_names_both() -> None:
     checkpoint = Checkpoint((tensor("a.b"), TensorEntry(("a", "b"), F32, (1,), Literal(bytes(4)))))
-    with pytest.raises(NameClash, match=re.escape("two tensors would be called 'a.b': 'a.b', and 'a' → 'b'")) as caught:
+    with pytest.raises(
+        NameClash, match=re.escape("two tensors would be called 'a.b': 'a.b', and 'a' → 'b'")
+    ) as caught:
         edit(checkpoint, Edits(root="."))
-    assert caught.value.hint == "take what is below one of them with root=, or leave both out with exclude="
-    assert caught.value.command_hint == "take what is below one of them with --root, or leave both out with --exclude"
+    assert (
+        caught.value.hint
+        == "take what is below one of them with root=, or leave both out with exclude="
+    )
+    assert (
+        caught.value.command_hint
+        == "take what is below one of them with --root, or leave both out with --exclude"
+    )
     assert names(Edits(root="a"), checkpoint) == ["b"]
 
 
@@ -107,15 +124,27 @@ def test_a_rename_that_joins_two_names_is_a_clash() -> None:
     with pytest.raises(NameClash) as caught:
         edit(WEIGHTS, Edits(rename=((".*w", "w"),)))
     assert str(caught.value) == "rename gives 'embed.w' and 'head.w' the same name, 'w'"
-    assert caught.value.command_hint == "change --rename so that names stay unique, or leave one of them out with --exclude"
+    assert (
+        caught.value.command_hint
+        == "change --rename so that names stay unique, or leave one of them out with --exclude"
+    )
 
 
-ASKED: dict[str, Any] = {"root": None, "include": (), "exclude": (), "rename": (), "dtype": None, "ties": "keep-first"}
+ASKED: dict[str, Any] = {
+    "root": None,
+    "include": (),
+    "exclude": (),
+    "rename": (),
+    "dtype": None,
+    "ties": "keep-first",
+}
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_glob_that_stands_alone_is_one(option: str) -> None:
-    assert Edits.asked(**{**ASKED, option: "layers.*"}) == Edits.asked(**{**ASKED, option: ["layers.*"]})
+    assert Edits.asked(**{**ASKED, option: "layers.*"}) == Edits.asked(
+        **{**ASKED, option: ["layers.*"]}
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,8 +169,12 @@ def test_a_broken_expression_is_a_sentence() -> None:
 
 
 def test_an_undense_weight_is_refused_by_name_and_may_be_excluded() -> None:
-    checkpoint = Checkpoint((tensor("a"),), (Other(("s",), OtherKind.SPARSE, 8, "torch.sparse_coo"),))
-    with pytest.raises(Unwritable, match=re.escape("'s' (sparse tensor: torch.sparse_coo)")) as caught:
+    checkpoint = Checkpoint(
+        (tensor("a"),), (Other(("s",), OtherKind.SPARSE, 8, "torch.sparse_coo"),)
+    )
+    with pytest.raises(
+        Unwritable, match=re.escape("'s' (sparse tensor: torch.sparse_coo)")
+    ) as caught:
         edit(checkpoint, Edits())
     assert caught.value.hint == "leave them out: exclude=['s']"
     assert caught.value.command_hint == "leave them out: --exclude s"
@@ -154,7 +187,11 @@ def test_the_hint_leaves_out_all_that_is_undense_and_nothing_else() -> None:
     checkpoint = Checkpoint((tensor("s0"), tensor("it_s")), others)
     with pytest.raises(Unwritable) as caught:
         edit(checkpoint, Edits())
-    globs = [word for word in shlex.split(str(caught.value.command_hint)) if word not in ("leave", "them", "out:", "--exclude")]
+    globs = [
+        word
+        for word in shlex.split(str(caught.value.command_hint))
+        if word not in ("leave", "them", "out:", "--exclude")
+    ]
     assert names(Edits(exclude=tuple(globs)), checkpoint) == ["s0", "it_s"]
 
 
@@ -174,4 +211,6 @@ def test_what_is_excluded_and_not_there_is_noted() -> None:
     edited = edit(WEIGHTS, Edits(exclude=("layers*", "*.num_batches_tracked")))
     assert [entry.name for entry in edited.entries] == ["embed.w", "n"]
     (note,) = edited.notes
-    assert note.startswith("exclude '*.num_batches_tracked' matches none of the 4 names, as in 'embed.w', ")
+    assert note.startswith(
+        "exclude '*.num_batches_tracked' matches none of the 4 names, as in 'embed.w', "
+    )

@@ -1,4 +1,6 @@
-"""Placeholders of ZeRO-3 are reported with exact counts; tensors that are empty on purpose are not."""
+"""Placeholders of ZeRO-3 are reported with exact counts; tensors that are empty on purpose are
+not.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,18 @@ NOTES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {"embed.weight": NONE, "layer.A_log": NONE, "norm.weight": ONE},
         "2 of 3 tensors are empty, of shape [0]: 'embed.weight', 'layer.A_log'. DeepSpeed ZeRO-3",
     ),
-    "one placeholder": ({"a.bias": NONE, "b": ONE}, "1 of 2 tensors is empty, of shape [0]: 'a.bias'. DeepSpeed ZeRO-3"),
+    "one placeholder": (
+        {"a.bias": NONE, "b": ONE},
+        "1 of 2 tensors is empty, of shape [0]: 'a.bias'. DeepSpeed ZeRO-3",
+    ),
     "nothing but placeholders": (
         {"a.weight": NONE, "b.weight": NONE},
         "the file holds no values: all 2 tensors are empty. DeepSpeed ZeRO-3",
     ),
-    "nothing at all": ({"a": torch.empty(0, 3)}, "the file holds no values: its only tensor is empty"),
+    "nothing at all": (
+        {"a": torch.empty(0, 3)},
+        "the file holds no values: its only tensor is empty",
+    ),
     "an axis that is empty": ({"a.weight": torch.empty(0, 128), "b": ONE}, ""),
     "an observer": ({"act.min_val": NONE, "act.max_val": NONE, "b": ONE}, ""),
     "indices": ({"a.weight": torch.empty(0, dtype=torch.int64), "b": ONE}, ""),

@@ -1,4 +1,6 @@
-"""Records of tied weights in metadata: those of other libraries are read, and those of shardkit survive any name."""
+"""Records of tied weights in metadata: those of other libraries are read, and those of shardkit
+survive any name.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from shardkit.checkpoint.tie_records import recorded, room, ties, without_ties
 NAMES = st.text(max_size=12).filter(lambda name: name not in ("format", "shardkit.aliases"))
 
 
-@given(st.dictionaries(NAMES, st.sampled_from(["kept", "a.kept", "b"])), st.dictionaries(NAMES, st.text(max_size=5)))
+@given(
+    st.dictionaries(NAMES, st.sampled_from(["kept", "a.kept", "b"])),
+    st.dictionaries(NAMES, st.text(max_size=5)),
+)
 def test_what_is_recorded_is_read_again(aliases: dict[str, str], text: dict[str, str]) -> None:
     stored = {"kept", "a.kept", "b"}
     aliases = {alias: kept for alias, kept in aliases.items() if alias not in stored}
@@ -35,7 +40,11 @@ def test_the_room_that_is_kept_is_enough(aliases: dict[str, str]) -> None:
 
 def test_ties_that_huggingface_hub_records_are_tensors_again(tmp_path: Path) -> None:
     weight = torch.arange(6.0)
-    state = {"model.embed_tokens.weight": weight, "lm_head.weight": weight, "model.norm.weight": weight + 1}
+    state = {
+        "model.embed_tokens.weight": weight,
+        "lm_head.weight": weight,
+        "model.norm.weight": weight + 1,
+    }
     save_torch_state_dict(dict(state), tmp_path)
     torch.save(state, tmp_path / "state.pt")
     checkpoint = shardkit.open(tmp_path / "model.safetensors")

@@ -1,4 +1,6 @@
-"""The command line as a whole: exit codes, streams, signals, and sentences instead of tracebacks."""
+"""The command line as a whole: exit codes, streams, signals, and sentences instead of
+tracebacks.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,12 @@ sys.exit(main())
 
 
 def python(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], env=environment, text=True, capture_output=True, **options)  # type: ignore[call-overload, no-any-return] # the options of subprocess.run
+    environment = {
+        name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"
+    } | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, text=True, capture_output=True, **options
+    )  # type: ignore[call-overload, no-any-return] # the options of subprocess.run
 
 
 def test_help_is_for_people_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,14 +55,20 @@ def test_help_is_for_people_and_names_every_command(capsys: pytest.CaptureFixtur
         assert f"\n  {command} " in capsys.readouterr().out or main([command, "--help"]) == 0
 
 
-@pytest.mark.parametrize("command", ["convert", "offload-prep", "inspect", "verify", "diff", "formats"])
-def test_the_help_of_each_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command", ["convert", "offload-prep", "inspect", "verify", "diff", "formats"]
+)
+def test_the_help_of_each_command_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([command, "--help"]) == 0
     assert f"\n    shardkit {command}" in capsys.readouterr().out
 
 
 def test_help_loads_no_command(tmp_path: Path) -> None:
-    code = "import sys; from shardkit.cli import main; main(['--help']); print(*sorted(sys.modules))"
+    code = (
+        "import sys; from shardkit.cli import main; main(['--help']); print(*sorted(sys.modules))"
+    )
     loaded = set(python("-c", code).stdout.splitlines()[-1].split())
     assert "shardkit.cli.group" in loaded
     assert not loaded & {
@@ -87,19 +99,28 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "x", "--rename", "=a"], "'=a' must be REGEX=REPL"),
         (["convert", "x", "--limit", "speed=3"], "and NAME one of header_bytes, tensors"),
         (["convert", "x", "--limit", "tensors=few"], "'few' is not a size"),
-        (["convert", "x", "-o", "y.safetensors", "--max-shard", "1GB"], "-o y.safetensors is one file, which has no shards"),
+        (
+            ["convert", "x", "-o", "y.safetensors", "--max-shard", "1GB"],
+            "-o y.safetensors is one file, which has no shards",
+        ),
         (["verify", "x", "--root", "model"], "name it with --against"),
         (["verify", "x", "--ties", "copy"], "name it with --against"),
         (["inspect", "x", "--all", "--json"], "--all has no effect with --json"),
         (["convert", "x", "--quiet", "--json"], "--quiet has no effect with --json"),
         (["diff", "x", "y", "-q", "-v"], "--quiet and --verbose contradict each other"),
         (["place", "x", "--tokens", "4"], "--tokens has no effect without --predict"),
-        (["place", "x", "--tokens", "4", "--rates", "compute=1GB"], "--tokens has no effect without --predict"),
+        (
+            ["place", "x", "--tokens", "4", "--rates", "compute=1GB"],
+            "--tokens has no effect without --predict",
+        ),
         (
             ["place", "x", "--tokens", "4", "--predict", "--rates", "compute=1GB"],
             "--tokens has no effect: --rates gives how fast",
         ),
-        (["place", "x", "--predict", "--rates", "disk=1GB,copy=1GB,link=1GB,compute=1GB"], "--predict has no effect"),
+        (
+            ["place", "x", "--predict", "--rates", "disk=1GB,copy=1GB,link=1GB,compute=1GB"],
+            "--predict has no effect",
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -128,7 +149,10 @@ def test_a_command_line_that_is_not_understood_exits_2(
     ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""),
 )
 def test_what_cannot_be_done_is_one_sentence_and_exit_1(
-    arguments: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str | Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([str(each) for each in arguments]) == 1
@@ -138,7 +162,15 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_1(
 # As of cmp and diff: 0 the same, 1 different, 2 trouble.
 COMPARED = [
     (["verify", TRAINING], 0),
-    (["verify", GOOD / "safetensors-tied.safetensors", "--against", GOOD / "safetensors-tied.safetensors"], 0),
+    (
+        [
+            "verify",
+            GOOD / "safetensors-tied.safetensors",
+            "--against",
+            GOOD / "safetensors-tied.safetensors",
+        ],
+        0,
+    ),
     (["verify", GOOD / "zip-module.pt", "--against", TRAINING], 1),
     (["verify", HOSTILE / "zero-bytes.bin"], 2),
     (["verify", TRAINING, "--against", "nowhere"], 2),
@@ -157,7 +189,9 @@ COMPARED = [
 @pytest.mark.parametrize(
     ("arguments", "code"),
     COMPARED,
-    ids=lambda each: " ".join(map(str, each)).replace(str(ROOT), "") if isinstance(each, list) else "",
+    ids=lambda each: (
+        " ".join(map(str, each)).replace(str(ROOT), "") if isinstance(each, list) else ""
+    ),
 )
 def test_the_exit_codes_of_verify_and_diff_are_those_of_cmp(
     arguments: list[str | Path],
@@ -174,7 +208,9 @@ def test_the_exit_codes_of_verify_and_diff_are_those_of_cmp(
 
 
 def test_damage_is_exit_1(tmp_path: Path) -> None:
-    assert main(["convert", str(TRAINING), "-o", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
+    assert (
+        main(["convert", str(TRAINING), "-o", str(tmp_path / "out"), "--checksum", "sha256"]) == 0
+    )
     shard = tmp_path / "out" / "model.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -198,7 +234,10 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
             ["convert", "--include", "*.weight", "--include", "wieght"],
             "include 'wieght' matches none of the 7 names, as in '0.weight'",
         ),
-        (["convert", "--rename", "^module\\.="], "rename '^module\\.' matches none of the 7 names, as in '0.weight'"),
+        (
+            ["convert", "--rename", "^module\\.="],
+            "rename '^module\\.' matches none of the 7 names, as in '0.weight'",
+        ),
         (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
         (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),
         (["place", "--no-split", "layers"], "'layers' is found in the name of no module"),
@@ -210,7 +249,11 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_option_without_effect_is_an_error_that_names_names(
-    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([arguments[0], str(TRAINING), *arguments[1:]]) == 1
@@ -222,7 +265,10 @@ def test_an_option_without_effect_is_an_error_that_names_names(
 
 
 def test_some_rates_may_be_without_effect_and_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["place", str(TRAINING), "--max-memory", "cpu=1GB", "--rates", "disk=1GB,compute=1GB"]) == 0
+    assert (
+        main(["place", str(TRAINING), "--max-memory", "cpu=1GB", "--rates", "disk=1GB,compute=1GB"])
+        == 0
+    )
     assert "no forward depends on disk: nothing is read from disk" in capsys.readouterr().out
 
 
@@ -233,8 +279,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
-def test_a_stopped_run_says_how_to_go_on_and_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_stopped_run_says_how_to_go_on_and_goes_on(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     arguments = ["convert", str(TRAINING), "-o", "out", "--max-shard", "3kB"]
     done = python("-c", STOPPED, str(int(number)), *arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
@@ -248,12 +298,19 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(number: signal.Signals, cod
 
 @posix
 @pytest.mark.parametrize(
-    "arguments", [["inspect", GOOD / "zip-matrix.pt"], ["inspect", GOOD / "zip-matrix.pt", "--json"], ["formats"]]
+    "arguments",
+    [
+        ["inspect", GOOD / "zip-matrix.pt"],
+        ["inspect", GOOD / "zip-matrix.pt", "--json"],
+        ["formats"],
+    ],
 )
 def test_a_closed_pipe_is_silent(arguments: list[str | Path]) -> None:
     read, write = os.pipe()
     os.close(read)
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+    environment = {
+        name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"
+    } | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "shardkit", *arguments]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
     os.close(write)
@@ -276,22 +333,34 @@ PRINTED: list[list[str | Path]] = [
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("arguments", PRINTED, ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""))
+@pytest.mark.parametrize(
+    "arguments", PRINTED, ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), "")
+)
 def test_a_full_disk_behind_stdout_is_a_sentence(arguments: list[str | Path]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "shardkit", *arguments]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
     assert done.returncode == (2 if arguments and arguments[0] in ("verify", "diff") else 1)
     sentence = "shardkit: standard output cannot be written: No space left on device"
-    assert done.stderr.decode().splitlines()[-2:] == [sentence, "hint: free some space, or send it elsewhere"]
+    assert done.stderr.decode().splitlines()[-2:] == [
+        sentence,
+        "hint: free some space, or send it elsewhere",
+    ]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize(("arguments", "code"), [(["formats"], 0), (["inspect", "nowhere"], 1), (["verify", "nowhere"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["formats"], 0), (["inspect", "nowhere"], 1), (["verify", "nowhere"], 2)],
+)
 def test_a_full_disk_behind_stderr_stops_no_work(arguments: list[str], code: int) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "shardkit", *arguments, "-v"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=full, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
     assert (done.returncode, bool(done.stdout)) == (code, code == 0)
 
 
@@ -307,22 +376,38 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(errno.EIO, 1), (errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EBADF, 1), (errno.EPIPE, 141)]
+    ("number", "code"),
+    [(errno.EIO, 1), (errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EBADF, 1), (errno.EPIPE, 141)],
 )
-@pytest.mark.parametrize("arguments", PRINTED[:6], ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""))
+@pytest.mark.parametrize(
+    "arguments",
+    PRINTED[:6],
+    ids=lambda arguments: " ".join(map(str, arguments)).replace(str(ROOT), ""),
+)
 def test_whatever_stdout_fails_with_is_no_traceback(
-    arguments: list[str | Path], number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str | Path],
+    number: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdout", Broken(number))
     assert main([*map(str, arguments)]) == code
-    assert capsys.readouterr().err.startswith("shardkit: standard output cannot be written: " if code == 1 else "")
+    assert capsys.readouterr().err.startswith(
+        "shardkit: standard output cannot be written: " if code == 1 else ""
+    )
 
 
 @posix
 def test_a_closed_stdout_is_a_sentence_and_a_closed_stderr_no_harm() -> None:
     def run(closed: str) -> subprocess.CompletedProcess[str]:
         return python(
-            "-c", f"import os, sys; os.close({closed}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", *command
+            "-c",
+            (
+                f"import os, sys; os.close({closed}); os.execv(sys.executable, [sys.executable, "
+                "*sys.argv[1:]])"
+            ),
+            *command,
         )
 
     command = ["-m", "shardkit", "formats"]
@@ -350,7 +435,11 @@ def test_no_control_character_of_a_file_name_reaches_the_terminal(
 
 def test_an_encoding_without_the_character_is_no_crash() -> None:
     command = [sys.executable, "-m", "shardkit", "inspect", str(GOOD / "zip-others.pt")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -373,7 +462,9 @@ def test_a_missing_click_has_a_sentence(tmp_path: Path) -> None:
         ("a=b=c", "a", "b=c"),
     ],
 )
-def test_a_rename_is_split_after_a_whole_regular_expression(word: str, pattern: str, replacement: str) -> None:
+def test_a_rename_is_split_after_a_whole_regular_expression(
+    word: str, pattern: str, replacement: str
+) -> None:
     assert split_rename(word) == (pattern, replacement)
 
 
@@ -390,11 +481,23 @@ def test_formats_are_listed_for_people_and_machines(capsys: pytest.CaptureFixtur
         assert f"\n{each['name']} " in table
 
 
-def test_a_broken_plugin_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    error = PluginError("frobs 1.2", "shardkit.formats:frob", "cannot be loaded: no\x1b[31m", hint="update or remove frobs")
-    broken: registry.Loaded[Format] = registry.Loaded(EntryPoint("frob", "frobs:FORMAT", registry.FORMATS), error=error)
+def test_a_broken_plugin_is_listed_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = PluginError(
+        "frobs 1.2",
+        "shardkit.formats:frob",
+        "cannot be loaded: no\x1b[31m",
+        hint="update or remove frobs",
+    )
+    broken: registry.Loaded[Format] = registry.Loaded(
+        EntryPoint("frob", "frobs:FORMAT", registry.FORMATS), error=error
+    )
     formats = (*registry.formats(), broken)
     monkeypatch.setattr(registry, "formats", lambda: formats)
     assert main(["formats"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == f"cannot be used: {str(error).replace(chr(27), chr(92) + 'x1b')}; update or remove frobs"
+    assert (
+        line
+        == f"cannot be used: {str(error).replace(chr(27), chr(92) + 'x1b')}; update or remove frobs"
+    )

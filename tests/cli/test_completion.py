@@ -17,7 +17,10 @@ from shardkit.dtypes import parse_dtype
 
 
 def offered(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str = "bash"
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shell: str = "bash",
 ) -> list[tuple[str, str]]:
     """What click's protocol answers to a Tab at the end of *line*: kinds and words."""
     words = line.split(" ")
@@ -29,7 +32,10 @@ def offered(
     if shell == "zsh":
         lines = out.split("\n")
         return [(kind, word) for kind, word in zip(lines[::3], lines[1::3], strict=False)]
-    return [(kind, word.split("\t")[0]) for kind, _, word in (each.partition(",") for each in out.splitlines())]
+    return [
+        (kind, word.split("\t")[0])
+        for kind, _, word in (each.partition(",") for each in out.splitlines())
+    ]
 
 
 # What is typed before Tab, and words that must be among those offered.
@@ -38,7 +44,13 @@ COMPLETED = {
     "shardkit conv": ["convert"],
     "shardkit convert --": ["--max-shard", "--dtype", "--verbose", "--compress"],
     "shardkit convert x --dr": ["--dry-run"],
-    "shardkit convert --format ": ["safetensors", "torch-zip", "torch-legacy", "torchscript", "accelerate-dat"],
+    "shardkit convert --format ": [
+        "safetensors",
+        "torch-zip",
+        "torch-legacy",
+        "torchscript",
+        "accelerate-dat",
+    ],
     "shardkit inspect --format torch": ["torch-zip", "torch-legacy", "torchscript"],
     "shardkit convert --compress ": ["zstd"],
     "shardkit convert --checksum ": ["xxh3", "sha256"],
@@ -52,7 +64,9 @@ COMPLETED = {
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize("line", COMPLETED)
-def test_a_word_is_completed(line: str, shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_is_completed(
+    line: str, shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = offered(line, monkeypatch, capsys, shell)
     assert {word for _, word in found} >= set(COMPLETED[line])
     assert {kind for kind, _ in found} == {"plain"}
@@ -87,7 +101,9 @@ def test_every_type_that_is_offered_is_one() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_has_its_script(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_shell_has_its_script(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("_SHARDKIT_COMPLETE", f"{shell}_source")
     assert main([]) == 0
     assert "_shardkit_completion" in capsys.readouterr().out
@@ -121,7 +137,13 @@ def test_a_real_shell_completes(shell: str, tmp_path: Path) -> None:
     command = tmp_path / "shardkit"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m shardkit "$@"\n')
     command.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    arguments: Sequence[str] = [program, "-f", "-c", SHELLS[shell]] if shell == "zsh" else [program, "-c", SHELLS[shell]]
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path),
+    }
+    arguments: Sequence[str] = (
+        [program, "-f", "-c", SHELLS[shell]] if shell == "zsh" else [program, "-c", SHELLS[shell]]
+    )
     done = subprocess.run(arguments, env=environment, text=True, capture_output=True, cwd=tmp_path)
     assert done.stdout.split()[:1] == ["torch-zip"], done.stderr

@@ -1,4 +1,6 @@
-"""`shardkit convert`, `verify` and `diff`: what they print, and what stands on the disk afterwards."""
+"""`shardkit convert`, `verify` and `diff`: what they print, and what stands on the disk
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_every_option_reaches_the_library(capsys: Capture) -> None:
     ]
     assert main(["convert", TRAINING, "-o", "out", *arguments, *options]) == 0
     written = shardkit.open("out")
-    assert [(entry.name, entry.dtype.code) for entry in written.tensors] == [("first.weight", "BF16")]
+    assert [(entry.name, entry.dtype.code) for entry in written.tensors] == [
+        ("first.weight", "BF16")
+    ]
     assert "1 tensor\n" in capsys.readouterr().err
     assert main(["verify", "out", "--against", TRAINING, *arguments]) == 0
 
@@ -110,7 +114,9 @@ def test_an_output_is_replaced_when_asked(capsys: Capture) -> None:
 
 def test_a_limit_that_is_hit_names_the_option_that_raises_it(capsys: Capture) -> None:
     option = "tensors=3"
-    for _ in range(4):  # how many there are is known only when all are counted, so each hint doubles
+    for _ in range(
+        4
+    ):  # how many there are is known only when all are counted, so each hint doubles
         if main(["convert", TRAINING, "-o", "out", "--limit", option]) == 0:
             return
         option = capsys.readouterr().err.splitlines()[-1].partition("--limit ")[2]
@@ -130,13 +136,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(room: Path, capsys: Captur
 def test_a_dry_run_tells_a_machine_what_would_be_written(capsys: Capture) -> None:
     assert main(["convert", FOLDER, "-o", "out", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert sum(file["nbytes"] for file in plan["files"]) == sum(sum(file["engines"].values()) for file in plan["files"])
+    assert sum(file["nbytes"] for file in plan["files"]) == sum(
+        sum(file["engines"].values()) for file in plan["files"]
+    )
     assert plan["weight_map"]["embed.weight"] == plan["files"][0]["name"]
     assert plan["needed"] <= plan["free"]
 
 
 @pytest.mark.parametrize("command", ["convert", "offload-prep"])
-@pytest.mark.parametrize("options", [[], ["--checksum", "sha256"], ["--checksum", "xxh3", "--max-shard", "3kB"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--checksum", "sha256"], ["--checksum", "xxh3", "--max-shard", "3kB"]]
+)
 def test_a_dry_run_lists_every_file_that_the_run_writes(
     command: str, options: list[str], room: Path, capsys: Capture
 ) -> None:
@@ -144,15 +154,24 @@ def test_a_dry_run_lists_every_file_that_the_run_writes(
     assert main([*words, "--dry-run"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert main(words) == 0
-    written = {path.relative_to(room / "out").as_posix(): path.stat().st_size for path in (room / "out").rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(room / "out").as_posix(): path.stat().st_size
+        for path in (room / "out").rglob("*")
+        if path.is_file()
+    }
     assert {file["name"]: file["nbytes"] for file in files} == written
-    assert ("offload.json" in written, "shardkit.manifest.json" in written) == (command == "offload-prep", bool(options))
+    assert ("offload.json" in written, "shardkit.manifest.json" in written) == (
+        command == "offload-prep",
+        bool(options),
+    )
 
 
 def test_a_dry_run_lists_a_manifest_of_compressed_files_too(room: Path, capsys: Capture) -> None:
     words = ["convert", FOLDER, "-o", "out", "--compress", "zstd", "--checksum", "xxh3", "--json"]
     assert main([*words, "--dry-run"]) == 0
-    planned = {file["name"]: file["nbytes"] for file in json.loads(capsys.readouterr().out)["files"]}
+    planned = {
+        file["name"]: file["nbytes"] for file in json.loads(capsys.readouterr().out)["files"]
+    }
     assert main(words) == 0
     assert planned.keys() == {path.name for path in (room / "out").iterdir()}
     name = "shardkit.manifest.json"
@@ -180,7 +199,8 @@ def test_verify_says_that_an_output_is_whole_and_the_same(capsys: Capture) -> No
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0].endswith("is complete: 7 tensors, 136 B, every byte read")
     assert shown.out.splitlines()[1].endswith(
-        f"holds the same tensors as {TRAINING}: 7 tensors, 136 B, bit for bit; 2 parts with weights not compared"
+        f"holds the same tensors as {TRAINING}: 7 tensors, 136 B, bit for bit; 2 parts with "
+        "weights not compared"
     )
     assert f"not compared: {TRAINING}: optimizer_states, 208 B: optimizer state" in shown.err
     assert main(["verify", "out", "--against", TRAINING, "-q"]) == 0
@@ -206,10 +226,16 @@ def test_verify_lists_what_differs_and_exits_1(room: Path, capsys: Capture) -> N
 
 def test_diff_marks_added_removed_and_changed(capsys: Capture) -> None:
     assert main(["convert", TRAINING, "-o", "a", "-q", "--exclude", "0.bias"]) == 0
-    assert main(["convert", TRAINING, "-o", "b", "-q", "--exclude", "0.weight", "--dtype", "fp16"]) == 0
+    assert (
+        main(["convert", TRAINING, "-o", "b", "-q", "--exclude", "0.weight", "--dtype", "fp16"])
+        == 0
+    )
     assert main(["diff", "a", "b"]) == 1
     *lines, verdict = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines if line[0] != "~"] == [["-", "0.weight"], ["+", "0.bias"]]
+    assert [line.split()[:2] for line in lines if line[0] != "~"] == [
+        ["-", "0.weight"],
+        ["+", "0.bias"],
+    ]
     assert lines[1].startswith("~  1.weight ")
     assert lines[1].endswith("dtype: F32 became F16")
     assert verdict == "1 added, 1 removed, 4 changed, 5 in both"

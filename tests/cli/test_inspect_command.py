@@ -35,7 +35,11 @@ def drawn(lines: list[Line]) -> list[str]:
     texts = []
     for line in lines:
         item = line.item
-        what = f"+{line.hidden}" if item is None else f"{item.label}{f' x{item.times}' if item.times > 1 else ''}"
+        what = (
+            f"+{line.hidden}"
+            if item is None
+            else f"{item.label}{f' x{item.times}' if item.times > 1 else ''}"
+        )
         texts.append("  " * line.depth + what)
     return texts
 
@@ -63,10 +67,33 @@ def test_a_folded_outline_fits_and_loses_nothing(paths: list[tuple[str, ...]], m
 
 def test_numbered_siblings_that_look_alike_become_one() -> None:
     shapes = ["[2]", "[2]", "[3]", "[2]", "[2]", "[2]"]
-    leaves = [(("m", str(at), part), leaf(shape)) for at, shape in enumerate(shapes) for part in ("weight", "bias")]
+    leaves = [
+        (("m", str(at), part), leaf(shape))
+        for at, shape in enumerate(shapes)
+        for part in ("weight", "bias")
+    ]
     below = ["    weight", "    bias"]
-    assert drawn(outline(leaves, most=13)[0]) == ["m", "  0", *below, "  1", *below, "  2", *below, "  3 … 5 x3", *below]
-    assert drawn(outline(leaves, most=12)[0]) == ["m", "  0", *below, "  1", *below, "  2", *below, "  3 … 5 x3"]
+    assert drawn(outline(leaves, most=13)[0]) == [
+        "m",
+        "  0",
+        *below,
+        "  1",
+        *below,
+        "  2",
+        *below,
+        "  3 … 5 x3",
+        *below,
+    ]
+    assert drawn(outline(leaves, most=12)[0]) == [
+        "m",
+        "  0",
+        *below,
+        "  1",
+        *below,
+        "  2",
+        *below,
+        "  3 … 5 x3",
+    ]
 
 
 def test_numbers_are_in_their_order_whatever_that_of_the_file() -> None:
@@ -76,7 +103,11 @@ def test_numbers_are_in_their_order_whatever_that_of_the_file() -> None:
 
 
 def test_layers_that_are_tied_in_the_same_way_look_alike() -> None:
-    leaves = [((f"h.{n}.{part}",), leaf(tie=tie)) for n in range(4) for part, tie in (("a", ""), ("b", "^.a"))]
+    leaves = [
+        ((f"h.{n}.{part}",), leaf(tie=tie))
+        for n in range(4)
+        for part, tie in (("a", ""), ("b", "^.a"))
+    ]
     assert drawn(outline(leaves, most=6)[0])[1] == "  0 … 3 x4"
     leaves[-1] = (leaves[-1][0], leaf(tie="^.^.0.a"))
     assert drawn(outline(leaves, most=6)[0])[1] == "  0 … 2 x3"
@@ -89,7 +120,9 @@ def test_a_long_flat_list_is_cut_with_a_count() -> None:
 
 
 def test_a_list_that_does_not_fit_gets_the_lines_that_are_left() -> None:
-    leaves = [(("m", f"p{at}"), leaf()) for at in range(1000)] + [(("n", part), leaf()) for part in "ab"]
+    leaves = [(("m", f"p{at}"), leaf()) for at in range(1000)] + [
+        (("n", part), leaf()) for part in "ab"
+    ]
     lines = drawn(outline(leaves, most=20)[0])
     assert len(lines) == 20
     assert lines[0] == "m"
@@ -103,7 +136,10 @@ def test_a_name_as_deep_as_a_mine_is_drawn() -> None:
 
 def test_ties_are_equal_bytes_types_and_shapes() -> None:
     path = Path("x")
-    entries = [TensorEntry((name,), U8, (4,), Extent(path, start, 4)) for name, start in (("a", 0), ("b", 2), ("c", 0), ("d", 6))]
+    entries = [
+        TensorEntry((name,), U8, (4,), Extent(path, start, 4))
+        for name, start in (("a", 0), ("b", 2), ("c", 0), ("d", 6))
+    ]
     entries.append(TensorEntry(("e",), U8, (2, 2), Extent(path, 0, 4)))
     assert ties(entries) == {2: 0}
     assert overlaps(entries, {2: 0}) == {1: 0, 4: 0}
@@ -120,7 +156,9 @@ def test_the_tree_shows_types_shapes_bytes_ties_and_views(capsys: Capture) -> No
 
 def test_what_is_no_tensor_and_what_was_never_run_is_shown(capsys: Capture) -> None:
     lines = inspected(capsys, GOOD / "zip-training.pt")
-    assert any(line.split() == ["hyper_parameters", "object", "argparse.Namespace"] for line in lines)
+    assert any(
+        line.split() == ["hyper_parameters", "object", "argparse.Namespace"] for line in lines
+    )
     assert "never run  argparse.Namespace" in lines
     others = inspected(capsys, GOOD / "zip-others.pt")
     assert any(line.split()[:3] == ["coo", "sparse", "tensor"] for line in others)
@@ -128,17 +166,25 @@ def test_what_is_no_tensor_and_what_was_never_run_is_shown(capsys: Capture) -> N
 
 def test_it_says_what_convert_would_take(tmp_path: Path, capsys: Capture) -> None:
     assert any(
-        line.startswith("convert    takes 'state_dict' and leaves out optimizer_states (208 B, optimizer state)")
+        line.startswith(
+            "convert    takes 'state_dict' and leaves out optimizer_states (208 B, optimizer state)"
+        )
         for line in inspected(capsys, GOOD / "zip-training.pt")
     )
-    torch.save({"model": {"w": torch.ones(2, 2)}, "ema": {"w": torch.zeros(2, 2)}}, tmp_path / "two.pt")
-    (line,) = (line for line in inspected(capsys, tmp_path / "two.pt") if line.startswith("convert"))
+    torch.save(
+        {"model": {"w": torch.ones(2, 2)}, "ema": {"w": torch.zeros(2, 2)}}, tmp_path / "two.pt"
+    )
+    (line,) = (
+        line for line in inspected(capsys, tmp_path / "two.pt") if line.startswith("convert")
+    )
     assert "several parts of the file could be the model: 'model' (16 B), 'ema' (16 B)" in line
     assert "--root" in line
 
 
 def test_a_large_model_is_folded_and_all_shows_it_whole(tmp_path: Path, capsys: Capture) -> None:
-    tensors = {f"h.{layer}.{part}.weight": torch.zeros(2) for layer in range(40) for part in "abcdef"}
+    tensors = {
+        f"h.{layer}.{part}.weight": torch.zeros(2) for layer in range(40) for part in "abcdef"
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     folded = inspected(capsys, tmp_path / "x.safetensors")
     assert len(folded) < 20
@@ -148,8 +194,14 @@ def test_a_large_model_is_folded_and_all_shows_it_whole(tmp_path: Path, capsys: 
     assert sum("F32" in line for line in whole) == len(tensors) + 1
 
 
-def test_no_control_character_of_a_name_reaches_the_terminal(tmp_path: Path, capsys: Capture) -> None:
-    save_file({"a\x1b[31m\u202e.\nb": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={"k\x07": "v\x07"})
+def test_no_control_character_of_a_name_reaches_the_terminal(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    save_file(
+        {"a\x1b[31m\u202e.\nb": torch.zeros(2)},
+        tmp_path / "x.safetensors",
+        metadata={"k\x07": "v\x07"},
+    )
     lines = inspected(capsys, tmp_path / "x.safetensors")
     assert all(line.isprintable() for line in lines)
     assert any(line.startswith("a\\x1b[31m\\u202e.\\nb ") for line in lines)
@@ -175,4 +227,10 @@ def test_json_says_what_else_there_is(capsys: Capture) -> None:
     document = json.loads(inspected(capsys, GOOD / "zip-training.pt", "--json")[0])
     assert document["root"]["name"] == "state_dict"
     assert document["calls"] == ["argparse.Namespace"]
-    assert {"name": "epoch", "path": ["epoch"], "kind": "object", "nbytes": 0, "reason": "3"} in document["others"]
+    assert {
+        "name": "epoch",
+        "path": ["epoch"],
+        "kind": "object",
+        "nbytes": 0,
+        "reason": "3",
+    } in document["others"]

@@ -1,4 +1,6 @@
-"""Every document of --json against its schema, the page that is made from the schemas, and the versions in both."""
+"""Every document of --json against its schema, the page that is made from the schemas, and the
+versions in both.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ TORCH: list[str | Path] = ["place", TRAINING, "--max-memory", "cpu=60B"]
 
 
 def strict(schema: Any) -> Any:
-    """*schema* with every key forbidden that it does not list, so that no key is without documentation."""
+    """*schema* with every key forbidden that it does not list, so that no key is without
+    documentation.
+    """
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     made = {key: strict(value) for key, value in schema.items()}
-    return made | {"additionalProperties": False} if isinstance(made.get("properties"), dict) else made
+    return (
+        made | {"additionalProperties": False} if isinstance(made.get("properties"), dict) else made
+    )
 
 
 @cache
@@ -53,10 +59,18 @@ DOCUMENTS: dict[str, tuple[str, list[str | Path], int]] = {
     "convert": ("convert", ["convert", TRAINING, "-o", "out"], 0),
     "convert, compressed": ("convert", ["convert", TRAINING, "-o", "out", "--compress", "zstd"], 0),
     "convert, tied": ("convert", ["convert", GOOD / "zip-shared.pt", "-o", "out"], 0),
-    "convert, one file": ("convert", ["convert", TRAINING, "-o", "out.safetensors", "--dtype", "bf16"], 0),
+    "convert, one file": (
+        "convert",
+        ["convert", TRAINING, "-o", "out.safetensors", "--dtype", "bf16"],
+        0,
+    ),
     "convert, dry": ("convert.dry-run", ["convert", TRAINING, "-o", "out", "--dry-run"], 0),
     "offload-prep": ("offload-prep", ["offload-prep", TRAINING, "-o", "out"], 0),
-    "offload-prep, dry": ("offload-prep.dry-run", ["offload-prep", TRAINING, "-o", "out", "--dry-run"], 0),
+    "offload-prep, dry": (
+        "offload-prep.dry-run",
+        ["offload-prep", TRAINING, "-o", "out", "--dry-run"],
+        0,
+    ),
     "verify": ("verify", ["verify", TRAINING], 0),
     "verify, different": ("verify", ["verify", TRAINING, "--against", TRAINING], 1),
     "diff": ("diff", ["diff", TRAINING, GOOD / "legacy-training.pt"], 0),
@@ -86,17 +100,30 @@ def test_a_document_is_as_its_schema_has_it(
 
 
 @pytest.mark.parametrize("fixture", sorted(GOOD.iterdir()), ids=lambda path: path.name)
-def test_what_inspect_and_diff_say_of_any_file_is_as_the_schema_has_it(fixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_inspect_and_diff_say_of_any_file_is_as_the_schema_has_it(
+    fixture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(fixture), "--json"]) == 0
     check(capsys.readouterr().out, "inspect")
-    if main(["diff", str(fixture), str(TRAINING), "--json"]) != 2:  # several subtrees could be the model
+    if (
+        main(["diff", str(fixture), str(TRAINING), "--json"]) != 2
+    ):  # several subtrees could be the model
         check(capsys.readouterr().out, "diff")
 
 
 @pytest.mark.parametrize(
-    "change", [{"tensors": "3"}, {"same": 1}, {"unheard": 0}, {"differences": [{"name": "a"}]}, {"schema": "x"}]
+    "change",
+    [
+        {"tensors": "3"},
+        {"same": 1},
+        {"unheard": 0},
+        {"differences": [{"name": "a"}]},
+        {"schema": "x"},
+    ],
 )
-def test_a_schema_refuses_what_is_none(change: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_schema_refuses_what_is_none(
+    change: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["verify", str(TRAINING), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert validator("verify").is_valid(document)
@@ -105,8 +132,18 @@ def test_a_schema_refuses_what_is_none(change: dict[str, object], capsys: pytest
 
 def test_files_that_are_left_out_have_their_place() -> None:
     left_out = [{"path": "unet/model.safetensors", "nbytes": 3, "reason": "another model"}]
-    for name in ("inspect", "convert", "offload-prep", "convert.dry-run", "verify", "diff", "place"):
-        schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))["properties"]["left_out"]
+    for name in (
+        "inspect",
+        "convert",
+        "offload-prep",
+        "convert.dry-run",
+        "verify",
+        "diff",
+        "place",
+    ):
+        schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))["properties"][
+            "left_out"
+        ]
         assert Draft202012Validator(strict(schema)).is_valid(left_out)
 
 
@@ -138,4 +175,6 @@ def test_the_page_is_made_from_the_schemas() -> None:
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert (ROOT / "docs" / "json.md").read_text(encoding="utf-8") == tables.page(), "python docs/tables.py > docs/json.md"
+    assert (ROOT / "docs" / "json.md").read_text(encoding="utf-8") == tables.page(), (
+        "python docs/tables.py > docs/json.md"
+    )

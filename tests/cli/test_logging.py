@@ -1,4 +1,6 @@
-"""What is logged, and where it is shown: with -v on stderr, in Python wherever logging is configured to."""
+"""What is logged, and where it is shown: with -v on stderr, in Python wherever logging is
+configured to.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def test_verbose_says_what_was_recognised_how_it_was_copied_and_how_long_it_took
     shown = capsys.readouterr()
     assert shown.out == ""
     assert f"s  {TRAINING}: torch-zip, 20 tensors in 1 files; headers read in 0." in shown.err
-    assert "model.safetensors: 512 B headers, 136 B copied in the kernel in 0." in shown.err or "read" in shown.err
+    assert (
+        "model.safetensors: 512 B headers, 136 B copied in the kernel in 0." in shown.err
+        or "read" in shown.err
+    )
     assert "out: in place after " in shown.err
     assert "read as torch-zip" not in shown.err
     assert main(["verify", "out", "-vv"]) == 0
@@ -35,7 +40,11 @@ def test_verbose_says_what_was_recognised_how_it_was_copied_and_how_long_it_took
     assert "is complete" in shown.out
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["place"], ["diff", TRAINING], ["verify"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["place"], ["diff", TRAINING], ["verify"]],
+    ids=lambda command: command[0],
+)
 def test_every_command_that_reads_is_verbose_and_json_stays_one_document(
     command: list[str | Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +66,9 @@ def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_python_sees_the_same_through_logging(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_python_sees_the_same_through_logging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "shardkit"):
         shardkit.convert(TRAINING, tmp_path / "out")
         from shardkit.load import tensors
@@ -75,10 +86,15 @@ def test_weights_that_are_placed_are_logged_by_the_loader(caplog: pytest.LogCapt
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     with caplog.at_level(logging.INFO, "shardkit"):
         load_checkpoint_in_model(model, TRAINING)
-    assert any(record.name == "shardkit.load" and "weights to place" in record.getMessage() for record in caplog.records)
+    assert any(
+        record.name == "shardkit.load" and "weights to place" in record.getMessage()
+        for record in caplog.records
+    )
 
 
-def test_no_control_character_of_a_name_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_control_character_of_a_name_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a\x1b[31m.pt"
     try:
         path.write_bytes(TRAINING.read_bytes())
@@ -106,7 +122,9 @@ def test_a_terminal_has_colours_unless_it_asks_for_none(what: str, tmp_path: Pat
     arguments, piece = COLOURED[what]
 
     def raw(**environment: str) -> bytes:
-        return on_a_terminal(["-m", "shardkit", *arguments], columns=200, cwd=tmp_path, environment=environment).raw
+        return on_a_terminal(
+            ["-m", "shardkit", *arguments], columns=200, cwd=tmp_path, environment=environment
+        ).raw
 
     assert piece in raw()
     assert b"\x1b" not in raw(NO_COLOR="1")
@@ -132,7 +150,9 @@ def test_what_is_no_terminal_has_colours_if_it_asks_for_them(
     assert capsys.readouterr() == plain
 
 
-def test_json_has_no_colours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_no_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert main(["inspect", str(TRAINING), "--json"]) == 0
     assert "\x1b" not in capsys.readouterr().out

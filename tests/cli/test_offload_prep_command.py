@@ -23,8 +23,15 @@ Capture = pytest.CaptureFixture[str]
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a small model in it."""
     monkeypatch.chdir(tmp_path)
-    names = ["embed.weight", *(f"layers.{number}.{part}.weight" for number in range(3) for part in "qk"), "head.weight"]
-    save_file({name: torch.full((64,), float(at)) for at, name in enumerate(names)}, tmp_path / "m.safetensors")
+    names = [
+        "embed.weight",
+        *(f"layers.{number}.{part}.weight" for number in range(3) for part in "qk"),
+        "head.weight",
+    ]
+    save_file(
+        {name: torch.full((64,), float(at)) for at, name in enumerate(names)},
+        tmp_path / "m.safetensors",
+    )
     return tmp_path
 
 
@@ -70,7 +77,16 @@ def test_every_option_reaches_the_library(room: Path) -> None:
         "--dtype",
         "bf16",
     ]
-    arguments += ["--exclude", "layers.0.*", "--checksum", "sha256", "--jobs", "1", "--no-fsync", "-q"]
+    arguments += [
+        "--exclude",
+        "layers.0.*",
+        "--checksum",
+        "sha256",
+        "--jobs",
+        "1",
+        "--no-fsync",
+        "-q",
+    ]
     assert main(["offload-prep", "m.safetensors", "-o", "out", *arguments]) == 0
     record = json.loads((room / "out" / "offload.json").read_text())
     names = [block["name"] for block in record["blocks"]]
@@ -79,9 +95,11 @@ def test_every_option_reaches_the_library(room: Path) -> None:
     assert not any("0" in name for name in names)
     assert record["algorithm"] == "sha256"
     assert (room / "out" / "shardkit.manifest.json").is_file()
-    assert {tensor.dtype for path in (room / "out").glob("*.safetensors") for tensor in load_file(path).values()} == {
-        torch.bfloat16
-    }
+    assert {
+        tensor.dtype
+        for path in (room / "out").glob("*.safetensors")
+        for tensor in load_file(path).values()
+    } == {torch.bfloat16}
 
 
 def test_verify_holds_it_against_its_digests_and_its_source(capsys: Capture) -> None:
@@ -96,17 +114,25 @@ def test_verify_holds_it_against_its_digests_and_its_source(capsys: Capture) -> 
     [
         (["--blocks", "("], 2, "'(' is no regular expression"),
         (["--blocks", "a", "--model-class"], 2, "both say what is a block"),
-        (["-o", "x.safetensors"], 1, "x.safetensors is one file, and blocks with their record need a folder"),
+        (
+            ["-o", "x.safetensors"],
+            1,
+            "x.safetensors is one file, and blocks with their record need a folder",
+        ),
         (["--order", "nowhere"], 1, "nowhere: cannot be read"),
         (["--model-class"], 1, "has no config.json"),
     ],
 )
-def test_what_cannot_be_done_is_a_sentence(arguments: list[str], code: int, sentence: str, capsys: Capture) -> None:
+def test_what_cannot_be_done_is_a_sentence(
+    arguments: list[str], code: int, sentence: str, capsys: Capture
+) -> None:
     assert main(["offload-prep", "m.safetensors", *arguments]) == code
     assert sentence in capsys.readouterr().err
 
 
-def test_the_class_of_the_model_is_asked_where_the_user_wants_it(room: Path, capsys: Capture) -> None:
+def test_the_class_of_the_model_is_asked_where_the_user_wants_it(
+    room: Path, capsys: Capture
+) -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(room / "tiny")
     assert main(["offload-prep", "tiny", "--model-class", "--dry-run"]) == 0
@@ -115,7 +141,8 @@ def test_the_class_of_the_model_is_asked_where_the_user_wants_it(room: Path, cap
 
 def test_it_imports_no_torch() -> None:
     code = (
-        "import sys; from shardkit.cli import main; main(['offload-prep', 'm.safetensors', '-q']); print('torch' in sys.modules)"
+        "import sys; from shardkit.cli import main; main(['offload-prep', 'm.safetensors', "
+        "'-q']); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.stdout == "False\n", done.stderr

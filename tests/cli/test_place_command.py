@@ -19,9 +19,18 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """Ten layers of 1 MB, embeddings and a head of 2 MB, as safetensors sorts them."""
-    layers = {f"model.layers.{at}.w{part}.weight": torch.zeros(125_000) for at in range(10) for part in (1, 2)}
-    ends = {"model.embed_tokens.weight": torch.zeros(500_000), "lm_head.weight": torch.zeros(500_000)}
-    save_file({**layers, **ends, "model.norm.weight": torch.zeros(250)}, tmp_path / "model.safetensors")
+    layers = {
+        f"model.layers.{at}.w{part}.weight": torch.zeros(125_000)
+        for at in range(10)
+        for part in (1, 2)
+    }
+    ends = {
+        "model.embed_tokens.weight": torch.zeros(500_000),
+        "lm_head.weight": torch.zeros(500_000),
+    }
+    save_file(
+        {**layers, **ends, "model.norm.weight": torch.zeros(250)}, tmp_path / "model.safetensors"
+    )
     return tmp_path
 
 
@@ -56,7 +65,9 @@ def test_a_narrower_type_takes_less(llama: Path, capsys: Capture) -> None:
 def test_what_does_not_fit_is_said(llama: Path, capsys: Capture) -> None:
     lines = placed(capsys, llama, "--max-memory", "0=1.5MB,cpu=1GB")
     (line,) = (line for line in lines if line.startswith("does not fit"))
-    assert line.endswith("model.embed_tokens, 2.00 MB, is to be brought to 0, which lacks 500 kB for it")
+    assert line.endswith(
+        "model.embed_tokens, 2.00 MB, is to be brought to 0, which lacks 500 kB for it"
+    )
 
 
 def test_layers_can_be_split_or_joined(llama: Path, capsys: Capture) -> None:
@@ -64,12 +75,19 @@ def test_layers_can_be_split_or_joined(llama: Path, capsys: Capture) -> None:
         (line,) = placed(capsys, llama, "--max-memory", "cpu=1GB", "--no-split", pattern, "--json")
         return [block["name"] for block in json.loads(line)["blocks"]]
 
-    assert names(r"layers\.\d+\.w1$")[:4] == ["model.embed_tokens", "model.layers.0", "model.layers.0.w1", "model.layers.1"]
+    assert names(r"layers\.\d+\.w1$")[:4] == [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.0.w1",
+        "model.layers.1",
+    ]
     assert names("^model$") == ["model", "lm_head"]
 
 
 def test_a_machine_gets_every_block(llama: Path, capsys: Capture) -> None:
-    (line,) = placed(capsys, llama, "--max-memory", "cuda:1=5MB", "--max-memory", "cpu=1MB,0=5MB", "--json")
+    (line,) = placed(
+        capsys, llama, "--max-memory", "cuda:1=5MB", "--max-memory", "cpu=1MB,0=5MB", "--json"
+    )
     document = json.loads(line)
     assert document["budgets"] == {"0": 5_000_000, "1": 5_000_000, "cpu": 1_000_000}
     assert sum(document["used"].values()) == document["nbytes"] == 14_001_000
@@ -106,13 +124,18 @@ def test_without_a_word_on_the_cpu_this_machine_is_meant(llama: Path, capsys: Ca
         (["--max-memory", "0=1GB,cuda:0=2GB"], "device 0 has two sizes"),
         (["--max-memory", "0=much"], "'much' is not a size"),
         (["--no-split", "("], "no regular expression"),
-        (["--rates", "disc=1GB"], "'disc=1GB' must be NAME=SIZE, and NAME one of disk, copy, link, compute"),
+        (
+            ["--rates", "disc=1GB"],
+            "'disc=1GB' must be NAME=SIZE, and NAME one of disk, copy, link, compute",
+        ),
         (["--rates", "disk=fast"], "'fast' is not a size"),
         (["--predict", "--tokens", "0"], "0 is not in the range"),
         (["--dtype", "int8"], "no floating-point type"),
     ],
 )
-def test_a_command_line_that_says_nothing_is_refused(llama: Path, capsys: Capture, arguments: list[str], sentence: str) -> None:
+def test_a_command_line_that_says_nothing_is_refused(
+    llama: Path, capsys: Capture, arguments: list[str], sentence: str
+) -> None:
     assert main(["place", str(llama), *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -124,10 +147,14 @@ def test_a_file_without_tensors_has_nothing_to_place(tmp_path: Path, capsys: Cap
 
 
 def test_a_part_of_a_file_can_be_placed(tmp_path: Path, capsys: Capture) -> None:
-    torch.save({"model": {"w": torch.ones(2, 2)}, "ema": {"w": torch.zeros(3, 2)}}, tmp_path / "two.pt")
+    torch.save(
+        {"model": {"w": torch.ones(2, 2)}, "ema": {"w": torch.zeros(3, 2)}}, tmp_path / "two.pt"
+    )
     assert main(["place", str(tmp_path / "two.pt")]) == 1
     assert "--root" in capsys.readouterr().err
-    assert placed(capsys, tmp_path / "two.pt", "--root", "ema", "--max-memory", "cpu=1MB")[0].endswith("1 block, 24 B")
+    assert placed(capsys, tmp_path / "two.pt", "--root", "ema", "--max-memory", "cpu=1MB")[
+        0
+    ].endswith("1 block, 24 B")
 
 
 @pytest.fixture
@@ -149,16 +176,26 @@ def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys
     on_disk = document["used"]["disk"]
     assert document["read_per_forward"] == {"disk": on_disk, "cpu": 0}
     predicted = document["forecast"]["predicted"]
-    assert predicted["busy"] == pytest.approx({"disk": on_disk / 1e6, "copy": 0, "link": 0, "compute": 0.01})
-    assert predicted["first"] >= predicted["seconds"] >= document["forecast"]["least"] == on_disk / 1e6
+    assert predicted["busy"] == pytest.approx(
+        {"disk": on_disk / 1e6, "copy": 0, "link": 0, "compute": 0.01}
+    )
+    assert (
+        predicted["first"] >= predicted["seconds"] >= document["forecast"]["least"] == on_disk / 1e6
+    )
     assert predicted["limit"] == "disk"
     ring = document["forecast"]["ring"]
     assert ring["lacking"] == max(0, ring["nbytes"] - document["left"]["cpu"])
-    assert any(line.startswith("ring") and line.endswith("more than is left for it") for line in lines) == bool(ring["lacking"])
+    assert any(
+        line.startswith("ring") and line.endswith("more than is left for it") for line in lines
+    ) == bool(ring["lacking"])
 
 
-def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(matrices: Path, capsys: Capture) -> None:
-    lines = placed(capsys, matrices, "--max-memory", "0=6MB,cpu=4MB", "--rates", "disk=1MB,link=2MB")
+def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(
+    matrices: Path, capsys: Capture
+) -> None:
+    lines = placed(
+        capsys, matrices, "--max-memory", "0=6MB,cpu=4MB", "--rates", "disk=1MB,link=2MB"
+    )
     assert [line for line in lines if line.startswith(("on disk", "on cpu"))] == [
         "on disk      4.00 MB, read for every forward",
         "on cpu       3.00 MB, brought to 0 for every forward",
@@ -168,14 +205,29 @@ def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(mat
     assert not [line for line in lines if line.startswith("a forward")]
 
 
-def test_where_nothing_is_brought_only_computing_takes_time(matrices: Path, capsys: Capture) -> None:
+def test_where_nothing_is_brought_only_computing_takes_time(
+    matrices: Path, capsys: Capture
+) -> None:
     lines = placed(capsys, matrices, "--max-memory", "cpu=1GB", "--rates", "compute=10MB")
     assert "a forward    1 s, the first 1 s; limit: compute (compute 1 s)" in lines
     assert not [line for line in lines if line.startswith("ring")]
 
 
-def test_the_rates_of_this_machine_are_measured_and_given_ones_overrule_them(llama: Path, capsys: Capture) -> None:
-    (line,) = placed(capsys, llama, "--max-memory", "cpu=9MB", "--predict", "--tokens", "3", "--rates", "disk=5MB", "--json")
+def test_the_rates_of_this_machine_are_measured_and_given_ones_overrule_them(
+    llama: Path, capsys: Capture
+) -> None:
+    (line,) = placed(
+        capsys,
+        llama,
+        "--max-memory",
+        "cpu=9MB",
+        "--predict",
+        "--tokens",
+        "3",
+        "--rates",
+        "disk=5MB",
+        "--json",
+    )
     forecast = json.loads(line)["forecast"]
     assert forecast["rates"]["disk"] == 5e6
     assert forecast["rates"]["copy"] > 0 < forecast["rates"]["compute"]
@@ -200,7 +252,9 @@ def test_without_being_asked_nothing_is_predicted(llama: Path, capsys: Capture) 
     assert json.loads(line)["read_per_forward"]["disk"] > 0
 
 
-def test_without_torch_a_sentence_says_that_it_is_needed(llama: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_a_sentence_says_that_it_is_needed(
+    llama: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "shardkit.load.performance.forecast", None)
     assert main(["place", str(llama), "--predict"]) == 1
     assert "needs torch, which is not installed" in capsys.readouterr().err

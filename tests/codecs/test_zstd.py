@@ -25,15 +25,24 @@ TEXT = bytes(Random(0).randbytes(1000)) * 300
 SKIPPED = bytes.fromhex("502a4d18") + (5).to_bytes(4, "little") + b"hello"
 
 
-def frame(content: bytes, *, level: int = 3, with_size: bool = True, with_checksum: bool = False) -> bytes:
-    return zstandard.ZstdCompressor(level, write_content_size=with_size, write_checksum=with_checksum).compress(content)
+def frame(
+    content: bytes, *, level: int = 3, with_size: bool = True, with_checksum: bool = False
+) -> bytes:
+    return zstandard.ZstdCompressor(
+        level, write_content_size=with_size, write_checksum=with_checksum
+    ).compress(content)
 
 
 def seekable(contents: Sequence[bytes], *, with_checksums: bool = False) -> bytes:
     compressed = [frame(content) for content in contents]
-    lines = [struct.pack("<II", len(c), len(e)) + b"sum!" * with_checksums for c, e in zip(compressed, contents, strict=True)]
+    lines = [
+        struct.pack("<II", len(c), len(e)) + b"sum!" * with_checksums
+        for c, e in zip(compressed, contents, strict=True)
+    ]
     table = b"".join(lines) + struct.pack("<IBI", len(contents), 0x80 * with_checksums, 0x8F92EAB1)
-    return b"".join(compressed) + bytes.fromhex("5e2a4d18") + len(table).to_bytes(4, "little") + table
+    return (
+        b"".join(compressed) + bytes.fromhex("5e2a4d18") + len(table).to_bytes(4, "little") + table
+    )
 
 
 def expanded(content: bytes, *, step: int = 1 << 20) -> bytes:
@@ -49,7 +58,10 @@ STREAMS = {
     "several frames": (frame(TEXT) + frame(b"") + frame(b"end"), TEXT + b"end"),
     "skippable frames": (SKIPPED + frame(TEXT) + SKIPPED, TEXT),
     "a long run of one byte": (frame(bytes(9_000_000)), bytes(9_000_000)),
-    "what cannot be compressed": (frame(Random(1).randbytes(300_000)), Random(1).randbytes(300_000)),
+    "what cannot be compressed": (
+        frame(Random(1).randbytes(300_000)),
+        Random(1).randbytes(300_000),
+    ),
     "the best level": (frame(TEXT, level=22), TEXT),
     "a table of frames": (seekable([TEXT, b"", b"end"]), TEXT + b"end"),
 }
@@ -57,7 +69,9 @@ STREAMS = {
 
 @pytest.mark.parametrize(("compressed", "content"), STREAMS.values(), ids=STREAMS)
 @pytest.mark.parametrize("step", [1, 7, 1 << 20])
-def test_a_stream_is_expanded_however_it_is_cut(compressed: bytes, content: bytes, step: int) -> None:
+def test_a_stream_is_expanded_however_it_is_cut(
+    compressed: bytes, content: bytes, step: int
+) -> None:
     assert sniff(compressed[:4096])
     assert expanded(compressed, step=step) == content
 
@@ -75,7 +89,10 @@ def test_a_bomb_is_expanded_in_small_pieces() -> None:
     assert max(sizes) <= 4 << 20
 
 
-@pytest.mark.parametrize("whole", [frame(b"x" * 300 + TEXT[:500], with_checksum=True), frame(b"a") + SKIPPED + frame(b"b")])
+@pytest.mark.parametrize(
+    "whole",
+    [frame(b"x" * 300 + TEXT[:500], with_checksum=True), frame(b"a") + SKIPPED + frame(b"b")],
+)
 def test_a_stream_cut_anywhere_is_an_error(whole: bytes) -> None:
     ends_of_frames = {0, len(frame(b"a")), len(frame(b"a") + SKIPPED)}
     for length in range(len(whole)):
@@ -116,7 +133,11 @@ def test_a_table_lists_its_frames(with_checksums: bool) -> None:
     listed = frames(Literal(seekable(contents, with_checksums=with_checksums)))
     assert [each.expanded for each in listed] == [len(TEXT), 0, 3]
     assert [each.nbytes for each in listed] == [len(frame(content)) for content in contents]
-    assert [each.start for each in listed] == [0, listed[0].nbytes, listed[0].nbytes + listed[1].nbytes]
+    assert [each.start for each in listed] == [
+        0,
+        listed[0].nbytes,
+        listed[0].nbytes + listed[1].nbytes,
+    ]
 
 
 @pytest.mark.parametrize("content", [frame(TEXT), b"", b"short", SKIPPED])
@@ -132,10 +153,19 @@ def table_of(count: int, *, flags: int = 0, lines: bytes = b"", size: int | None
 
 LYING = {
     "more frames than bytes": (table_of(1000), "takes 8,017 bytes, and the file has"),
-    "frames longer than the file": (table_of(1, lines=struct.pack("<II", 10**6, 5)), "lists frames of 1,000,000 bytes"),
-    "frames shorter than the file": (table_of(1, lines=struct.pack("<II", 7, 5)), "lists frames of 7 bytes"),
+    "frames longer than the file": (
+        table_of(1, lines=struct.pack("<II", 10**6, 5)),
+        "lists frames of 1,000,000 bytes",
+    ),
+    "frames shorter than the file": (
+        table_of(1, lines=struct.pack("<II", 7, 5)),
+        "lists frames of 7 bytes",
+    ),
     "a reserved flag": (table_of(1, flags=4, lines=bytes(8)), "reserved flag"),
-    "a size that does not fit": (table_of(1, lines=bytes(8), size=40), "does not begin where it should"),
+    "a size that does not fit": (
+        table_of(1, lines=bytes(8), size=40),
+        "does not begin where it should",
+    ),
 }
 
 
@@ -147,12 +177,17 @@ def test_a_table_that_lies_is_refused(tmp_path: Path, content: bytes, sentence: 
 
 
 @pytest.mark.parametrize("off_by", [-1, 1])
-def test_a_table_that_lies_about_what_a_frame_holds_is_found_when_it_is_read(tmp_path: Path, off_by: int) -> None:
+def test_a_table_that_lies_about_what_a_frame_holds_is_found_when_it_is_read(
+    tmp_path: Path, off_by: int
+) -> None:
     content = bytearray(seekable([TEXT]))
     content[-13:-9] = struct.pack("<I", len(TEXT) + off_by)
     (tmp_path / "m.zst").write_bytes(content)
     payload = expansion(Extent(tmp_path / "m.zst", 0, len(content)), CODEC, Limits())
-    with pytest.raises(Malformed, match=r"its table says that a frame holds (299,999|300,001) bytes, and it does not"):
+    with pytest.raises(
+        Malformed,
+        match=r"its table says that a frame holds (299,999|300,001) bytes, and it does not",
+    ):
         read_all(payload)
 
 
@@ -163,7 +198,9 @@ def framed(tmp_path: Path) -> tuple[Path, bytes]:
     return tmp_path / "m.zst", b"".join(contents)
 
 
-def test_a_file_with_a_table_is_read_in_place(framed: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_a_table_is_read_in_place(
+    framed: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, content = framed
     monkeypatch.setattr("tempfile.TemporaryFile", None)
     payload = expansion(Extent(path, 0, path.stat().st_size), CODEC, Limits())
@@ -180,7 +217,9 @@ def test_a_file_with_a_table_is_read_in_place(framed: tuple[Path, bytes], monkey
         (10, len(content) - 20),
     ]:
         assert read_all(payload.narrow(start, nbytes)) == content[start : start + nbytes]
-        assert [len(c) for c in payload.narrow(start, nbytes).chunks()][:-1] == [CHUNK] * ((nbytes - 1) // CHUNK if nbytes else 0)
+        assert [len(c) for c in payload.narrow(start, nbytes).chunks()][:-1] == [CHUNK] * (
+            (nbytes - 1) // CHUNK if nbytes else 0
+        )
 
 
 def test_equal_runs_of_a_frame_are_equal_and_travel_by_pickle(framed: tuple[Path, bytes]) -> None:
@@ -202,10 +241,16 @@ def test_a_file_without_a_table_is_expanded_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "limit"), [(Limits(expanded_bytes=1000), "expanded_bytes"), (Limits(ratio=10), "ratio")], ids=["size", "ratio"]
+    ("limits", "limit"),
+    [(Limits(expanded_bytes=1000), "expanded_bytes"), (Limits(ratio=10), "ratio")],
+    ids=["size", "ratio"],
 )
-@pytest.mark.parametrize("make", [frame, lambda content: seekable([content])], ids=["stream", "table"])
-def test_what_expands_too_far_is_refused(tmp_path: Path, limits: Limits, limit: str, make: object) -> None:
+@pytest.mark.parametrize(
+    "make", [frame, lambda content: seekable([content])], ids=["stream", "table"]
+)
+def test_what_expands_too_far_is_refused(
+    tmp_path: Path, limits: Limits, limit: str, make: object
+) -> None:
     assert callable(make)
     content = make(bytes(70_000_000))
     (tmp_path / "m.zst").write_bytes(content)
@@ -214,7 +259,9 @@ def test_what_expands_too_far_is_refused(tmp_path: Path, limits: Limits, limit: 
     assert caught.value.limit == limit
 
 
-def test_without_the_package_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_a_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = builtins.__import__
 
     def refusing(name: str, *rest: object) -> object:

@@ -1,4 +1,5 @@
-"""Makes every system call of one scenario fail in turn, and prints as JSON what was left and what was wrong after any of them.
+"""Makes every system call of one scenario fail in turn, and prints as JSON what was left and what
+was wrong after any of them.
 
 python tests/crash/failer.py FOLDER SCENARIO ERRNO [writes|reads]
 """
@@ -38,7 +39,9 @@ class Sweep:
 
 
 def struck(case: Case, strike: Strike, *, reads: bool = False) -> Sweep:
-    """Strike the calls of *case* in turn: those that write, or those that read its source, which fails then for good."""
+    """Strike the calls of *case* in turn: those that write, or those that read its source, which
+    fails then for good.
+    """
     before, sweep = stamps(case.source), Sweep()
     for number in range(10_000):
         case.reset()
@@ -56,7 +59,9 @@ def struck(case: Case, strike: Strike, *, reads: bool = False) -> Sweep:
         if error is not None and len(str(error)) < 20:
             sweep.faults.append(f"call {number}, {layer.struck}: no sentence: {error}")
         sweep.left[case.left()] += 1
-        sweep.faults += [f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before, killed=False)]
+        sweep.faults += [
+            f"call {number}, {layer.struck}: {fault}" for fault in case.faults(before, killed=False)
+        ]
     raise AssertionError("it never ends")
 
 

@@ -1,4 +1,6 @@
-"""The system calls of the writer below one folder: recorded, and one of them made to fail, or to be the last of the process."""
+"""The system calls of the writer below one folder: recorded, and one of them made to fail, or to be
+the last of the process.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,33 @@ import shardkit.writing.writer
 # What each call acts on: the number of the argument that is a path or a descriptor.
 Watched = tuple[tuple[object, str, int], ...]
 WRITES: Watched = (
-    *((os, name, 0) for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rmdir", "unlink", "remove")),
-    *((os, name, 0) for name in ("rename", "replace", "scandir", "listdir", "read", "preadv", "lseek", "sendfile")),
+    *(
+        (os, name, 0)
+        for name in (
+            "open",
+            "write",
+            "pwrite",
+            "fsync",
+            "ftruncate",
+            "mkdir",
+            "rmdir",
+            "unlink",
+            "remove",
+        )
+    ),
+    *(
+        (os, name, 0)
+        for name in (
+            "rename",
+            "replace",
+            "scandir",
+            "listdir",
+            "read",
+            "preadv",
+            "lseek",
+            "sendfile",
+        )
+    ),
     (os, "copy_file_range", 1),
     (builtins, "open", 0),
     (io, "open", 0),  # pathlib's
@@ -63,7 +90,8 @@ class Layer:
         folder: what lies below it is watched.
         at: number of the call to strike; None for none.
         strike: raises or kills; None to record only.
-        syncs: whether fsync reaches the disk. What a killed process wrote stays in the page cache anyway.
+        syncs: whether fsync reaches the disk. What a killed process wrote stays in the page cache
+            anyway.
         watched: the calls that count.
         numbers: of the calls, in the order in which they are made.
         lasting: whether every later call is struck too, as where a sector of the disk is broken.
@@ -83,10 +111,14 @@ class Layer:
     def installed(self) -> Iterator[Layer]:
         with ExitStack() as stack:
             for room, name, number in self.watched:
-                stack.enter_context(patch.object(room, name, self._watching(getattr(room, name), name, number)))
+                stack.enter_context(
+                    patch.object(room, name, self._watching(getattr(room, name), name, number))
+                )
             yield self
 
-    def _watching(self, real: Callable[..., object], name: str, number: int) -> Callable[..., object]:
+    def _watching(
+        self, real: Callable[..., object], name: str, number: int
+    ) -> Callable[..., object]:
         def call(*args: object, **options: object) -> object:
             path = self._below(args[number] if len(args) > number else None, options.get("dir_fd"))
             if path is None:

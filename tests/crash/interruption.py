@@ -24,9 +24,13 @@ _LOADER = str(Path(shardkit.load.__file__).parent)
 
 
 def interrupted(act: Callable[[], object], moment: int) -> bool:
-    """Whether *act* was not over before the moment of that number in what this thread runs of the loader, and ended with it."""
+    """Whether *act* was not over before the moment of that number in what this thread runs of the
+    loader, and ended with it.
+    """
     if sys.version_info[:2] in _DEAF:
-        pytest.skip("a tracer of this Python is not told of all instructions, once another has raised")
+        pytest.skip(
+            "a tracer of this Python is not told of all instructions, once another has raised"
+        )
     left = moment
 
     def trace(frame: FrameType, event: str, _: object) -> TraceFunction | None:
@@ -58,10 +62,11 @@ def _finalizes(frame: FrameType) -> bool:
 
 @cache
 def _moments(code: CodeType) -> frozenset[int]:
-    """Where in *code* the interpreter has just looked whether a signal came: behind the begin, calls, and turns of loops.
+    """Where in *code* the interpreter has just looked whether a signal came: behind the begin,
+    calls, and turns of loops.
 
-    What a signal raises counts as raised by the instruction before, and what a tracer raises by the one behind: where these two
-    are not in the same `try`, there is no moment.
+    What a signal raises counts as raised by the instruction before, and what a tracer raises by the
+    one behind: where these two are not in the same `try`, there is no moment.
     """
     bytecode = dis.Bytecode(code)
     guards = bytecode.exception_entries  # type: ignore[attr-defined]  # typeshed does not know it
@@ -72,5 +77,6 @@ def _moments(code: CodeType) -> frozenset[int]:
     return frozenset(
         behind.offset
         for looking, behind in pairwise(bytecode)
-        if looking.opname.startswith(("RESUME", "CALL", "JUMP_BACKWARD")) and guard(behind.offset - 2) == guard(behind.offset)
+        if looking.opname.startswith(("RESUME", "CALL", "JUMP_BACKWARD"))
+        and guard(behind.offset - 2) == guard(behind.offset)
     )

@@ -1,4 +1,5 @@
-"""Kills a child process at every system call of one scenario in turn, and prints what was left and wrong after each, as JSON.
+"""Kills a child process at every system call of one scenario in turn, and prints what was left and
+wrong after each, as JSON.
 
 python tests/crash/killer.py FOLDER SCENARIO STEP
 """
@@ -16,7 +17,9 @@ from scenarios import SCENARIOS, Case, main_folder, stamps
 
 LAST = 30
 HUNG = 200  # seconds after which a child says where it is, and ends
-RACED = 3  # calls that a run of several jobs may make or not, as when two of them ask at once what a file system can do
+# calls that a run of several jobs may make or not, as when two of them ask at once what a file
+# system can do
+RACED = 3
 
 
 def killed_at(case: Case, number: int) -> bool:
@@ -54,7 +57,9 @@ def main(base: Path, name: str, step: int) -> None:
                 raise AssertionError(f"the run made no call {number}")
             continue
         sweep.left[case.left()] += 1
-        sweep.faults += [f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)]
+        sweep.faults += [
+            f"killed at call {number}: {fault}" for fault in case.faults(before, killed=True)
+        ]
     print(sweep.dump())  # noqa: T201 - to the program that started us
 
 

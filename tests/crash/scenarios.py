@@ -1,4 +1,6 @@
-"""What is done while faults strike, and what must be true after each: the laws of an output that is whole or not there."""
+"""What is done while faults strike, and what must be true after each: the laws of an output that is
+whole or not there.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ from shardkit.planning.plan import OutputFile
 from shardkit.planning.prepare import ConversionOptions, prepare
 
 MAX_SHARD = "7kB"
-FOREIGN = {"mine.txt": b"mine", "out.old/mine.txt": b"mine too", "out.partial.old/.shardkit-journal": b"mine as well"}
+FOREIGN = {
+    "mine.txt": b"mine",
+    "out.old/mine.txt": b"mine too",
+    "out.partial.old/.shardkit-journal": b"mine as well",
+}
 
 Tree = dict[str, bytes]
 
@@ -40,7 +46,8 @@ class Scenario:
 
     Attributes:
         name: for test ids.
-        run: the command, given the source and the folder to write in; what it returns is not looked at.
+        run: the command, given the source and the folder to write in; what it returns is not looked
+            at.
         before: makes what stands there before, given the same.
         out: name of the output in that folder.
     """
@@ -55,8 +62,13 @@ def make_source(folder: Path) -> Path:
     """A checkpoint of eight tensors, with companions at two levels."""
     folder.mkdir()
     contents = [bytes([number]) * 3000 for number in range(8)]
-    entries = [TensorEntry((f"layers.{n}",), parse_dtype("fp32"), (750,), Literal(data)) for n, data in enumerate(contents)]
-    (folder / "model.safetensors").write_bytes(safetensors_header.dump(entries, {"format": "pt"}, modulus=64) + b"".join(contents))
+    entries = [
+        TensorEntry((f"layers.{n}",), parse_dtype("fp32"), (750,), Literal(data))
+        for n, data in enumerate(contents)
+    ]
+    (folder / "model.safetensors").write_bytes(
+        safetensors_header.dump(entries, {"format": "pt"}, modulus=64) + b"".join(contents)
+    )
     (folder / "config.json").write_text("{}")
     (folder / "sub").mkdir()
     (folder / "sub" / "vocab.txt").write_text("a b c")
@@ -64,7 +76,9 @@ def make_source(folder: Path) -> Path:
 
 
 def make_work(source: Path, work: Path, scenario: Scenario) -> Path:
-    """What stands in the folder *work* before *scenario*: foreign files, and what it says itself."""
+    """What stands in the folder *work* before *scenario*: foreign files, and what it says
+    itself.
+    """
     for name, content in FOREIGN.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_bytes(content)
@@ -74,16 +88,26 @@ def make_work(source: Path, work: Path, scenario: Scenario) -> Path:
 
 def tree(folder: Path) -> Tree:
     """Every file below *folder*, and every empty folder as a name that ends in a slash."""
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     empty = {
-        f"{path.relative_to(folder).as_posix()}/": b"" for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
+        f"{path.relative_to(folder).as_posix()}/": b""
+        for path in folder.rglob("*")
+        if path.is_dir() and not any(path.iterdir())
     }
     return files | empty
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Length and time of change of every file below *folder*."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +133,21 @@ class Case:
     @classmethod
     def at(cls, folder: Path, scenario: Scenario) -> Case:
         """Prepare *scenario* below *folder*, and run it once."""
-        source, work, template = make_source(folder / "source"), folder / "work", folder / "template"
+        source, work, template = (
+            make_source(folder / "source"),
+            folder / "work",
+            folder / "template",
+        )
         make_work(source, work, scenario)
         shutil.copytree(work, template)
         old = _output(tree(work), scenario.out)
         scenario.run(source, work)
         new = tree(work)
-        left = [name for name in new.keys() - FOREIGN.keys() if ".shardkit-" in name or ".partial" in name or ".old" in name]
+        left = [
+            name
+            for name in new.keys() - FOREIGN.keys()
+            if ".shardkit-" in name or ".partial" in name or ".old" in name
+        ]
         assert not left, f"an undisturbed run leaves {left}"
         return cls(scenario, source, work, template, old, new)
 
@@ -125,7 +157,9 @@ class Case:
         shutil.copytree(self.template, self.work)
 
     def strike(self, layer: Layer) -> ShardkitError | None:
-        """Run with *layer* installed; what it raises on purpose, if anything. Any other error is a fault of ours."""
+        """Run with *layer* installed; what it raises on purpose, if anything. Any other error is a
+        fault of ours.
+        """
         with layer.installed():
             try:
                 self.scenario.run(self.source, self.work)
@@ -134,7 +168,9 @@ class Case:
         return None
 
     def left(self) -> str:
-        """What stands at the output: the "new" one, the "old" one, "nothing", or "neither" of them."""
+        """What stands at the output: the "new" one, the "old" one, "nothing", or "neither" of
+        them.
+        """
         found = _output(tree(self.work), self.scenario.out)
         states = {"nothing": {}, "old": self.old, "new": self._expected}
         return next((state for state, files in states.items() if found == files), "neither")
@@ -142,7 +178,8 @@ class Case:
     def faults(self, before: dict[str, tuple[int, int]], *, killed: bool) -> Iterator[str]:
         """What is wrong after a strike, and after the same command was given again.
 
-        A run that lives on leaves the old output, or the new one. One that was *killed* may leave none.
+        A run that lives on leaves the old output, or the new one. One that was *killed* may leave
+        none.
         """
         yield from self._faults_of_state(before)
         if not killed and self.old and not _output(tree(self.work), self.scenario.out):
@@ -154,11 +191,18 @@ class Case:
             if report.resumed < finished:
                 yield f"of {finished} files that were complete, {report.resumed} were kept"
         except OutputError as error:
-            if not (" exists" in str(error) and _output(tree(self.work), self.scenario.out) == self._expected):
+            if not (
+                " exists" in str(error)
+                and _output(tree(self.work), self.scenario.out) == self._expected
+            ):
                 yield f"the same command again: {error}"
         after = tree(self.work)
         if after != self.new:
-            wrong = sorted(name for name in after.keys() | self.new.keys() if after.get(name) != self.new.get(name))
+            wrong = sorted(
+                name
+                for name in after.keys() | self.new.keys()
+                if after.get(name) != self.new.get(name)
+            )
             yield f"the same command again gave something else: {wrong}"
 
     @property
@@ -169,7 +213,11 @@ class Case:
         if stamps(self.source) != before:
             yield "the source was touched"
         now = tree(self.work)
-        yield from (f"{name}, which is foreign, is not as it was" for name in FOREIGN if now.get(name) != FOREIGN[name])
+        yield from (
+            f"{name}, which is foreign, is not as it was"
+            for name in FOREIGN
+            if now.get(name) != FOREIGN[name]
+        )
         found = _output(now, self.scenario.out)
         if found and found not in (self.old, self._expected):
             yield f"the output is neither whole nor the old one: {sorted(found)}"
@@ -177,8 +225,12 @@ class Case:
 
 def _output(files: Tree, out: str) -> Tree:
     """The files of the output; what a commit has still to clear away is none of them."""
-    below = {name: data for name, data in files.items() if name == out or name.startswith(f"{out}/")}
-    return {name: data for name, data in below.items() if ".shardkit-" not in name and name != f"{out}/"}
+    below = {
+        name: data for name, data in files.items() if name == out or name.startswith(f"{out}/")
+    }
+    return {
+        name: data for name, data in below.items() if ".shardkit-" not in name and name != f"{out}/"
+    }
 
 
 def _recorded(journal: Path) -> int:
@@ -190,7 +242,12 @@ def _recorded(journal: Path) -> int:
 def _convert(source: Path, out: Path, **options: object) -> Report:
     edits = Edits()
     checksum = options.get("checksum")
-    conversion = prepare(source, out, edits, ConversionOptions(MAX_SHARD, checksum=None if checksum is None else str(checksum)))
+    conversion = prepare(
+        source,
+        out,
+        edits,
+        ConversionOptions(MAX_SHARD, checksum=None if checksum is None else str(checksum)),
+    )
     return carry_out(conversion, jobs=1, overwrite=bool(options.get("overwrite")))
 
 
@@ -219,11 +276,16 @@ def _summed(source: Path, work: Path) -> Report:
 
 
 def _by_blocks(source: Path, work: Path) -> Report:
-    return carry_out(prepare_offload(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=1)
+    return carry_out(
+        prepare_offload(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=1
+    )
 
 
 def _compressed(source: Path, work: Path) -> Report:
-    return carry_out(prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD, compress="zstd")), jobs=1)
+    return carry_out(
+        prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD, compress="zstd")),
+        jobs=1,
+    )
 
 
 def _overwrite(source: Path, work: Path) -> Report:
@@ -262,7 +324,9 @@ def _interrupted(source: Path, work: Path) -> None:
 def _trailed(source: Path, work: Path) -> Report:
     conversion = prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD))
     weights = Extent(source / "model.safetensors", 1000, 9000)
-    archive = OutputFile("archive.bin", (Literal(b"begin"), weights, Trailer(8, _table), Literal(b"end")))
+    archive = OutputFile(
+        "archive.bin", (Literal(b"begin"), weights, Trailer(8, _table), Literal(b"end"))
+    )
     plan = replace(conversion.plan, files=(*conversion.plan.files, archive))
     return carry_out(replace(conversion, output=replace(conversion.output, plan=plan)), jobs=1)
 

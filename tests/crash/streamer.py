@@ -1,4 +1,5 @@
-"""Makes every read of a model that is loaded and then streams fail in turn, and prints as JSON what came of it.
+"""Makes every read of a model that is loaded and then streams fail in turn, and prints as JSON what
+came of it.
 
 python tests/crash/streamer.py FOLDER ERRNO
 """
@@ -23,7 +24,9 @@ X = torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
 
 def model() -> nn.Sequential:
     """Six blocks, of which a ring of two cannot hold all."""
-    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS))).eval()
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS))
+    ).eval()
 
 
 def streaming(path: Path) -> nn.Sequential:
@@ -41,14 +44,20 @@ def forward(streamed: nn.Sequential, right: torch.Tensor, sweep: Sweep, at: str)
     except ShardkitError as error:
         if "model.pt" not in str(error):
             sweep.faults.append(f"{at}: it does not say where: {error}")
-        left = [name for name, weight in streamed[1:].state_dict(keep_vars=True).items() if type(weight) is nn.Parameter]
+        left = [
+            name
+            for name, weight in streamed[1:].state_dict(keep_vars=True).items()
+            if type(weight) is nn.Parameter
+        ]
         sweep.faults += [f"{at}: {name} is left in memory" for name in left]
         return "told"
     return "right"
 
 
 def struck(path: Path, right: torch.Tensor, number: int) -> Sweep:
-    """From each read on, in turn, let all fail with the errno *number*: those of a load and two forwards. Then let none fail."""
+    """From each read on, in turn, let all fail with the errno *number*: those of a load and two
+    forwards. Then let none fail.
+    """
     sweep = Sweep()
     for at in range(10_000):
         layer = Layer(path.parent, at, failing(number), watched=LOADS, lasting=True)
@@ -57,13 +66,19 @@ def struck(path: Path, right: torch.Tensor, number: int) -> Sweep:
                 streamed = streaming(path)
             except ShardkitError as error:
                 sweep.left["not loaded"] += 1
-                sweep.faults += [] if "model.pt" in str(error) else [f"read {at}: it does not say where: {error}"]
+                sweep.faults += (
+                    []
+                    if "model.pt" in str(error)
+                    else [f"read {at}: it does not say where: {error}"]
+                )
                 continue
             said = [forward(streamed, right, sweep, f"read {at}") for _ in range(2)]
         if layer.struck is None:
             return sweep
         sweep.left["told" if "told" in said else "right"] += 1
-        forward(streamed, right, sweep, f"after read {at}")  # a read ahead that was under way may fail still
+        forward(
+            streamed, right, sweep, f"after read {at}"
+        )  # a read ahead that was under way may fail still
         if forward(streamed, right, sweep, f"after read {at}") != "right":
             sweep.faults.append(f"after read {at}: it does not go on")
         close(streamed)

@@ -1,4 +1,5 @@
-"""The accelerator that there is, for tests that need one: CUDA, ROCm, XPU, or another that torch was given.
+"""The accelerator that there is, for tests that need one: CUDA, ROCm, XPU, or another that torch
+was given.
 
 MPS is left out: its memory is that of the CPU.
 """
@@ -20,13 +21,17 @@ needs_one = [pytest.mark.gpu, pytest.mark.skipif(COUNT == 0, reason="there is no
 needs_two = pytest.mark.skipif(COUNT < 2, reason="there are no two accelerators")
 
 RUNNERS = ["cpu", pytest.param(f"{KIND}:0", id="accelerator", marks=needs_one)]
-"""The devices that run models, for what is to hold on each. Bits are compared with what the same device computes."""
+"""The devices that run models, for what is to hold on each. Bits are compared with what the same
+device computes.
+"""
 TIERS = ["cpu", "disk", pytest.param(0, id="accelerator", marks=needs_one)]
 """The places of weights in a device map."""
 
 
 def allocated() -> int:
-    """Bytes that tensors take in the memory of the accelerators, when all is done that was issued to them."""
+    """Bytes that tensors take in the memory of the accelerators, when all is done that was issued
+    to them.
+    """
     if COUNT:
         device.synchronize()
     return sum(device.memory_allocated(number) for number in range(COUNT))

@@ -29,7 +29,8 @@ class LateTicket:
 
 
 class LateLane:
-    """A device with memory of its own. Until a copy is run, its target holds NaNs; what is copied is what the host holds then.
+    """A device with memory of its own. Until a copy is run, its target holds NaNs; what is copied
+    is what the host holds then.
 
     Attributes:
         bytes: memory of the device that was asked for.
@@ -52,7 +53,9 @@ class LateLane:
 
     def memory(self, nbytes: int) -> torch.Tensor:
         self.bytes += nbytes
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device="cpu")  # whatever the default device
+        return torch.full(
+            (nbytes,), 0xFF, dtype=torch.uint8, device="cpu"
+        )  # whatever the default device
 
     def host(self, memory: torch.Tensor) -> torch.Tensor:
         self.host_bytes += len(memory)

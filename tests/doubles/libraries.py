@@ -1,4 +1,6 @@
-"""Libraries that ours is held against: what asks one that is not installed for anything is skipped, with that for a reason."""
+"""Libraries that ours is held against: what asks one that is not installed for anything is skipped,
+with that for a reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import pytest
 
 
 def peer(name: str) -> Any:
-    """The module *name*, or what stands for it where its library is not installed; one that is broken is an error."""
+    """The module *name*, or what stands for it where its library is not installed; one that is
+    broken is an error.
+    """
     library = name.partition(".")[0]
     try:
         return importlib.import_module(name)

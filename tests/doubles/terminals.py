@@ -1,4 +1,6 @@
-"""A terminal: a real pseudo-terminal that a program runs on, and the screen that a person would see."""
+"""A terminal: a real pseudo-terminal that a program runs on, and the screen that a person would
+see.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from repository import ROOT
 
 _ROWS = 50
 
-# Makes the pseudo-terminal the one that Ctrl-C comes from, and then is the program. Tests that are run in the background of a shell
-# inherit an ignored SIGINT; a program on a terminal starts with the default.
+# Makes the pseudo-terminal the one that Ctrl-C comes from, and then is the program. Tests that are
+# run in the background of a shell inherit an ignored SIGINT; a program on a terminal starts with
+# the default.
 _LEAD = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -53,10 +56,16 @@ def on_a_terminal(
     ctrl_c_after: bytes | None = None,
     environment: dict[str, str] | None = None,
 ) -> Session:
-    """Run Python with *arguments* on a terminal that is *columns* wide; press Ctrl-C once *ctrl_c_after* was written."""
+    """Run Python with *arguments* on a terminal that is *columns* wide; press Ctrl-C once
+    *ctrl_c_after* was written.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
-    plain = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
+    plain = {
+        name: text
+        for name, text in os.environ.items()
+        if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
+    }
     program = subprocess.Popen(
         [sys.executable, "-c", _LEAD, *map(str, arguments)],
         stdin=theirs,

@@ -1,4 +1,6 @@
-"""A toy model with every kind of weight, what it is given, and how it is loaded to run on a device."""
+"""A toy model with every kind of weight, what it is given, and how it is loaded to run on a
+device.
+"""
 
 from __future__ import annotations
 
@@ -77,10 +79,16 @@ def trained() -> Toy:
 
 def saved(model: nn.Module, folder: Path, kind: str = "safetensors") -> Path:
     if kind == "safetensors":
-        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "head.weight"}
+        tensors = {
+            name: tensor.clone()
+            for name, tensor in model.state_dict().items()
+            if name != "head.weight"
+        }
         save_file(tensors, folder / "model.safetensors")
         return folder / "model.safetensors"
-    torch.save(model.state_dict(), folder / "model.bin", _use_new_zipfile_serialization=kind == "zip")
+    torch.save(
+        model.state_dict(), folder / "model.bin", _use_new_zipfile_serialization=kind == "zip"
+    )
     return folder / "model.bin"
 
 
@@ -97,7 +105,9 @@ def resident_on(device: str) -> Toy:
 
 
 def run_on(device_map: Map, device: str) -> dict[str, str | int | torch.device]:
-    """*device_map* for a model that runs on *device*: an accelerator has what stays, which says where the model runs."""
+    """*device_map* for a model that runs on *device*: an accelerator has what stays, which says
+    where the model runs.
+    """
     return dict(device_map) if device == "cpu" else {**device_map, "embed": 0}
 
 
@@ -122,7 +132,11 @@ def layer(model: nn.Module, number: int) -> Block:
 
 
 def streamed(model: nn.Module) -> set[str]:
-    return {name for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Streamed)}
+    return {
+        name
+        for name, each in model.state_dict(keep_vars=True).items()
+        if isinstance(each, Streamed)
+    }
 
 
 def held(model: nn.Module) -> int:

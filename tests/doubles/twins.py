@@ -1,8 +1,10 @@
-"""Two accelerators made of main memory, on which models run as a pipeline: ``python tests/doubles/twins.py CHECKPOINT MAP ...``.
+"""Two accelerators made of main memory, on which models run as a pipeline: ``python
+tests/doubles/twins.py CHECKPOINT MAP ...``.
 
-Torch can be given a device in Python: here tensors on ``twin:0`` and ``twin:1`` are those of the CPU, each wrapped. An operation
-on tensors of different devices is refused, as by any accelerator, and every move from one to another is noted. This is for the
-whole process, so that each test has one of its own; what it finds is printed as JSON, a line for each map.
+Torch can be given a device in Python: here tensors on ``twin:0`` and ``twin:1`` are those of the
+CPU, each wrapped. An operation on tensors of different devices is refused, as by any accelerator,
+and every move from one to another is noted. This is for the whole process, so that each test has
+one of its own; what it finds is printed as JSON, a line for each map.
 """
 
 from __future__ import annotations
@@ -63,14 +65,23 @@ class Twin(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device) -> Twin:
         made: Twin = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=device
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
         )
         made.held = held
         return made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch documents a class method, and declares another
-        cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # Any: whatever an operation takes and gives
         options = dict(kwargs or {})
         if func is torch.ops.aten._to_copy.default:
@@ -80,12 +91,20 @@ class Twin(torch.Tensor):
             _moved(args[1], args[1].device, args[0].device)
             _held(args[0]).copy_(_held(args[1]))
             return args[0]
-        devices = {each.device for each in tree_leaves((args, options)) if isinstance(each, torch.Tensor) and each.ndim}
+        devices = {
+            each.device
+            for each in tree_leaves((args, options))
+            if isinstance(each, torch.Tensor) and each.ndim
+        }
         if len(devices) != 1:
-            raise RuntimeError(f"all tensors must be on one device, and are on {sorted(map(str, devices))}")
+            raise RuntimeError(
+                f"all tensors must be on one device, and are on {sorted(map(str, devices))}"
+            )
         made = func(*tree_map(_held, args), **tree_map(_held, options))
         (device,) = devices
-        return tree_map(lambda each: Twin(each, device) if isinstance(each, torch.Tensor) else each, made)
+        return tree_map(
+            lambda each: Twin(each, device) if isinstance(each, torch.Tensor) else each, made
+        )
 
 
 def _held(value: Any) -> Any:  # Any: an argument of an operation
@@ -122,11 +141,18 @@ def plug_in() -> object:
     backend_registration._setup_privateuseone_for_python_backend("twin", backend_module=_Module())
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # it declares no types
 
-    def empty(size: Sequence[int], *, device: torch.device, dtype: torch.dtype | None = None, **_: object) -> Twin:
+    def empty(
+        size: Sequence[int], *, device: torch.device, dtype: torch.dtype | None = None, **_: object
+    ) -> Twin:
         return Twin(torch.empty(size, dtype=dtype), device)
 
     def empty_strided(
-        size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, device: torch.device, **_: object
+        size: Sequence[int],
+        stride: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        **_: object,
     ) -> Twin:
         return Twin(torch.empty_strided(size, stride, dtype=dtype), device)
 
@@ -136,18 +162,24 @@ def plug_in() -> object:
 
 
 def run(checkpoint: Path, device_map: str | dict[str, int | str]) -> dict[str, object]:
-    """What a model does whose parts lie as *device_map* says; a word is a map that is made, with room for half on each."""
+    """What a model does whose parts lie as *device_map* says; a word is a map that is made, with
+    room for half on each.
+    """
     with init_empty_weights():
         model = Model().eval()
     half = sum(tensor.nbytes for tensor in model.parameters()) * 3 // 4
     budgets: dict[int | str | torch.device, int | float | str] | None = (
         {0: half, 1: half, "cpu": 0} if isinstance(device_map, str) else None
     )
-    load_checkpoint_and_dispatch(model, checkpoint, device_map, max_memory=budgets, no_split_module_classes="Layer")
+    load_checkpoint_and_dispatch(
+        model, checkpoint, device_map, max_memory=budgets, no_split_module_classes="Layer"
+    )
     ran: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_pre_hook(lambda module, args, name=name: ran.append((name, str(args[0].device))))
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: ran.append((name, str(args[0].device)))
+            )
     moves.clear()
     with torch.no_grad():
         logits, moved, running = model(IDS), list(moves), list(ran)

@@ -1,4 +1,6 @@
-"""Folders of .dat files, as Accelerate leaves them: read, converted, loaded from, and held against what they say."""
+"""Folders of .dat files, as Accelerate leaves them: read, converted, loaded from, and held against
+what they say.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,29 @@ from repository import GOOD
 from shardkit.cli import main
 from shardkit.errors import LimitExceeded, LoadError, Malformed, Unwritable
 from shardkit.limits import Limits
-from shardkit.load import disk_offload, dispatch_model, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load import (
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+)
 from truth import values
 
 accelerate = peer("accelerate")
 
 FOLDER = GOOD / "folder-accelerate-dat"
-NAMED = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "bool", "complex64"]
+NAMED = [
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+]
 
 
 @pytest.fixture
@@ -41,17 +59,26 @@ def changed(folder: Path, **lines: object) -> None:
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.sampled_from(NAMED), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(NAMED), st.lists(st.integers(0, 4), max_size=3)),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_what_accelerate_offloads_is_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[str, list[int]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("dat")
-    state = {f"w.{at}": torch.randint(0, 2, shape).to(getattr(torch, dtype)) for at, (dtype, shape) in enumerate(tensors)}
+    state = {
+        f"w.{at}": torch.randint(0, 2, shape).to(getattr(torch, dtype))
+        for at, (dtype, shape) in enumerate(tensors)
+    }
     accelerate.utils.offload_state_dict(folder, state)
     checkpoint = shardkit.open(folder)
-    assert {name: (checkpoint[name].shape, bytes(checkpoint[name].read())) for name in checkpoint} == {
-        name: (tuple(tensor.shape), values(tensor)) for name, tensor in state.items()
-    }
+    assert {
+        name: (checkpoint[name].shape, bytes(checkpoint[name].read())) for name in checkpoint
+    } == {name: (tuple(tensor.shape), values(tensor)) for name, tensor in state.items()}
 
 
 def test_it_is_converted_prepared_inspected_and_verified(
@@ -143,11 +170,25 @@ def test_an_index_of_accelerate_with_its_folder_is_dispatched(offloaded: Path) -
     streamed = dispatch_model(empty(), {"": "disk"}, offload_dir=offloaded, offload_index=index)
     assert torch.equal(streamed(X), model()(X))
     save_file({"there": model()[2].weight.detach()}, offloaded.with_name("m.safetensors"))
-    mixed = {**index, "2.weight": {"safetensors_file": str(offloaded.with_name("m.safetensors")), "weight_name": "there"}}
-    assert torch.equal(dispatch_model(empty(), {"": "disk"}, offload_dir=offloaded, offload_index=mixed)(X), model()(X))
-    with pytest.raises(LoadError, match=r"holds '0\.bias' as float32 \[4\], and offload_index says float16 \[4\]"):
+    mixed = {
+        **index,
+        "2.weight": {
+            "safetensors_file": str(offloaded.with_name("m.safetensors")),
+            "weight_name": "there",
+        },
+    }
+    assert torch.equal(
+        dispatch_model(empty(), {"": "disk"}, offload_dir=offloaded, offload_index=mixed)(X),
+        model()(X),
+    )
+    with pytest.raises(
+        LoadError, match=r"holds '0\.bias' as float32 \[4\], and offload_index says float16 \[4\]"
+    ):
         dispatch_model(
-            empty(), {"": "disk"}, offload_dir=offloaded, offload_index={**index, "0.bias": {"dtype": "float16", "shape": [4]}}
+            empty(),
+            {"": "disk"},
+            offload_dir=offloaded,
+            offload_index={**index, "0.bias": {"dtype": "float16", "shape": [4]}},
         )
     with pytest.raises(LoadError, match="there is no offload_dir with its"):
         dispatch_model(empty(), {"": "disk"}, offload_index=index)

@@ -39,7 +39,9 @@ def held(content: bytes, name: str = "m.safetensors") -> Source:
 
 def entry(name: str, code: str, shape: tuple[int, ...], fill: int = 0) -> TensorEntry:
     dtype = BY_CODE[code]
-    return TensorEntry((name,), dtype, shape, Literal(bytes((fill + i) % 256 for i in range(dtype.nbytes(shape)))))
+    return TensorEntry(
+        (name,), dtype, shape, Literal(bytes((fill + i) % 256 for i in range(dtype.nbytes(shape))))
+    )
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
@@ -48,10 +50,19 @@ def every_dtype() -> dict[str, torch.Tensor]:
     for dtype in DTYPES:
         if dtype.writable and dtype.torch and hasattr(torch, dtype.torch):
             raw = torch.randint(
-                0, 2 if dtype.code == "BOOL" else 256, (3 * 4 * dtype.itemsize,), dtype=torch.uint8, generator=generator
+                0,
+                2 if dtype.code == "BOOL" else 256,
+                (3 * 4 * dtype.itemsize,),
+                dtype=torch.uint8,
+                generator=generator,
             )
             tensors[f"a.{dtype.code}"] = raw.view(getattr(torch, dtype.torch)).reshape(3, 4)
-    return {**tensors, "scalar": torch.tensor(-0.0), "empty": torch.zeros(0, 3), "nan": torch.tensor([float("nan"), 1e-45])}
+    return {
+        **tensors,
+        "scalar": torch.tensor(-0.0),
+        "empty": torch.zeros(0, 3),
+        "nan": torch.tensor([float("nan"), 1e-45]),
+    }
 
 
 def reference(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
@@ -61,7 +72,11 @@ def reference(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
+    return (
+        bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if tensor.numel()
+        else b""
+    )
 
 
 def test_what_the_reference_writes_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -69,11 +84,17 @@ def test_what_the_reference_writes_is_read_bit_for_bit(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "m", {"format": "pt", "by": "test"})
     scanned = scan(opened(tmp_path / "m"))
     assert scanned.metadata == {"format": "pt", "by": "test"}
-    assert {each.name: bytes(each.read()) for each in scanned.tensors} == {name: raw(tensor) for name, tensor in tensors.items()}
+    assert {each.name: bytes(each.read()) for each in scanned.tensors} == {
+        name: raw(tensor) for name, tensor in tensors.items()
+    }
     for each in scanned.tensors:
         tensor = tensors[each.name]
         assert each.dtype is BY_TORCH[str(tensor.dtype).removeprefix("torch.")]
-        assert each.shape == (*tensor.shape[:-1], tensor.shape[-1] * each.dtype.packed) if tensor.dim() else each.shape == ()
+        assert (
+            each.shape == (*tensor.shape[:-1], tensor.shape[-1] * each.dtype.packed)
+            if tensor.dim()
+            else each.shape == ()
+        )
 
 
 def test_what_is_laid_out_the_reference_reads_bit_for_bit(tmp_path: Path) -> None:
@@ -89,24 +110,43 @@ def test_what_is_laid_out_the_reference_reads_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_the_types_that_torch_lacks_come_through_the_reference(tmp_path: Path) -> None:
-    entries = [entry("x", "F6_E2M3", (4, 2), 1), entry("y", "F6_E3M2", (8,), 9), entry("z", "F4", (2, 4), 3)]
+    entries = [
+        entry("x", "F6_E2M3", (4, 2), 1),
+        entry("y", "F6_E3M2", (8,), 9),
+        entry("z", "F4", (2, 4), 3),
+    ]
     content = b"".join(read_all(part) for part in lay_out(entries, {}) if isinstance(part, Payload))
-    assert reference(content) == {e.name: (e.dtype.code, list(e.shape), bytes(e.read())) for e in entries}
+    assert reference(content) == {
+        e.name: (e.dtype.code, list(e.shape), bytes(e.read())) for e in entries
+    }
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name not in ("__metadata__", "format"))
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
+    lambda name: name not in ("__metadata__", "format")
+)
 writable = st.sampled_from([dtype.code for dtype in DTYPES if dtype.writable and dtype.bits >= 8])
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 entry_lists = st.lists(
-    st.builds(entry, names, writable, shapes, st.integers(0, 255)), max_size=6, unique_by=lambda each: each.name
+    st.builds(entry, names, writable, shapes, st.integers(0, 255)),
+    max_size=6,
+    unique_by=lambda each: each.name,
 )
 
 
-@given(entry_lists, st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=3))
-def test_what_is_laid_out_is_scanned_again(entries: list[TensorEntry], metadata: dict[str, str]) -> None:
+@given(
+    entry_lists,
+    st.dictionaries(
+        names, st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=3
+    ),
+)
+def test_what_is_laid_out_is_scanned_again(
+    entries: list[TensorEntry], metadata: dict[str, str]
+) -> None:
     known = {each.name for each in entries}
     metadata = {key: text for key, text in metadata.items() if text not in known}
-    content = b"".join(read_all(part) for part in lay_out(entries, metadata) if isinstance(part, Payload))
+    content = b"".join(
+        read_all(part) for part in lay_out(entries, metadata) if isinstance(part, Payload)
+    )
     scanned = scan(held(content))
     assert scanned.metadata == {"format": "pt", **metadata}
     assert {(e.name, e.dtype, e.shape, bytes(e.read())) for e in scanned.tensors} == {
@@ -132,7 +172,15 @@ def order(parts: Sequence[Part]) -> list[str]:
 
 def test_the_order_is_kept_where_all_is_aligned() -> None:
     assert order(
-        lay_out([entry("u", "U8", (8,)), entry("d", "F64", (1,)), entry("h", "F16", (4,)), entry("i", "I64", (1,))], {})
+        lay_out(
+            [
+                entry("u", "U8", (8,)),
+                entry("d", "F64", (1,)),
+                entry("h", "F16", (4,)),
+                entry("i", "I64", (1,)),
+            ],
+            {},
+        )
     ) == list("udhi")
 
 
@@ -151,7 +199,9 @@ def run_of(path: Path, start: int, codes: Sequence[tuple[str, int]]) -> list[Ten
     entries = []
     for number, (code, count) in enumerate(codes):
         nbytes = BY_CODE[code].nbytes((count,))
-        entries.append(TensorEntry((f"t{number}",), BY_CODE[code], (count,), Extent(path, start, nbytes)))
+        entries.append(
+            TensorEntry((f"t{number}",), BY_CODE[code], (count,), Extent(path, start, nbytes))
+        )
         start += nbytes
     return entries
 
@@ -172,7 +222,11 @@ def test_a_run_that_is_misaligned_in_its_file_starts_at_a_multiple_of_64(start: 
 
 def test_tensors_of_two_files_start_at_a_multiple_of_64() -> None:
     head, *data = lay_out(
-        [*run_of(Path("m"), 200, [("F32", 4)]), TensorEntry(("z",), BY_CODE["F32"], (4,), Extent(Path("n"), 0, 16))], {}
+        [
+            *run_of(Path("m"), 200, [("F32", 4)]),
+            TensorEntry(("z",), BY_CODE["F32"], (4,), Extent(Path("n"), 0, 16)),
+        ],
+        {},
     )
     assert head.nbytes % 64 == 0
     assert data == [Extent(Path("m"), 200, 16), Extent(Path("n"), 0, 16)]
@@ -183,8 +237,12 @@ def test_a_layout_is_a_function_of_its_input_alone() -> None:
     assert lay_out(entries, {"a": "b"}) == lay_out(list(entries), {"a": "b"})
 
 
-@pytest.mark.parametrize("metadata", [{"format": "mlx", "x": "y"}, {"x": "y"}, {"x": "y", "format": "pt"}], ids=str)
-def test_metadata_is_written_as_it_is_but_for_the_format_which_is_pt(metadata: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "metadata", [{"format": "mlx", "x": "y"}, {"x": "y"}, {"x": "y", "format": "pt"}], ids=str
+)
+def test_metadata_is_written_as_it_is_but_for_the_format_which_is_pt(
+    metadata: dict[str, str],
+) -> None:
     content = b"".join(read_all(p) for p in lay_out([], metadata) if isinstance(p, Payload))
     assert scan(held(content)).metadata == {**metadata, "format": "pt"}
 
@@ -192,12 +250,24 @@ def test_metadata_is_written_as_it_is_but_for_the_format_which_is_pt(metadata: d
 DEEP = "[" * 99_999
 RECORDS: dict[str, tuple[dict[str, str], list[str], dict[str, str]]] = {
     "names with the same last part": ({"head.w": "a.w"}, ["head.w"], {}),
-    "text that happens to be the name of a tensor": ({"main": "a.w", "author": "b"}, [], {"main": "a.w", "author": "b"}),
+    "text that happens to be the name of a tensor": (
+        {"main": "a.w", "author": "b"},
+        [],
+        {"main": "a.w", "author": "b"},
+    ),
     "an alias that shardkit lists": ({"z": "b", "shardkit.aliases": '["z"]'}, ["z"], {}),
     "one beside text": ({"z": "b", "by": "b", "shardkit.aliases": '["z"]'}, ["z"], {"by": "b"}),
     "a listing of nothing": ({"shardkit.aliases": '["z"]', "by": "me"}, [], {"by": "me"}),
-    "a listing that is none": ({"z": "b", "shardkit.aliases": "z"}, [], {"z": "b", "shardkit.aliases": "z"}),
-    "a listing too deep to parse": ({"z": "b", "shardkit.aliases": DEEP}, [], {"z": "b", "shardkit.aliases": DEEP}),
+    "a listing that is none": (
+        {"z": "b", "shardkit.aliases": "z"},
+        [],
+        {"z": "b", "shardkit.aliases": "z"},
+    ),
+    "a listing too deep to parse": (
+        {"z": "b", "shardkit.aliases": DEEP},
+        [],
+        {"z": "b", "shardkit.aliases": DEEP},
+    ),
     "a tensor that the file lacks": ({"head.w": "gone.w"}, [], {"head.w": "gone.w"}),
     "a name that is stored": ({"b": "a.w", "a.w": "b"}, [], {"b": "a.w", "a.w": "b"}),
 }
@@ -208,7 +278,9 @@ def test_a_record_of_a_tie_is_a_tensor_again_and_other_text_stays_text(
     metadata: dict[str, str], aliases: list[str], rest: dict[str, str]
 ) -> None:
     entries = [entry("a.w", "F32", (2,)), entry("b", "F32", (2,))]
-    content = b"".join(read_all(part) for part in lay_out(entries, metadata) if isinstance(part, Payload))
+    content = b"".join(
+        read_all(part) for part in lay_out(entries, metadata) if isinstance(part, Payload)
+    )
     scanned = scan(held(content))
     assert [each.name for each in scanned.tensors] == ["a.w", "b", *aliases]
     assert all(scanned[alias].payload == scanned[metadata[alias]].payload for alias in aliases)
@@ -241,7 +313,15 @@ def test_a_file_that_lies_about_its_header_is_still_safetensors(content: bytes) 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b'{"a": {"data_offsets": [0, 4]}}', b"PK\3\4" + bytes(60), b"\x80\x02}q\0." * 9, bytes(100)]
+    "content",
+    [
+        b"",
+        b"{}",
+        b'{"a": {"data_offsets": [0, 4]}}',
+        b"PK\3\4" + bytes(60),
+        b"\x80\x02}q\0." * 9,
+        bytes(100),
+    ],
 )
 def test_other_files_are_not(content: bytes) -> None:
     assert not sniff(held(content))
@@ -258,7 +338,11 @@ def test_a_file_cut_anywhere_gives_a_sentence(tmp_path: Path) -> None:
 @given(st.data())
 def test_a_flipped_byte_gives_a_checkpoint_or_a_sentence(data: st.DataObject) -> None:
     content = bytearray(
-        b"".join(read_all(p) for p in lay_out([entry("a", "F32", (2,)), entry("b", "I8", (3,))], {}) if isinstance(p, Payload))
+        b"".join(
+            read_all(p)
+            for p in lay_out([entry("a", "F32", (2,)), entry("b", "I8", (3,))], {})
+            if isinstance(p, Payload)
+        )
     )
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,6 @@
-"""Whatever torch saves, as a zip archive or in the old way, holds here what torch.load finds in it, bit for bit."""
+"""Whatever torch saves, as a zip archive or in the old way, holds here what torch.load finds in it,
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from shardkit.formats import torch_legacy, torch_zip
 from shardkit.limits import Limits
 from shardkit.sources.format import Format, Source
 
-# Torch warns of what is young (nested, CSR) and of what is old (quantised), and both are saved here.
+# Torch warns of what is young (nested, CSR) and of what is old (quantised), and both are saved
+# here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 FORMATS = (torch_zip.FORMAT, torch_legacy.FORMAT)
@@ -45,7 +48,12 @@ class Loud(torch.Tensor):
 
 def saved(value: object, form: Format, folder: Path, *, protocol: int = 2) -> Path:
     path = folder / "model.v1.pt"
-    torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form is torch_zip.FORMAT)
+    torch.save(
+        value,
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=form is torch_zip.FORMAT,
+    )
     return path
 
 
@@ -72,7 +80,10 @@ def assert_same(found: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         entry = found[name]
-        assert (entry.dtype.torch, entry.shape) == (str(tensor.dtype).removeprefix("torch."), logical(tensor)), name
+        assert (entry.dtype.torch, entry.shape) == (
+            str(tensor.dtype).removeprefix("torch."),
+            logical(tensor),
+        ), name
         assert entry.read() == content(tensor), name
 
 
@@ -98,7 +109,9 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
 
 @both
 @pytest.mark.parametrize("name", DTYPES)
-def test_every_type_in_every_layout_is_read_as_it_was_saved(form: Format, name: str, tmp_path: Path) -> None:
+def test_every_type_in_every_layout_is_read_as_it_was_saved(
+    form: Format, name: str, tmp_path: Path
+) -> None:
     tensors = dict(layouts(getattr(torch, name)))
     found = scanned(saved(tensors, form, tmp_path), form)
     assert_same(found, tensors)
@@ -171,13 +184,19 @@ def test_containers_are_walked_in_order_and_a_key_is_one_step(form: Format, tmp_
         ("default", "x"),
         ("args", "init"),
     ]
-    assert {entry.read() == content(a) or entry.read() == content(b) for entry in found.tensors} == {True}
-    objects = {(*other.path, other.reason) for other in found.others if other.kind is OtherKind.OBJECT}
+    assert {
+        entry.read() == content(a) or entry.read() == content(b) for entry in found.tensors
+    } == {True}
+    objects = {
+        (*other.path, other.reason) for other in found.others if other.kind is OtherKind.OBJECT
+    }
     assert {("epoch", "3"), ("args", "lr", "0.1")} <= objects
 
 
 @both
-def test_what_no_one_can_import_never_blocks_the_tensors_beside_it(form: Format, tmp_path: Path) -> None:
+def test_what_no_one_can_import_never_blocks_the_tensors_beside_it(
+    form: Format, tmp_path: Path
+) -> None:
     value = {
         "weights": torch.ones(2),
         "words": np.array(["a", "b"]),
@@ -208,13 +227,17 @@ def test_what_has_no_dense_bytes_is_said_with_its_bytes(form: Format, tmp_path: 
         "coo": dense.to_sparse(),
         "csr": dense.to_sparse_csr(),
         "quantised": torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
-        "channels": torch.quantize_per_channel(dense, torch.ones(3), torch.zeros(3), 0, torch.quint8),
+        "channels": torch.quantize_per_channel(
+            dense, torch.ones(3), torch.zeros(3), 0, torch.quint8
+        ),
         "meta": torch.empty(3, device="meta"),
         "dense": dense,
     }
     found = scanned(saved(value, form, tmp_path), form)
     assert [entry.name for entry in found.tensors] == ["dense"]
-    assert {other.name: (other.kind, other.nbytes) for other in found.others if other.is_weight} == {
+    assert {
+        other.name: (other.kind, other.nbytes) for other in found.others if other.is_weight
+    } == {
         "coo": (OtherKind.SPARSE, 3 * 2 * 8 + 3 * 4),
         "csr": (OtherKind.SPARSE, 4 * 8 + 3 * 8 + 3 * 4),
         "quantised": (OtherKind.QUANTISED, 9),
@@ -229,7 +252,9 @@ def test_a_nested_tensor_and_odd_types_are_said(tmp_path: Path) -> None:
         "bits": torch.zeros(3, dtype=torch.uint8).view(torch.bits8),
     }
     found = scanned(saved(value, torch_zip.FORMAT, tmp_path), torch_zip.FORMAT)
-    assert {other.name: (other.kind, other.nbytes) for other in found.others if other.is_weight} == {
+    assert {
+        other.name: (other.kind, other.nbytes) for other in found.others if other.is_weight
+    } == {
         "nested": (OtherKind.NESTED, 20),
         "bits": (OtherKind.UNKNOWN_TENSOR, 3),
     }
@@ -252,7 +277,9 @@ def test_a_call_never_runs_and_is_listed(form: Format, tmp_path: Path) -> None:
     path = saved({"weights": torch.ones(2), "bomb": Bomb()}, form, tmp_path)
     found = scanned(path, form)
     assert not (tmp_path / "boom").exists()
-    assert [other.reason for other in found.others if other.kind is OtherKind.CALL] == ["builtins.exec"]
+    assert [other.reason for other in found.others if other.kind is OtherKind.CALL] == [
+        "builtins.exec"
+    ]
     assert list(found) == ["weights"]
 
 
@@ -294,7 +321,11 @@ def test_no_flipped_byte_brings_anything_but_our_errors(form: Format, tmp_path: 
     path = tmp_path / "flipped.pt"
 
     @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=4
+        )
+    )
     def check(edits: list[tuple[int, int]]) -> None:
         content = bytearray(whole)
         for at, byte in edits:
@@ -306,7 +337,9 @@ def test_no_flipped_byte_brings_anything_but_our_errors(form: Format, tmp_path: 
 
 
 @both
-def test_a_checkpoint_of_too_many_tensors_hits_the_limit_by_name(form: Format, tmp_path: Path) -> None:
+def test_a_checkpoint_of_too_many_tensors_hits_the_limit_by_name(
+    form: Format, tmp_path: Path
+) -> None:
     path = saved([torch.ones(1)] * 20, form, tmp_path)
     with pytest.raises(LimitExceeded, match=re.escape(str(path))) as caught:
         scanned(path, form, Limits(tensors=10))
@@ -337,13 +370,18 @@ SHARING: dict[str, tuple[object, list[str]]] = {
         ["optimizer.master", "model"],
     ),
     "a list": ([PART, PART], ["0", "1"]),
-    "an OrderedDict at two depths": ({"a": {"b": (shared := OrderedDict(PART))}, "c": [shared]}, ["a.b", "c.0"]),
+    "an OrderedDict at two depths": (
+        {"a": {"b": (shared := OrderedDict(PART))}, "c": [shared]},
+        ["a.b", "c.0"],
+    ),
 }
 
 
 @both
 @pytest.mark.parametrize(("value", "places"), SHARING.values(), ids=SHARING)
-def test_what_is_saved_at_two_places_is_found_at_both(value: object, places: list[str], form: Format, tmp_path: Path) -> None:
+def test_what_is_saved_at_two_places_is_found_at_both(
+    value: object, places: list[str], form: Format, tmp_path: Path
+) -> None:
     checkpoint = scanned(saved(value, form, tmp_path), form)
     assert list(checkpoint) == [f"{place}.{name}" for place in places for name in PART]
     for entry in checkpoint.tensors:
@@ -353,7 +391,9 @@ def test_what_is_saved_at_two_places_is_found_at_both(value: object, places: lis
 
 @both
 @pytest.mark.parametrize("first", ["state_dict", "hyper_parameters"])
-def test_which_of_two_equal_parts_was_pickled_first_makes_no_model(first: str, form: Format, tmp_path: Path) -> None:
+def test_which_of_two_equal_parts_was_pickled_first_makes_no_model(
+    first: str, form: Format, tmp_path: Path
+) -> None:
     parts = {"state_dict": PART, "hyper_parameters": {"pretrained": PART}}
     checkpoint = scanned(saved({first: parts[first], **parts}, form, tmp_path), form)
     rooted = select_root(checkpoint, None)
@@ -363,9 +403,16 @@ def test_which_of_two_equal_parts_was_pickled_first_makes_no_model(first: str, f
 
 
 @both
-def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(form: Format, tmp_path: Path) -> None:
+def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(
+    form: Format, tmp_path: Path
+) -> None:
     state = OrderedDict({"w": torch.ones(3)})
-    vars(state).update(_metadata={"": {"version": 1}}, extra=torch.zeros(2), deep={"x": [torch.zeros(4)]}, itself=state)
+    vars(state).update(
+        _metadata={"": {"version": 1}},
+        extra=torch.zeros(2),
+        deep={"x": [torch.zeros(4)]},
+        itself=state,
+    )
     path = saved({"model": state}, form, tmp_path)
     assert torch.load(path, weights_only=False)["model"].extra.shape == (2,)
     checkpoint = scanned(path, form)
@@ -374,7 +421,9 @@ def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(f
         "model.extra": (2,),
         "model.deep.x.0": (4,),
     }
-    assert [(other.name, other.kind) for other in checkpoint.others] == [("model.itself", OtherKind.OBJECT)]
+    assert [(other.name, other.kind) for other in checkpoint.others] == [
+        ("model.itself", OtherKind.OBJECT)
+    ]
 
 
 @both
@@ -386,8 +435,14 @@ def test_tensors_in_the_attributes_of_an_ordered_dict_are_named_like_its_items(f
 def test_a_tensor_in_a_key_is_a_weight_that_cannot_be_converted(
     make: Callable[[torch.Tensor], object], form: Format, tmp_path: Path
 ) -> None:
-    checkpoint = scanned(saved({"model": {"w": torch.ones(1), make(torch.ones(3)): "value"}}, form, tmp_path), form)
+    checkpoint = scanned(
+        saved({"model": {"w": torch.ones(1), make(torch.ones(3)): "value"}}, form, tmp_path), form
+    )
     (weight,) = (other for other in checkpoint.others if other.is_weight)
-    assert (weight.name, weight.kind, weight.nbytes) == ("model.<key of item 0>", OtherKind.UNKNOWN_TENSOR, 12)
+    assert (weight.name, weight.kind, weight.nbytes) == (
+        "model.<key of item 0>",
+        OtherKind.UNKNOWN_TENSOR,
+        12,
+    )
     with pytest.raises(Unwritable, match="a tensor in a key of a dict"):
         edit(checkpoint, Edits())

@@ -1,4 +1,6 @@
-"""What only files from before torch 1.6 can be: views of views, bytes behind the end, and lists of storages that lie."""
+"""What only files from before torch 1.6 can be: views of views, bytes behind the end, and lists of
+storages that lie.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ class Pickler(pickle.Pickler):
 
 
 def legacy(
-    value: object, keys: object, storages: bytes, *, magic: int = MAGIC, protocol: int = 1001, little: bool = True
+    value: object,
+    keys: object,
+    storages: bytes,
+    *,
+    magic: int = MAGIC,
+    protocol: int = 1001,
+    little: bool = True,
 ) -> bytes:
     """A file made by hand."""
     file = io.BytesIO()
@@ -86,8 +94,12 @@ def assert_same(found: Checkpoint, folder: Path) -> None:
 
 
 GOOD = {
-    "two": legacy({"a": tensor("1", 2), "b": tensor("0", 3)}, ["0", "1"], storage(1, 2, 3) + storage(4, 5)),
-    "view of a storage": legacy({"a": tensor("0", 4, ("9", 1, 2)), "b": tensor("0", 4)}, ["0"], storage(1, 2, 3, 4)),
+    "two": legacy(
+        {"a": tensor("1", 2), "b": tensor("0", 3)}, ["0", "1"], storage(1, 2, 3) + storage(4, 5)
+    ),
+    "view of a storage": legacy(
+        {"a": tensor("0", 4, ("9", 1, 2)), "b": tensor("0", 4)}, ["0"], storage(1, 2, 3, 4)
+    ),
     "from a big-endian machine": legacy({"a": tensor("0", 2)}, ["0"], storage(1, 2), little=False),
     "bytes behind": legacy({"a": tensor("0", 2)}, ["0"], storage(1, 2) + b"more"),
     "a class with its source": legacy({"a": tensor("0", 2)}, ["0"], storage(1, 2)),
@@ -100,37 +112,71 @@ def test_what_torch_reads_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_what_follows_the_checkpoint_is_said(tmp_path: Path) -> None:
-    assert scanned(GOOD["bytes behind"], tmp_path).notes == ("4 B follow the checkpoint and were not read",)
+    assert scanned(GOOD["bytes behind"], tmp_path).notes == (
+        "4 B follow the checkpoint and were not read",
+    )
     assert scanned(GOOD["two"], tmp_path).notes == ()
 
 
 def test_a_class_saved_with_its_source_is_that_class(tmp_path: Path) -> None:
-    content = legacy({"a": tensor("0", 1), "c": Pid("module", torch.nn.Linear, "file.py", "class …")}, ["0"], storage(1))
+    content = legacy(
+        {"a": tensor("0", 1), "c": Pid("module", torch.nn.Linear, "file.py", "class …")},
+        ["0"],
+        storage(1),
+    )
     found = scanned(content, tmp_path)
-    assert [(other.name, other.reason) for other in found.others] == [("c", "torch.nn.modules.linear.Linear")]
+    assert [(other.name, other.reason) for other in found.others] == [
+        ("c", "torch.nn.modules.linear.Linear")
+    ]
 
 
 A = {"a": tensor("0", 2)}
 BAD = {
-    "magic": (legacy(A, ["0"], storage(1, 2)).replace(b"\x80\x02\x8a\x0a", b"\x80\x02C\x0a", 1), "needs the magic number"),
+    "magic": (
+        legacy(A, ["0"], storage(1, 2)).replace(b"\x80\x02\x8a\x0a", b"\x80\x02C\x0a", 1),
+        "needs the magic number",
+    ),
     "protocol": (legacy(A, ["0"], storage(1, 2), protocol=1002), "begins with 1002"),
     "no list": (legacy(A, {"0": 1}, storage(1, 2)), "its list of storages is a Dict of 1"),
     "list of numbers": (legacy(A, [0], storage(1, 2)), "lists the storage 0,"),
-    "unknown key": (legacy(A, ["0", "7"], storage(1, 2) * 2), "lists the storage '7', which no tensor"),
+    "unknown key": (
+        legacy(A, ["0", "7"], storage(1, 2) * 2),
+        "lists the storage '7', which no tensor",
+    ),
     "key twice": (legacy(A, ["0", "0"], storage(1, 2) * 2), "lists the storage '0' twice"),
-    "not in the list": (legacy(A, [], storage(1, 2)), "tensor 'a': its storage '0' is not in the list"),
-    "count differs": (legacy(A, ["0"], storage(1, 2, 3)), "it has 3 elements here, and 2 in the pickle"),
+    "not in the list": (
+        legacy(A, [], storage(1, 2)),
+        "tensor 'a': its storage '0' is not in the list",
+    ),
+    "count differs": (
+        legacy(A, ["0"], storage(1, 2, 3)),
+        "it has 3 elements here, and 2 in the pickle",
+    ),
     "cut": (legacy(A, ["0"], storage(1, 2))[:-1], "ends 1 B before it does: a truncated download"),
-    "count absurd": (legacy({"a": tensor("0", 1 << 61)}, ["0"], storage(1)), "a truncated download"),
+    "count absurd": (
+        legacy({"a": tensor("0", 1 << 61)}, ["0"], storage(1)),
+        "a truncated download",
+    ),
     "count negative": (legacy({"a": tensor("0", -1)}, ["0"], storage(1)), "-1 elements"),
-    "view outside": (legacy({"a": tensor("0", 2, ("9", 1, 2))}, ["0"], storage(1, 2)), "is no part of its 2 elements"),
+    "view outside": (
+        legacy({"a": tensor("0", 2, ("9", 1, 2))}, ["0"], storage(1, 2)),
+        "is no part of its 2 elements",
+    ),
     "class unknown": (
-        legacy({"a": Rebuilt(Pid("storage", Path, "0", "cpu", 2, None), 0, (2,), (1,))}, ["0"], b""),
+        legacy(
+            {"a": Rebuilt(Pid("storage", Path, "0", "cpu", 2, None), 0, (2,), (1,))}, ["0"], b""
+        ),
         "pathlib.Path",
     ),
     "pid of nothing": (legacy({"a": Pid("x")}, ["0"], b""), "a tuple of 1 means no storage"),
-    "shape of texts": (legacy({"a": Rebuilt(pid("0", 2), 0, ("2",), (1,))}, ["0"], storage(1, 2)), "not all whole numbers"),
-    "arguments missing": (legacy({"a": Rebuilt(pid("0", 2), 0)}, ["0"], storage(1, 2)), "_rebuild_tensor is called with"),
+    "shape of texts": (
+        legacy({"a": Rebuilt(pid("0", 2), 0, ("2",), (1,))}, ["0"], storage(1, 2)),
+        "not all whole numbers",
+    ),
+    "arguments missing": (
+        legacy({"a": Rebuilt(pid("0", 2), 0)}, ["0"], storage(1, 2)),
+        "_rebuild_tensor is called with",
+    ),
 }
 
 

@@ -1,7 +1,10 @@
-"""TorchScript archives give the state dict that torch gives, name for name and bit for bit, though no code is run."""
+"""TorchScript archives give the state dict that torch gives, name for name and bit for bit, though
+no code is run.
+"""
 
-# Torch leaves TorchScript, quantisation and what modules return untyped, and TorchScript takes no annotations that would help.
-# mypy: disable-error-code="no-any-return, no-untyped-call, operator, assignment"
+# Torch leaves TorchScript, quantisation and what modules return untyped, and TorchScript takes no
+# annotations that would help. mypy: disable-error-code="no-any-return, no-untyped-call, operator,
+# assignment"
 
 from __future__ import annotations
 
@@ -110,7 +113,9 @@ class WithRestoring(nn.Module):
 
 
 def quietly(make: Callable[[], object]) -> object:
-    """What *make* gives; torch says of all TorchScript that it is old, and of its quantised types too."""
+    """What *make* gives; torch says of all TorchScript that it is old, and of its quantised types
+    too.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
@@ -141,7 +146,13 @@ def frozen() -> torch.jit.ScriptModule:
 
 MODULES: dict[str, Callable[[], torch.jit.ScriptModule]] = {
     "scripted": lambda: torch.jit.script(Outer()),
-    "traced": lambda: traced(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 1))), 1, 3, 8, 8),
+    "traced": lambda: traced(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 1))),
+        1,
+        3,
+        8,
+        8,
+    ),
     "traced recurrent": lambda: traced(nn.LSTM(3, 4, num_layers=2, bidirectional=True), 2, 3, 3),
     "channels last": lambda: traced(turned(nn.Conv2d(3, 4, 3)), 1, 3, 8, 8),
     "parameter list": lambda: traced(WithList(), 3),
@@ -183,7 +194,10 @@ def test_tied_weights_and_shared_modules_have_equal_payloads(tmp_path: Path) -> 
 
 
 def test_tensors_that_are_no_part_of_the_state_dict_are_said(tmp_path: Path) -> None:
-    others = {other.name: other for other in shardkit.open(saved(tmp_path / "m.pt", MODULES["scripted"])).others}
+    others = {
+        other.name: other
+        for other in shardkit.open(saved(tmp_path / "m.pt", MODULES["scripted"])).others
+    }
     assert others["first.plain"].nbytes == 24
     assert others["cache"].nbytes == 12
     assert "no part of the state dict" in others["cache"].reason
@@ -210,7 +224,9 @@ def test_packed_weights_are_other_weights_and_block_nothing_beside_them(tmp_path
     path = saved(tmp_path / "m.pt", quantised)
     found = shardkit.open(path)
     assert_same(found, state_of(path))
-    assert [other.name for other in found.others if other.is_weight] == ["1._packed_params._packed_params"]
+    assert [other.name for other in found.others if other.is_weight] == [
+        "1._packed_params._packed_params"
+    ]
     with pytest.raises(Unwritable, match="LinearPackedParamsBase"):
         shardkit.convert(path, tmp_path / "out")
 
@@ -250,7 +266,10 @@ def test_before_torch_1_5_every_other_tensor_was_a_buffer(tmp_path: Path) -> Non
 
 def test_a_deflated_archive_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt", MODULES["scripted"])
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(path) as old,
+        zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert_same(shardkit.open(tmp_path / "deflated.pt"), state_of(path))

@@ -1,4 +1,6 @@
-"""What only zip archives of torch.save can be: renamed roots, byte orders, compressed records, and lies in the directory."""
+"""What only zip archives of torch.save can be: renamed roots, byte orders, compressed records, and
+lies in the directory.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,16 @@ def saved(value: object) -> bytes:
 
 
 def rezipped(
-    content: bytes, method: int, *, root: str = "", without: Sequence[str] = (), changed: Mapping[str, bytes] | None = None
+    content: bytes,
+    method: int,
+    *,
+    root: str = "",
+    without: Sequence[str] = (),
+    changed: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """The archive written anew: by another method, under another root, some records left out and some changed."""
+    """The archive written anew: by another method, under another root, some records left out and
+    some changed.
+    """
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", method) as new:
         for info in old.infolist():
@@ -61,18 +70,32 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def assert_same(found: Checkpoint) -> None:
-    assert {entry.name: bytes(entry.read()) for entry in found.tensors} == {name: raw(tensor) for name, tensor in TENSORS.items()}
+    assert {entry.name: bytes(entry.read()) for entry in found.tensors} == {
+        name: raw(tensor) for name, tensor in TENSORS.items()
+    }
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
+)
 @pytest.mark.parametrize("root", ["", "archive/", "weird name.v1/", "deep/er/"])
 def test_any_root_and_either_method_is_read(method: int, root: str, tmp_path: Path) -> None:
     assert_same(scanned(rezipped(saved(TENSORS), method, root=root), tmp_path))
 
 
 def test_old_archives_lack_records_that_nothing_needs(tmp_path: Path) -> None:
-    lacking = ("byteorder", ".format_version", ".storage_alignment", ".data/serialization_id", "version")
-    assert_same(scanned(rezipped(saved(TENSORS), zipfile.ZIP_STORED, root="archive/", without=lacking), tmp_path))
+    lacking = (
+        "byteorder",
+        ".format_version",
+        ".storage_alignment",
+        ".data/serialization_id",
+        "version",
+    )
+    assert_same(
+        scanned(
+            rezipped(saved(TENSORS), zipfile.ZIP_STORED, root="archive/", without=lacking), tmp_path
+        )
+    )
 
 
 def test_what_torch_stores_plainly_is_where_torch_says(tmp_path: Path) -> None:
@@ -85,24 +108,39 @@ def test_what_torch_stores_plainly_is_where_torch_says(tmp_path: Path) -> None:
 def test_big_endian_words_are_turned(tmp_path: Path) -> None:
     content = saved(TENSORS)
     with zipfile.ZipFile(io.BytesIO(content)) as old:
-        records = {info.filename.partition("/")[2]: old.read(info) for info in old.infolist() if "/data/" in info.filename}
+        records = {
+            info.filename.partition("/")[2]: old.read(info)
+            for info in old.infolist()
+            if "/data/" in info.filename
+        }
     widths = {f"data/{i}": word for i, word in enumerate((4, 8, 4, 2))}
     turned = {
-        name: b"".join(records[name][at : at + w][::-1] for at in range(0, len(records[name]), w)) for name, w in widths.items()
+        name: b"".join(records[name][at : at + w][::-1] for at in range(0, len(records[name]), w))
+        for name, w in widths.items()
     }
-    content = rezipped(content, zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"big", **turned})
+    content = rezipped(
+        content, zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"big", **turned}
+    )
     assert_same(scanned(content, tmp_path))
     typed = torch.load(tmp_path / "m.pt")
-    assert all(torch.equal(typed[name], TENSORS[name]) for name in "abc")  # "u", of no typed storage, torch itself gets wrong
+    assert all(
+        torch.equal(typed[name], TENSORS[name]) for name in "abc"
+    )  # "u", of no typed storage, torch itself gets wrong
 
 
 FAULTY_RECORDS = {
-    "missing": (rezipped(saved({"w": torch.arange(4)}), 0, root="m/", without=["data/0"]), "no member 'm/data/0'"),
+    "missing": (
+        rezipped(saved({"w": torch.arange(4)}), 0, root="m/", without=["data/0"]),
+        "no member 'm/data/0'",
+    ),
     "short": (
         rezipped(saved({"w": torch.arange(4)}), 0, root="m/", changed={"data/0": bytes(31)}),
         "holds 31 bytes, and 4 elements of I64 need 32",
     ),
-    "long": (rezipped(saved({"w": torch.arange(4)}), 0, root="m/", changed={"data/0": bytes(33)}), "holds 33 bytes"),
+    "long": (
+        rezipped(saved({"w": torch.arange(4)}), 0, root="m/", changed={"data/0": bytes(33)}),
+        "holds 33 bytes",
+    ),
 }
 
 
@@ -114,7 +152,9 @@ def test_a_tensor_is_named_whose_storage_is(fault: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_byte_order_is_refused(tmp_path: Path) -> None:
-    content = rezipped(saved(TENSORS), zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"middle"})
+    content = rezipped(
+        saved(TENSORS), zipfile.ZIP_STORED, root="m/", changed={"byteorder": b"middle"}
+    )
     with pytest.raises(Malformed, match="neither little nor big"):
         scanned(content, tmp_path)
 
@@ -136,10 +176,14 @@ def test_other_zip_archives_are_left_to_others(names: tuple[str, ...], tmp_path:
 
 
 def test_a_data_pkl_that_is_no_torch_pickle_is_refused_or_empty(tmp_path: Path) -> None:
-    content = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": b"not a pickle"})
+    content = rezipped(
+        saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": b"not a pickle"}
+    )
     with pytest.raises(Malformed, match=r"m/data\.pkl, byte \d+"):
         scanned(content, tmp_path)
-    plain = rezipped(saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": pickle.dumps(3)})
+    plain = rezipped(
+        saved({}), zipfile.ZIP_STORED, root="m/", changed={"data.pkl": pickle.dumps(3)}
+    )
     assert scanned(plain, tmp_path).tensors == ()
 
 

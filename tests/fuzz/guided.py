@@ -1,8 +1,10 @@
-"""One parser under atheris, which changes bytes at random and keeps what leads to code that was not reached before.
+"""One parser under atheris, which changes bytes at random and keeps what leads to code that was not
+reached before.
 
     python tests/fuzz/guided.py PARSER FOLDER [options of libFuzzer]
 
-In FOLDER is kept what leads far, so that the next run goes on from there, and the input of a finding.
+In FOLDER is kept what leads far, so that the next run goes on from there, and the input of a
+finding.
 """
 
 from __future__ import annotations
@@ -45,7 +47,12 @@ def main(name: str, folder: Path, *options: str) -> None:
         each.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(parser.seeds()):
         (seeds / f"{number}").write_bytes(seed)
-    bounds = (f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-max_len={LONGEST}", f"-artifact_prefix={folder}/")
+    bounds = (
+        f"-timeout={SECONDS}",
+        f"-rss_limit_mb={MEGABYTES}",
+        f"-max_len={LONGEST}",
+        f"-artifact_prefix={folder}/",
+    )
     more = {"custom_mutator": mutated} if parser.is_json else {}
     with tempfile.TemporaryDirectory(dir=_memory()) as room:
         arguments = [sys.argv[0], str(kept), str(seeds), *bounds, *options]

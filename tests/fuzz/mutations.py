@@ -1,4 +1,6 @@
-"""Changes that leave JSON what it is: with bytes changed at random little is JSON, and nothing reaches what lies behind it."""
+"""Changes that leave JSON what it is: with bytes changed at random little is JSON, and nothing
+reaches what lies behind it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,21 @@ from random import Random
 from typing import Any
 
 NUMBERS = [0, 1, -1, 7, 16, 2**31, 2**63, 2**64, -(2**63), 1.5, 1e308, True, None]
-TEXTS = ["", "F32", "U8", "F4", "pt", "..", "/", "a/b", "C:x", "a\\b", "\x1b[2J", "\ud800", "model-00001-of-00001.safetensors"]
+TEXTS = [
+    "",
+    "F32",
+    "U8",
+    "F4",
+    "pt",
+    "..",
+    "/",
+    "a/b",
+    "C:x",
+    "a\\b",
+    "\x1b[2J",
+    "\ud800",
+    "model-00001-of-00001.safetensors",
+]
 NESTED = [[], {}, [0, 0], [2, 2], [0, 16], [[[]]], {"": ""}, {"format": "pt"}]
 VALUES = [*NUMBERS, *TEXTS, *NESTED]
 
@@ -16,7 +32,9 @@ Place = tuple[Any, Any]  # a dict or a list of JSON, and a key or an index in it
 
 
 def changed(content: bytes, random: Random) -> bytes | None:
-    """*content* with one value in it renamed, removed or replaced; None where it is no JSON that holds any."""
+    """*content* with one value in it renamed, removed or replaced; None where it is no JSON that
+    holds any.
+    """
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -35,7 +53,9 @@ def _places(document: object) -> Iterator[Place]:
     while stack:
         node = stack.pop()
         if isinstance(node, dict | list):
-            yield from ((node, key) for key in (list(node) if isinstance(node, dict) else range(len(node))))
+            yield from (
+                (node, key) for key in (list(node) if isinstance(node, dict) else range(len(node)))
+            )
             stack.extend(node.values() if isinstance(node, dict) else node)
 
 

@@ -1,6 +1,8 @@
-"""Every parser of a stranger's bytes: how a file is made around any bytes at all, and bytes that are known to lead far into it.
+"""Every parser of a stranger's bytes: how a file is made around any bytes at all, and bytes that
+are known to lead far into it.
 
-The law of each is the same: what is made of any bytes is read, or refused with a sentence that may be printed.
+The law of each is the same: what is made of any bytes is read, or refused with a sentence that may
+be printed.
 """
 
 from __future__ import annotations
@@ -111,18 +113,38 @@ def _header(content: bytes) -> bytes:
 
 
 def _fixtures(*prefixes: str) -> Iterator[bytes]:
-    for path in sorted(path for folder in ("good", "hostile") for path in (FIXTURES / folder).iterdir()):
-        if path.name.startswith(prefixes) and path.is_file() and path.stat().st_size <= LONGEST_SEED:
+    for path in sorted(
+        path for folder in ("good", "hostile") for path in (FIXTURES / folder).iterdir()
+    ):
+        if (
+            path.name.startswith(prefixes)
+            and path.is_file()
+            and path.stat().st_size <= LONGEST_SEED
+        ):
             yield path.read_bytes()
 
 
 def _pickles() -> Iterator[bytes]:
     """The pickles in small zip files, as far as they can be had."""
     for content in _fixtures("zip", "pickle", "tensor", "array"):
-        with suppress(zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, KeyError, OSError, EOFError, zlib.error):
+        with suppress(
+            zipfile.BadZipFile,
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            KeyError,
+            OSError,
+            EOFError,
+            zlib.error,
+        ):
             archive = zipfile.ZipFile(io.BytesIO(content))
-            yield archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    yield from (pickle.dumps({"step": 7, "betas": (0.9, 0.999), "name": "a" * 300}, protocol) for protocol in range(6))
+            yield archive.read(
+                next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            )
+    yield from (
+        pickle.dumps({"step": 7, "betas": (0.9, 0.999), "name": "a" * 300}, protocol)
+        for protocol in range(6)
+    )
 
 
 def _headers() -> Iterator[bytes]:
@@ -139,21 +161,31 @@ def _indexes() -> Iterator[bytes]:
 def _frames() -> Iterator[bytes]:
     """Streams without their first magic number: of one frame, and of frames with a table."""
     yield from (content[4:] for content in _fixtures("compressed"))
-    yield from (_seekable(content, width)[4:] for content in _fixtures("safetensors-tied", "legacy-shared") for width in (8, 12))
+    yield from (
+        _seekable(content, width)[4:]
+        for content in _fixtures("safetensors-tied", "legacy-shared")
+        for width in (8, 12)
+    )
 
 
 def _seekable(content: bytes, width: int) -> bytes:
     half = len(content) // 2
     pieces = [content[:half], content[half:]]
     frames = [zstandard.ZstdCompressor().compress(piece) for piece in pieces]
-    lines = (struct.pack("<II", len(frame), len(piece)).ljust(width, b"\0") for frame, piece in zip(frames, pieces, strict=True))
+    lines = (
+        struct.pack("<II", len(frame), len(piece)).ljust(width, b"\0")
+        for frame, piece in zip(frames, pieces, strict=True)
+    )
     table = b"".join(lines) + struct.pack("<IBI", len(frames), 0x80 if width > 8 else 0, 0x8F92EAB1)
     return b"".join(frames) + bytes.fromhex("5e2a4d18") + len(table).to_bytes(4, "little") + table
 
 
 def _arrays() -> Iterator[bytes]:
     for save in (np.savez, np.savez_compressed):
-        for arrays in ({"a": np.arange(4.0), "b": np.zeros((2, 0), ">i2")}, {"c": np.asfortranarray(np.eye(2, dtype="c8"))}):
+        for arrays in (
+            {"a": np.arange(4.0), "b": np.zeros((2, 0), ">i2")},
+            {"c": np.asfortranarray(np.eye(2, dtype="c8"))},
+        ):
             file = io.BytesIO()
             save(file, **arrays)
             yield file.getvalue()
@@ -162,14 +194,30 @@ def _arrays() -> Iterator[bytes]:
 def _manifests() -> Iterator[bytes]:
     runs = tuple(manifest.Run(name, at, at + 8) for at, name in ((64, "a"), (72, "b")))
     digests = manifest.Digests("00" * 16, {run.name: "11" * 16 for run in runs})
-    yield manifest.dump(manifest.Manifest("sha256", (manifest.Listed("model.safetensors", 80, runs, digests),)))
+    yield manifest.dump(
+        manifest.Manifest("sha256", (manifest.Listed("model.safetensors", 80, runs, digests),))
+    )
 
 
 def _records() -> Iterator[bytes]:
-    block = {"name": "0", "shard": "m.safetensors", "start": 64, "stop": 80, "digest": "1f" * 16, "tensors": ["0.w", "0.b"]}
+    block = {
+        "name": "0",
+        "shard": "m.safetensors",
+        "start": 64,
+        "stop": 80,
+        "digest": "1f" * 16,
+        "tensors": ["0.w", "0.b"],
+    }
     shards = {"m.safetensors": {"nbytes": 80, "header": "2e" * 32}}
     said = {"name": "m.pt", "format": "torch-zip", "files": {"m.pt": 900}}
-    document = {"version": 1, "source": said, "dtypes": {"F32": 16}, "algorithm": "xxh3", "shards": shards, "blocks": [block]}
+    document = {
+        "version": 1,
+        "source": said,
+        "dtypes": {"F32": 16},
+        "algorithm": "xxh3",
+        "shards": shards,
+        "blocks": [block],
+    }
     yield json.dumps(document).encode()
 
 
@@ -179,7 +227,9 @@ def _offloads() -> Iterator[bytes]:
 
 PARSERS: Mapping[str, Parser] = {
     "pickle": Parser(_pickles, _as("torch-zip", torch_zip)),
-    "zip": Parser(lambda: _fixtures("zip", "document", "exported", "torch-package"), _as("torch-zip")),
+    "zip": Parser(
+        lambda: _fixtures("zip", "document", "exported", "torch-package"), _as("torch-zip")
+    ),
     "legacy": Parser(lambda: _fixtures("legacy", "plain-pickle"), _as("torch-legacy")),
     "safetensors": Parser(_headers, _as("safetensors", _header), is_json=True),
     "index": Parser(_indexes, _index, is_json=True),

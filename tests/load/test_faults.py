@@ -1,6 +1,8 @@
-"""A model that streams, under every fault: right answers or a clear error, no hang, and nothing left behind.
+"""A model that streams, under every fault: right answers or a clear error, no hang, and nothing
+left behind.
 
-Faults come from outside, as the system has them: calls that fail, files that change, signals, memory that there is not.
+Faults come from outside, as the system has them: calls that fail, files that change, signals,
+memory that there is not.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ from torch import nn
 
 import shardkit
 from shardkit.errors import FormatError, ShardkitError
-from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
+from shardkit.load import (
+    close,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 from shardkit.load.streaming.prefetcher import _READERS
 
 pytestmark = [
@@ -50,7 +57,9 @@ class Layers(nn.Sequential):
     """Blocks that say when they begin."""
 
     def __init__(self) -> None:
-        super().__init__(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)))
+        super().__init__(
+            *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS))
+        )
         self.before: Callable[[int], object] = lambda number: None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +94,9 @@ def saved(model: Layers, folder: Path) -> Path:
         tensors = {f"{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
         save_file(tensors, shard(folder, number))
         weight_map |= dict.fromkeys(tensors, shard(folder, number).name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -103,7 +114,9 @@ def streaming(folder: Path, *, ring: int = 2) -> Layers:
 
 
 def outcome(model: Layers, expected: torch.Tensor) -> str | None:
-    """What a forward of *model* says is wrong; None where its answer is right, and a failure where that is wrong."""
+    """What a forward of *model* says is wrong; None where its answer is right, and a failure where
+    that is wrong.
+    """
     try:
         assert torch.equal(model(X), expected)
     except ShardkitError as error:
@@ -116,7 +129,9 @@ def half_streaming(model: Layers, folder: Path) -> Layers:
 
 
 @contextlib.contextmanager
-def struck(folder: Path, at: int | None, strike: Strike | None = None, *, lasting: bool = False) -> Iterator[Layer]:
+def struck(
+    folder: Path, at: int | None, strike: Strike | None = None, *, lasting: bool = False
+) -> Iterator[Layer]:
     """From here on the read number *at* below *folder* is struck."""
     layer = Layer(folder, at, strike, watched=LOADS, lasting=lasting)
     with layer.installed():
@@ -125,7 +140,11 @@ def struck(folder: Path, at: int | None, strike: Strike | None = None, *, lastin
 
 def nothing_left(model: nn.Module) -> None:
     """All weights are addresses again, which take no memory."""
-    plain = {name for name, weight in model.state_dict(keep_vars=True).items() if type(weight) in (torch.Tensor, nn.Parameter)}
+    plain = {
+        name
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if type(weight) in (torch.Tensor, nn.Parameter)
+    }
     assert not plain
 
 
@@ -142,19 +161,29 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: os.truncate(path, path.stat().st_size - 8),
     "cut in its header": lambda path: os.truncate(path, 20),
     "empty": lambda path: os.truncate(path, 0),
-    "a pointer of git-lfs": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
+    "a pointer of git-lfs": lambda path: path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    ),
     "a folder": turned_into_a_folder,
 }
 CHANGES: dict[str, Callable[[Path], object]] = {
     **{name: FAULTS[name] for name in ("missing", "cut", "empty")},
-    "replaced": lambda path: (path.with_name("new").write_bytes(bytes(path.stat().st_size)), path.with_name("new").rename(path)),
+    "replaced": lambda path: (
+        path.with_name("new").write_bytes(bytes(path.stat().st_size)),
+        path.with_name("new").rename(path),
+    ),
     "written to": lambda path: path.write_bytes(path.read_bytes()[:-50] + b"\1" * 50),
 }
 
 
-@pytest.mark.parametrize("load", [load_checkpoint_in_model, load_checkpoint_and_dispatch, lambda *args: streaming(args[1])])
+@pytest.mark.parametrize(
+    "load",
+    [load_checkpoint_in_model, load_checkpoint_and_dispatch, lambda *args: streaming(args[1])],
+)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_shard_is_told_by_name_when_the_model_is_loaded(fault: str, load: Callable[..., object], folder: Path) -> None:
+def test_a_broken_shard_is_told_by_name_when_the_model_is_loaded(
+    fault: str, load: Callable[..., object], folder: Path
+) -> None:
     FAULTS[fault](shard(folder, 3))
     model = empty()
     with pytest.raises(ShardkitError, match=shard(folder, 3).name):
@@ -178,7 +207,9 @@ def test_a_shard_that_changes_in_the_middle_of_a_forward_is_told_by_name(
     nothing_left(model)
 
 
-def test_a_checkpoint_that_is_swapped_for_another_is_told_and_loads_anew(folder: Path, resident: Layers) -> None:
+def test_a_checkpoint_that_is_swapped_for_another_is_told_and_loads_anew(
+    folder: Path, resident: Layers
+) -> None:
     model = streaming(folder)
     model(X)
     better = copy.deepcopy(resident)
@@ -194,12 +225,19 @@ def test_a_checkpoint_that_is_swapped_for_another_is_told_and_loads_anew(folder:
 # Calls that fail.
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE], ids=errno.errorcode.get)
-def test_a_load_that_fails_at_any_read_leaves_the_model_as_it_was(number: int, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE], ids=errno.errorcode.get
+)
+def test_a_load_that_fails_at_any_read_leaves_the_model_as_it_was(
+    number: int, folder: Path
+) -> None:
     for load in (load_checkpoint_in_model, half_streaming):
         for at in range(1000):
             model = empty()
-            with struck(folder, at, failing(number), lasting=True) as layer, contextlib.suppress(FormatError):
+            with (
+                struck(folder, at, failing(number), lasting=True) as layer,
+                contextlib.suppress(FormatError),
+            ):
                 load(model, folder)
             if layer.struck is None:
                 break
@@ -208,7 +246,9 @@ def test_a_load_that_fails_at_any_read_leaves_the_model_as_it_was(number: int, f
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
-def test_a_forward_that_fails_at_any_read_is_told_and_the_next_is_right(number: int, tmp_path: Path) -> None:
+def test_a_forward_that_fails_at_any_read_is_told_and_the_next_is_right(
+    number: int, tmp_path: Path
+) -> None:
     sweep = streamer.struck(*streamer.saved(tmp_path), number)
     assert not sweep.faults, "\n".join(sweep.faults)
     assert sweep.left["told"] >= streamer.LAYERS
@@ -216,7 +256,9 @@ def test_a_forward_that_fails_at_any_read_is_told_and_the_next_is_right(number: 
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, SystemExit, KeyboardInterrupt])
-def test_a_reader_that_dies_stops_no_forward_for_ever(error: type[BaseException], folder: Path, expected: torch.Tensor) -> None:
+def test_a_reader_that_dies_stops_no_forward_for_ever(
+    error: type[BaseException], folder: Path, expected: torch.Tensor
+) -> None:
     def dying(*_: object) -> None:
         raise error
 
@@ -233,7 +275,9 @@ def test_a_reader_that_dies_stops_no_forward_for_ever(error: type[BaseException]
     nothing_left(model)
 
 
-def test_descriptors_that_run_out_are_told_and_the_next_forward_is_right(folder: Path, expected: torch.Tensor) -> None:
+def test_descriptors_that_run_out_are_told_and_the_next_forward_is_right(
+    folder: Path, expected: torch.Tensor
+) -> None:
     model = streaming(folder)
     assert torch.equal(model(X), expected)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -260,14 +304,22 @@ def slow_reads(folder: Path, seconds: float) -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python may leave a lock held, between taking it and its `with`")
-def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(folder: Path, expected: torch.Tensor) -> None:
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14),
+    reason="this Python may leave a lock held, between taking it and its `with`",
+)
+def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(
+    folder: Path, expected: torch.Tensor
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     model = streaming(folder)
     old = signal.signal(signal.SIGUSR1, interrupt)
-    watchers, gc.callbacks[:] = gc.callbacks[:], []  # Hypothesis has one, and Python lets no interrupt out of it
+    watchers, gc.callbacks[:] = (
+        gc.callbacks[:],
+        [],
+    )  # Hypothesis has one, and Python lets no interrupt out of it
     interrupted = 0
     try:
         with slow_reads(folder, 0.002):
@@ -291,7 +343,9 @@ def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(folder: Path, 
     nothing_left(model)
 
 
-def test_an_interrupt_between_any_two_calls_leaves_the_next_forward_right(folder: Path, expected: torch.Tensor) -> None:
+def test_an_interrupt_between_any_two_calls_leaves_the_next_forward_right(
+    folder: Path, expected: torch.Tensor
+) -> None:
     model = streaming(folder)
     moment = 0
     while interrupted(lambda: model(X), moment):
@@ -343,7 +397,9 @@ def resident_bytes() -> int:
     """Of memory that is not a file's: that of files comes and goes as the system likes."""
     gc.collect()
     status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    return 1024 * next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")
+    )
 
 
 def settled(before: tuple[int, int]) -> bool:
@@ -356,11 +412,16 @@ def settled(before: tuple[int, int]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(folder: Path, expected: torch.Tensor) -> None:
+def test_eight_threads_give_eight_thousand_right_answers_on_a_ring_of_two(
+    folder: Path, expected: torch.Tensor
+) -> None:
     model = streaming(folder, ring=2)
     right: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: right.extend(torch.equal(model(X), expected) for _ in range(1000))) for _ in range(8)
+        threading.Thread(
+            target=lambda: right.extend(torch.equal(model(X), expected) for _ in range(1000))
+        )
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -398,7 +459,9 @@ def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, residen
 
 
 @pytest.mark.slow
-def test_fifty_models_are_loaded_and_closed_and_leave_nothing(folder: Path, expected: torch.Tensor) -> None:
+def test_fifty_models_are_loaded_and_closed_and_leave_nothing(
+    folder: Path, expected: torch.Tensor
+) -> None:
     before, memory = threads_and_descriptors(), 0
     for number in range(50):
         model = streaming(folder)
@@ -421,7 +484,10 @@ def compressed(model: Layers, tmp_path: Path) -> Path:
 def turned(model: Layers, tmp_path: Path) -> Path:
     """As a checkpoint of weights that lie transposed in their storages."""
     (tmp_path / "folder").mkdir()
-    torch.save({name: weight.t().contiguous().t() for name, weight in model.state_dict().items()}, tmp_path / "folder" / "m.pt")
+    torch.save(
+        {name: weight.t().contiguous().t() for name, weight in model.state_dict().items()},
+        tmp_path / "folder" / "m.pt",
+    )
     return tmp_path / "folder" / "m.pt"
 
 
@@ -433,7 +499,9 @@ def of_doubles(model: Layers, tmp_path: Path) -> Path:
 def test_no_forward_but_the_first_opens_a_file(
     stored: Callable[[Layers, Path], Path], resident: Layers, expected: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = load_checkpoint_and_dispatch(empty(), stored(resident, tmp_path), {"": "disk"}, ring=2, dtype=torch.float32)
+    model = load_checkpoint_and_dispatch(
+        empty(), stored(resident, tmp_path), {"": "disk"}, ring=2, dtype=torch.float32
+    )
     assert torch.equal(model(X), expected)
     with struck(tmp_path / "folder", None) as layer:
         for _ in range(3):
@@ -443,8 +511,8 @@ def test_no_forward_but_the_first_opens_a_file(
 
 # Processes.
 
-# For processes that fork from any of their threads, or have no memory to start more: `torch.set_num_threads` is only for the
-# thread that calls it.
+# For processes that fork from any of their threads, or have no memory to start more:
+# `torch.set_num_threads` is only for the thread that calls it.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 MODEL = """
@@ -475,11 +543,26 @@ slowness.__enter__()
 """
 
 
-def program(body: str, folder: Path, *, width: int = WIDTH, layers: int = LAYERS) -> subprocess.CompletedProcess[str]:
-    """Run *body* in a process of its own that has the model, and in which each thread computes alone."""
+def program(
+    body: str, folder: Path, *, width: int = WIDTH, layers: int = LAYERS
+) -> subprocess.CompletedProcess[str]:
+    """Run *body* in a process of its own that has the model, and in which each thread computes
+    alone.
+    """
     tests = Path(__file__).parent.parent
-    command = [sys.executable, "-c", MODEL + body, str(folder), str(width), str(layers), str(tests.parent), str(tests / "crash")]
-    return subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=250)
+    command = [
+        sys.executable,
+        "-c",
+        MODEL + body,
+        str(folder),
+        str(width),
+        str(layers),
+        str(tests.parent),
+        str(tests / "crash"),
+    ]
+    return subprocess.run(
+        command, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=250
+    )
 
 
 FORKS = """
@@ -564,7 +647,9 @@ def test_the_child_of_a_child_goes_on_with_the_forward_that_it_was_forked_in(fol
     assert (done.returncode, done.stdout) == (0, "right [10]\n"), done.stderr
 
 
-def test_what_was_held_while_a_process_forked_and_cannot_be_read_in_the_child_is_told(folder: Path) -> None:
+def test_what_was_held_while_a_process_forked_and_cannot_be_read_in_the_child_is_told(
+    folder: Path,
+) -> None:
     done = program(EIO + FORKS_WITHIN, folder)
     assert (done.returncode, done.stdout) == (0, "right [11]\n"), done.stderr
 
@@ -651,10 +736,16 @@ with torch.no_grad():
 def test_memory_that_there_is_not_is_told_and_the_next_forward_is_right(tmp_path: Path) -> None:
     width = 6000
     with init_empty_weights():
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3)))
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3))
+        )
     entries, at = {}, 0
     for name, weight in model.state_dict().items():
-        entries[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [at, at + 4 * weight.numel()]}
+        entries[name] = {
+            "dtype": "F32",
+            "shape": list(weight.shape),
+            "data_offsets": [at, at + 4 * weight.numel()],
+        }
         at += 4 * weight.numel()
     header = json.dumps(entries).encode()
     path = tmp_path / "model.safetensors"

@@ -1,6 +1,7 @@
 """What only an accelerator has: memory of its own, pinned copies, streams, and others beside it.
 
-What holds on every device is in the tests that run on each, as those of forwards in `test_running` and `test_endings`.
+What holds on every device is in the tests that run on each, as those of forwards in `test_running`
+and `test_endings`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def expected(resident: Model) -> torch.Tensor:
 
 @pytest.fixture
 def file(resident: Model, tmp_path: Path) -> Path:
-    state = {name: tensor for name, tensor in resident.state_dict().items() if name != "head.weight"}
+    state = {
+        name: tensor for name, tensor in resident.state_dict().items() if name != "head.weight"
+    }
     save_file(state, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
@@ -115,14 +118,23 @@ MAPS: dict[str, Map] = {
     "cuda": {"": 0},
     "cpu": {"": "cpu", "embed": 0},
     "disk": {"": "disk", "embed": 0},
-    "all": {"": 0, "layers.0": "cpu", "layers.1": "cpu", "layers.3": "cpu", "layers.5": "disk", "layers.9": "disk"},
+    "all": {
+        "": 0,
+        "layers.0": "cpu",
+        "layers.1": "cpu",
+        "layers.3": "cpu",
+        "layers.5": "disk",
+        "layers.9": "disk",
+    },
     "words": {"": f"{KIND}:0", "layers": torch.device(KIND, 0), "layers.10": "disk"},
 }
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_every_map_computes_the_same_bits(name: str, file: Path, expected: torch.Tensor) -> None:
-    model = loaded(file, MAPS[name], ring=2, force_hooks=True)  # which tells only where all is on one device
+    model = loaded(
+        file, MAPS[name], ring=2, force_hooks=True
+    )  # which tells only where all is on one device
     for _ in range(3):
         found = model(IDS)
         assert found.device.type == "cpu"  # where the input came from
@@ -147,10 +159,15 @@ def test_a_checkpoint_comes_into_the_memory_of_the_device(file: Path, resident: 
     load_checkpoint_in_model(model, file, {"": 0})
     assert {tensor.device.type for tensor in model.state_dict().values()} == {KIND}
     assert model.head.weight is model.embed.weight
-    assert all(torch.equal(tensor.cpu(), resident.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor.cpu(), resident.state_dict()[name])
+        for name, tensor in model.state_dict().items()
+    )
 
 
-def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Model, tmp_path: Path) -> None:
+def test_what_streams_says_the_device_that_it_runs_on(
+    file: Path, resident: Model, tmp_path: Path
+) -> None:
     model = loaded(file, MAPS["all"])
     assert {parameter.device.type for parameter in model.parameters()} == {KIND}
     weight = model.get_parameter("layers.5.up.weight")
@@ -158,10 +175,15 @@ def test_what_streams_says_the_device_that_it_runs_on(file: Path, resident: Mode
     save(model, tmp_path / "out")
     again = Model()
     load_checkpoint_in_model(again, tmp_path / "out", strict=True)
-    assert all(torch.equal(tensor, resident.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, resident.state_dict()[name])
+        for name, tensor in again.state_dict().items()
+    )
 
 
-def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: torch.Tensor) -> None:
+def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(
+    file: Path, expected: torch.Tensor
+) -> None:
     pinned_by_torch = host_bytes()
     model = loaded(file, MAPS["cpu"], ring=2)
     for _ in range(3):
@@ -178,13 +200,17 @@ def test_what_lies_on_the_cpu_is_sent_from_where_it_lies(file: Path, expected: t
 
 def host_bytes() -> int:
     """What torch itself has pinned; CUDA alone pins memory in exact size, and says what it has."""
-    pinned: int = device.host_memory_stats().get("allocated_bytes.current", 0) if KIND == "cuda" else 0
+    pinned: int = (
+        device.host_memory_stats().get("allocated_bytes.current", 0) if KIND == "cuda" else 0
+    )
     return pinned
 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 @pytest.mark.parametrize("ring", [2, 4])
-def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Path, expected: torch.Tensor) -> None:
+def test_the_device_holds_what_stays_and_the_ring(
+    tier: str, ring: int, file: Path, expected: torch.Tensor
+) -> None:
     before = device.memory_allocated()  # when what the device needs to compute at all is there
     model = loaded(file, {"": tier, "embed": 0}, ring=ring)
     device.reset_peak_memory_stats()
@@ -195,7 +221,9 @@ def test_the_device_holds_what_stays_and_the_ring(tier: str, ring: int, file: Pa
     close(model)
 
 
-def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(file: Path, expected: torch.Tensor) -> None:
+def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(
+    file: Path, expected: torch.Tensor
+) -> None:
     before = device.memory_allocated()
     model = loaded(file, MAPS["disk"], ring=2)
     assert torch.equal(model(IDS), expected)
@@ -215,7 +243,9 @@ def test_an_exception_leaves_nothing_on_the_device_and_closing_gives_all_back(fi
     assert device.memory_allocated() <= before
 
 
-def test_four_threads_with_streams_of_their_own_share_a_ring_of_two(file: Path, expected: torch.Tensor) -> None:
+def test_four_threads_with_streams_of_their_own_share_a_ring_of_two(
+    file: Path, expected: torch.Tensor
+) -> None:
     model, ids = loaded(file, MAPS["disk"], ring=2), IDS.to(KIND)
     right: list[bool] = []
 
@@ -232,7 +262,9 @@ def test_four_threads_with_streams_of_their_own_share_a_ring_of_two(file: Path, 
     assert right == [True] * 200
 
 
-def test_work_on_a_stream_of_the_caller_waits_for_its_weights(file: Path, expected: torch.Tensor) -> None:
+def test_work_on_a_stream_of_the_caller_waits_for_its_weights(
+    file: Path, expected: torch.Tensor
+) -> None:
     model, stream = loaded(file, MAPS["all"], ring=2), torch.Stream(device=KIND)
     ids = IDS.to(KIND)
     for _ in range(5):
@@ -245,7 +277,9 @@ def test_work_on_a_stream_of_the_caller_waits_for_its_weights(file: Path, expect
 
 def test_models_take_turns_on_the_device(resident: Model, expected: torch.Tensor) -> None:
     first, hook = cpu_offload_with_hook(copy.deepcopy(resident), 0)
-    second, _ = cpu_offload_with_hook(copy.deepcopy(resident), prev_module_hook=hook)  # to the one that there is
+    second, _ = cpu_offload_with_hook(
+        copy.deepcopy(resident), prev_module_hook=hook
+    )  # to the one that there is
     assert devices_of(first, ["embed.weight"]) == [None]
     assert torch.equal(first(IDS).cpu(), expected)
     assert devices_of(first, ["embed.weight"]) == [0]
@@ -262,7 +296,11 @@ def devices_of(model: Model, names: Sequence[str]) -> list[int | None]:
 def test_several_devices_are_a_pipeline_in_one_process(file: Path, expected: torch.Tensor) -> None:
     second: Map = {f"layers.{number}": 1 for number in range(6, LAYERS)}
     model = loaded(file, {"": 0} | second)
-    assert devices_of(model, ["embed.weight", "layers.5.up.weight", "layers.6.up.weight"]) == [0, 0, 1]
+    assert devices_of(model, ["embed.weight", "layers.5.up.weight", "layers.6.up.weight"]) == [
+        0,
+        0,
+        1,
+    ]
     for _ in range(3):
         torch.testing.assert_close(model(IDS), expected)
     model = loaded(file, {"": 0, "layers.3": "cpu", "layers.7": 1, "layers.8": "disk"}, ring=2)
@@ -272,14 +310,21 @@ def test_several_devices_are_a_pipeline_in_one_process(file: Path, expected: tor
 
 @needs_two
 def test_balanced_spreads_a_model_over_the_devices(file: Path, expected: torch.Tensor) -> None:
-    model = loaded(file, "balanced", max_memory={0: 10 * BLOCK, 1: 10 * BLOCK}, no_split_module_classes=["Block"])
+    model = loaded(
+        file,
+        "balanced",
+        max_memory={0: 10 * BLOCK, 1: 10 * BLOCK},
+        no_split_module_classes=["Block"],
+    )
     assert isinstance(model.hf_device_map, dict)
     assert set(model.hf_device_map.values()) == {0, 1}
     torch.testing.assert_close(model(IDS), expected)
 
 
 @needs_two
-def test_what_streams_to_one_device_cannot_be_moved_to_the_other(file: Path, expected: torch.Tensor) -> None:
+def test_what_streams_to_one_device_cannot_be_moved_to_the_other(
+    file: Path, expected: torch.Tensor
+) -> None:
     model = loaded(file, MAPS["disk"])
     assert model.to(f"{KIND}:0") is model
     with pytest.raises(LoadError, match="cannot be moved"):

@@ -1,4 +1,6 @@
-"""Models of Transformers and Diffusers on an accelerator: from a folder in one line, over all tiers, alone and on two devices."""
+"""Models of Transformers and Diffusers on an accelerator: from a folder in one line, over all
+tiers, alone and on two devices.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from small_models import EAGER, IDS, MODELS, TOKENS, by_turns, layers, llama, lo
 transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
 pytestmark = [
     *needs_one,
-    pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
+    pytest.mark.skipif(
+        not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"
+    ),
 ]
 
 
@@ -61,7 +65,9 @@ DEVICE_MAPS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.fixture(params=MODELS)
-def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Any:  # Any, here and below: Transformers types no models
+def kind(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Any:  # Any, here and below: Transformers types no models
     torch.manual_seed(0)
     model = MODELS[request.param]()
     model.save_pretrained(tmp_path)
@@ -77,12 +83,16 @@ def saved(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
-def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(kind: Any, device_map: str, tmp_path: Path) -> None:
+def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(
+    kind: Any, device_map: str, tmp_path: Path
+) -> None:
     theirs = kind.from_pretrained(tmp_path, **EAGER).to(KIND)
     ours: Any = from_pretrained(tmp_path, DEVICE_MAPS[device_map](theirs), ring=2, **EAGER)
     assert type(ours) is kind
     assert {parameter.device.type for parameter in ours.parameters()} == {KIND}
-    assert any(isinstance(weight, Streamed) for weight in ours.parameters()) == (device_map not in ("device", "auto"))
+    assert any(isinstance(weight, Streamed) for weight in ours.parameters()) == (
+        device_map not in ("device", "auto")
+    )
     for _ in range(2):
         assert torch.equal(logits(ours, KIND).cpu(), logits(theirs, KIND).cpu())
     if ours.can_generate():
@@ -92,23 +102,34 @@ def test_logits_and_tokens_are_those_of_the_model_that_transformers_loads(kind: 
     assert torch.equal(logits(ours, KIND).cpu(), logits(theirs, KIND).cpu())
 
 
-@pytest.mark.filterwarnings("ignore:the buffers of what is offloaded take:UserWarning")  # of the map that is then dealt anew
+@pytest.mark.filterwarnings(
+    "ignore:the buffers of what is offloaded take:UserWarning"
+)  # of the map that is then dealt anew
 def test_a_model_that_does_not_fit_the_device_uses_what_there_is(tmp_path: Path) -> None:
     theirs = saved(tmp_path)
     size = sum(parameter.nbytes for parameter in theirs.parameters())
     layer = sum(parameter.nbytes for parameter in theirs.model.layers[0].parameters())
     room = size - 3 * layer + 2 * layer + 10_000  # what is in no layer, a ring, and buffers
-    ours: Any = from_pretrained(tmp_path, "auto", max_memory={0: room, "cpu": 2 * layer}, ring=2, **EAGER)
+    ours: Any = from_pretrained(
+        tmp_path, "auto", max_memory={0: room, "cpu": 2 * layer}, ring=2, **EAGER
+    )
     assert set(ours.hf_device_map.values()) == {0, "disk"}
     for _ in range(2):
-        assert torch.equal(logits(ours), logits(theirs, KIND).cpu())  # the input is on the CPU, and the output comes back there
+        assert torch.equal(
+            logits(ours), logits(theirs, KIND).cpu()
+        )  # the input is on the CPU, and the output comes back there
     with pytest.raises(OverBudget):
         from_pretrained(tmp_path, "auto", max_memory={0: layer, "cpu": 0}, **EAGER)
 
 
 def test_what_a_forward_costs_is_told_with_the_link_to_the_device(tmp_path: Path) -> None:
     layer = sum(parameter.nbytes for parameter in saved(tmp_path).model.layers[0].parameters())
-    device_map: dict[str, int | str] = {"": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    device_map: dict[str, int | str] = {
+        "": 0,
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+    }
     model: Any = from_pretrained(tmp_path, device_map, ring=2, **EAGER)
     for _ in range(3):
         logits(model, KIND)
@@ -139,12 +160,16 @@ def test_copies_of_a_model_stream_and_end_on_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("compress", [None, "zstd"])
-def test_what_is_cast_or_expanded_on_the_way_streams_as_well(dtype: str, compress: str | None, tmp_path: Path) -> None:
+def test_what_is_cast_or_expanded_on_the_way_streams_as_well(
+    dtype: str, compress: str | None, tmp_path: Path
+) -> None:
     if compress:
         pytest.importorskip("zstandard")
     saved(tmp_path / "plain")
     shardkit.convert(tmp_path / "plain", tmp_path / "out", max_shard="40kB", compress=compress)
-    expected: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=dtype, **EAGER)
+    expected: Any = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=dtype, **EAGER
+    )
     expected.to(KIND)
     with init_empty_weights():
         model = llama(**EAGER).eval()
@@ -157,7 +182,9 @@ def test_a_cache_that_is_not_moved_gives_the_same_tokens(tmp_path: Path) -> None
     same = saved(tmp_path)
     with init_empty_weights():
         model = llama(**EAGER).eval()
-    load_checkpoint_and_dispatch(model, tmp_path, by_turns(model), skip_keys="past_key_values", ring=2)
+    load_checkpoint_and_dispatch(
+        model, tmp_path, by_turns(model), skip_keys="past_key_values", ring=2
+    )
     ids = IDS.to(KIND)
     assert torch.equal(model.generate(ids, **TOKENS), same.generate(ids, **TOKENS))
 
@@ -215,9 +242,14 @@ def test_a_model_that_is_larger_than_the_devices_goes_on_to_the_cpu_and_the_disk
     assert all(held[place] * 4 * side * side <= room for place, room in budgets.items())
 
 
-def test_a_checkpoint_is_a_mapping_of_tensors_on_the_device_that_are_read_when_they_are_used(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_mapping_of_tensors_on_the_device_that_are_read_when_they_are_used(
+    tmp_path: Path,
+) -> None:
     state = saved(tmp_path).state_dict()
-    for found in (tensors(tmp_path, device=KIND), {name: each.to(KIND) for name, each in tensors(tmp_path).items()}):
+    for found in (
+        tensors(tmp_path, device=KIND),
+        {name: each.to(KIND) for name, each in tensors(tmp_path).items()},
+    ):
         assert found.keys() == state.keys()
         for name, tensor in state.items():
             assert isinstance(found[name], Paged)
@@ -239,7 +271,9 @@ def test_a_model_is_spread_over_two_devices(words: str, kind: Any, tmp_path: Pat
     for _ in range(2):
         torch.testing.assert_close(logits(ours), logits(theirs))
     if ours.can_generate():
-        assert torch.equal(ours.generate(IDS.to(KIND), **TOKENS).cpu(), theirs.generate(IDS, **TOKENS))
+        assert torch.equal(
+            ours.generate(IDS.to(KIND), **TOKENS).cpu(), theirs.generate(IDS, **TOKENS)
+        )
 
 
 @needs_two

@@ -1,4 +1,6 @@
-"""Accelerate's guide as it is written, with one changed import, on whatever holds the weights; and it writes nothing."""
+"""Accelerate's guide as it is written, with one changed import, on whatever holds the weights; and
+it writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from torch import nn
 import shardkit
 from accelerators import COUNT, KIND
 from shardkit.errors import FormatError, LoadError
-from shardkit.load import Paged, close, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
+from shardkit.load import (
+    Paged,
+    close,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 from shardkit.operations.offload_prep import offload_prep
 
 WIDTH, LAYERS = 16, 11
@@ -81,11 +89,16 @@ def safe(state: dict[str, torch.Tensor], folder: Path) -> Path:
 
 def index(state: dict[str, torch.Tensor], folder: Path) -> Path:
     names = list(state)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for shard, inside in shards.items():
         save_file({name: state[name] for name in inside}, folder / shard)
     weight_map = {name: shard for shard, inside in shards.items() for name in inside}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -152,17 +165,25 @@ def test_the_guide_runs_as_written_and_writes_nothing(
     with init_empty_weights():
         model = MyModel().eval()
     model = load_checkpoint_and_dispatch(
-        model, checkpoint=checkpoint_file, device_map="auto", max_memory=max_memory, no_split_module_classes=["Block"]
+        model,
+        checkpoint=checkpoint_file,
+        device_map="auto",
+        max_memory=max_memory,
+        no_split_module_classes=["Block"],
     )
     whole = COUNT == 1 and not max_memory  # it is all on one accelerator
     input = INPUT.to(KIND) if whole else INPUT
     output = model(input)
 
     near = None if COUNT > 1 else 0  # several devices, each with an arithmetic of its own
-    torch.testing.assert_close(output, copy.deepcopy(trained).to(input.device)(input), rtol=near, atol=near)
+    torch.testing.assert_close(
+        output, copy.deepcopy(trained).to(input.device)(input), rtol=near, atol=near
+    )
     assert torch.equal(model(input), output)
     assert isinstance(model.hf_device_map, dict)
-    assert set(model.hf_device_map.values()) == ({"cpu", "disk"} if max_memory else {*range(COUNT)} if COUNT else {"cpu"})
+    assert set(model.hf_device_map.values()) == (
+        {"cpu", "disk"} if max_memory else {*range(COUNT)} if COUNT else {"cpu"}
+    )
     assert listing(tmp_path) == before
     close(model)
     assert listing(tmp_path) == before
@@ -205,11 +226,17 @@ def test_a_load_that_fails_leaves_no_files_and_the_model_as_it_was(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_accelerate_leaves_files_when_a_load_fails_and_we_do_not(temporary: Path, trained: MyModel, tmp_path: Path) -> None:
+def test_accelerate_leaves_files_when_a_load_fails_and_we_do_not(
+    temporary: Path, trained: MyModel, tmp_path: Path
+) -> None:
     accelerate = pytest.importorskip("accelerate")
     file = zipped(trained.state_dict(), tmp_path)
     of_another_shape(file)
-    options = {"device_map": {"": "cpu", "layers.0": "disk"}, "offload_folder": tmp_path / "offload", "offload_state_dict": True}
+    options = {
+        "device_map": {"": "cpu", "layers.0": "disk"},
+        "offload_folder": tmp_path / "offload",
+        "offload_state_dict": True,
+    }
     with pytest.raises(ValueError, match="incorrect"):
         accelerate.load_checkpoint_in_model(MyModel(), str(file), **options)
     assert [path for path in temporary.rglob("*") if path.is_file()]
@@ -220,10 +247,14 @@ def test_accelerate_leaves_files_when_a_load_fails_and_we_do_not(temporary: Path
     assert listing(tmp_path) == before
 
 
-def test_layer_1_is_not_the_beginning_of_layer_10_as_it_is_to_transformers(trained: MyModel, tmp_path: Path) -> None:
+def test_layer_1_is_not_the_beginning_of_layer_10_as_it_is_to_transformers(
+    trained: MyModel, tmp_path: Path
+) -> None:
     device_map: dict[str, str] = {"layers.1": "disk", "": "cpu"}
     integration = pytest.importorskip("transformers.integrations.accelerate")
-    theirs = integration.expand_device_map(device_map, [f"layers.{number}.up.weight" for number in (1, 10)])
+    theirs = integration.expand_device_map(
+        device_map, [f"layers.{number}.up.weight" for number in (1, 10)]
+    )
     assert theirs["layers.10.up.weight"] == "disk"
     with init_empty_weights():
         model = MyModel().eval()
@@ -234,7 +265,9 @@ def test_layer_1_is_not_the_beginning_of_layer_10_as_it_is_to_transformers(train
 
 
 @pytest.mark.usefixtures("temporary")
-def test_what_is_compressed_is_expanded_once_and_leaves_no_file(trained: MyModel, tmp_path: Path) -> None:
+def test_what_is_compressed_is_expanded_once_and_leaves_no_file(
+    trained: MyModel, tmp_path: Path
+) -> None:
     zstandard = pytest.importorskip("zstandard")
     file = zipped(trained.state_dict(), tmp_path)
     packed = tmp_path / "model.bin.zst"
@@ -242,7 +275,9 @@ def test_what_is_compressed_is_expanded_once_and_leaves_no_file(trained: MyModel
     before = listing(tmp_path)
     with init_empty_weights():
         model = MyModel().eval()
-    load_checkpoint_and_dispatch(model, packed, "auto", max_memory=ROOM, no_split_module_classes=["Block"])
+    load_checkpoint_and_dispatch(
+        model, packed, "auto", max_memory=ROOM, no_split_module_classes=["Block"]
+    )
     assert torch.equal(model(INPUT), trained(INPUT))
     close(model)
     assert listing(tmp_path) == before
@@ -268,7 +303,9 @@ def streaming(trained: MyModel, folder: Path) -> MyModel:
     with init_empty_weights():
         model = MyModel().eval()
     device_map = {"": "cpu"} | {f"layers.{number}": "disk" for number in range(6)}
-    return load_checkpoint_and_dispatch(model, safe(trained.state_dict(), folder), device_map, ring=2)
+    return load_checkpoint_and_dispatch(
+        model, safe(trained.state_dict(), folder), device_map, ring=2
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,6 @@
-"""Several accelerators are a pipeline in one process; see `twins` for what stands for them where there are none."""
+"""Several accelerators are a pipeline in one process; see `twins` for what stands for them where
+there are none.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ pytestmark = pytest.mark.skipif(
 
 LAYER_MAP: dict[str, int] = {f"layers.{number}": number // 2 % 2 for number in range(LAYERS)}
 LAYER_MAP |= {"embed": 0, "head": 1, "scale": 1}
-MAPS: list[Any] = [LAYER_MAP, {"": 0, "layers": 1}, {"": 1, "layers.3.up": 0}, "auto", "balanced", "sequential"]
+MAPS: list[Any] = [
+    LAYER_MAP,
+    {"": 0, "layers": 1},
+    {"": 1, "layers.3.up": 0},
+    "auto",
+    "balanced",
+    "sequential",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +56,30 @@ def test_the_twins_refuse_what_lies_on_both(found: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(MAPS)), ids=str)
-def test_each_part_runs_where_its_weights_are_in_the_order_of_the_model(model: Model, found: list[Any], number: int) -> None:
+def test_each_part_runs_where_its_weights_are_in_the_order_of_the_model(
+    model: Model, found: list[Any], number: int
+) -> None:
     run = found[1 + number]
     assert torch.equal(torch.tensor(run["logits"]), model(IDS))
     assert run["closed"] == run["logits"]
     places = dict(run["ran"])
-    assert list(places) == [name for name, module in model.named_modules() if not list(module.children())]
+    assert list(places) == [
+        name for name, module in model.named_modules() if not list(module.children())
+    ]
     assert {name: places[name.rpartition(".")[0]] for name in run["weights"]} == run["weights"]
     assert set(places.values()) == {"twin:0", "twin:1"}
 
 
 @pytest.mark.parametrize("number", range(len(MAPS)), ids=str)
-def test_nothing_moves_but_where_the_device_changes_and_the_output_comes_back(found: list[Any], number: int) -> None:
+def test_nothing_moves_but_where_the_device_changes_and_the_output_comes_back(
+    found: list[Any], number: int
+) -> None:
     run = found[1 + number]
     assert run["moves"][0][0] == run["moves"][-1][1] == "cpu"
-    if MAPS[number] != {"": 1, "layers.3.up": 0}:  # there a layer is cut, and its input is needed on both
+    if MAPS[number] != {
+        "": 1,
+        "layers.3.up": 0,
+    }:  # there a layer is cut, and its input is needed on both
         path = ["cpu", *(place for _, place in run["ran"]), "cpu"]
         changes = [list(pair) for pair in pairwise(path) if pair[0] != pair[1]]
         assert run["moves"] == changes

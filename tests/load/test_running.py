@@ -1,4 +1,6 @@
-"""Models that run on the CPU or an accelerator, over all tiers, are the models that they were, whatever is asked of them."""
+"""Models that run on the CPU or an accelerator, over all tiers, are the models that they were,
+whatever is asked of them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,22 @@ from shardkit.load.dispatch.accelerate_api import dispatch_model
 from shardkit.load.dispatch.attachments import attachments, remove_hooks
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.placement.device_map import device_of
-from toys import IDS, LAYERS, MAPS, WIDTH, Toy, empty, layer, loaded, logits, resident_on, run_on, saved, streamed, trained
+from toys import (
+    IDS,
+    LAYERS,
+    MAPS,
+    WIDTH,
+    Toy,
+    empty,
+    layer,
+    loaded,
+    logits,
+    resident_on,
+    run_on,
+    saved,
+    streamed,
+    trained,
+)
 
 Load = Callable[..., Toy]
 
@@ -76,7 +93,10 @@ def test_every_map_of_every_format_computes_the_same_bits(
     assert isinstance(model.hf_device_map, dict)
     reported = {key: device_of(key, model.hf_device_map) for key in model.state_dict()}
     assert {key for key, each in reported.items() if each == "disk"} == streamed(model)
-    assert {str(each) for key, each in reported.items() if key not in streamed(model)} <= {device, "cpu"}
+    assert {str(each) for key, each in reported.items() if key not in streamed(model)} <= {
+        device,
+        "cpu",
+    }
     assert model.hf_device_map.keys() >= run_on(MAPS[name], device).keys()
     stored = resident.state_dict()
     for key, tensor in model.state_dict().items():
@@ -87,7 +107,8 @@ def test_every_map_of_every_format_computes_the_same_bits(
 def test_the_map_says_what_streams_and_a_prefix_is_a_module(load: Load, device: str) -> None:
     names = streamed(load({"": device, "layers.1": "disk"}))
     assert names == {
-        f"layers.1.{each}" for each in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
+        f"layers.1.{each}"
+        for each in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
     }
 
 
@@ -99,7 +120,9 @@ def test_what_is_tied_or_owned_by_what_contains_blocks_stays_and_is_one(load: Lo
     assert not layer(model, 0).up.weight.requires_grad
 
 
-def test_buffers_on_disk_have_the_values_of_the_checkpoint(load: Load, resident: Toy, expected: torch.Tensor) -> None:
+def test_buffers_on_disk_have_the_values_of_the_checkpoint(
+    load: Load, resident: Toy, expected: torch.Tensor
+) -> None:
     stays, streams = load(), load(offload_buffers=True)
     for model in (stays, streams):
         mean = layer(model, 3).norm.get_buffer("running_mean")
@@ -110,7 +133,9 @@ def test_buffers_on_disk_have_the_values_of_the_checkpoint(load: Load, resident:
 
 
 @pytest.mark.parametrize("ring", [2, 4])
-def test_four_threads_give_1200_right_answers(load: Load, expected: torch.Tensor, ring: int) -> None:
+def test_four_threads_give_1200_right_answers(
+    load: Load, expected: torch.Tensor, ring: int
+) -> None:
     model = load(ring=ring)
     right: list[bool] = []
 
@@ -130,7 +155,9 @@ ORDERS = [[0, 1, 2], [10, 3, 3, 3, 0], list(range(LAYERS))[::-1], [1, 10, 1, 10]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_blocks_may_be_reused_skipped_and_reordered(load: Load, resident: Toy, order: list[int]) -> None:
+def test_blocks_may_be_reused_skipped_and_reordered(
+    load: Load, resident: Toy, order: list[int]
+) -> None:
     model = load(ring=2)
     model(IDS)
     model.order = resident.order = order
@@ -138,14 +165,18 @@ def test_blocks_may_be_reused_skipped_and_reordered(load: Load, resident: Toy, o
         assert torch.equal(logits(model), logits(resident))
 
 
-def test_weights_may_be_used_without_their_blocks_forward(load: Load, resident: Toy, device: str) -> None:
+def test_weights_may_be_used_without_their_blocks_forward(
+    load: Load, resident: Toy, device: str
+) -> None:
     model = load()
     x = torch.linspace(-1, 1, 5 * WIDTH, device=device).reshape(5, WIDTH)
     block, same = layer(model, 1), layer(resident, 1)
     assert torch.equal(block.up.weight @ x.T, same.up.weight @ x.T)
     assert torch.equal(block.up(x), same.up(x))
     assert torch.equal(block.forward(x), same(x))
-    assert torch.equal(nn.functional.linear(x, block.up.weight[:3]), nn.functional.linear(x, same.up.weight[:3]))
+    assert torch.equal(
+        nn.functional.linear(x, block.up.weight[:3]), nn.functional.linear(x, same.up.weight[:3])
+    )
     assert next(block.parameters()).device == torch.device(device)
 
 
@@ -159,10 +190,15 @@ def test_a_block_may_read_its_own_and_others_weights(load: Load, resident: Toy) 
     assert seen == [True] * LAYERS
 
 
-def test_a_copy_shares_the_stream_and_nothing_else(load: Load, expected: torch.Tensor, device: str) -> None:
+def test_a_copy_shares_the_stream_and_nothing_else(
+    load: Load, expected: torch.Tensor, device: str
+) -> None:
     model = load(ring=2)
     twin = copy.deepcopy(model)
-    streams = [{each.stream for _, _, _, each in attachments(each) if isinstance(each, Pager)} for each in (model, twin)]
+    streams = [
+        {each.stream for _, _, _, each in attachments(each) if isinstance(each, Pager)}
+        for each in (model, twin)
+    ]
     assert streams[0] == streams[1]
     assert streamed(twin) == streamed(model)
     assert twin.head.weight is twin.embed.weight
@@ -183,10 +219,16 @@ def test_the_state_dict_reads_nothing(load: Load, monkeypatch: pytest.MonkeyPatc
     assert list(model.state_dict()) == list(empty().state_dict())
 
 
-def test_a_model_that_streams_cannot_be_moved_and_may_be_cast(load: Load, resident: Toy, device: str) -> None:
+def test_a_model_that_streams_cannot_be_moved_and_may_be_cast(
+    load: Load, resident: Toy, device: str
+) -> None:
     model = load()
     block = layer(model, 0)
-    moves: dict[str, Callable[[], object]] = {"meta": lambda: block.to("meta"), "cuda": block.cuda, "xpu": block.xpu}
+    moves: dict[str, Callable[[], object]] = {
+        "meta": lambda: block.to("meta"),
+        "cuda": block.cuda,
+        "xpu": block.xpu,
+    }
     for kind in moves.keys() - {torch.device(device).type}:
         with pytest.raises(LoadError, match="cannot be moved"):
             moves[kind]()
@@ -220,13 +262,17 @@ def test_what_stays_learns_as_it_would_have(load: Load, resident: Toy, device: s
 
 def test_a_backward_that_comes_too_late_raises(load: Load) -> None:
     loss = load(ring=2)(IDS).sum()
-    with pytest.raises(NotTrained, match=r"backward needs 'layers\.\d+\.\w+\.\w+' and \d more: they stream") as caught:
+    with pytest.raises(
+        NotTrained, match=r"backward needs 'layers\.\d+\.\w+\.\w+' and \d more: they stream"
+    ) as caught:
         loss.backward()
     assert isinstance(caught.value, RuntimeError)
     assert "gradient checkpointing" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_modes_of_torch_change_nothing(
     load: Load, expected: torch.Tensor, mode: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:
@@ -244,7 +290,9 @@ def test_autocast_computes_the_same_bits(load: Load, resident: Toy, device: str)
             assert torch.equal(logits(model), logits(resident))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_a_dtype_is_given_while_weights_are_read(
     load: Load, resident: Toy, mode: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:
@@ -262,10 +310,14 @@ def test_a_model_may_be_dispatched_anew(load: Load, expected: torch.Tensor, devi
         with pytest.raises(LoadError, match="no device"):
             dispatch_model(model, {"layers": "cpu"})
         assert torch.equal(model(IDS), expected)
-    assert len({each.stream for _, _, _, each in attachments(model) if isinstance(each, Pager)}) == 1
+    assert (
+        len({each.stream for _, _, _, each in attachments(model) if isinstance(each, Pager)}) == 1
+    )
 
 
-def test_a_model_in_memory_is_dispatched_to_a_new_folder(device: str, expected: torch.Tensor, tmp_path: Path) -> None:
+def test_a_model_in_memory_is_dispatched_to_a_new_folder(
+    device: str, expected: torch.Tensor, tmp_path: Path
+) -> None:
     half = run_on(MAPS["half"], device)
     for _ in range(2):  # the second time, the folder holds just these weights
         model = dispatch_model(trained(), half, offload_dir=tmp_path / "out")
@@ -289,7 +341,11 @@ def test_an_empty_model_is_dispatched_to_what_a_folder_and_a_state_dict_hold(
     state = {name: tensor for name, tensor in stored.items() if not name.startswith("layers.")}
     model = dispatch_model(empty(), maps["half"], state_dict=state, offload_dir=file.parent)
     assert torch.equal(model(IDS), expected)
-    index = {name: {"safetensors_file": str(file), "weight_name": name} for name in stored if name != "head.weight"}
+    index = {
+        name: {"safetensors_file": str(file), "weight_name": name}
+        for name in stored
+        if name != "head.weight"
+    }
     model = dispatch_model(empty(), maps["disk"], offload_index=index)
     assert torch.equal(model(IDS), expected)
     with pytest.raises(LoadError, match="weights without values"):
@@ -300,7 +356,9 @@ def test_an_empty_model_is_dispatched_to_what_a_folder_and_a_state_dict_hold(
         dispatch_model(empty(), maps["cpu"], state_dict={"scale": torch.ones(3)})
 
 
-def test_a_loaded_model_without_hooks_reads_what_it_uses(load: Load, expected: torch.Tensor) -> None:
+def test_a_loaded_model_without_hooks_reads_what_it_uses(
+    load: Load, expected: torch.Tensor
+) -> None:
     model = load()
     remove_hooks(model)
     assert torch.equal(logits(model), expected)

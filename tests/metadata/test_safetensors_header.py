@@ -1,4 +1,6 @@
-"""The safetensors header: what the reference reader refuses is refused, and what is written it reads."""
+"""The safetensors header: what the reference reader refuses is refused, and what is written it
+reads.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ PATH = Path("m.safetensors")
 F32 = BY_CODE["F32"]
 
 
-def tensor(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object) -> dict[str, object]:
+def tensor(
+    dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
-def parse(document: object, data_nbytes: int = 4, limits: Limits = Limits()) -> safetensors_header.Header:
+def parse(
+    document: object, data_nbytes: int = 4, limits: Limits = Limits()
+) -> safetensors_header.Header:
     content = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return safetensors_header.parse(PATH, content, Extent(PATH, 8 + len(content), data_nbytes), limits)
+    return safetensors_header.parse(
+        PATH, content, Extent(PATH, 8 + len(content), data_nbytes), limits
+    )
 
 
 def whole(document: object, data_nbytes: int = 4) -> bytes:
@@ -52,7 +60,8 @@ def entry(name: str, shape: tuple[int, ...] = (1,), code: str = "F32") -> Tensor
 
 LIST = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "shape": [1]}}'
 TWICE = (
-    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", '
+    b'"shape": [1], "data_offsets": [0, 4]}}'
 )
 FAULTS: dict[str, tuple[object, int, str]] = {
     "no object": (b'["a"]    ', 4, "must begin with '{'"),
@@ -66,9 +75,21 @@ FAULTS: dict[str, tuple[object, int, str]] = {
         4,
         "__metadata__ must hold texts by name, found a list",
     ),
-    "metadata with a number": ({"__metadata__": {"epoch": 3}, "a": tensor()}, 4, "'epoch' must be text, found 3"),
-    "metadata with null": ({"__metadata__": {"epoch": None}, "a": tensor()}, 4, "'epoch' must be text, found None"),
-    "a tensor that is no object": ({"a": 7}, 4, "tensor 'a': must have dtype, shape and data_offsets"),
+    "metadata with a number": (
+        {"__metadata__": {"epoch": 3}, "a": tensor()},
+        4,
+        "'epoch' must be text, found 3",
+    ),
+    "metadata with null": (
+        {"__metadata__": {"epoch": None}, "a": tensor()},
+        4,
+        "'epoch' must be text, found None",
+    ),
+    "a tensor that is no object": (
+        {"a": 7},
+        4,
+        "tensor 'a': must have dtype, shape and data_offsets",
+    ),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4, "tensor 'a': has no dtype"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4, "tensor 'a': has no shape"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, 4, "tensor 'a': has no data_offsets"),
@@ -76,28 +97,92 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "a dtype that only torch has": ({"a": tensor("C32")}, 4, "dtype 'C32' is none of the format's"),
     "a dtype that is no text": ({"a": tensor([])}, 4, "dtype a list of 0 is none of the format's"),
     "a shape that is no list": ({"a": tensor(shape=4)}, 4, "shape must be a list of whole numbers"),
-    "a float in the shape": ({"a": tensor(shape=[1.0])}, 4, "whole numbers from 0 to 2⁶⁴ - 1, found [1.0]"),
+    "a float in the shape": (
+        {"a": tensor(shape=[1.0])},
+        4,
+        "whole numbers from 0 to 2⁶⁴ - 1, found [1.0]",
+    ),
     "a bool in the shape": ({"a": tensor(shape=[True])}, 4, "found [True]"),
     "a negative length": ({"a": tensor(shape=[-1])}, 4, "found [-1]"),
     "a length of 65 bits": ({"a": tensor(shape=[2**64])}, 4, "shape must be"),
     "one offset": ({"a": tensor(offsets=[4])}, 4, "data_offsets must be two whole numbers"),
-    "three offsets": ({"a": tensor(offsets=[0, 4, 4])}, 4, "data_offsets must be two whole numbers"),
-    "offsets that are text": ({"a": tensor(offsets="04")}, 4, "data_offsets must be two whole numbers"),
-    "a float offset": ({"a": tensor(offsets=[0, 4.0])}, 4, "data_offsets must be two whole numbers"),
-    "a negative offset": ({"a": tensor(offsets=[-4, 0])}, 4, "data_offsets must be two whole numbers"),
-    "offsets turned round": ({"a": tensor(offsets=[4, 0])}, 4, "tensor 'a': its data ends at 0, before it starts at 4"),
-    "a product beyond 64 bits": ({"a": tensor(shape=[2**32, 2**32, 0], offsets=[0, 0])}, 0, "larger than any memory"),
+    "three offsets": (
+        {"a": tensor(offsets=[0, 4, 4])},
+        4,
+        "data_offsets must be two whole numbers",
+    ),
+    "offsets that are text": (
+        {"a": tensor(offsets="04")},
+        4,
+        "data_offsets must be two whole numbers",
+    ),
+    "a float offset": (
+        {"a": tensor(offsets=[0, 4.0])},
+        4,
+        "data_offsets must be two whole numbers",
+    ),
+    "a negative offset": (
+        {"a": tensor(offsets=[-4, 0])},
+        4,
+        "data_offsets must be two whole numbers",
+    ),
+    "offsets turned round": (
+        {"a": tensor(offsets=[4, 0])},
+        4,
+        "tensor 'a': its data ends at 0, before it starts at 4",
+    ),
+    "a product beyond 64 bits": (
+        {"a": tensor(shape=[2**32, 2**32, 0], offsets=[0, 0])},
+        0,
+        "larger than any memory",
+    ),
     "bits beyond 64 bits": ({"a": tensor("U8", [2**62], [0, 4])}, 4, "larger than any memory"),
-    "half a byte": ({"a": tensor("F4", [7], [0, 4])}, 4, "F4 [7] is 28 bits, which is no whole number of bytes"),
+    "half a byte": (
+        {"a": tensor("F4", [7], [0, 4])},
+        4,
+        "F4 [7] is 28 bits, which is no whole number of bytes",
+    ),
     "three quarters of a byte": ({"a": tensor("F6_E2M3", [1], [0, 1])}, 1, "is 6 bits"),
-    "too little data for the shape": ({"a": tensor(shape=[2])}, 4, "tensor 'a': F32 [2] needs 8 bytes, has 4"),
-    "a scalar with the data of two": ({"a": tensor(shape=[], offsets=[0, 8])}, 8, "F32 [] needs 4 bytes, has 8"),
-    "a hole at the start": ({"a": tensor(offsets=[4, 8])}, 8, "data starts at 4, behind 4 bytes of no tensor"),
-    "a hole in between": ({"a": tensor(), "b": tensor(offsets=[6, 10])}, 10, "data starts at 6, behind 2 bytes of no tensor"),
-    "an overlap": ({"a": tensor(), "b": tensor(offsets=[2, 6])}, 6, "its data [2, 6) overlaps that of tensor 'a'"),
-    "the same data for two": ({"a": tensor(), "b": tensor()}, 4, "tensor 'b': its data [0, 4) overlaps that of tensor 'a'"),
-    "an empty tensor inside another": ({"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])}, 4, "its data [2, 2) overlaps"),
-    "data that is cut off": ({"a": tensor(), "b": tensor(offsets=[4, 8])}, 6, "6 are there; the first to miss some is 'b'"),
+    "too little data for the shape": (
+        {"a": tensor(shape=[2])},
+        4,
+        "tensor 'a': F32 [2] needs 8 bytes, has 4",
+    ),
+    "a scalar with the data of two": (
+        {"a": tensor(shape=[], offsets=[0, 8])},
+        8,
+        "F32 [] needs 4 bytes, has 8",
+    ),
+    "a hole at the start": (
+        {"a": tensor(offsets=[4, 8])},
+        8,
+        "data starts at 4, behind 4 bytes of no tensor",
+    ),
+    "a hole in between": (
+        {"a": tensor(), "b": tensor(offsets=[6, 10])},
+        10,
+        "data starts at 6, behind 2 bytes of no tensor",
+    ),
+    "an overlap": (
+        {"a": tensor(), "b": tensor(offsets=[2, 6])},
+        6,
+        "its data [2, 6) overlaps that of tensor 'a'",
+    ),
+    "the same data for two": (
+        {"a": tensor(), "b": tensor()},
+        4,
+        "tensor 'b': its data [0, 4) overlaps that of tensor 'a'",
+    ),
+    "an empty tensor inside another": (
+        {"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])},
+        4,
+        "its data [2, 2) overlaps",
+    ),
+    "data that is cut off": (
+        {"a": tensor(), "b": tensor(offsets=[4, 8])},
+        6,
+        "6 are there; the first to miss some is 'b'",
+    ),
     "bytes after the last": ({"a": tensor()}, 7, "after the last tensor, 3 bytes of no tensor"),
     "bytes and no tensor": ({}, 1, "after the last tensor, 1 byte of no tensor"),
 }
@@ -109,17 +194,26 @@ FINE: dict[str, tuple[object, int]] = {
     "metadata that is null": ({"__metadata__": None, "a": tensor()}, 4),
     "an extra field": ({"a": tensor(crc=[1, {"x": None}])}, 4),
     "data in another order": ({"b": tensor(offsets=[4, 8]), "a": tensor(offsets=[0, 4])}, 8),
-    "a scalar and an empty one": ({"a": tensor(shape=[]), "e": tensor(shape=[0, 9], offsets=[4, 4])}, 4),
+    "a scalar and an empty one": (
+        {"a": tensor(shape=[]), "e": tensor(shape=[0, 9], offsets=[4, 4])},
+        4,
+    ),
     "an empty one at the same place": ({"a": tensor(), "e": tensor(shape=[0], offsets=[0, 0])}, 4),
     "a name that is empty": ({"": tensor()}, 4),
     "a name of strange characters": ({'a\x00 "\\/é😀': tensor()}, 4),
     "spaces at the end": (json.dumps({"a": tensor()}).encode() + b"   ", 4),
-    **{f"{d.code}": ({"a": tensor(d.code, [8, 2], [0, d.bits * 2])}, d.bits * 2) for d in DTYPES if d.writable},
+    **{
+        f"{d.code}": ({"a": tensor(d.code, [8, 2], [0, d.bits * 2])}, d.bits * 2)
+        for d in DTYPES
+        if d.writable
+    },
 }
 
 
 @pytest.mark.parametrize(("document", "data_nbytes", "sentence"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_named_with_its_tensor(document: object, data_nbytes: int, sentence: str) -> None:
+def test_a_fault_is_named_with_its_tensor(
+    document: object, data_nbytes: int, sentence: str
+) -> None:
     with pytest.raises(Malformed, match=re.escape(sentence)) as caught:
         parse(document, data_nbytes)
     assert str(caught.value).startswith("m.safetensors: ")
@@ -128,7 +222,9 @@ def test_a_fault_is_named_with_its_tensor(document: object, data_nbytes: int, se
 TAKEN_BY_THE_REFERENCE = {"a space before it", "a tensor that stands twice"}
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in TAKEN_BY_THE_REFERENCE])
+@pytest.mark.parametrize(
+    "fault", [fault for fault in FAULTS if fault not in TAKEN_BY_THE_REFERENCE]
+)
 def test_the_reference_reader_refuses_it_too(fault: str) -> None:
     document, data_nbytes, _ = FAULTS[fault]
     with pytest.raises(SafetensorError):
@@ -164,7 +260,11 @@ LENGTHS = {
         "100,000,001 bytes, and the format allows 100,000,000",
     ),
     "of 64 bits": (b"\xff" * 8, 100, "the format allows 100,000,000"),
-    "beyond the file": ((93).to_bytes(8, "little"), 100, "takes 93 bytes, and the file ends after 92 of them"),
+    "beyond the file": (
+        (93).to_bytes(8, "little"),
+        100,
+        "takes 93 bytes, and the file ends after 92 of them",
+    ),
 }
 
 
@@ -176,15 +276,21 @@ def test_a_length_that_cannot_be_is_refused(first: bytes, nbytes: int, sentence:
 
 def test_a_length_beyond_the_limit_names_the_limit() -> None:
     with pytest.raises(LimitExceeded) as caught:
-        safetensors_header.json_nbytes(PATH, (90).to_bytes(8, "little"), 1000, Limits(header_bytes=50))
+        safetensors_header.json_nbytes(
+            PATH, (90).to_bytes(8, "little"), 1000, Limits(header_bytes=50)
+        )
     assert (caught.value.limit, caught.value.actual) == ("header_bytes", 90)
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != safetensors_header.METADATA)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
+    lambda name: name != safetensors_header.METADATA
+)
 shapes = st.lists(st.integers(0, 70_000), max_size=3).map(tuple)
 codes = st.sampled_from([dtype.code for dtype in DTYPES if dtype.writable and dtype.bits >= 8])
 metadata = st.dictionaries(names, names, max_size=4)
-entry_lists = st.lists(st.builds(entry, names, shapes, codes), max_size=6, unique_by=lambda each: each.name)
+entry_lists = st.lists(
+    st.builds(entry, names, shapes, codes), max_size=6, unique_by=lambda each: each.name
+)
 
 
 @given(entry_lists, metadata, st.integers(0, 4095), st.sampled_from([64, 4096]))
@@ -198,16 +304,25 @@ def test_what_is_dumped_is_parsed_and_starts_its_data_where_it_should(
     data = Extent(PATH, len(dumped), sum(each.nbytes for each in entries))
     parsed = safetensors_header.parse(PATH, dumped[8:], data, Limits())
     assert parsed.metadata == texts
-    assert {(e.name, e.dtype, e.shape) for e in parsed.tensors} == {(e.name, e.dtype, e.shape) for e in entries}
+    assert {(e.name, e.dtype, e.shape) for e in parsed.tensors} == {
+        (e.name, e.dtype, e.shape) for e in entries
+    }
     assert [e.name for e in parsed.tensors if e.nbytes] == [e.name for e in entries if e.nbytes]
 
 
 @given(entry_lists, metadata, st.integers(0, 4095))
-def test_the_room_is_never_less_than_what_is_taken(entries: list[TensorEntry], texts: dict[str, str], residue: int) -> None:
+def test_the_room_is_never_less_than_what_is_taken(
+    entries: list[TensorEntry], texts: dict[str, str], residue: int
+) -> None:
     with_format = {"format": "pt", **texts}
     dumped = safetensors_header.dump(entries, with_format, residue=residue, modulus=4096)
-    assert len(dumped) <= safetensors_header.fixed_room(texts) + sum(map(safetensors_header.room, entries))
-    assert len(dumped) + 4096 + 60 * len(entries) >= safetensors_header.fixed_room(texts) + sum(map(safetensors_header.room, entries)) - 64
+    assert len(dumped) <= safetensors_header.fixed_room(texts) + sum(
+        map(safetensors_header.room, entries)
+    )
+    assert (
+        len(dumped) + 4096 + 60 * len(entries)
+        >= safetensors_header.fixed_room(texts) + sum(map(safetensors_header.room, entries)) - 64
+    )
 
 
 def test_the_text_is_that_of_the_reference_writer() -> None:
@@ -222,14 +337,24 @@ UNWRITABLE = {
         {},
         "safetensors has no such types as these tensors have: 'a' (C128), 'c' (C32)",
     ),
-    "the name of the metadata": ([entry("__metadata__")], {}, "no tensor of a safetensors file can be called __metadata__"),
-    "half a surrogate pair": ([entry("a"), entry("b\ud800")], {}, "'b\\ud800' holds half a surrogate pair"),
+    "the name of the metadata": (
+        [entry("__metadata__")],
+        {},
+        "no tensor of a safetensors file can be called __metadata__",
+    ),
+    "half a surrogate pair": (
+        [entry("a"), entry("b\ud800")],
+        {},
+        "'b\\ud800' holds half a surrogate pair",
+    ),
     "the same in the metadata": ([entry("a")], {"x": "\udfff"}, "the metadata"),
 }
 
 
 @pytest.mark.parametrize(("entries", "texts", "sentence"), UNWRITABLE.values(), ids=UNWRITABLE)
-def test_what_the_format_cannot_hold_is_said(entries: list[TensorEntry], texts: dict[str, str], sentence: str) -> None:
+def test_what_the_format_cannot_hold_is_said(
+    entries: list[TensorEntry], texts: dict[str, str], sentence: str
+) -> None:
     with pytest.raises(Unwritable, match=re.escape(sentence)):
         safetensors_header.dump(entries, texts)
 

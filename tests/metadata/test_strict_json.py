@@ -54,4 +54,6 @@ def test_nesting_beyond_the_parser_is_the_same_error() -> None:
 
 
 def test_a_whole_surrogate_pair_and_an_escaped_backslash_are_text() -> None:
-    assert parse_json(PATH, rb'{"\ud83d\ude00": "\\ud800"}', Limits(), where="header") == {"😀": "\\ud800"}
+    assert parse_json(PATH, rb'{"\ud83d\ude00": "\\ud800"}', Limits(), where="header") == {
+        "😀": "\\ud800"
+    }

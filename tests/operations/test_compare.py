@@ -13,13 +13,19 @@ from shardkit.operations.compare import compare
 from shardkit.payloads.payload import CHUNK, Concat, Literal
 
 
-def tensor(name: str, content: bytes, code: str = "F32", shape: tuple[int, ...] | None = None) -> TensorEntry:
+def tensor(
+    name: str, content: bytes, code: str = "F32", shape: tuple[int, ...] | None = None
+) -> TensorEntry:
     dtype = BY_CODE[code]
     return TensorEntry((name,), dtype, shape or (len(content) // dtype.itemsize,), Literal(content))
 
 
 def test_a_nan_equals_itself_and_minus_zero_is_not_zero() -> None:
-    nan, zero, minus = struct.pack("<I", 0x7FC00001), struct.pack("<f", 0.0), struct.pack("<f", -0.0)
+    nan, zero, minus = (
+        struct.pack("<I", 0x7FC00001),
+        struct.pack("<f", 0.0),
+        struct.pack("<f", -0.0),
+    )
     assert compare([tensor("a", nan)], [tensor("a", nan)]).same
     assert not compare([tensor("a", zero)], [tensor("a", minus)]).same
 
@@ -29,12 +35,19 @@ def test_a_nan_equals_itself_and_minus_zero_is_not_zero() -> None:
     [
         (tensor("a", bytes(8)), tensor("a", bytes(8), "I32"), "dtype", "F32 became I32"),
         (tensor("a", bytes(8)), tensor("a", bytes(8), shape=(2, 1)), "shape", "[2] became [2, 1]"),
-        (tensor("a", bytes(8)), tensor("a", bytes(6) + b"\1\1"), "bytes", "the first element that differs is number 1 of 2"),
+        (
+            tensor("a", bytes(8)),
+            tensor("a", bytes(6) + b"\1\1"),
+            "bytes",
+            "the first element that differs is number 1 of 2",
+        ),
         (tensor("a", bytes(8)), None, "removed", "F32 [2]"),
         (None, tensor("a", bytes(8)), "added", "F32 [2]"),
     ],
 )
-def test_each_difference_is_named(left: TensorEntry | None, right: TensorEntry | None, change: str, detail: str) -> None:
+def test_each_difference_is_named(
+    left: TensorEntry | None, right: TensorEntry | None, change: str, detail: str
+) -> None:
     (difference,) = compare([left] if left else [], [right] if right else []).differences
     assert (difference.name, difference.change, difference.detail) == ("a", change, detail)
 
@@ -50,7 +63,9 @@ def test_a_difference_late_in_a_long_stream_is_found() -> None:
     content = bytes(2 * CHUNK + 100)
     changed = bytearray(content)
     changed[-1] = 1
-    (difference,) = compare([tensor("a", content, "U8")], [tensor("a", bytes(changed), "U8")]).differences
+    (difference,) = compare(
+        [tensor("a", content, "U8")], [tensor("a", bytes(changed), "U8")]
+    ).differences
     assert f"number {len(content) - 1:,} of" in difference.detail
 
 
@@ -99,13 +114,17 @@ def test_ties_are_compared_under_each_of_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["on the left", "on the right"])
-def test_two_tensors_of_one_name_are_refused_and_never_compared_as_one(tmp_path: Path, turned: bool) -> None:
+def test_two_tensors_of_one_name_are_refused_and_never_compared_as_one(
+    tmp_path: Path, turned: bool
+) -> None:
     torch = pytest.importorskip("torch")
     twofold, plain = tmp_path / "twofold.pt", tmp_path / "plain.pt"
     torch.save({"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}}, twofold)
     torch.save({"a.b": torch.ones(2)}, plain)
     sides = (plain, twofold) if turned else (twofold, plain)
-    with pytest.raises(NameClash, match=r"twofold\.pt: two tensors would be called 'a\.b': 'a\.b', and 'a' → 'b'") as caught:
+    with pytest.raises(
+        NameClash, match=r"twofold\.pt: two tensors would be called 'a\.b': 'a\.b', and 'a' → 'b'"
+    ) as caught:
         shardkit.diff(*sides, root=".")
     assert "root" in str(caught.value.hint)
     with pytest.raises(NameClash):

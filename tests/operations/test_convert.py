@@ -17,7 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import shardkit
 from shardkit.checkpoint.edits import Edits
-from shardkit.errors import BadDType, BadSize, NameClash, NothingSelected, PlanError, UnknownFormat, Unwritable
+from shardkit.errors import (
+    BadDType,
+    BadSize,
+    NameClash,
+    NothingSelected,
+    PlanError,
+    UnknownFormat,
+    Unwritable,
+)
 from shardkit.limits import Limits
 from shardkit.operations.convert import carry_out
 from shardkit.planning.prepare import ConversionOptions, prepare
@@ -66,7 +74,9 @@ def test_the_signature_is_the_one_that_is_promised() -> None:
     parameters = inspect.signature(shardkit.convert).parameters
     assert list(parameters)[:2] == ["src", "out"]
     assert {name: parameters[name].default for name in promised} == promised
-    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in ("src", "out"))
+    assert all(
+        p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in ("src", "out")
+    )
 
 
 def test_a_report_tells_what_was_done(source: Path, tmp_path: Path) -> None:
@@ -80,7 +90,14 @@ def test_a_report_tells_what_was_done(source: Path, tmp_path: Path) -> None:
     assert sum(report.engines.values()) == sum(file.stat().st_size for file in report.out.iterdir())
     assert report.engines[Engine.TRANSFORMED] == 600 * 4  # the transposed one
     assert set(report.engines) <= {str(engine) for engine in Engine}
-    assert (report.aliases, report.cast, report.left_out, report.objects, report.calls, report.resumed) == ({}, 0, (), (), (), 0)
+    assert (
+        report.aliases,
+        report.cast,
+        report.left_out,
+        report.objects,
+        report.calls,
+        report.resumed,
+    ) == ({}, 0, (), (), (), 0)
     assert report.seconds > 0
 
 
@@ -91,7 +108,10 @@ def test_a_report_can_be_pickled_and_becomes_json(source: Path, tmp_path: Path) 
 
 
 def test_what_was_left_out_is_told_with_its_bytes(tmp_path: Path) -> None:
-    optimizer = {"state": {0: {"exp_avg": torch.zeros(100)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    optimizer = {
+        "state": {0: {"exp_avg": torch.zeros(100)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
     state = {"model": MODEL, "optimizer": optimizer, "epoch": 3, "args": SimpleNamespace(lr=1)}
     torch.save(state, tmp_path / "training.ckpt")
     report = shardkit.convert(tmp_path / "training.ckpt", tmp_path / "out")
@@ -103,13 +123,17 @@ def test_what_was_left_out_is_told_with_its_bytes(tmp_path: Path) -> None:
 
 
 def test_root_takes_a_subtree(tmp_path: Path) -> None:
-    torch.save({"model": MODEL, "ema": {name: t + 1 for name, t in MODEL.items()}}, tmp_path / "two.pt")
+    torch.save(
+        {"model": MODEL, "ema": {name: t + 1 for name, t in MODEL.items()}}, tmp_path / "two.pt"
+    )
     with pytest.raises(PlanError, match="could be the model"):
         shardkit.convert(tmp_path / "two.pt", tmp_path / "out")
     shardkit.convert(tmp_path / "two.pt", tmp_path / "ema", root="ema")
     assert values(loaded(tmp_path / "ema")["steps"]) == values(torch.tensor(8))
     shardkit.convert(tmp_path / "two.pt", tmp_path / "all", root=".")
-    assert set(names(tmp_path / "all")) == {f"{root}.{name}" for root in ("model", "ema") for name in MODEL}
+    assert set(names(tmp_path / "all")) == {
+        f"{root}.{name}" for root in ("model", "ema") for name in MODEL
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,13 +166,23 @@ def test_two_tensors_of_one_name_clash(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", "fp16", "torch.float32", "F64"])
-def test_floats_are_cast_as_torch_casts_them_and_nothing_else_is(dtype: str, source: Path, tmp_path: Path) -> None:
-    wanted = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "F64": torch.float64}.get(
-        dtype, torch.float32
-    )
+def test_floats_are_cast_as_torch_casts_them_and_nothing_else_is(
+    dtype: str, source: Path, tmp_path: Path
+) -> None:
+    wanted = {
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "fp16": torch.float16,
+        "F64": torch.float64,
+    }.get(dtype, torch.float32)
     report = shardkit.convert(source, tmp_path / "out", dtype=dtype, max_shard="2kB")
-    expected = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in MODEL.items()}
-    assert {name: values(t) for name, t in loaded(tmp_path / "out").items()} == {name: values(t) for name, t in expected.items()}
+    expected = {
+        name: tensor.to(wanted) if tensor.is_floating_point() else tensor
+        for name, tensor in MODEL.items()
+    }
+    assert {name: values(t) for name, t in loaded(tmp_path / "out").items()} == {
+        name: values(t) for name, t in expected.items()
+    }
     assert report.cast == sum(t.is_floating_point() and t.dtype != wanted for t in MODEL.values())
 
 
@@ -159,14 +193,22 @@ def test_a_bound_may_be_a_number_and_none_is_one_shard(source: Path, tmp_path: P
 
 def test_ties_are_kept_once_or_copied(tmp_path: Path) -> None:
     weight = torch.arange(8.0)
-    state = {"embed": weight, "head": weight, "part": weight[:4], "turned": weight.reshape(2, 4), "equal": weight.clone()}
+    state = {
+        "embed": weight,
+        "head": weight,
+        "part": weight[:4],
+        "turned": weight.reshape(2, 4),
+        "equal": weight.clone(),
+    }
     torch.save(state, tmp_path / "tied.bin")
     assert shardkit.convert(tmp_path / "tied.bin", tmp_path / "once").aliases == {"head": "embed"}
     assert shardkit.convert(tmp_path / "tied.bin", tmp_path / "twice", ties="copy").aliases == {}
     assert set(loaded(tmp_path / "once")) == set(state) - {"head"}
     for out in ("once", "twice"):
         opened = shardkit.open(tmp_path / out)
-        assert {name: bytes(opened[name].read()) for name in opened} == {name: values(t) for name, t in state.items()}
+        assert {name: bytes(opened[name].read()) for name in opened} == {
+            name: values(t) for name, t in state.items()
+        }
 
 
 def test_empty_tensors_are_never_tied(tmp_path: Path) -> None:
@@ -216,7 +258,9 @@ def test_limits_are_kept(tmp_path: Path) -> None:
 def test_an_output_with_the_suffix_of_a_format_is_one_file(source: Path, tmp_path: Path) -> None:
     report = shardkit.convert(source, tmp_path / "one.safetensors", max_shard="1kB")
     assert report.shards == 1
-    assert {name: values(t) for name, t in loaded(report.out).items()} == {name: values(t) for name, t in MODEL.items()}
+    assert {name: values(t) for name, t in loaded(report.out).items()} == {
+        name: values(t) for name, t in MODEL.items()
+    }
     assert sorted(os.listdir(tmp_path)) == ["big.bin", "one.safetensors"]
 
 
@@ -226,7 +270,9 @@ def test_a_folder_may_end_like_a_file(source: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out.safetensors") == ["model.safetensors"]
 
 
-def test_paths_may_be_texts_and_relative(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_be_texts_and_relative(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert shardkit.convert("big.bin", "out").out == Path("out")
     assert shardkit.convert("big.bin").out == Path("big-shards")
@@ -247,7 +293,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[shardkit.ShardkitError]]] = {
 
 
 @pytest.mark.parametrize("request_", REFUSED)
-def test_what_cannot_be_done_is_refused_before_anything_is_written(request_: str, source: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    request_: str, source: Path, tmp_path: Path
+) -> None:
     options, error = REFUSED[request_]
     with pytest.raises(error):
         shardkit.convert(source, tmp_path / "out", **options)
@@ -256,7 +304,11 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(request_: str
 
 def test_weights_that_are_not_dense_are_named_and_can_be_left_out(tmp_path: Path) -> None:
     torch.save(
-        {"dense": torch.ones(2), "sparse": torch.eye(3).to_sparse(), "wide": torch.ones(2, dtype=torch.complex128)},
+        {
+            "dense": torch.ones(2),
+            "sparse": torch.eye(3).to_sparse(),
+            "wide": torch.ones(2, dtype=torch.complex128),
+        },
         tmp_path / "a.pt",
     )
     for exclude, culprit in (((), "'sparse'"), (["sparse"], "'wide'")):
@@ -277,8 +329,13 @@ def test_what_is_no_checkpoint_leaves_nothing(tmp_path: Path) -> None:
 def test_preparing_decides_everything_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     conversion = prepare(source, tmp_path / "out", Edits(), ConversionOptions("3kB"))
     assert os.listdir(tmp_path) == ["big.bin"]
-    assert conversion.plan.digest == prepare(source, tmp_path / "out", Edits(), ConversionOptions("3kB")).plan.digest
-    assert 0 < bytes_to_store(conversion.plan, tmp_path) <= conversion.plan.nbytes  # less where clones take no room
+    assert (
+        conversion.plan.digest
+        == prepare(source, tmp_path / "out", Edits(), ConversionOptions("3kB")).plan.digest
+    )
+    assert (
+        0 < bytes_to_store(conversion.plan, tmp_path) <= conversion.plan.nbytes
+    )  # less where clones take no room
     report = carry_out(conversion)
     sizes = {file.name: file.nbytes for file in conversion.plan.files}
     assert {file.name: file.stat().st_size for file in report.out.iterdir()} == sizes

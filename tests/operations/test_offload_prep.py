@@ -1,4 +1,6 @@
-"""offload-prep: the weights of the source, laid out by blocks, in a folder that says what it is and that everybody loads."""
+"""offload-prep: the weights of the source, laid out by blocks, in a folder that says what it is and
+that everybody loads.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,26 @@ accelerate = peer("accelerate")
 transformers = peer("transformers")
 
 RECORD = "offload.json"
-TORCH = [torch_dtype for dtype in DTYPES if dtype.writable and dtype.bits >= 8 if (torch_dtype := torch_type(dtype))]
-STEPS = st.sampled_from(["a", "layers.0", "layers.1", "layers.12", "mlp.experts.0", "mlp.experts.1", "w", "é"])
+TORCH = [
+    torch_dtype
+    for dtype in DTYPES
+    if dtype.writable and dtype.bits >= 8
+    if (torch_dtype := torch_type(dtype))
+]
+STEPS = st.sampled_from(
+    ["a", "layers.0", "layers.1", "layers.12", "mlp.experts.0", "mlp.experts.1", "w", "é"]
+)
 NAMES = st.lists(STEPS, min_size=1, max_size=3).map(".".join)
 
 
 def llama(**options: Any) -> Any:
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+    }
     config = transformers.LlamaConfig(**{**sizes, **options})
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config)
@@ -68,7 +83,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def check_layout(folder: Path, bound: int | None) -> None:
-    """What every output keeps: runs that cover the data, blocks whole, data at a page, tensors in step with their types."""
+    """What every output keeps: runs that cover the data, blocks whole, data at a page, tensors in
+    step with their types.
+    """
     record = record_of(folder)
     entries = {entry.name: entry for entry in shardkit.open(folder).tensors}
     ends: dict[str, int] = {}
@@ -95,7 +112,9 @@ def check_layout(folder: Path, bound: int | None) -> None:
 
 
 @pytest.mark.parametrize("fixture", sorted(GOOD.iterdir()), ids=lambda path: path.name)
-def test_every_fixture_that_converts_is_prepared_and_is_the_same(fixture: Path, tmp_path: Path) -> None:
+def test_every_fixture_that_converts_is_prepared_and_is_the_same(
+    fixture: Path, tmp_path: Path
+) -> None:
     try:
         shardkit.convert(fixture, tmp_path / "converted", sync=False)
     except ShardkitError as error:
@@ -112,16 +131,26 @@ def test_every_fixture_that_converts_is_prepared_and_is_the_same(fixture: Path, 
 def states(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     state = {}
     for name in draw(st.lists(NAMES, min_size=1, max_size=10, unique=True)):
-        dtype, count = draw(st.sampled_from(TORCH)), draw(st.one_of(st.integers(0, 40), st.just(3000)))
+        dtype, count = (
+            draw(st.sampled_from(TORCH)),
+            draw(st.one_of(st.integers(0, 40), st.just(3000))),
+        )
         raw = torch.randint(0, 2, (count * dtype.itemsize,), dtype=torch.uint8)
         state[name] = raw.view(dtype)
     return state
 
 
 @settings(max_examples=60)
-@given(states(), st.one_of(st.none(), st.integers(4000, 40_000)), st.sampled_from([None, "layers", r"experts\.\d+$"]))
+@given(
+    states(),
+    st.one_of(st.none(), st.integers(4000, 40_000)),
+    st.sampled_from([None, "layers", r"experts\.\d+$"]),
+)
 def test_what_is_prepared_is_what_the_source_holds(
-    tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor], bound: int | None, blocks: str | None
+    tmp_path_factory: pytest.TempPathFactory,
+    state: dict[str, torch.Tensor],
+    bound: int | None,
+    blocks: str | None,
 ) -> None:
     folder = tmp_path_factory.mktemp("law")
     save_file(state, folder / "big.safetensors")
@@ -129,13 +158,17 @@ def test_what_is_prepared_is_what_the_source_holds(
         with pytest.raises(PlanError, match="is found in the name of no module"):
             shardkit.offload_prep(folder / "big.safetensors", folder / "out", blocks=blocks)
         blocks = None
-    shardkit.offload_prep(folder / "big.safetensors", folder / "out", blocks=blocks, max_shard=bound, sync=False)
+    shardkit.offload_prep(
+        folder / "big.safetensors", folder / "out", blocks=blocks, max_shard=bound, sync=False
+    )
     assert shardkit.verify(folder / "out", folder / "big.safetensors").same
     assert shardkit.verify(folder / "out").same
     check_layout(folder / "out", bound)
 
 
-def test_blocks_stand_in_the_order_in_which_they_run_though_the_source_is_sorted(model: Path, tmp_path: Path) -> None:
+def test_blocks_stand_in_the_order_in_which_they_run_though_the_source_is_sorted(
+    model: Path, tmp_path: Path
+) -> None:
     report = shardkit.offload_prep(model, tmp_path / "out", max_shard="60kB")
     assert blocks_of(tmp_path / "out") == [
         "model.embed_tokens",
@@ -150,12 +183,16 @@ def test_blocks_stand_in_the_order_in_which_they_run_though_the_source_is_sorted
 
 
 @pytest.mark.parametrize("bound", ["60kB", None])
-def test_transformers_and_accelerate_load_it_as_it_lies(model: Path, tmp_path: Path, bound: str | None) -> None:
+def test_transformers_and_accelerate_load_it_as_it_lies(
+    model: Path, tmp_path: Path, bound: str | None
+) -> None:
     out = tmp_path / "out"
     shardkit.offload_prep(model, out, max_shard=bound)
     tokens = torch.tensor([[1, 2, 3]])
     expected = llama()(tokens).logits
-    assert torch.equal(aligned(transformers.LlamaForCausalLM.from_pretrained(out))(tokens).logits, expected)
+    assert torch.equal(
+        aligned(transformers.LlamaForCausalLM.from_pretrained(out))(tokens).logits, expected
+    )
     with accelerate.init_empty_weights():
         empty = transformers.LlamaForCausalLM(llama().config)
     loaded = accelerate.load_checkpoint_and_dispatch(empty, out, device_map={"": "cpu"})
@@ -175,12 +212,16 @@ def test_the_loader_streams_from_it(model: Path, tmp_path: Path) -> None:
 def test_the_same_source_elsewhere_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "elsewhere" / model.name)
     shardkit.offload_prep(model, tmp_path / "first", max_shard="60kB", jobs=1)
-    shardkit.offload_prep(tmp_path / "elsewhere" / model.name, tmp_path / "second", max_shard="60kB", jobs=3)
+    shardkit.offload_prep(
+        tmp_path / "elsewhere" / model.name, tmp_path / "second", max_shard="60kB", jobs=3
+    )
     assert content(tmp_path / "first") == content(tmp_path / "second")
     assert str(tmp_path) not in (tmp_path / "first" / RECORD).read_text()
 
 
-def test_what_is_prepared_from_what_was_prepared_is_the_same_but_for_its_source(model: Path, tmp_path: Path) -> None:
+def test_what_is_prepared_from_what_was_prepared_is_the_same_but_for_its_source(
+    model: Path, tmp_path: Path
+) -> None:
     shardkit.offload_prep(model, tmp_path / "first", max_shard="60kB")
     shardkit.offload_prep(tmp_path / "first", tmp_path / "second", max_shard="60kB")
     first, second = content(tmp_path / "first"), content(tmp_path / "second")
@@ -191,17 +232,25 @@ def test_what_is_prepared_from_what_was_prepared_is_the_same_but_for_its_source(
 
 
 def test_a_block_larger_than_a_shard_is_cut_and_that_is_said(tmp_path: Path) -> None:
-    save_file({f"layers.{n}.{part}": torch.ones(2000) for n in range(2) for part in "abc"}, tmp_path / "m.safetensors")
+    save_file(
+        {f"layers.{n}.{part}": torch.ones(2000) for n in range(2) for part in "abc"},
+        tmp_path / "m.safetensors",
+    )
     report = shardkit.offload_prep(tmp_path / "m.safetensors", tmp_path / "out", max_shard="20kB")
     assert [note for note in report.notes if "cut over several shards" in note] == [
         "larger than 20.0 kB with a header, and so cut over several shards: 'layers.0', 'layers.1'"
     ]
-    assert [block["name"] for block in record_of(tmp_path / "out")["blocks"]] == [f"layers.{n}" for n in (0, 0, 0, 1, 1, 1)]
+    assert [block["name"] for block in record_of(tmp_path / "out")["blocks"]] == [
+        f"layers.{n}" for n in (0, 0, 0, 1, 1, 1)
+    ]
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     shared = torch.ones(8, 4)
-    torch.save({"embed.weight": shared, "layers.0.w": torch.zeros(4), "head.weight": shared}, tmp_path / "m.bin")
+    torch.save(
+        {"embed.weight": shared, "layers.0.w": torch.zeros(4), "head.weight": shared},
+        tmp_path / "m.bin",
+    )
     report = shardkit.offload_prep(tmp_path / "m.bin", tmp_path / "out")
     assert report.aliases == {"head.weight": "embed.weight"}
     assert blocks_of(tmp_path / "out") == ["embed", "layers.0"]
@@ -218,7 +267,9 @@ def test_the_type_is_fixed_when_it_is_written(model: Path, tmp_path: Path) -> No
 def test_the_user_says_what_is_a_block(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, tmp_path / "out", blocks=r"self_attn$|mlp$")
     assert {"model.layers.0.self_attn", "model.layers.0.mlp"} <= set(blocks_of(tmp_path / "out"))
-    with pytest.raises(PlanError, match="'decoder_layer' is found in the name of no module") as raised:
+    with pytest.raises(
+        PlanError, match="'decoder_layer' is found in the name of no module"
+    ) as raised:
         shardkit.offload_prep(model, tmp_path / "other", blocks="decoder_layer")
     assert "'model.embed_tokens', 'model.layers.0'" in (raised.value.hint or "")
     with pytest.raises(PlanError, match=r"'\(' is no regular expression"):
@@ -226,10 +277,19 @@ def test_the_user_says_what_is_a_block(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_order_that_was_recorded_is_kept(model: Path, tmp_path: Path) -> None:
-    order = ["lm_head", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens.weight", "rotary"]
+    order = [
+        "lm_head",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.embed_tokens.weight",
+        "rotary",
+    ]
     report = shardkit.offload_prep(model, tmp_path / "out", order=order)
     assert blocks_of(tmp_path / "out")[:3] == ["lm_head", "model.layers.1", "model.embed_tokens"]
-    assert "not in the order, and so put last: 'model.layers.0', 'model.layers.2', 'model.norm'" in report.notes
+    assert (
+        "not in the order, and so put last: 'model.layers.0', 'model.layers.2', 'model.norm'"
+        in report.notes
+    )
     assert "in the order, but not in the checkpoint: 'rotary'" in report.notes
     assert shardkit.verify(tmp_path / "out", model).same
     with pytest.raises(PlanError, match="the order calls 'nobody', and no block has this name"):
@@ -240,7 +300,10 @@ def test_an_order_is_a_list_in_json_or_a_name_on_each_line(tmp_path: Path) -> No
     (tmp_path / "lines").write_text("# recorded\nembed\n\n  layers.0 \n")
     (tmp_path / "json").write_text('\n["embed", "layers.0"]')
     assert read_order(tmp_path / "lines") == read_order(tmp_path / "json") == ("embed", "layers.0")
-    for text, sentence in (("[1]", "must be a list of names"), ("[", "begins like a JSON list, and is none")):
+    for text, sentence in (
+        ("[1]", "must be a list of names"),
+        ("[", "begins like a JSON list, and is none"),
+    ):
         (tmp_path / "bad").write_text(text)
         with pytest.raises(PlanError, match=sentence):
             read_order(tmp_path / "bad")
@@ -252,7 +315,9 @@ def test_an_order_is_a_list_in_json_or_a_name_on_each_line(tmp_path: Path) -> No
 
 
 def test_one_file_is_no_place_for_blocks(model: Path) -> None:
-    with pytest.raises(PlanError, match=r"x\.safetensors is one file, and blocks with their record need a folder"):
+    with pytest.raises(
+        PlanError, match=r"x\.safetensors is one file, and blocks with their record need a folder"
+    ):
         shardkit.offload_prep(model, "x.safetensors")
     with pytest.raises(PlanError, match=r"x\.safetensors\.zst is one file, and blocks") as caught:
         shardkit.offload_prep(model, "x.safetensors.zst", compress="zstd")
@@ -264,10 +329,14 @@ def test_a_checksum_gives_a_manifest_too(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, out, checksum="sha256", max_shard="60kB")
     assert record_of(out)["algorithm"] == "sha256"
     manifest = json.loads((out / "shardkit.manifest.json").read_text())
-    assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"shardkit.manifest.json"}
+    assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {
+        "shardkit.manifest.json"
+    }
     assert shardkit.verify(out).same
     damage(out / "model-00002-of-00003.safetensors", -5)
-    assert [each.name for each in shardkit.verify(out).differences] == [record_of(out)["blocks"][2]["tensors"][-1]]
+    assert [each.name for each in shardkit.verify(out).differences] == [
+        record_of(out)["blocks"][2]["tensors"][-1]
+    ]
 
 
 def damage(path: Path, at: int) -> None:
@@ -282,7 +351,10 @@ def test_verify_names_the_block_that_differs(model: Path, tmp_path: Path) -> Non
     damage(tmp_path / "out" / "model.safetensors", run["stop"] - 1)
     (fault,) = shardkit.verify(tmp_path / "out").differences
     assert (fault.name, fault.change) == ("model.layers.1", "bytes")
-    assert f"[{run['start']:,}, {run['stop']:,}) of 'model.safetensors': the xxh3 differs" in fault.detail
+    assert (
+        f"[{run['start']:,}, {run['stop']:,}) of 'model.safetensors': the xxh3 differs"
+        in fault.detail
+    )
 
 
 def test_verify_says_what_no_block_holds(model: Path, tmp_path: Path) -> None:
@@ -298,7 +370,11 @@ def other_shards(out: Path) -> None:
 
 def other_types(out: Path) -> None:
     for path in out.glob("*.safetensors"):
-        save_file({name: tensor.view(torch.int32) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        save_file(
+            {name: tensor.view(torch.int32) for name, tensor in load_file(path).items()},
+            path,
+            {"format": "pt"},
+        )
 
 
 def cut_off(out: Path) -> None:
@@ -316,7 +392,9 @@ def other_record(out: Path) -> None:
 
 @pytest.mark.parametrize("change", [other_shards, other_types, cut_off, other_record])
 @pytest.mark.parametrize("bound", ["60kB", None])
-def test_a_record_of_other_shards_is_refused_by_name(model: Path, tmp_path: Path, change: Any, bound: str | None) -> None:
+def test_a_record_of_other_shards_is_refused_by_name(
+    model: Path, tmp_path: Path, change: Any, bound: str | None
+) -> None:
     from shardkit.load import tensors
 
     out = tmp_path / "out"
@@ -326,7 +404,9 @@ def test_a_record_of_other_shards_is_refused_by_name(model: Path, tmp_path: Path
             path.unlink()
     change(out)
     for read in (shardkit.open, shardkit.verify, tensors):
-        with pytest.raises(Malformed, match=r"out/offload\.json: was made with other shards, from 'llama': ") as caught:
+        with pytest.raises(
+            Malformed, match=r"out/offload\.json: was made with other shards, from 'llama': "
+        ) as caught:
             read(out)
         assert "remove this file" in str(caught.value.hint)
     (out / RECORD).unlink()
@@ -350,7 +430,10 @@ def test_an_earlier_output_is_replaced_by_the_other_command(model: Path, tmp_pat
 
 
 def test_the_plan_tells_blocks_apart_that_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    plans = [prepare_offload(model, tmp_path / "out", Edits(), blocks=blocks).plan for blocks in (None, "^model$", None)]
+    plans = [
+        prepare_offload(model, tmp_path / "out", Edits(), blocks=blocks).plan
+        for blocks in (None, "^model$", None)
+    ]
     digests = [plan.digest for plan in plans]
     assert digests[0] == digests[2] != digests[1]
 
@@ -358,4 +441,6 @@ def test_the_plan_tells_blocks_apart_that_give_the_same_bytes(model: Path, tmp_p
 def test_runs_of_a_shard_touch(model: Path, tmp_path: Path) -> None:
     record = prepare_offload(model, tmp_path / "out", Edits()).plan.record
     assert record is not None
-    assert all(left.stop == right.start for left, right in pairwise(record.runs_in("model.safetensors")))
+    assert all(
+        left.stop == right.start for left, right in pairwise(record.runs_in("model.safetensors"))
+    )

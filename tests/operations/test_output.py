@@ -1,4 +1,6 @@
-"""What an output folder looks like, whoever reads it next: names, order, padding, bounds, ties, metadata, modes."""
+"""What an output folder looks like, whoever reads it next: names, order, padding, bounds, ties,
+metadata, modes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from truth import values
 
 INDEX = "model.safetensors.index.json"
 KEPT_BITS = {
-    "nan": torch.tensor([0x7FC00001, 0x7F800001, -1, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32),
+    "nan": torch.tensor([0x7FC00001, 0x7F800001, -1, 0x7FFFFFFF], dtype=torch.int32).view(
+        torch.float32
+    ),
     "half_nan": torch.tensor([0x7E01, 0x7C01, -1], dtype=torch.int16).view(torch.float16),
     "brain_nan": torch.tensor([0x7FC1, 0x7F81, -1], dtype=torch.int16).view(torch.bfloat16),
     "minus_zero": torch.tensor([-0.0, 0.0]),
@@ -40,7 +44,10 @@ def save(path: Path, state: object) -> Path:
 
 
 def layers(count: int, elements: int = 1000) -> dict[str, torch.Tensor]:
-    return {f"layers.{number}.weight": torch.full((elements,), float(number)) for number in reversed(range(count))}
+    return {
+        f"layers.{number}.weight": torch.full((elements,), float(number))
+        for number in reversed(range(count))
+    }
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], int]:
@@ -81,7 +88,9 @@ def test_a_single_shard_has_no_number_and_no_index(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
 
 
-def test_the_index_maps_exactly_the_tensors_that_are_in_the_files_with_keys_sorted(tmp_path: Path) -> None:
+def test_the_index_maps_exactly_the_tensors_that_are_in_the_files_with_keys_sorted(
+    tmp_path: Path,
+) -> None:
     state = layers(12)
     state["tied"] = state["layers.3.weight"]
     shardkit.convert(save(tmp_path / "big.bin", state), tmp_path / "out", max_shard="13kB")
@@ -89,7 +98,9 @@ def test_the_index_maps_exactly_the_tensors_that_are_in_the_files_with_keys_sort
     index = json.loads(text)
     assert text == json.dumps(index, indent=2, sort_keys=True) + "\n"
     assert list(index["weight_map"]) == sorted(index["weight_map"])
-    assert index["weight_map"] == {name: file.name for file in shards_in(tmp_path / "out") for name in names_in(file)}
+    assert index["weight_map"] == {
+        name: file.name for file in shards_in(tmp_path / "out") for name in names_in(file)
+    }
     assert index["metadata"] == {"total_size": 12 * 4000}  # bytes as stored: the tie counts once
 
 
@@ -99,8 +110,13 @@ def test_tensors_stand_in_the_order_of_the_source(tmp_path: Path) -> None:
     assert [name for file in shards_in(tmp_path / "out") for name in names_in(file)] == list(state)
 
 
-def test_wide_types_go_first_only_in_a_shard_where_a_tensor_would_be_misaligned(tmp_path: Path) -> None:
-    aligned = {"narrow": torch.ones(8, dtype=torch.uint8), "wide": torch.ones(2, dtype=torch.float64)}
+def test_wide_types_go_first_only_in_a_shard_where_a_tensor_would_be_misaligned(
+    tmp_path: Path,
+) -> None:
+    aligned = {
+        "narrow": torch.ones(8, dtype=torch.uint8),
+        "wide": torch.ones(2, dtype=torch.float64),
+    }
     odd = {"byte": torch.ones(3, dtype=torch.uint8), "half": torch.ones(3, dtype=torch.float16)}
     odd |= {"wide": torch.ones(2), "last": torch.ones(1)}
     shardkit.convert(save(tmp_path / "aligned.bin", aligned), tmp_path / "aligned")
@@ -114,7 +130,9 @@ def test_data_starts_at_a_multiple_of_64(tmp_path: Path) -> None:
     assert all(header_of(file)[1] % 64 == 0 for file in shards_in(tmp_path / "out"))
 
 
-def test_a_shard_that_is_one_aligned_run_of_a_file_starts_at_the_place_of_a_page_where_the_run_does(tmp_path: Path) -> None:
+def test_a_shard_that_is_one_aligned_run_of_a_file_starts_at_the_place_of_a_page_where_the_run_does(
+    tmp_path: Path,
+) -> None:
     source = tmp_path / "model.safetensors"
     save_file(layers(20), source)
     report = shardkit.convert(source, tmp_path / "out", max_shard="30kB")
@@ -130,17 +148,32 @@ def test_the_same_input_and_options_give_the_same_bytes(jobs: int, tmp_path: Pat
     source = save(tmp_path / "big.bin", layers(9))
     for out, count in (("first", 3), ("second", jobs)):
         shardkit.convert(source, tmp_path / out, max_shard="14kB", jobs=count)
-    first, second = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("first", "second"))
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / out).iterdir()}
+        for out in ("first", "second")
+    )
     assert first == second
 
 
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.integers(1, 30_000), st.booleans(), st.integers(0, 20))
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=30),
+    st.integers(1, 30_000),
+    st.booleans(),
+    st.integers(0, 20),
+)
 def test_the_bound_is_on_the_whole_file_and_what_exceeds_it_stands_alone(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], bound: int, long_names: bool, ties: int
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    bound: int,
+    long_names: bool,
+    ties: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("bound")
     prefix = "é" * 100 if long_names else ""
-    state = {f"{prefix}{number}": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
+    state = {
+        f"{prefix}{number}": torch.zeros(size, dtype=torch.uint8)
+        for number, size in enumerate(sizes)
+    }
     state |= {f"{prefix}alias {number}": state[f"{prefix}0"] for number in range(ties)}
     source = save(folder / "big.bin", state)
     report = shardkit.convert(source, folder / "out", max_shard=bound, sync=False)
@@ -153,7 +186,11 @@ def test_the_bound_is_on_the_whole_file_and_what_exceeds_it_stands_alone(
 def test_a_tensor_larger_than_the_bound_is_named(tmp_path: Path) -> None:
     state = {"small": torch.ones(10), "huge": torch.ones(9000), "last": torch.ones(10)}
     report = shardkit.convert(save(tmp_path / "big.bin", state), tmp_path / "out", max_shard="10kB")
-    assert [names_in(file) for file in shards_in(tmp_path / "out")] == [["small"], ["huge"], ["last"]]
+    assert [names_in(file) for file in shards_in(tmp_path / "out")] == [
+        ["small"],
+        ["huge"],
+        ["last"],
+    ]
     (note,) = [note for note in report.notes if "alone in a shard" in note]
     assert "'huge'" in note
     assert "'small'" not in note
@@ -166,15 +203,23 @@ def test_a_tie_is_recorded_in_the_shard_with_the_tensor_that_is_kept(tmp_path: P
     report = shardkit.convert(save(tmp_path / "big.bin", state), tmp_path / "out", max_shard="9kB")
     assert report.aliases == {"head": "layers.2.weight"}
     for file in shards_in(tmp_path / "out"):
-        record = {"head": "layers.2.weight", "shardkit.aliases": '["head"]'} if "layers.2.weight" in names_in(file) else {}
+        record = (
+            {"head": "layers.2.weight", "shardkit.aliases": '["head"]'}
+            if "layers.2.weight" in names_in(file)
+            else {}
+        )
         assert metadata_of(file) == {"format": "pt", **record}
     assert shardkit.open(tmp_path / "out")["head"].read() == values(state["head"])
 
 
 @pytest.mark.parametrize(
-    "config", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}], ids=["top", "text_config"]
+    "config",
+    [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}],
+    ids=["top", "text_config"],
 )
-def test_where_config_ties_nothing_both_are_written_and_it_is_said(config: dict[str, object], tmp_path: Path) -> None:
+def test_where_config_ties_nothing_both_are_written_and_it_is_said(
+    config: dict[str, object], tmp_path: Path
+) -> None:
     weight = torch.arange(8.0)
     source = save(tmp_path / "pytorch_model.bin", {"embed": weight, "head": weight})
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -184,7 +229,10 @@ def test_where_config_ties_nothing_both_are_written_and_it_is_said(config: dict[
     assert report.aliases == {}
 
 
-@pytest.mark.parametrize("config", ["{}", '{"tie_word_embeddings": true}', '{"tie_word_embeddings": null}', "no json", "[1]"])
+@pytest.mark.parametrize(
+    "config",
+    ["{}", '{"tie_word_embeddings": true}', '{"tie_word_embeddings": null}', "no json", "[1]"],
+)
 def test_any_other_config_folds_ties(config: str, tmp_path: Path) -> None:
     weight = torch.arange(8.0)
     source = save(tmp_path / "pytorch_model.bin", {"embed": weight, "head": weight})
@@ -202,7 +250,9 @@ def test_without_a_config_the_folds_are_listed_and_the_option_is_named(tmp_path:
 
 def test_a_tie_called_format_is_copied_and_never_recorded(tmp_path: Path) -> None:
     weight = torch.arange(8.0)
-    report = shardkit.convert(save(tmp_path / "big.bin", {"kept": weight, "format": weight}), tmp_path / "out")
+    report = shardkit.convert(
+        save(tmp_path / "big.bin", {"kept": weight, "format": weight}), tmp_path / "out"
+    )
     assert report.aliases == {}
     assert names_in(tmp_path / "out" / "model.safetensors") == ["kept", "format"]
     assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt"}
@@ -211,10 +261,16 @@ def test_a_tie_called_format_is_copied_and_never_recorded(tmp_path: Path) -> Non
 def test_a_tie_whose_name_the_metadata_of_the_source_has_is_copied(tmp_path: Path) -> None:
     metadata = {"license": "mit", "head.kept": "kept", "tail.kept": "kept"}
     save_file({"kept": torch.arange(8.0)}, tmp_path / "tied.safetensors", metadata)
-    report = shardkit.convert(tmp_path / "tied.safetensors", tmp_path / "out", rename=[("tail.kept", "license")])
+    report = shardkit.convert(
+        tmp_path / "tied.safetensors", tmp_path / "out", rename=[("tail.kept", "license")]
+    )
     assert report.aliases == {"head.kept": "kept"}
     assert names_in(tmp_path / "out" / "model.safetensors") == ["kept", "license"]
-    assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt", "license": "mit", "head.kept": "kept"}
+    assert metadata_of(tmp_path / "out" / "model.safetensors") == {
+        "format": "pt",
+        "license": "mit",
+        "head.kept": "kept",
+    }
 
 
 def test_a_tensor_called_as_the_metadata_says_is_no_tie(tmp_path: Path) -> None:
@@ -232,17 +288,28 @@ def test_metadata_of_the_source_is_kept_in_every_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["np", "tf", "flax", "mlx", ""])
-def test_the_format_of_another_framework_becomes_pt_which_the_readers_require(written: str, tmp_path: Path) -> None:
+def test_the_format_of_another_framework_becomes_pt_which_the_readers_require(
+    written: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path, {"format": written, "license": "mit"})
+    save_file(
+        {"weight": torch.ones(2, 2), "bias": torch.ones(2)},
+        path,
+        {"format": written, "license": "mit"},
+    )
     report = shardkit.convert(path, tmp_path / "out")
     assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt", "license": "mit"}
     (note,) = report.notes
-    assert note.startswith(f"the metadata of the source say format {written!r}; the output says 'pt'")
+    assert note.startswith(
+        f"the metadata of the source say format {written!r}; the output says 'pt'"
+    )
     shardkit.offload_prep(path, tmp_path / "prepared")
     for folder in ("out", "prepared"):
         model = torch.nn.Linear(2, 2)
-        assert load_state_dict_from_file(tmp_path / folder / "model.safetensors").keys() == {"weight", "bias"}
+        assert load_state_dict_from_file(tmp_path / folder / "model.safetensors").keys() == {
+            "weight",
+            "bias",
+        }
         load_checkpoint_in_model(model, str(tmp_path / folder))
         assert torch.equal(model.weight, torch.ones(2, 2))
 
@@ -253,14 +320,24 @@ def test_a_source_that_says_no_format_gets_pt(tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt", "license": "mit"}
 
 
-def test_of_metadata_that_differs_between_shards_the_first_wins_and_it_is_said(tmp_path: Path) -> None:
+def test_of_metadata_that_differs_between_shards_the_first_wins_and_it_is_said(
+    tmp_path: Path,
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    save_file({"a": torch.ones(2)}, source / "1.safetensors", {"format": "pt", "by": "me", "only": "here"})
+    save_file(
+        {"a": torch.ones(2)}, source / "1.safetensors", {"format": "pt", "by": "me", "only": "here"}
+    )
     save_file({"b": torch.ones(2)}, source / "2.safetensors", {"format": "pt", "by": "you"})
-    (source / INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    (source / INDEX).write_text(
+        json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
+    )
     report = shardkit.convert(source, tmp_path / "out")
-    assert metadata_of(tmp_path / "out" / "model.safetensors") == {"format": "pt", "by": "me", "only": "here"}
+    assert metadata_of(tmp_path / "out" / "model.safetensors") == {
+        "format": "pt",
+        "by": "me",
+        "only": "here",
+    }
     assert any("differ in their metadata 'by'" in note for note in report.notes)
 
 
@@ -304,24 +381,38 @@ def test_a_shard_has_no_holes_and_no_bytes_left_over(tmp_path: Path) -> None:
 
 
 def cached(folder: Path, state: dict[str, torch.Tensor]) -> Path:
-    """A snapshot as Hugging Face caches it: links with the names of files, into a folder of blobs."""
+    """A snapshot as Hugging Face caches it: links with the names of files, into a folder of
+    blobs.
+    """
     snapshot = folder / "models--org--name" / "snapshots" / "0123abcd"
     blobs = folder / "models--org--name" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     half = len(state) // 2
-    parts = {"1.safetensors": dict(list(state.items())[:half]), "2.safetensors": dict(list(state.items())[half:])}
+    parts = {
+        "1.safetensors": dict(list(state.items())[:half]),
+        "2.safetensors": dict(list(state.items())[half:]),
+    }
     for name, part in parts.items():
         save_file(part, blobs / f"sha-of-{name}")
-    index = {"metadata": {}, "weight_map": {tensor: name for name, part in parts.items() for tensor in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {tensor: name for name, part in parts.items() for tensor in part},
+    }
     (blobs / "sha-of-index").write_text(json.dumps(index))
     (blobs / "sha-of-config").write_text("{}")
-    for name, blob in {**{n: f"sha-of-{n}" for n in parts}, INDEX: "sha-of-index", "config.json": "sha-of-config"}.items():
+    for name, blob in {
+        **{n: f"sha-of-{n}" for n in parts},
+        INDEX: "sha-of-index",
+        "config.json": "sha-of-config",
+    }.items():
         (snapshot / name).symlink_to(Path("../../blobs") / blob)
     return snapshot
 
 
-def test_a_snapshot_in_a_hugging_face_cache_is_read_through_its_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_in_a_hugging_face_cache_is_read_through_its_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = layers(6)
     snapshot = cached(tmp_path / "hub", state)
     (tmp_path / "work").mkdir()
@@ -330,7 +421,9 @@ def test_a_snapshot_in_a_hugging_face_cache_is_read_through_its_links(tmp_path: 
     assert report.out == tmp_path / "work" / "name-shards"
     assert not (report.out / "config.json").is_symlink()
     loaded = {name: t for file in shards_in(report.out) for name, t in load_file(file).items()}
-    assert {name: values(t) for name, t in loaded.items()} == {name: values(t) for name, t in state.items()}
+    assert {name: values(t) for name, t in loaded.items()} == {
+        name: values(t) for name, t in state.items()
+    }
     assert all(path.is_symlink() for path in snapshot.iterdir())
 
 

@@ -1,4 +1,6 @@
-"""What the peers' own readers make of an output folder, as it lies: safetensors, huggingface_hub, transformers, accelerate."""
+"""What the peers' own readers make of an output folder, as it lies: safetensors, huggingface_hub,
+transformers, accelerate.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,20 @@ SHARD = "30kB"  # several for each of the models below
 
 def llama(*, tied: bool) -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, tie_word_embeddings=tied
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config)
 
 
 def t5(*, tied: bool) -> Any:
-    """A T5; since version 1.1 the released ones have a head of their own beside embeddings that are shared."""
+    """A T5; since version 1.1 the released ones have a head of their own beside embeddings that are
+    shared.
+    """
     model: Any = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     )
@@ -89,8 +98,12 @@ def state_of(model: Any) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("source", [pickled, saved])
 @pytest.mark.parametrize("ties", ["keep-first", "copy"])
-def test_transformers_loads_the_same_model(model: Any, source: Callable[[Any, Path], Path], ties: Any, tmp_path: Path) -> None:
-    report = shardkit.convert(source(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD, ties=ties)
+def test_transformers_loads_the_same_model(
+    model: Any, source: Callable[[Any, Path], Path], ties: Any, tmp_path: Path
+) -> None:
+    report = shardkit.convert(
+        source(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD, ties=ties
+    )
     assert report.shards > 2
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
@@ -98,15 +111,21 @@ def test_transformers_loads_the_same_model(model: Any, source: Callable[[Any, Pa
     assert logits(aligned(loaded).eval()) == logits(model)
 
 
-def test_huggingface_hub_loads_it_strictly_where_ties_are_copied(model: Any, tmp_path: Path) -> None:
-    shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD, ties="copy")
+def test_huggingface_hub_loads_it_strictly_where_ties_are_copied(
+    model: Any, tmp_path: Path
+) -> None:
+    shardkit.convert(
+        pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD, ties="copy"
+    )
     fresh = type(model)(model.config).eval()
     huggingface_hub.load_torch_model(fresh, tmp_path / "out", strict=True)
     assert state_of(fresh) == state_of(model)
 
 
 def test_huggingface_hub_loads_it_where_ties_are_folded(model: Any, tmp_path: Path) -> None:
-    report = shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD)
+    report = shardkit.convert(
+        pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD
+    )
     fresh = type(model)(model.config).eval()
     result: Any = huggingface_hub.load_torch_model(fresh, tmp_path / "out", strict=False)
     assert set(result.missing_keys) == set(report.aliases)
@@ -125,7 +144,9 @@ def test_accelerate_dispatches_it(model: Any, tmp_path: Path) -> None:
     shardkit.convert(pickled(model, tmp_path / "source"), tmp_path / "out", max_shard=SHARD)
     fresh = empty(model)
     fresh.tie_weights()
-    loaded = accelerate.load_checkpoint_and_dispatch(fresh, tmp_path / "out", device_map={"": "cpu"})
+    loaded = accelerate.load_checkpoint_and_dispatch(
+        fresh, tmp_path / "out", device_map={"": "cpu"}
+    )
     assert logits(aligned(loaded)) == logits(model)
 
 
@@ -147,7 +168,11 @@ def test_accelerate_offloads_it_to_disk(tmp_path: Path) -> None:
 
 
 def test_safetensors_opens_every_shard_and_reads_every_tensor(tmp_path: Path) -> None:
-    state = {f"{number}.{dtype}": torch.arange(50).to(dtype) for number in range(9) for dtype in (torch.int64, torch.float16)}
+    state = {
+        f"{number}.{dtype}": torch.arange(50).to(dtype)
+        for number in range(9)
+        for dtype in (torch.int64, torch.float16)
+    }
     torch.save(state, tmp_path / "big.bin")
     shardkit.convert(tmp_path / "big.bin", tmp_path / "out", max_shard="6kB")
     found: dict[str, bytes] = {}

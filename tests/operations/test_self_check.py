@@ -19,7 +19,10 @@ INDEX = "model.safetensors.index.json"
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Three shards with a manifest or an offload.json beside them."""
     source, out = tmp_path / "a.pt", tmp_path / "out"
-    torch.save({f"layers.{number}.weight": torch.full((64, 64), float(number)) for number in range(3)}, source)
+    torch.save(
+        {f"layers.{number}.weight": torch.full((64, 64), float(number)) for number in range(3)},
+        source,
+    )
     if request.param == "manifest":
         shardkit.convert(source, out, max_shard="20KB", checksum="sha256")
     else:
@@ -42,7 +45,12 @@ def damage(path: Path) -> None:
 def test_an_index_and_a_shard_are_compared_with_the_digests_beside_them(folder: Path) -> None:
     for path, count in ((folder / INDEX, 3), *((shard, 1) for shard in shards(folder))):
         comparison = verify(path)
-        assert (comparison.same, comparison.tensors, comparison.unchecked, comparison.nbytes) == (True, count, 0, count * 16384)
+        assert (comparison.same, comparison.tensors, comparison.unchecked, comparison.nbytes) == (
+            True,
+            count,
+            0,
+            count * 16384,
+        )
         assert any(note.startswith("compared with the ") for note in comparison.notes)
 
 

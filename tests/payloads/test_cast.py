@@ -18,7 +18,9 @@ from shardkit.errors import Unwritable
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import CHUNK, PAGE, Concat, Extent, Literal, Swapped, read_all
 
-FLOATS = [d.code for d in DTYPES if d.kind == "float" and d.bits >= 8 and hasattr(torch, str(d.torch))]
+FLOATS = [
+    d.code for d in DTYPES if d.kind == "float" and d.bits >= 8 and hasattr(torch, str(d.torch))
+]
 
 
 def content(nbytes: int) -> bytes:
@@ -46,7 +48,15 @@ def test_a_cast_is_what_torch_makes_of_the_whole_tensor(source: str, target: str
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("I64", "F32"), ("U8", "BOOL"), ("BOOL", "I32"), ("I32", "I64"), ("F32", "C64"), ("C64", "C128"), ("BF16", "I8")],
+    [
+        ("I64", "F32"),
+        ("U8", "BOOL"),
+        ("BOOL", "I32"),
+        ("I32", "I64"),
+        ("F32", "C64"),
+        ("C64", "C128"),
+        ("BF16", "I8"),
+    ],
 )
 def test_numbers_of_other_kinds_are_cast_too(source: str, target: str) -> None:
     stored = content(30_000 * BY_CODE[source].itemsize) if source != "BF16" else bytes(60_000)
@@ -62,8 +72,12 @@ def test_a_part_of_a_cast_is_that_part_of_the_whole(a: int, b: int) -> None:
     assert read_all(part) == to(stored, "F32", "BF16")[first * 2 : last * 2]
 
 
-@pytest.mark.parametrize(("source", "target"), [("F32", "BF16"), ("BF16", "F32"), ("F64", "F8_E4M3"), ("F8_E5M2", "F64")])
-def test_chunks_are_whole_pages_of_at_most_a_chunk(source: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "target"), [("F32", "BF16"), ("BF16", "F32"), ("F64", "F8_E4M3"), ("F8_E5M2", "F64")]
+)
+def test_chunks_are_whole_pages_of_at_most_a_chunk(
+    source: str, target: str, tmp_path: Path
+) -> None:
     (tmp_path / "stored").write_bytes(stored := content(9 * CHUNK // 4 + 8 * 7))
     payload = Cast(Extent(tmp_path / "stored", 0, len(stored)), BY_CODE[source], BY_CODE[target])
     lengths = [len(chunk) for chunk in payload.chunks()]
@@ -76,7 +90,9 @@ def test_chunks_are_whole_pages_of_at_most_a_chunk(source: str, target: str, tmp
 def test_floats_in_pieces_of_odd_lengths_can_be_cast() -> None:
     stored = content(400_000)
     swapped = np.frombuffer(stored, "u4").byteswap().tobytes()
-    inner = Swapped(Concat((Literal(swapped[:4]), Literal(swapped[4:300_012]), Literal(swapped[300_012:]))), 4)
+    inner = Swapped(
+        Concat((Literal(swapped[:4]), Literal(swapped[4:300_012]), Literal(swapped[300_012:]))), 4
+    )
     assert read_all(Cast(inner, BY_CODE["F32"], BY_CODE["F16"])) == to(stored, "F32", "F16")
 
 

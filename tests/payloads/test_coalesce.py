@@ -14,16 +14,28 @@ A, B = Path("a"), Path("b")
 
 
 def test_extents_of_one_file_that_touch_are_joined() -> None:
-    parts: list[Payload] = [Extent(A, 0, 4), Extent(A, 4, 8), Extent(A, 12, 1), Extent(A, 14, 1), Extent(B, 15, 1)]
+    parts: list[Payload] = [
+        Extent(A, 0, 4),
+        Extent(A, 4, 8),
+        Extent(A, 12, 1),
+        Extent(A, 14, 1),
+        Extent(B, 15, 1),
+    ]
     assert list(coalesced(parts)) == [Extent(A, 0, 13), Extent(A, 14, 1), Extent(B, 15, 1)]
 
 
 def test_what_is_empty_is_left_out_and_breaks_no_run() -> None:
-    assert list(coalesced([Extent(A, 0, 4), Extent(B, 0, 0), Extent(A, 4, 4), Literal(b"")])) == [Extent(A, 0, 8)]
+    assert list(coalesced([Extent(A, 0, 4), Extent(B, 0, 0), Extent(A, 4, 4), Literal(b"")])) == [
+        Extent(A, 0, 8)
+    ]
 
 
 def test_the_parts_of_a_concat_are_joined_with_their_neighbours() -> None:
-    parts: list[Payload] = [Extent(A, 0, 4), Concat((Extent(A, 4, 4), Concat((Extent(B, 0, 2),)))), Extent(B, 2, 2)]
+    parts: list[Payload] = [
+        Extent(A, 0, 4),
+        Concat((Extent(A, 4, 4), Concat((Extent(B, 0, 2),)))),
+        Extent(B, 2, 2),
+    ]
     assert list(coalesced(parts)) == [Extent(A, 0, 8), Extent(B, 0, 4)]
 
 

@@ -1,4 +1,6 @@
-"""Digests of what is written, and CRCs of what is read: damage is named, and the manifest is the same on any day."""
+"""Digests of what is written, and CRCs of what is read: damage is named, and the manifest is the
+same on any day.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def source(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     tensors = {f"layers.{number}": torch.full((1000,), float(number)) for number in range(6)}
-    torch.save({**tensors, "empty": torch.ones(0, 3), "tied": tensors["layers.0"]}, folder / "pytorch_model.bin")
+    torch.save(
+        {**tensors, "empty": torch.ones(0, 3), "tied": tensors["layers.0"]},
+        folder / "pytorch_model.bin",
+    )
     return folder
 
 
@@ -57,13 +62,19 @@ def found(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def manifest_of(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
-    document: dict[str, dict[str, dict[str, object]]] = json.loads((folder / MANIFEST_NAME).read_text())
+    document: dict[str, dict[str, dict[str, object]]] = json.loads(
+        (folder / MANIFEST_NAME).read_text()
+    )
     return document
 
 
 def test_the_digest_of_a_file_is_its_object_id_on_the_hub(out: Path) -> None:
     listed = manifest_of(out)["files"]
-    expected = {name: hashlib.sha256(content).hexdigest() for name, content in files_in(out).items() if name != MANIFEST_NAME}
+    expected = {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in files_in(out).items()
+        if name != MANIFEST_NAME
+    }
     assert {name: file["digest"] for name, file in listed.items()} == expected
     assert len(expected) == 8  # six shards, the index, the config
 
@@ -73,7 +84,10 @@ def test_the_digest_of_a_tensor_is_over_its_bytes_as_stored(out: Path) -> None:
         stored = load_file(out / name) if name.endswith(".safetensors") else {}
         tensors = file.get("tensors", {})
         assert isinstance(tensors, dict)
-        digests = {tensor: hashlib.sha256(value.numpy().tobytes()).hexdigest() for tensor, value in stored.items()}
+        digests = {
+            tensor: hashlib.sha256(value.numpy().tobytes()).hexdigest()
+            for tensor, value in stored.items()
+        }
         assert {tensor: said["digest"] for tensor, said in tensors.items()} == digests
         content = (out / name).read_bytes()
         places = {tensor: content[said["start"] : said["stop"]] for tensor, said in tensors.items()}
@@ -85,9 +99,19 @@ def test_the_same_bytes_come_of_any_jobs_engine_and_resumption(
     algorithm: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def convert(
-        name: str, checksum: str | None = algorithm, jobs: int = 1, on_bytes: Callable[[int], None] | None = None
+        name: str,
+        checksum: str | None = algorithm,
+        jobs: int = 1,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        shardkit.convert(source, tmp_path / name, max_shard="9kB", jobs=jobs, checksum=checksum, on_bytes=on_bytes)
+        shardkit.convert(
+            source,
+            tmp_path / name,
+            max_shard="9kB",
+            jobs=jobs,
+            checksum=checksum,
+            on_bytes=on_bytes,
+        )
 
     convert("once")
     expected = files_in(tmp_path / "once")
@@ -120,14 +144,19 @@ def test_a_manifest_says_nothing_of_when_and_where(source: Path, out: Path, tmp_
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_flipped_bit_is_named_by_its_tensor_and_bytes(algorithm: str, source: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_named_by_its_tensor_and_bytes(
+    algorithm: str, source: Path, tmp_path: Path
+) -> None:
     shardkit.convert(source, tmp_path / "out", checksum=algorithm)
     shard = tmp_path / "out" / "model.safetensors"
     place = manifest_of(tmp_path / "out")["files"]["model.safetensors"]["tensors"]
     assert isinstance(place, dict)
     start, stop = place["layers.3"]["start"], place["layers.3"]["stop"]
     flip(shard, start + 17)
-    detail = f"bytes [{start:,}, {stop:,}) of 'model.safetensors' have another {algorithm} than was written"
+    detail = (
+        f"bytes [{start:,}, {stop:,}) of 'model.safetensors' have another {algorithm} than "
+        "was written"
+    )
     assert found(shardkit.verify(tmp_path / "out")) == [("layers.3", detail)]
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 1
 
@@ -135,7 +164,10 @@ def test_a_flipped_bit_is_named_by_its_tensor_and_bytes(algorithm: str, source: 
 def test_a_flipped_bit_outside_the_tensors_is_found_too(out: Path) -> None:
     flip(out / "model-00001-of-00006.safetensors", 30)
     flip(out / "config.json", 0)
-    assert [name for name, _ in found(shardkit.verify(out))] == ["model-00001-of-00006.safetensors", "config.json"]
+    assert [name for name, _ in found(shardkit.verify(out))] == [
+        "model-00001-of-00006.safetensors",
+        "config.json",
+    ]
 
 
 def test_what_is_missing_or_cut_off_is_named(out: Path) -> None:
@@ -163,7 +195,10 @@ def test_a_file_that_was_added_is_nobodys_fault(out: Path) -> None:
         '{"version": 2}',
         '{"algorithm": "sha256", "files": {"../a": {}}}',
         '{"algorithm": "sha256", "files": {"a": {"nbytes": 1}}}',
-        '{"algorithm": "sha256", "files": {"a": {"nbytes": 4, "digest": "", "tensors": {"t": {"start": 2, "stop": 9}}}}}',
+        (
+            '{"algorithm": "sha256", "files": {"a": {"nbytes": 4, "digest": "", "tensors": {"t": '
+            '{"start": 2, "stop": 9}}}}}'
+        ),
     ],
 )
 def test_a_manifest_that_is_none_is_a_sentence(content: str, out: Path) -> None:
@@ -193,7 +228,8 @@ def test_a_flipped_bit_in_a_zip_source_is_named(source: Path, tmp_path: Path) ->
     path = damaged(source)
     assert [name for name, _ in found(shardkit.verify(path))] == ["layers.2"]
     with pytest.raises(
-        Malformed, match=r"pytorch_model\.bin: layers\.2: bytes \[[0-9,]+, [0-9,]+\) of .* have the CRC"
+        Malformed,
+        match=r"pytorch_model\.bin: layers\.2: bytes \[[0-9,]+, [0-9,]+\) of .* have the CRC",
     ) as caught:
         shardkit.convert(source, tmp_path / "out", checksum="sha256")
     assert caught.value.hint
@@ -202,7 +238,10 @@ def test_a_flipped_bit_in_a_zip_source_is_named(source: Path, tmp_path: Path) ->
 
 def test_a_deflated_member_is_held_against_its_crc_too(source: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed.pt"
-    with zipfile.ZipFile(source / "pytorch_model.bin") as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(source / "pytorch_model.bin") as archive,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in archive.namelist():
             target.writestr(zipfile.ZipInfo(name), archive.read(name), zipfile.ZIP_DEFLATED)
     assert shardkit.verify(packed).same
@@ -238,7 +277,9 @@ def test_an_algorithm_that_cannot_be_computed_is_a_sentence(
         shardkit.convert(source, tmp_path / "out", checksum="md5")
 
 
-def test_the_command_line_writes_and_checks_a_manifest(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_writes_and_checks_a_manifest(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert main(["convert", str(source), "-o", str(out), "--checksum", "xxh3", "--dry-run"]) == 0
     assert "to copy" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Joined payloads are the bytes of torch's cat and stack, and weights in memory are given out as they lie there."""
+"""Joined payloads are the bytes of torch's cat and stack, and weights in memory are given out as
+they lie there.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def filled(shape: list[int], first: int = 0) -> torch.Tensor:
 def test_a_join_is_a_cat_along_any_axis(shape: list[int], data: st.DataObject) -> None:
     dim = data.draw(st.integers(0, len(shape) - 1))
     lengths = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-    tensors = [filled([*shape[:dim], n, *shape[dim + 1 :]], 1000 * i) for i, n in enumerate(lengths)]
+    tensors = [
+        filled([*shape[:dim], n, *shape[dim + 1 :]], 1000 * i) for i, n in enumerate(lengths)
+    ]
     payload = joined([held(t) for t in tensors], [t.shape for t in tensors], dim)
     assert read_all(payload) == raw(torch.cat(tensors, dim))
     if payload.nbytes:
@@ -42,7 +46,9 @@ def test_a_join_is_a_cat_along_any_axis(shape: list[int], data: st.DataObject) -
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 4), st.data())
-def test_a_stack_is_a_join_of_shapes_with_one_index(shape: list[int], count: int, data: st.DataObject) -> None:
+def test_a_stack_is_a_join_of_shapes_with_one_index(
+    shape: list[int], count: int, data: st.DataObject
+) -> None:
     dim = data.draw(st.integers(0, len(shape)))
     tensors = [filled(shape, 1000 * i) for i in range(count)]
     payload = joined([held(t) for t in tensors], [[*shape[:dim], 1, *shape[dim:]]] * count, dim)
@@ -60,7 +66,9 @@ def test_rows_are_read_in_the_memory_there_is(slab: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("rows", [3, 3_000])
 def test_large_joins_come_in_whole_pages(rows: int) -> None:
-    tensors = [torch.randint(0, 255, (rows, 12_000_011 // rows), dtype=torch.uint8) for _ in range(2)]
+    tensors = [
+        torch.randint(0, 255, (rows, 12_000_011 // rows), dtype=torch.uint8) for _ in range(2)
+    ]
     payload = joined([Buffer(t.numpy().data) for t in tensors], [t.shape for t in tensors], 1)
     lengths = [len(chunk) for chunk in payload.chunks()]
     assert all(n <= CHUNK for n in lengths)

@@ -21,8 +21,12 @@ MADE: dict[str, Callable[[Extent], Payload]] = {
     "itself": lambda extent: extent,
     "swapped": lambda extent: Swapped(extent, 4),
     "turned": lambda extent: strided(extent, dtype=F32, offset=0, shape=(64, 64), strides=(1, 64)),
-    "of swapped, turned": lambda extent: strided(Swapped(extent, 4), dtype=F32, offset=0, shape=(64, 64), strides=(1, 64)),
-    "parts": lambda extent: Concat((Literal(b"head"), extent.narrow(0, 100), extent.narrow(4000, 5000))),
+    "of swapped, turned": lambda extent: strided(
+        Swapped(extent, 4), dtype=F32, offset=0, shape=(64, 64), strides=(1, 64)
+    ),
+    "parts": lambda extent: Concat(
+        (Literal(b"head"), extent.narrow(0, 100), extent.narrow(4000, 5000))
+    ),
     "joined": lambda extent: joined([extent, extent], [(64, 64), (64, 64)], 1),
 }
 

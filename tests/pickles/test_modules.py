@@ -64,7 +64,14 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def scanned(value: object, folder: Path, *, legacy: bool = False, protocol: int = 2, limits: Limits | None = None) -> Checkpoint:
+def scanned(
+    value: object,
+    folder: Path,
+    *,
+    legacy: bool = False,
+    protocol: int = 2,
+    limits: Limits | None = None,
+) -> Checkpoint:
     path = folder / "m.pt"
     torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     form = torch_legacy.FORMAT if legacy else torch_zip.FORMAT
@@ -78,12 +85,16 @@ def raw(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("name", MODULES)
-def test_a_whole_module_gives_its_state_dict(name: str, protocol: int, legacy: bool, tmp_path: Path) -> None:
+def test_a_whole_module_gives_its_state_dict(
+    name: str, protocol: int, legacy: bool, tmp_path: Path
+) -> None:
     module = MODULES[name]()
     expected = module.state_dict()
     found = scanned(module, tmp_path, legacy=legacy, protocol=protocol)
     assert [entry.path for entry in found.tensors] == [(name,) for name in expected]
-    assert {entry.name: bytes(entry.read()) for entry in found.tensors} == {name: raw(t) for name, t in expected.items()}
+    assert {entry.name: bytes(entry.read()) for entry in found.tensors} == {
+        name: raw(t) for name, t in expected.items()
+    }
     assert not any(other.is_weight for other in found.others)
 
 
@@ -91,8 +102,14 @@ def test_a_module_inside_a_checkpoint_is_one_step_with_dotted_names(tmp_path: Pa
     module = Tied()
     found = scanned({"model": module, "ema": module, "epoch": 1}, tmp_path)
     names = list(module.state_dict())
-    assert [entry.path for entry in found.tensors] == [("model", name) for name in names] + [("ema", name) for name in names]
-    assert found["model.embed.weight"].payload == found["model.head.weight"].payload == found["ema.head.weight"].payload
+    assert [entry.path for entry in found.tensors] == [("model", name) for name in names] + [
+        ("ema", name) for name in names
+    ]
+    assert (
+        found["model.embed.weight"].payload
+        == found["model.head.weight"].payload
+        == found["ema.head.weight"].payload
+    )
 
 
 def test_tensors_of_a_module_outside_its_state_dict_are_said(tmp_path: Path) -> None:
@@ -110,7 +127,9 @@ def test_a_module_that_contains_itself_ends(tmp_path: Path) -> None:
     module[0].above = module
     found = scanned(module, tmp_path)
     assert list(found) == ["0.weight", "0.bias"]
-    assert [other.reason for other in found.others if other.kind is OtherKind.OBJECT] == ["a module that contains itself"]
+    assert [other.reason for other in found.others if other.kind is OtherKind.OBJECT] == [
+        "a module that contains itself"
+    ]
 
 
 def test_modules_shared_until_their_names_are_numberless_hit_the_limit(tmp_path: Path) -> None:
@@ -123,6 +142,6 @@ def test_modules_shared_until_their_names_are_numberless_hit_the_limit(tmp_path:
 
 def test_a_module_without_tensors_is_one_object(tmp_path: Path) -> None:
     found = scanned({"loss": nn.CrossEntropyLoss(), "w": torch.ones(1)}, tmp_path)
-    assert [(other.path, other.reason) for other in found.others if other.kind is OtherKind.OBJECT] == [
-        (("loss",), "torch.nn.modules.loss.CrossEntropyLoss")
-    ]
+    assert [
+        (other.path, other.reason) for other in found.others if other.kind is OtherKind.OBJECT
+    ] == [(("loss",), "torch.nn.modules.loss.CrossEntropyLoss")]

@@ -1,4 +1,6 @@
-"""Arrays of NumPy in torch files are tensors, bit for bit those of NumPy, and what is no number is named."""
+"""Arrays of NumPy in torch files are tensors, bit for bit those of NumPy, and what is no number is
+named.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def content(array: np.ndarray[Any, Any]) -> bytes:
     st.sampled_from([2, 3, 4, 5]),
     st.booleans(),
 )
-def test_every_array_comes_back(tmp_path_factory: pytest.TempPathFactory, array: Any, protocol: int, turned: bool) -> None:
+def test_every_array_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, array: Any, protocol: int, turned: bool
+) -> None:
     array = array.T if turned else array
     (entry,) = saved({"w": array}, tmp_path_factory.mktemp("arrays"), protocol).tensors
     assert (entry.shape, bytes(entry.read())) == (array.shape, content(array))
@@ -68,11 +72,15 @@ def test_a_long_array_is_a_run_of_the_file_where_protocols_write_bytes_as_they_a
         assert isinstance(payload, Extent)
         stored = payload.path.read_bytes()[payload.start : payload.start + payload.nbytes]
         assert stored == array.tobytes()
-    assert isinstance(saved(array, tmp_path, 2).tensors[0].payload, Expanded)  # which writes bytes as text
+    assert isinstance(
+        saved(array, tmp_path, 2).tensors[0].payload, Expanded
+    )  # which writes bytes as text
 
 
 @pytest.mark.parametrize("length", [3, 3000])
-def test_one_array_under_two_names_is_tied_and_two_equal_ones_are_not(length: int, tmp_path: Path) -> None:
+def test_one_array_under_two_names_is_tied_and_two_equal_ones_are_not(
+    length: int, tmp_path: Path
+) -> None:
     one, other = np.ones(length), np.ones(length)
     for protocol in (2, 4):
         found = saved({"a": one, "b": one, "c": other}, tmp_path, protocol)
@@ -134,7 +142,9 @@ def test_an_array_whose_bytes_do_not_fit_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": np.arange(300)}, path, pickle_protocol=2)
     path.write_bytes(path.read_bytes().replace(b"M\x2c\x01\x85", b"M\x2d\x01\x85"))
-    with pytest.raises(Malformed, match=r"tensor 'w': I64 \[301\] needs 2408 bytes, and the pickle has 2,400"):
+    with pytest.raises(
+        Malformed, match=r"tensor 'w': I64 \[301\] needs 2408 bytes, and the pickle has 2,400"
+    ):
         shardkit.open(path)
 
 
@@ -156,5 +166,7 @@ for entry in shardkit.open("2.pt").tensors:
     entry.read()
 print({"numpy", "torch"} & sys.modules.keys())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("set()\n", "")

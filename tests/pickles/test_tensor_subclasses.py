@@ -1,4 +1,6 @@
-"""Tensors that are more than a block of values are refused by name, with their size, and never converted by half."""
+"""Tensors that are more than a block of values are refused by name, with their size, and never
+converted by half.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, tuple[OtherKind, str, int]]]
         {"w": (UNKNOWN, f"{PARAMETER} scale", 12)},
     ),
     "a parameter with a table in an object": (
-        lambda: {"w": with_attributes(quant_state=SimpleNamespace(absmax=torch.ones(3)), tag="nf4")},
+        lambda: {
+            "w": with_attributes(quant_state=SimpleNamespace(absmax=torch.ones(3)), tag="nf4")
+        },
         {"w": (UNKNOWN, f"{PARAMETER} quant_state (types.SimpleNamespace)", 20)},
     ),
     "a subclass with a scale": (
@@ -75,7 +79,13 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, tuple[OtherKind, str, int]]]
     ),
     "a wrapper of two tensors": (
         lambda: {"w": two_tensors(torch.ones(2, 3), torch.ones(2, 3))},
-        {"w": (UNKNOWN, "of the class torch.testing._internal.two_tensor.TwoTensor, F32 [2, 3]", 48)},
+        {
+            "w": (
+                UNKNOWN,
+                "of the class torch.testing._internal.two_tensor.TwoTensor, F32 [2, 3]",
+                48,
+            )
+        },
     ),
     "a jagged tensor": (
         lambda: {"w": jagged()},
@@ -97,7 +107,9 @@ def saved(value: object, folder: Path) -> Path:
     return folder / "model.pt"
 
 
-@pytest.mark.filterwarnings("ignore")  # of quantisation and of jagged tensors torch says that they are old, or new
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # of quantisation and of jagged tensors torch says that they are old, or new
 @pytest.mark.parametrize(("made", "expected"), CASES.values(), ids=CASES)
 def test_what_is_more_than_its_values_is_named_with_its_size(
     made: Callable[[], Any], expected: dict[str, tuple[OtherKind, str, int]], tmp_path: Path
@@ -105,7 +117,11 @@ def test_what_is_more_than_its_values_is_named_with_its_size(
     path = saved({"plain": torch.ones(1), "more": made()}, tmp_path)
     checkpoint = shardkit.open(path)
     assert [entry.name for entry in checkpoint.tensors if entry.name != "plain"] == []
-    found = {other.name: (other.kind, other.reason, other.nbytes) for other in checkpoint.others if other.is_weight}
+    found = {
+        other.name: (other.kind, other.reason, other.nbytes)
+        for other in checkpoint.others
+        if other.is_weight
+    }
     assert found == {f"more.{name}": expectation for name, expectation in expected.items()}
     (name,) = found
     with pytest.raises(Unwritable, match=re.escape(repr(name))):
@@ -115,8 +131,12 @@ def test_what_is_more_than_its_values_is_named_with_its_size(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("made", [lambda: dynamic(nn.LSTM(2, 3)), static_convolution], ids=["LSTM", "convolution"])
-def test_a_quantised_module_is_never_converted_by_half(made: Callable[[], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "made", [lambda: dynamic(nn.LSTM(2, 3)), static_convolution], ids=["LSTM", "convolution"]
+)
+def test_a_quantised_module_is_never_converted_by_half(
+    made: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     path = saved({"model": made(), "norm": nn.LayerNorm(4)}, tmp_path)
     weights = [other for other in shardkit.open(path).others if other.is_weight]
     assert weights
@@ -127,10 +147,17 @@ def test_a_quantised_module_is_never_converted_by_half(made: Callable[[], nn.Mod
 
 @pytest.mark.parametrize(
     "attributes",
-    [{"tag": "a"}, {"shape_of": (1, 2)}, {"options": {"a": [1]}}, {"owner": SimpleNamespace(rate=0.1)}],
+    [
+        {"tag": "a"},
+        {"shape_of": (1, 2)},
+        {"options": {"a": [1]}},
+        {"owner": SimpleNamespace(rate=0.1)},
+    ],
     ids=str,
 )
-def test_attributes_without_tensors_do_not_matter(attributes: dict[str, object], tmp_path: Path) -> None:
+def test_attributes_without_tensors_do_not_matter(
+    attributes: dict[str, object], tmp_path: Path
+) -> None:
     (entry,) = shardkit.open(saved({"w": with_attributes(**attributes)}, tmp_path)).tensors
     assert entry.read() == torch.ones(2).numpy().tobytes()
 
@@ -142,25 +169,35 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
-def test_a_distributed_tensor_is_named_with_its_shape_and_what_to_do(mesh: Any, tmp_path: Path) -> None:
+def test_a_distributed_tensor_is_named_with_its_shape_and_what_to_do(
+    mesh: Any, tmp_path: Path
+) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    path = saved({"w": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)]), "n": torch.ones(3)}, tmp_path)
+    path = saved(
+        {"w": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)]), "n": torch.ones(3)}, tmp_path
+    )
     (other,) = (other for other in shardkit.open(path).others if other.is_weight)
     assert (other.name, other.kind, other.nbytes) == ("w", OtherKind.DISTRIBUTED, 24)
     assert other.reason.endswith("DTensor, F32 [6]")
-    with pytest.raises(Unwritable, match=r"'w' \(distributed tensor: .*DTensor, F32 \[6\]\)") as caught:
+    with pytest.raises(
+        Unwritable, match=r"'w' \(distributed tensor: .*DTensor, F32 \[6\]\)"
+    ) as caught:
         shardkit.convert(path, tmp_path / "out")
     assert "full_tensor()" in str(caught.value.hint)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_4_bit_and_8_bit_parameters_of_bitsandbytes_are_refused_with_their_tables(tmp_path: Path) -> None:
+def test_4_bit_and_8_bit_parameters_of_bitsandbytes_are_refused_with_their_tables(
+    tmp_path: Path,
+) -> None:
     nn_of_bnb = pytest.importorskip("bitsandbytes.nn")
     four = nn_of_bnb.Linear4bit(64, 4, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
     path = saved({"weight": four.weight}, tmp_path)
@@ -168,7 +205,9 @@ def test_4_bit_and_8_bit_parameters_of_bitsandbytes_are_refused_with_their_table
     assert "quant_state (bitsandbytes.functional.QuantState)" in other.reason
     assert other.nbytes > four.weight.nbytes
     dense = dict(four.state_dict())
-    assert len(shardkit.open(saved(dense, tmp_path)).tensors) == len(dense)  # its own way to save it loses nothing
+    assert len(shardkit.open(saved(dense, tmp_path)).tensors) == len(
+        dense
+    )  # its own way to save it loses nothing
 
 
 class Hidden(nn.Module):
@@ -183,12 +222,16 @@ class Hidden(nn.Module):
         self.settings = {"rate": 0.1}
 
 
-def test_tensors_in_plain_attributes_of_modules_are_reported_once_with_their_bytes(tmp_path: Path) -> None:
+def test_tensors_in_plain_attributes_of_modules_are_reported_once_with_their_bytes(
+    tmp_path: Path,
+) -> None:
     path = saved(Hidden(), tmp_path)
     assert list(torch.load(path, weights_only=False).state_dict()) == ["layer.weight", "layer.bias"]
     checkpoint = shardkit.open(path)
     assert [entry.name for entry in checkpoint.tensors] == ["layer.weight", "layer.bias"]
-    found = {other.name: other.nbytes for other in checkpoint.others if other.kind is OtherKind.OBJECT}
+    found = {
+        other.name: other.nbytes for other in checkpoint.others if other.kind is OtherKind.OBJECT
+    }
     assert found == {"unregistered": 2 * (9 + 3) * 4, "cache": 20}
     (note,) = shardkit.convert(path, tmp_path / "out").notes
     assert note.endswith("are left out, as by state_dict(): 'unregistered' (96 B), 'cache' (20 B)")

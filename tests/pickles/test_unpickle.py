@@ -26,13 +26,26 @@ PATH = Path("data.pkl")
 
 
 def read(content: bytes, limits: Limits | None = None, start: int = 0) -> Pickle:
-    return unpickle(PATH, Literal(content), Vocabulary(find, lambda pid: ("pid", pid)), limits=limits or Limits(), start=start)
+    return unpickle(
+        PATH,
+        Literal(content),
+        Vocabulary(find, lambda pid: ("pid", pid)),
+        limits=limits or Limits(),
+        start=start,
+    )
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
     lambda inner: (
-        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(0, 9) | st.binary(), inner)
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers(0, 9) | st.binary(), inner)
     ),
     max_leaves=30,
 )
@@ -123,7 +136,10 @@ def test_known_collections_are_read() -> None:
     for protocol in (2, 4):
         found = read(pickle.dumps(value, protocol))
         assert isinstance(found.value, Dict)
-        assert [inner.items for inner in found.value.values() if isinstance(inner, Opaque)] == [[1, 2], [3]]
+        assert [inner.items for inner in found.value.values() if isinstance(inner, Opaque)] == [
+            [1, 2],
+            [3],
+        ]
         assert found.calls == ()
     python2 = b"\x80\x02ccollections\nOrderedDict\n]](U\x01aK\x01ea\x85R."
     assert read(python2).value == {"a": 1}
@@ -164,7 +180,11 @@ def test_a_memo_index_of_two_billion_costs_nothing() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"]" * 100_000 + b"a" * 99_999 + b".", b"(" * 100_000 + b"l" * 100_000 + b".", b"K\1" + b"\x85" * 100_000 + b"."],
+    [
+        b"]" * 100_000 + b"a" * 99_999 + b".",
+        b"(" * 100_000 + b"l" * 100_000 + b".",
+        b"K\1" + b"\x85" * 100_000 + b".",
+    ],
     ids=["lists", "marks", "tuples"],
 )
 def test_a_hundred_thousand_levels_are_read_and_let_go(content: bytes) -> None:
@@ -195,8 +215,14 @@ def test_a_structure_with_more_paths_than_atoms_takes_no_time(content: bytes) ->
 
 
 @pytest.mark.timeout(60)  # a dict of those would take minutes
-@pytest.mark.parametrize(("begin", "value", "end"), [(b"}(", b"N", b"u."), (b"\x8f(", b"", b"\x90.")], ids=["dict", "set"])
-def test_keys_that_were_chosen_to_have_one_hash_take_no_time(begin: bytes, value: bytes, end: bytes) -> None:
+@pytest.mark.parametrize(
+    ("begin", "value", "end"),
+    [(b"}(", b"N", b"u."), (b"\x8f(", b"", b"\x90.")],
+    ids=["dict", "set"],
+)
+def test_keys_that_were_chosen_to_have_one_hash_take_no_time(
+    begin: bytes, value: bytes, end: bytes
+) -> None:
     keys = [number * sys.hash_info.modulus for number in range(1, 100_001)]
     assert len({hash(key) for key in keys}) == 1
     read(begin + b"".join(b"\x8a\x0b" + key.to_bytes(11, "little") + value for key in keys) + end)
@@ -270,7 +296,9 @@ def test_any_bytes_are_a_value_or_our_error(content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", [b"]", b"(", b"N", b"]\x94", b"}", b")\x85"], ids=["lists", "marks", "nones", "memo", "dicts", "tuples"]
+    "unit",
+    [b"]", b"(", b"N", b"]\x94", b"}", b")\x85"],
+    ids=["lists", "marks", "nones", "memo", "dicts", "tuples"],
 )
 def test_a_pickle_that_makes_us_hold_too_much_hits_the_limit(unit: bytes) -> None:
     with pytest.raises(LimitExceeded) as caught:

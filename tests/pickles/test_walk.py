@@ -51,7 +51,10 @@ LISTED = [SHARED, TENSOR]
         "deeper first": (table(a=table(inner=SHARED), b=SHARED), ["a.inner.w", "b.w"]),
         "deeper last": (table(b=SHARED, a=table(inner=SHARED)), ["b.w", "a.inner.w"]),
         "in a list": ([SHARED, SHARED], ["0.w", "1.w"]),
-        "shared in what is shared": (table(a=LISTED, b=[LISTED, SHARED]), ["a.0.w", "a.1", "b.0.0.w", "b.0.1", "b.1.w"]),
+        "shared in what is shared": (
+            table(a=LISTED, b=[LISTED, SHARED]),
+            ["a.0.w", "a.1", "b.0.0.w", "b.0.1", "b.1.w"],
+        ),
         "in an object": (table(a=Opaque("x.Y", (SHARED,)), b=SHARED), ["a.0.w", "b.w"]),
     }.values(),
 )
@@ -81,7 +84,10 @@ def test_places_that_are_too_many_to_name_are_weights_left_out_and_counted() -> 
     assert (left.name, left.nbytes) == ("c", 4)
     assert left.reason == "the same object as 'a', whose tensors would have too many names"
     assert found.notes == (
-        "1 place holds an object that the file has at another place too; the tensors in it are named at the other place only",
+        (
+            "1 place holds an object that the file has at another place too; the tensors in it are "
+            "named at the other place only"
+        ),
     )
 
 
@@ -100,7 +106,9 @@ def test_a_cycle_ends() -> None:
     root.put("self", [root])
     found = walked(root)
     assert [entry.name for entry in found.tensors] == ["w"]
-    assert [(other.name, other.reason) for other in found.others] == [("self.0", "the same object as 'the root'")]
+    assert [(other.name, other.reason) for other in found.others] == [
+        ("self.0", "the same object as 'the root'")
+    ]
 
 
 def test_a_hundred_thousand_levels_are_walked() -> None:
@@ -144,7 +152,9 @@ def test_keys_that_cannot_be_hashed_safely_still_lead_to_their_tensors() -> None
 
 
 def test_a_subtree_without_tensors_is_one_object_at_its_top() -> None:
-    found = walked(table(model=table(w=TENSOR, note=table(x=[1, 2])), optimizer=table(groups=[table(lr=1)])))
+    found = walked(
+        table(model=table(w=TENSOR, note=table(x=[1, 2])), optimizer=table(groups=[table(lr=1)]))
+    )
     assert [(other.path, other.kind, other.reason) for other in found.others] == [
         (("model", "note"), OtherKind.OBJECT, "a dict of 1"),
         (("optimizer",), OtherKind.OBJECT, "a dict of 1"),
@@ -194,17 +204,25 @@ def test_attributes_of_dicts_in_attributes_of_dicts_are_found_without_recursion(
     inner.state = table(w=TENSOR)
     around = table(w=TENSOR)
     around.state = around
-    assert [entry.path[-1] for entry in walked(table(deep=outer, around=around)).tensors] == ["w", "w", "w"]
+    assert [entry.path[-1] for entry in walked(table(deep=outer, around=around)).tensors] == [
+        "w",
+        "w",
+        "w",
+    ]
 
 
 def test_a_large_module_in_what_lies_at_two_places_is_counted_by_its_weights() -> None:
     def module(parameters: Dict, modules: Dict) -> Opaque:
         made = Opaque("x.Module")
         plain = {f"attribute{i}": i for i in range(40)}
-        made.states.append(table(_parameters=parameters, _buffers=table(), _modules=modules, **plain))
+        made.states.append(
+            table(_parameters=parameters, _buffers=table(), _modules=modules, **plain)
+        )
         return made
 
-    net = module(table(), table(**{f"m{i}": module(table(w=TENSOR), table()) for i in range(5_000)}))
+    net = module(
+        table(), table(**{f"m{i}": module(table(w=TENSOR), table()) for i in range(5_000)})
+    )
     shared = table(net=net)
     found = walked(table(a=shared, b=shared, c=shared))
     assert len(found.tensors) == 15_000

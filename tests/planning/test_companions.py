@@ -34,7 +34,16 @@ def write(path: Path, content: bytes | str = "text") -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.model", "merges.txt", "LICENSE", "modeling_new.py", "notes.bin", "empty"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.model",
+        "merges.txt",
+        "LICENSE",
+        "modeling_new.py",
+        "notes.bin",
+        "empty",
+    ],
 )
 def test_a_small_file_at_the_top_comes_along(name: str, source: Path) -> None:
     write(source / name, "" if name == "empty" else "some text")
@@ -70,7 +79,12 @@ def test_weights_of_any_format_and_under_any_name_stay(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors.index.fp16.json"]
+    "name",
+    [
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "model.safetensors.index.fp16.json",
+    ],
 )
 def test_an_index_stays(name: str, source: Path) -> None:
     write(source / name, json.dumps({"weight_map": {"weight": "pytorch_model.bin"}}))
@@ -106,7 +120,9 @@ def test_a_pipe_is_not_waited_for(source: Path) -> None:
     assert taken(source) == []
 
 
-def test_a_pointer_of_git_lfs_with_the_name_of_a_shard_does_not_take_its_place(source: Path, tmp_path: Path) -> None:
+def test_a_pointer_of_git_lfs_with_the_name_of_a_shard_does_not_take_its_place(
+    source: Path, tmp_path: Path
+) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
     write(source / "model.safetensors", pointer)
     write(source / "model-00001-of-00002.safetensors", pointer)
@@ -118,7 +134,10 @@ def test_a_pointer_of_git_lfs_with_the_name_of_a_shard_does_not_take_its_place(s
 def test_a_source_folder_brings_them_and_an_index_in_it_too(source: Path, tmp_path: Path) -> None:
     write(source / "config.json", '{"a": 1}')
     write(source / "tokenizer" / "vocab.json", "{}")
-    index = write(source / "pytorch_model.bin.index.json", json.dumps({"weight_map": {"weight": "pytorch_model.bin"}}))
+    index = write(
+        source / "pytorch_model.bin.index.json",
+        json.dumps({"weight_map": {"weight": "pytorch_model.bin"}}),
+    )
     for number, given in enumerate((source, index)):
         shardkit.convert(given, tmp_path / str(number))
         assert (tmp_path / str(number) / "config.json").read_text() == '{"a": 1}'
@@ -131,11 +150,15 @@ def test_they_stay_when_they_are_not_wanted(source: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
 
 
-def test_a_single_file_brings_none_and_names_the_config_beside_it(source: Path, tmp_path: Path) -> None:
+def test_a_single_file_brings_none_and_names_the_config_beside_it(
+    source: Path, tmp_path: Path
+) -> None:
     write(source / "config.json", "{}")
     report = shardkit.convert(source / "pytorch_model.bin", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
-    assert any(str(source / "config.json") in note and "not copied" in note for note in report.notes)
+    assert any(
+        str(source / "config.json") in note and "not copied" in note for note in report.notes
+    )
 
 
 def test_one_output_file_takes_none(source: Path, tmp_path: Path) -> None:
@@ -149,27 +172,41 @@ def test_one_output_file_takes_none(source: Path, tmp_path: Path) -> None:
     [
         ({}, ModelConfig(True, None)),
         ({"tie_word_embeddings": False, "torch_dtype": "float16"}, ModelConfig(False, "float16")),
-        ({"text_config": {"tie_word_embeddings": False, "dtype": "bfloat16"}}, ModelConfig(False, "bfloat16")),
+        (
+            {"text_config": {"tie_word_embeddings": False, "dtype": "bfloat16"}},
+            ModelConfig(False, "bfloat16"),
+        ),
         ({"dtype": "float32", "torch_dtype": "float16"}, ModelConfig(True, "float32")),
         ({"text_config": [1], "dtype": {"a": 1}}, ModelConfig(True, None)),
         ([1, 2], ModelConfig(True, None)),
     ],
 )
-def test_config_is_asked_for_ties_and_type(config: object, expected: ModelConfig, tmp_path: Path) -> None:
+def test_config_is_asked_for_ties_and_type(
+    config: object, expected: ModelConfig, tmp_path: Path
+) -> None:
     write(tmp_path / "config.json", json.dumps(config))
     assert ModelConfig.beside(tmp_path) == expected
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[" * 100_000], ids=["empty", "no text", "cut", "deep"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"{", b"[" * 100_000], ids=["empty", "no text", "cut", "deep"]
+)
 def test_a_config_that_cannot_be_read_says_nothing(content: bytes, tmp_path: Path) -> None:
     write(tmp_path / "config.json", content)
     assert ModelConfig.beside(tmp_path) == ModelConfig()
     assert ModelConfig.beside(tmp_path / "none") == ModelConfig()
 
 
-@pytest.mark.parametrize(("key", "said"), [("torch_dtype", True), ("dtype", True), ("other", False)])
-def test_a_type_that_config_says_otherwise_is_reported(key: str, said: bool, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "said"), [("torch_dtype", True), ("dtype", True), ("other", False)]
+)
+def test_a_type_that_config_says_otherwise_is_reported(
+    key: str, said: bool, source: Path, tmp_path: Path
+) -> None:
     write(source / "config.json", json.dumps({key: "float32"}))
     notes = shardkit.convert(source, tmp_path / "out", dtype="bf16").notes
     assert any("'float32'" in note and "bfloat16" in note for note in notes) is said
-    assert not any("'float32'" in note for note in shardkit.convert(source, tmp_path / "same", dtype="fp32").notes)
+    assert not any(
+        "'float32'" in note
+        for note in shardkit.convert(source, tmp_path / "same", dtype="fp32").notes
+    )

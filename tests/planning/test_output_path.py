@@ -24,7 +24,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -46,28 +50,36 @@ def test_the_default_is_beside_the_source(name: str, stem: str, tmp_path: Path) 
     assert default_output(tmp_path / name) == tmp_path / f"{stem}-shards"
 
 
-def test_a_folder_that_is_the_working_folder_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_the_working_folder_has_a_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
     assert default_output(Path(".")).resolve() == tmp_path / "model-shards"
     assert default_output(Path("../model")).resolve() == tmp_path / "model-shards"
 
 
-def test_of_a_read_only_place_the_default_is_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_read_only_place_the_default_is_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert default_output(Path("/media/cd/big.bin")) == tmp_path / "big-shards"
 
 
 @pytest.mark.parametrize(
-    "inside", ["snapshots/0123", "snapshots/0123/model.safetensors", "snapshots/0123/unet/model.safetensors"]
+    "inside",
+    ["snapshots/0123", "snapshots/0123/model.safetensors", "snapshots/0123/unet/model.safetensors"],
 )
 def test_of_a_hugging_face_cache_the_default_is_the_working_folder(
     inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    assert default_output(tmp_path / "models--meta-llama--Llama-3" / inside) == tmp_path / "work" / "Llama-3-shards"
+    assert (
+        default_output(tmp_path / "models--meta-llama--Llama-3" / inside)
+        == tmp_path / "work" / "Llama-3-shards"
+    )
 
 
 @pytest.mark.parametrize("named", ["out", "sub/../out", "link", "./out"])
@@ -90,7 +102,9 @@ def test_what_exists_is_not_touched_without_overwrite(source: Path, tmp_path: Pa
     with pytest.raises(OutputError, match="exists") as caught:
         shardkit.convert(source, out, rename=[("^", "x.")])
     assert caught.value.hint == "choose another output with out=, or replace it with overwrite=True"
-    assert caught.value.command_hint == "choose another output with -o, or replace it with --overwrite"
+    assert (
+        caught.value.command_hint == "choose another output with -o, or replace it with --overwrite"
+    )
     assert content(out) == before
     assert not (tmp_path / "out.partial").exists()
 
@@ -125,8 +139,12 @@ def test_one_file_replaces_one_file(source: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["source", "x.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["diary.txt", "config.yaml", ".env", "sub/model.bin", "model-1-of-2.safetensors"])
-def test_what_shardkit_did_not_write_is_not_replaced(name: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["diary.txt", "config.yaml", ".env", "sub/model.bin", "model-1-of-2.safetensors"]
+)
+def test_what_shardkit_did_not_write_is_not_replaced(
+    name: str, source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shardkit.convert(source, out)
     (out / name).parent.mkdir(exist_ok=True)
@@ -138,7 +156,9 @@ def test_what_shardkit_did_not_write_is_not_replaced(name: str, source: Path, tm
     assert content(out) == before
 
 
-def test_a_home_folder_is_not_replaced(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home"
     (home / ".config").mkdir(parents=True)
     (home / ".config" / "settings").write_text("mine")

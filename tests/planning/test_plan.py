@@ -45,12 +45,17 @@ def test_runs_keep_order_and_bound(sizes: list[int], limit: int) -> None:
     runs = list(by_size(entries, limit, lambda entry: entry.nbytes // 4))
     assert [entry for run in runs for entry in run] == entries
     assert all(sum(entry.nbytes // 4 for entry in run) <= limit or len(run) == 1 for run in runs)
-    assert all(sum(e.nbytes // 4 for e in (*run, after[0])) > limit for run, after in pairwise(runs))
+    assert all(
+        sum(e.nbytes // 4 for e in (*run, after[0])) > limit for run, after in pairwise(runs)
+    )
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(4_000, 40_000))
 def test_every_file_with_its_header_stays_within_the_bound(elements: list[int], bound: int) -> None:
-    entries = [tensor(f"layers.{number}.weight", count, 100_000 * number) for number, count in enumerate(elements)]
+    entries = [
+        tensor(f"layers.{number}.weight", count, 100_000 * number)
+        for number, count in enumerate(elements)
+    ]
     plan = folder(bound, *entries)
     assert all(shard.nbytes <= bound or set(plan.oversized) for shard in plan.shards)
     for shard in plan.shards:
@@ -70,18 +75,28 @@ def test_several_shards_are_numbered_and_indexed() -> None:
         INDEX_NAME,
     ]
     index = json.loads(literal(plan.files[-1]))
-    assert list(index["weight_map"].items()) == [("a", plan.files[1].name), ("b", plan.files[0].name)]
+    assert list(index["weight_map"].items()) == [
+        ("a", plan.files[1].name),
+        ("b", plan.files[0].name),
+    ]
     assert index["metadata"]["total_size"] == plan.total_size == 16_000
 
 
 def test_what_is_larger_than_the_bound_stands_alone_and_is_named() -> None:
-    plan = folder(10_000, tensor("small", 10), tensor("large", 9000, 100), tensor("last", 10, 50_000))
+    plan = folder(
+        10_000, tensor("small", 10), tensor("large", 9000, 100), tensor("last", 10, 50_000)
+    )
     assert plan.oversized == ("large",)
     assert len(plan.shards) == 3
 
 
 def test_a_folded_tie_is_recorded_beside_the_tensor_that_is_kept() -> None:
-    plan = plan_folder(edited(tensor("a", 2000), tensor("b", 2000, 9000), c="b"), FORMAT, max_shard=10_000, metadata={"by": "me"})
+    plan = plan_folder(
+        edited(tensor("a", 2000), tensor("b", 2000, 9000), c="b"),
+        FORMAT,
+        max_shard=10_000,
+        metadata={"by": "me"},
+    )
     headers = [json.loads(literal(file)[8:]) for file in plan.shards]
     assert [header["__metadata__"] for header in headers] == [
         {"format": "pt", "by": "me"},
@@ -91,7 +106,9 @@ def test_a_folded_tie_is_recorded_beside_the_tensor_that_is_kept() -> None:
 
 
 def test_one_file_takes_everything() -> None:
-    plan = plan_file(edited(tensor("a", 10), tensor("b", 10, 100)), FORMAT, name="x.safetensors", metadata={})
+    plan = plan_file(
+        edited(tensor("a", 10), tensor("b", 10, 100)), FORMAT, name="x.safetensors", metadata={}
+    )
     assert plan.weight_map == {"a": "x.safetensors", "b": "x.safetensors"}
 
 
@@ -103,5 +120,9 @@ def test_a_format_that_is_only_read_is_refused() -> None:
 def test_the_digest_is_of_what_is_written_from_where() -> None:
     plan = folder(None, tensor("a", 4))
     assert plan.digest == folder(None, tensor("a", 4)).digest
-    others = [folder(None, tensor("a", 4, 8)), folder(None, tensor("b", 4)), folder(None, tensor("a", 5))]
+    others = [
+        folder(None, tensor("a", 4, 8)),
+        folder(None, tensor("b", 4)),
+        folder(None, tensor("a", 5)),
+    ]
     assert len({plan.digest, *(other.digest for other in others)}) == 4

@@ -21,7 +21,9 @@ Layout = Mapping[str, Content]
 
 
 def build(folder: Path, layout: Layout) -> Path:
-    """A folder of files by their names: a tensor filled with a number, an index of shards, or content."""
+    """A folder of files by their names: a tensor filled with a number, an index of shards, or
+    content.
+    """
     for name, what in layout.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,9 @@ def test_the_first_complete_candidate_is_read_and_the_rest_is_reported(
     layout: Layout, read: list[int], left_out: list[str], tmp_path: Path
 ) -> None:
     checkpoint = shardkit.open(build(tmp_path / "model", layout))
-    assert [torch.frombuffer(each.read(), dtype=torch.float32)[0].item() for each in checkpoint.tensors] == read
+    assert [
+        torch.frombuffer(each.read(), dtype=torch.float32)[0].item() for each in checkpoint.tensors
+    ] == read
     assert [part.path for part in checkpoint.left_out] == left_out
     assert all(part.nbytes > 0 and part.reason for part in checkpoint.left_out)
     for part in checkpoint.left_out:
@@ -188,7 +192,9 @@ def test_transformers_reads_the_same_file(name: str, tmp_path: Path) -> None:
         download_kwargs={},
     )
     found = [shardkit.open(file) for file in files]
-    assert [entry.name for each in found for entry in each.tensors] == [f"{number}.weight" for number in read]
+    assert [entry.name for each in found for entry in each.tensors] == [
+        f"{number}.weight" for number in read
+    ]
 
 
 REFUSALS: dict[str, tuple[Layout, type[FormatError], str, str]] = {
@@ -213,7 +219,10 @@ REFUSALS: dict[str, tuple[Layout, type[FormatError], str, str]] = {
     "one name in two shards without an index": (
         {SHARDS[0]: 11, SHARDS[1]: 11},
         Malformed,
-        "tensor '11.weight': is in 'model-00001-of-00002.safetensors' and in 'model-00002-of-00002.safetensors'",
+        (
+            "tensor '11.weight': is in 'model-00001-of-00002.safetensors' and in "
+            "'model-00002-of-00002.safetensors'"
+        ),
         "write an index",
     ),
     "tensor-parallel parts": (
@@ -223,13 +232,22 @@ REFUSALS: dict[str, tuple[Layout, type[FormatError], str, str]] = {
         "merge them",
     ),
     "the state of a trainer beside a distributed model": (
-        {"random_states_0.pkl": 1, "optimizer_0/__0_0.distcp": bytes(999), "pytorch_model_fsdp_0/__0_0.distcp": bytes(9)},
+        {
+            "random_states_0.pkl": 1,
+            "optimizer_0/__0_0.distcp": bytes(999),
+            "pytorch_model_fsdp_0/__0_0.distcp": bytes(9),
+        },
         UnknownFormat,
         "holds the state of a trainer and no model: 'random_states_0.pkl' (random-number state)",
         "pytorch_model_fsdp_0",
     ),
     "a pipeline": (
-        {"model_index.json": "{}", "scheduler/config.json": "{}", "unet/m.safetensors": 1, "vae/m.safetensors": 2},
+        {
+            "model_index.json": "{}",
+            "scheduler/config.json": "{}",
+            "unet/m.safetensors": 1,
+            "vae/m.safetensors": 2,
+        },
         UnknownFormat,
         "holds weights in subfolders only: 'unet/', 'vae/'",
         os.path.join("model", "unet"),
@@ -268,7 +286,10 @@ def test_a_folder_without_a_model_says_what_is_wrong_and_what_to_give(
 def test_loaders_that_would_read_other_weights_are_named(tmp_path: Path) -> None:
     checkpoint = shardkit.open(build(tmp_path, {"model.safetensors": 1, **SAFE_SET}))
     (note,) = checkpoint.notes
-    assert "'model.safetensors' was read, and not the 2 shards of 'model.safetensors.index.json'" in note
+    assert (
+        "'model.safetensors' was read, and not the 2 shards of 'model.safetensors.index.json'"
+        in note
+    )
 
 
 def test_a_set_that_is_joined_without_an_index_says_so(tmp_path: Path) -> None:
@@ -296,7 +317,9 @@ def test_a_shard_that_is_given_alone_is_a_part(
 
 def test_a_flat_index_and_dots_in_names_are_read(tmp_path: Path) -> None:
     build(tmp_path, {"a.safetensors": 1, "b.safetensors": 2})
-    (tmp_path / "x.index.json").write_text(json.dumps({"1.weight": "./a.safetensors", "2.weight": "b.safetensors"}))
+    (tmp_path / "x.index.json").write_text(
+        json.dumps({"1.weight": "./a.safetensors", "2.weight": "b.safetensors"})
+    )
     assert list(shardkit.open(tmp_path)) == ["1.weight", "2.weight"]
     assert shardkit.open(tmp_path).left_out == ()
     (tmp_path / "x.index.json").rename(tmp_path / "any.json")
@@ -324,24 +347,40 @@ def test_a_comparison_lists_what_it_did_not_cover(tmp_path: Path) -> None:
     shardkit.convert(source, tmp_path / "out")
     build(tmp_path / "out", {"extra.bin": 3})
     expected = [str(tmp_path / "model" / "unet") + "/", str(tmp_path / "out" / "extra.bin")]
-    for comparison in (shardkit.verify(tmp_path / "out", source), shardkit.diff(source, tmp_path / "out")):
+    for comparison in (
+        shardkit.verify(tmp_path / "out", source),
+        shardkit.diff(source, tmp_path / "out"),
+    ):
         assert comparison.same
         assert [part.path for part in comparison.left_out] == expected
-        assert sum("files beside the weights are not compared: 'config.json'" in note for note in comparison.notes) == 2
+        assert (
+            sum(
+                "files beside the weights are not compared: 'config.json'" in note
+                for note in comparison.notes
+            )
+            == 2
+        )
     alone = shardkit.verify(tmp_path / "out")
     assert [part.path for part in alone.left_out] == expected[1:]
     assert alone.unchecked == 1
 
 
 def test_what_the_other_side_read_was_compared(tmp_path: Path) -> None:
-    source = build(tmp_path, {"model.safetensors": 1, "pytorch_model.bin": 1, "unet/model.safetensors": 1})
+    source = build(
+        tmp_path, {"model.safetensors": 1, "pytorch_model.bin": 1, "unet/model.safetensors": 1}
+    )
     for other in ("pytorch_model.bin", "unet"):
         left_out = shardkit.diff(source, source / other).left_out
-        assert [Path(part.path).name for part in left_out] == [{"unet": "pytorch_model.bin"}.get(other, "unet")]
+        assert [Path(part.path).name for part in left_out] == [
+            {"unet": "pytorch_model.bin"}.get(other, "unet")
+        ]
 
 
 def test_objects_in_a_file_are_named_under_its_path(tmp_path: Path) -> None:
-    optimizer = {"state": {0: {"exp_avg": torch.zeros(100)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    optimizer = {
+        "state": {0: {"exp_avg": torch.zeros(100)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
     file = tmp_path / "run.pt"
     torch.save({"model": {"w.weight": torch.ones(2)}, "optimizer": optimizer}, file)
     shardkit.convert(file, tmp_path / "out")
@@ -423,10 +462,14 @@ def test_a_link_to_missing_weights_is_noted(tmp_path: Path) -> None:
     build(tmp_path, {"model.safetensors": 1})
     (tmp_path / "adapter_model.safetensors").symlink_to("../blobs/gone")
     (tmp_path / "gone.txt").symlink_to("../blobs/gone")
-    assert shardkit.open(tmp_path).notes == ("links to files that are missing: 'adapter_model.safetensors'",)
+    assert shardkit.open(tmp_path).notes == (
+        "links to files that are missing: 'adapter_model.safetensors'",
+    )
 
 
-def test_what_cannot_be_read_is_reported_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_reported_and_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = build(tmp_path / "model", {"model.safetensors": 1, "key.txt": "x", "vocab.txt": "y"})
     readable = vars(Source)["file"].__func__
 

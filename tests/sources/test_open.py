@@ -36,7 +36,11 @@ def some(*names: str) -> dict[str, torch.Tensor]:
 
 
 def shards(
-    folder: Path, *, kind: str = "safetensors", parts: Mapping[str, Tensors], extra: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    kind: str = "safetensors",
+    parts: Mapping[str, Tensors],
+    extra: Mapping[str, str] | None = None,
 ) -> Path:
     """A folder of shards as Hugging Face writes it; returns the index."""
     folder.mkdir(exist_ok=True)
@@ -46,8 +50,12 @@ def shards(
         else:
             torch.save(dict(tensors), folder / name)
     stem = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-    weight_map = {key: name for name, tensors in parts.items() for key in tensors} | dict(extra or {})
-    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    weight_map = {key: name for name, tensors in parts.items() for key in tensors} | dict(
+        extra or {}
+    )
+    (folder / f"{stem}.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return folder / f"{stem}.index.json"
 
 
@@ -70,7 +78,10 @@ def test_a_file_is_recognised_by_content_whatever_it_is_called(tmp_path: Path) -
     tensors = some("a", "b")
     save_file(tensors, tmp_path / "weights.bin")
     torch.save(tensors, tmp_path / "weights.safetensors")
-    assert (open_checkpoint(tmp_path / "weights.bin").format, open_checkpoint(str(tmp_path / "weights.safetensors")).format) == (
+    assert (
+        open_checkpoint(tmp_path / "weights.bin").format,
+        open_checkpoint(str(tmp_path / "weights.safetensors")).format,
+    ) == (
         "safetensors",
         "torch-zip",
     )
@@ -82,7 +93,12 @@ def test_the_files_that_were_read_are_told(tmp_path: Path) -> None:
     save_file(some("a"), tmp_path / "m")
     (file,) = open_checkpoint(tmp_path / "m").files
     stat = os.stat(tmp_path / "m")
-    assert (file.path, file.size, file.mtime_ns, file.inode) == (tmp_path / "m", stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert (file.path, file.size, file.mtime_ns, file.inode) == (
+        tmp_path / "m",
+        stat.st_size,
+        stat.st_mtime_ns,
+        stat.st_ino,
+    )
 
 
 def test_a_format_that_is_named_is_not_questioned(tmp_path: Path) -> None:
@@ -97,10 +113,13 @@ def seekable(content: bytes, size: int) -> bytes:
     contents = [content[at : at + size] for at in range(0, len(content), size)]
     compressed = [zstandard.compress(each) for each in contents]
     lines = b"".join(
-        len(c).to_bytes(4, "little") + len(e).to_bytes(4, "little") for c, e in zip(compressed, contents, strict=True)
+        len(c).to_bytes(4, "little") + len(e).to_bytes(4, "little")
+        for c, e in zip(compressed, contents, strict=True)
     )
     table = lines + len(contents).to_bytes(4, "little") + b"\0" + bytes.fromhex("b1ea928f")
-    return b"".join(compressed) + bytes.fromhex("5e2a4d18") + len(table).to_bytes(4, "little") + table
+    return (
+        b"".join(compressed) + bytes.fromhex("5e2a4d18") + len(table).to_bytes(4, "little") + table
+    )
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "torch"])
@@ -116,7 +135,11 @@ def test_a_compressed_file_is_read_like_the_file(tmp_path: Path, save: object) -
         packed = open_checkpoint(tmp_path / name, scratch=tmp_path)
         assert (packed.format, values(packed)) == (plain.format, raw(tensors))
         assert [file.path for file in packed.files] == [tmp_path / name]
-        assert all(extent.path == tmp_path / name for entry in packed.tensors for extent in entry.payload.sources)
+        assert all(
+            extent.path == tmp_path / name
+            for entry in packed.tensors
+            for extent in entry.payload.sources
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"m", "m.zst", "framed.zst"}
 
 
@@ -145,8 +168,14 @@ def test_a_pipe_a_socket_and_a_device_never_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "sock"))
-        for path, kind in [(tmp_path / "pipe", "a pipe"), (tmp_path / "sock", "a socket"), (Path(os.devnull), "a device")]:
-            with pytest.raises(FormatError, match=f"is {kind}, and only files and folders can be read"):
+        for path, kind in [
+            (tmp_path / "pipe", "a pipe"),
+            (tmp_path / "sock", "a socket"),
+            (Path(os.devnull), "a device"),
+        ]:
+            with pytest.raises(
+                FormatError, match=f"is {kind}, and only files and folders can be read"
+            ):
                 open_checkpoint(path)
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match="is a pipe"):
@@ -155,7 +184,9 @@ def test_a_pipe_a_socket_and_a_device_never_block(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_names_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "m").symlink_to("../../blobs/0123")
-    with pytest.raises(FormatError, match=r"is a link to \.\./\.\./blobs/0123, which is not there") as caught:
+    with pytest.raises(
+        FormatError, match=r"is a link to \.\./\.\./blobs/0123, which is not there"
+    ) as caught:
         open_checkpoint(tmp_path / "m")
     assert caught.value.hint == "finish the download, and try again"
     (tmp_path / "circle").symlink_to("circle")
@@ -221,7 +252,9 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_pointers_names_the_pointer(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n")
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n"
+    )
     with pytest.raises(UnknownFormat, match=r"model\.safetensors: is a git-lfs pointer"):
         open_checkpoint(tmp_path)
 
@@ -230,7 +263,9 @@ def test_a_broken_file_of_a_folder_is_named(tmp_path: Path) -> None:
     save_file(some("a"), tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-1])
-    with pytest.raises(Malformed, match=r"model\.safetensors: the tensors need 24 bytes, and 23 are there"):
+    with pytest.raises(
+        Malformed, match=r"model\.safetensors: the tensors need 24 bytes, and 23 are there"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -274,7 +309,9 @@ def test_the_entry_of_a_cache_says_where_its_snapshots_are(tmp_path: Path) -> No
 def test_a_snapshot_whose_blobs_are_missing_lists_them(tmp_path: Path) -> None:
     snapshot = cached(tmp_path, shards(tmp_path / "m", parts=TWO))
     (tmp_path / "models--a--b" / "blobs" / "blob-of-m-2-safetensors").unlink()
-    with pytest.raises(Malformed, match=r"1 of the 2 files that it lists is missing: 'm-2\.safetensors'"):
+    with pytest.raises(
+        Malformed, match=r"1 of the 2 files that it lists is missing: 'm-2\.safetensors'"
+    ):
         open_checkpoint(snapshot)
 
 
@@ -287,13 +324,22 @@ def test_shards_of_either_kind_are_one_checkpoint(tmp_path: Path, kind: str) -> 
     for path in (tmp_path, index):
         checkpoint = open_checkpoint(path)
         assert values(checkpoint) == ALL
-        assert [file.path.name for file in checkpoint.files] == [index.name, "m-1.safetensors", "m-2.safetensors"]
+        assert [file.path.name for file in checkpoint.files] == [
+            index.name,
+            "m-1.safetensors",
+            "m-2.safetensors",
+        ]
         assert checkpoint.notes == ()
         assert checkpoint.format == {"safetensors": "safetensors", "bin": "torch-zip"}[kind]
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors.index.fp16.json", "diffusion_pytorch_model.safetensors.index.json", "other.json"]
+    "name",
+    [
+        "model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "other.json",
+    ],
 )
 def test_an_index_of_another_name_is_one(tmp_path: Path, name: str) -> None:
     shards(tmp_path, parts=TWO).rename(tmp_path / name)
@@ -303,7 +349,9 @@ def test_an_index_of_another_name_is_one(tmp_path: Path, name: str) -> None:
 def test_shards_may_lie_in_folders_and_be_compressed(tmp_path: Path) -> None:
     index = shards(tmp_path, parts={"m-1.safetensors": some("a")})
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "m.zst").write_bytes(zstandard.compress((tmp_path / "m-1.safetensors").read_bytes()))
+    (tmp_path / "sub" / "m.zst").write_bytes(
+        zstandard.compress((tmp_path / "m-1.safetensors").read_bytes())
+    )
     rewrite(index, a="sub/m.zst")
     assert values(open_checkpoint(index)) == raw(some("a"))
 
@@ -311,7 +359,10 @@ def test_shards_may_lie_in_folders_and_be_compressed(tmp_path: Path) -> None:
 def test_shards_of_two_formats_are_one_checkpoint(tmp_path: Path) -> None:
     index = shards(tmp_path, parts=TWO)
     torch.save(dict(TWO["m-2.safetensors"]), tmp_path / "m-2.safetensors")
-    assert (open_checkpoint(index).format, values(open_checkpoint(index))) == ("safetensors + torch-zip", ALL)
+    assert (open_checkpoint(index).format, values(open_checkpoint(index))) == (
+        "safetensors + torch-zip",
+        ALL,
+    )
 
 
 def test_the_index_of_safetensors_is_preferred(tmp_path: Path) -> None:
@@ -340,7 +391,9 @@ def test_all_missing_shards_are_counted_and_the_first_named(tmp_path: Path) -> N
     index = shards(tmp_path, parts=TWO)
     rewrite(index, **{f"t{number}": f"gone-{number:02}.safetensors" for number in range(20)})
     with pytest.raises(
-        Malformed, match=r"20 of the 22 files that it lists are missing: 'gone-00\.safetensors', .* and 12 more"
+        Malformed,
+        match=r"20 of the 22 files that it lists are missing: 'gone-00\.safetensors', .* and 12 "
+        r"more",
     ):
         open_checkpoint(index)
 
@@ -348,9 +401,15 @@ def test_all_missing_shards_are_counted_and_the_first_named(tmp_path: Path) -> N
 DISAGREEMENTS: dict[str, tuple[dict[str, str | None], str]] = {
     "a shard of another model": (
         {"a": None, "b": None, "x": "m-1.safetensors", "y": "m-1.safetensors"},
-        "tensor 'x': no shard contains it, nor anything else that the index expects in 'm-1.safetensors'",
+        (
+            "tensor 'x': no shard contains it, nor anything else that the index expects in "
+            "'m-1.safetensors'"
+        ),
     ),
-    "a shard that is a folder": ({"a": "sub"}, "sub: is a folder, and only files and folders can be read"),
+    "a shard that is a folder": (
+        {"a": "sub"},
+        "sub: is a folder, and only files and folders can be read",
+    ),
     "a shard that is a text": ({"a": "text.txt"}, "text.txt: is a text and holds no weights"),
     "a shard that is the index": ({"a": "model.safetensors.index.json"}, "is a JSON text"),
     "a name that escapes": ({"a": "../m-1.safetensors"}, "leads out of the folder of the index"),
@@ -374,7 +433,9 @@ def test_a_tensor_that_the_index_does_not_list_is_taken_and_noted(tmp_path: Path
     rewrite(index, b=None)
     checkpoint = open_checkpoint(index)
     assert values(checkpoint) == ALL
-    assert checkpoint.notes == ("'b': in 'm-1.safetensors' and not in the index; converted all the same",)
+    assert checkpoint.notes == (
+        "'b': in 'm-1.safetensors' and not in the index; converted all the same",
+    )
 
 
 @pytest.mark.parametrize(
@@ -382,7 +443,10 @@ def test_a_tensor_that_the_index_does_not_list_is_taken_and_noted(tmp_path: Path
     [
         (
             {"x": "m-1.safetensors", "y": "m-2.safetensors"},
-            "the index lists 'x', 'y', which no shard contains; a tied weight or a buffer need not be stored",
+            (
+                "the index lists 'x', 'y', which no shard contains; a tied weight or a buffer need "
+                "not be stored"
+            ),
         ),
         (
             {"a": "m-2.safetensors", "c": "m-1.safetensors"},
@@ -402,7 +466,9 @@ def test_what_the_shards_hold_counts_and_not_where_the_index_looks_for_it(
 
 
 def test_a_tensor_in_two_shards_is_taken_from_where_the_index_says(tmp_path: Path) -> None:
-    index = shards(tmp_path, parts={"m-1.safetensors": some("x", "a"), "m-2.safetensors": some("a", "b")})
+    index = shards(
+        tmp_path, parts={"m-1.safetensors": some("x", "a"), "m-2.safetensors": some("a", "b")}
+    )
     checkpoint = open_checkpoint(index)
     assert [entry.name for entry in checkpoint.tensors] == ["x", "a", "b"]
     assert checkpoint["a"].payload.sources[0].path.name == "m-2.safetensors"
@@ -414,7 +480,9 @@ def test_a_tensor_in_two_shards_is_taken_from_where_the_index_says(tmp_path: Pat
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_recorded_tie_may_stand_in_the_index_or_not(tmp_path: Path, listed: bool) -> None:
     index = shards(tmp_path, parts=TWO, extra={"tied.a": "m-1.safetensors"} if listed else {})
-    save_file(dict(TWO["m-1.safetensors"]), tmp_path / "m-1.safetensors", {"format": "pt", "tied.a": "a"})
+    save_file(
+        dict(TWO["m-1.safetensors"]), tmp_path / "m-1.safetensors", {"format": "pt", "tied.a": "a"}
+    )
     checkpoint = open_checkpoint(index)
     assert checkpoint["tied.a"].payload == checkpoint["a"].payload
     assert checkpoint.notes == ()
@@ -422,16 +490,27 @@ def test_a_recorded_tie_may_stand_in_the_index_or_not(tmp_path: Path, listed: bo
 
 def test_metadata_is_merged_and_the_first_wins(tmp_path: Path) -> None:
     index = shards(tmp_path, parts=TWO)
-    save_file(dict(TWO["m-1.safetensors"]), tmp_path / "m-1.safetensors", {"format": "pt", "by": "first"})
-    save_file(dict(TWO["m-2.safetensors"]), tmp_path / "m-2.safetensors", {"format": "pt", "by": "second", "only": "here"})
+    save_file(
+        dict(TWO["m-1.safetensors"]), tmp_path / "m-1.safetensors", {"format": "pt", "by": "first"}
+    )
+    save_file(
+        dict(TWO["m-2.safetensors"]),
+        tmp_path / "m-2.safetensors",
+        {"format": "pt", "by": "second", "only": "here"},
+    )
     checkpoint = open_checkpoint(index)
     assert checkpoint.metadata == {"format": "pt", "by": "first", "only": "here"}
-    assert checkpoint.notes == ("the shards differ in their metadata 'by'; that of the first was taken",)
+    assert checkpoint.notes == (
+        "the shards differ in their metadata 'by'; that of the first was taken",
+    )
 
 
 def test_an_index_beyond_the_limits_is_refused(tmp_path: Path) -> None:
     index = shards(tmp_path, parts=TWO)
-    for limits, limit in [(Limits(header_bytes=50), "header_bytes"), (Limits(tensors=2), "tensors")]:
+    for limits, limit in [
+        (Limits(header_bytes=50), "header_bytes"),
+        (Limits(tensors=2), "tensors"),
+    ]:
         with pytest.raises(LimitExceeded) as caught:
             open_checkpoint(index, limits=limits)
         assert caught.value.limit == limit

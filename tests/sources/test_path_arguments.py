@@ -25,7 +25,10 @@ NOT_READ = {
     "hf://": ("is a URL", "hf download ORG/NAME"),
     "https://huggingface.co/org/name": ("is a URL", "hf download org/name,"),
     "https://huggingface.co/org/name/tree/main": ("is a URL", "hf download org/name,"),
-    "https://huggingface.co/org/name/tree/main/unet": ("is a URL", "hf download org/name --include 'unet/*'"),
+    "https://huggingface.co/org/name/tree/main/unet": (
+        "is a URL",
+        "hf download org/name --include 'unet/*'",
+    ),
     "https://huggingface.co/org/name/resolve/v2/model.safetensors": (
         "is a URL",
         "hf download org/name model.safetensors --revision v2",
@@ -35,12 +38,21 @@ NOT_READ = {
         "curl -L -o x%20y.bin 'https://example.com/x%20y.bin?a=b&c', and give x%20y.bin",
     ),
     "HTTPS://example.com/x.bin": ("is a URL", "curl -L -o x.bin https://example.com/x.bin"),
-    "s3://bucket/models/llama": ("is a URL", "aws s3 cp --recursive s3://bucket/models/llama llama, and give llama"),
+    "s3://bucket/models/llama": (
+        "is a URL",
+        "aws s3 cp --recursive s3://bucket/models/llama llama, and give llama",
+    ),
     "s3://bucket/x.bin": ("is a URL", "aws s3 cp s3://bucket/x.bin x.bin, and give x.bin"),
-    "gs://bucket/llama": ("is a URL", "gcloud storage cp --recursive gs://bucket/llama ., and give llama"),
+    "gs://bucket/llama": (
+        "is a URL",
+        "gcloud storage cp --recursive gs://bucket/llama ., and give llama",
+    ),
     "s3:/bucket/x.bin": ("is a URL", "aws s3 cp s3://bucket/x.bin x.bin"),  # as Path leaves it
     "file:///tmp/a%20b.pt": ("is a URL", "give its path: '/tmp/a b.pt'"),
-    "abfss://box@account.dfs.core.windows.net/x": ("is a URL", "download it, and give its local path"),
+    "abfss://box@account.dfs.core.windows.net/x": (
+        "is a URL",
+        "download it, and give its local path",
+    ),
     "what://x": ("is a URL", "download it, and give its local path"),
     "a\0b": ("is no path: embedded null byte", "check the path"),
     "org/name": ("No such file", "hf download org/name, and give the folder that this prints"),
@@ -53,9 +65,13 @@ NOT_READ = {
 
 @pytest.mark.parametrize("location", NOT_READ, ids=ascii)
 @pytest.mark.parametrize(
-    "do", [shardkit.open, shardkit.convert, shardkit.offload_prep, shardkit.verify], ids=lambda do: do.__name__
+    "do",
+    [shardkit.open, shardkit.convert, shardkit.offload_prep, shardkit.verify],
+    ids=lambda do: do.__name__,
 )
-def test_what_is_no_local_path_is_not_read(do: object, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_local_path_is_not_read(
+    do: object, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     sentence, hint = NOT_READ[location]
@@ -76,7 +92,10 @@ NOT_WRITTEN = {
     "file:///tmp/x": ("is a URL", "-o /tmp/x"),
     "https://e.com/x": ("is a URL", "-o x, and upload that"),
     "s3:/b/x": ("is a URL", "aws s3 cp --recursive x s3://b/x"),
-    "x.pt": ("is called like a .pt file", "-o x makes a folder of shards, -o x.safetensors one file"),
+    "x.pt": (
+        "is called like a .pt file",
+        "-o x makes a folder of shards, -o x.safetensors one file",
+    ),
     "a/x.BIN": ("is called like a .BIN file", "-o a/x makes a folder"),
     "x.ckpt": ("is called like a .ckpt file", "-o x.safetensors"),
     "x.gguf": ("is called like a .gguf file", "-o x.safetensors"),
@@ -97,8 +116,12 @@ NOT_WRITTEN = {
 
 @pytest.mark.skipif(os.name != "posix", reason="paths as POSIX has them")
 @pytest.mark.parametrize("location", NOT_WRITTEN, ids=lambda location: ascii(location[:30]))
-@pytest.mark.parametrize("do", [shardkit.convert, shardkit.offload_prep], ids=lambda do: do.__name__)
-def test_what_is_no_output_is_not_made(do: object, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "do", [shardkit.convert, shardkit.offload_prep], ids=lambda do: do.__name__
+)
+def test_what_is_no_output_is_not_made(
+    do: object, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sentence, hint = NOT_WRITTEN[location]
     assert callable(do)
@@ -111,13 +134,17 @@ def test_what_is_no_output_is_not_made(do: object, location: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("location", ["x.pt/", "model-v1.5", "x.bin-shards", "out", "./-", "C:x"])
-def test_what_names_a_folder_is_one(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_names_a_folder_is_one(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(TRAINING), "-o", location]) == 0
     assert [path.name for path in Path(location).iterdir()] == ["model.safetensors"]
 
 
-def test_a_folder_that_is_there_may_be_called_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_there_may_be_called_like_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.pt").mkdir()
     shardkit.convert(TRAINING, "x.pt")
@@ -129,14 +156,18 @@ def test_a_file_may_be_compressed(tmp_path: Path) -> None:
     assert (tmp_path / "x.safetensors.zst").is_file()
 
 
-def test_a_local_folder_called_like_a_url_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_called_like_a_url_is_read_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s3:").mkdir()
     Path("s3:", "x.pt").write_bytes(TRAINING.read_bytes())
     assert len(shardkit.open("s3://x.pt")) == len(shardkit.open(Path("s3:/x.pt"))) == 20
 
 
-def test_a_model_in_the_cache_of_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_cache_of_the_hub_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tmp_path / "hub" / "models--org--name"
     (model / "snapshots" / "abc").mkdir(parents=True)
     (model / "refs").mkdir()
@@ -145,10 +176,15 @@ def test_a_model_in_the_cache_of_the_hub_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FormatError) as raised:
         shardkit.open("org/name")
-    assert raised.value.hint == f"it is in the cache of the Hugging Face Hub: give {model / 'snapshots' / 'abc'}"
+    assert (
+        raised.value.hint
+        == f"it is in the cache of the Hugging Face Hub: give {model / 'snapshots' / 'abc'}"
+    )
 
 
-def test_a_tilde_that_no_shell_has_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_that_no_shell_has_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.pt").write_bytes(TRAINING.read_bytes())
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(FormatError) as raised:
@@ -164,7 +200,10 @@ def test_a_path_is_left_as_it_is() -> None:
         path_arguments.to_write(Path("x.pt"))
 
 
-@pytest.mark.parametrize("name", ["there/model", "org/m.safetensors", "org/m.bin", "org/m.pt.zst", "org/.model", "org/m.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["there/model", "org/m.safetensors", "org/m.bin", "org/m.pt.zst", "org/.model", "org/m.json"],
+)
 def test_what_is_called_like_a_file_or_lies_in_a_folder_is_no_model_of_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Install a distribution of one module, as pip would, for the length of a test."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def install(name: str, code: str, *, entry: str = "toy", value: str = "FORMAT", group: str = registry.FORMATS) -> None:
+    def install(
+        name: str,
+        code: str,
+        *,
+        entry: str = "toy",
+        value: str = "FORMAT",
+        group: str = registry.FORMATS,
+    ) -> None:
         module = name.replace("-", "_")
         (tmp_path / f"{module}.py").write_text(code)
         info = tmp_path / f"{module}-1.2.dist-info"
@@ -65,10 +72,16 @@ SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 
 def test_the_built_in_ones_are_those_of_the_package_metadata() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {group: project["entry-points"][group] for group in (registry.FORMATS, registry.CODECS)}
+    declared = {
+        group: project["entry-points"][group] for group in (registry.FORMATS, registry.CODECS)
+    }
     assert declared == registry._BUILT_IN  # the table stands for the metadata where there is none
-    assert {each.name for each in registry.formats()} >= project["entry-points"][registry.FORMATS].keys()
-    assert {each.name for each in registry.codecs()} >= project["entry-points"][registry.CODECS].keys()
+    assert {each.name for each in registry.formats()} >= project["entry-points"][
+        registry.FORMATS
+    ].keys()
+    assert {each.name for each in registry.codecs()} >= project["entry-points"][
+        registry.CODECS
+    ].keys()
 
 
 def test_every_built_in_one_can_be_used() -> None:
@@ -82,10 +95,16 @@ def test_a_plugin_is_found_and_recognises_its_files(install: Install) -> None:
     assert registry.format_named("toy").suffixes == (".toy",)
     assert {".toy", ".safetensors", ".zst"} <= registry.suffixes()
     loaded = next(each for each in registry.formats() if each.name == "toy")
-    assert (loaded.distribution, loaded.group, loaded.error) == ("shardkit-toy 1.2", "shardkit.formats", None)
+    assert (loaded.distribution, loaded.group, loaded.error) == (
+        "shardkit-toy 1.2",
+        "shardkit.formats",
+        None,
+    )
 
 
-def test_what_brings_a_format_is_read_only_when_it_is_asked_for(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_brings_a_format_is_read_only_when_it_is_asked_for(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("shardkit-toy", PLUGIN)
     monkeypatch.delattr(Distribution, "metadata")
     assert registry.recognise(held(b"TOY!")).name == "toy"
@@ -93,19 +112,39 @@ def test_what_brings_a_format_is_read_only_when_it_is_asked_for(install: Install
 
 
 BROKEN = {
-    "it cannot be imported": ("raise RuntimeError('no\\nluck')", "cannot be loaded: RuntimeError: 'no\\nluck'"),
-    "it imports what is not there": ("import nowhere_to_be_found", "cannot be loaded: ModuleNotFoundError"),
+    "it cannot be imported": (
+        "raise RuntimeError('no\\nluck')",
+        "cannot be loaded: RuntimeError: 'no\\nluck'",
+    ),
+    "it imports what is not there": (
+        "import nowhere_to_be_found",
+        "cannot be loaded: ModuleNotFoundError",
+    ),
     "it is no Python": ("def :", "cannot be loaded: SyntaxError"),
     "it lacks the record": ("", "cannot be loaded: AttributeError"),
-    "the record is something else": ("FORMAT = {'name': 'toy'}", "must be a Format, found a dict of 1"),
-    "the record is a codec": ("from shardkit.codecs.zstd import CODEC as FORMAT", "must be a Format, found a Codec"),
-    "it is made for another contract": (PLUGIN.replace('name="toy",', 'name="toy", api=2,'), "version 2 of the plugin contract"),
-    "its name is another": (PLUGIN.replace('"toy"', '"tin"'), "calls itself 'tin', and its entry point says 'toy'"),
+    "the record is something else": (
+        "FORMAT = {'name': 'toy'}",
+        "must be a Format, found a dict of 1",
+    ),
+    "the record is a codec": (
+        "from shardkit.codecs.zstd import CODEC as FORMAT",
+        "must be a Format, found a Codec",
+    ),
+    "it is made for another contract": (
+        PLUGIN.replace('name="toy",', 'name="toy", api=2,'),
+        "version 2 of the plugin contract",
+    ),
+    "its name is another": (
+        PLUGIN.replace('"toy"', '"tin"'),
+        "calls itself 'tin', and its entry point says 'toy'",
+    ),
 }
 
 
 @pytest.mark.parametrize(("code", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_plugin_is_kept_as_its_error_and_blocks_nothing(install: Install, code: str, sentence: str) -> None:
+def test_a_broken_plugin_is_kept_as_its_error_and_blocks_nothing(
+    install: Install, code: str, sentence: str
+) -> None:
     install("shardkit-toy", code)
     loaded = next(each for each in registry.formats() if each.name == "toy")
     assert loaded.record is None
@@ -146,7 +185,8 @@ def test_two_claimants_are_both_named(install: Install) -> None:
 
 def test_a_codec_is_found_by_the_first_bytes(install: Install) -> None:
     code = (
-        "from shardkit.plugin import Codec\nCODEC = Codec('toy', '.ty', lambda head: head[:2] == b'ty', lambda pieces: iter(()))"
+        "from shardkit.plugin import Codec\nCODEC = Codec('toy', '.ty', lambda head: head[:2] "
+        "== b'ty', lambda pieces: iter(()))"
     )
     install("shardkit-toy", code, group=registry.CODECS, value="CODEC")
     codec = registry.codec_of(held(b"typed"))
@@ -156,7 +196,9 @@ def test_a_codec_is_found_by_the_first_bytes(install: Install) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(PlanError, match=r"there is no format called 'gguf'; there are .*safetensors"):
+    with pytest.raises(
+        PlanError, match=r"there is no format called 'gguf'; there are .*safetensors"
+    ):
         registry.format_named("gguf")
 
 

@@ -19,7 +19,11 @@ from shardkit.sources.weight_file_names import (
 @pytest.mark.parametrize(
     ("names", "pattern", "missing"),
     [
-        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "model-*-of-00002.safetensors", []),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            "model-*-of-00002.safetensors",
+            [],
+        ),
         (["pytorch_model-00002-of-00003.bin"], "pytorch_model-*-of-00003.bin", [1, 3]),
         (["m-00000-of-00002.pt", "m-00001-of-00002.pt"], "m-*-of-00002.pt", []),
         (["m-00000-of-00002.pt", "m-00002-of-00002.pt"], "m-*-of-00002.pt", [1]),
@@ -36,7 +40,13 @@ def test_numbered_files_are_one_set(names: list[str], pattern: str, missing: lis
 
 @pytest.mark.parametrize(
     "name",
-    ["model-00001-of-00001.bin", "data-00001-of-00002.arrow", "model-00003-of-00002.bin", "a-1-of-999999.bin", "model_1.bin"],
+    [
+        "model-00001-of-00001.bin",
+        "data-00001-of-00002.arrow",
+        "model-00003-of-00002.bin",
+        "a-1-of-999999.bin",
+        "model_1.bin",
+    ],
 )
 def test_other_names_are_in_no_set(name: str) -> None:
     assert shard_sets([name]) == []
@@ -83,7 +93,9 @@ def test_what_trainers_save_beside_a_model_is_no_model(name: str) -> None:
     assert training_state(name)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "my_optimizer_net.pt", "mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["model.pt", "pytorch_model.bin", "my_optimizer_net.pt", "mp_rank_00_model_states.pt"]
+)
 def test_a_model_is_no_state_of_a_trainer(name: str) -> None:
     assert training_state(name) is None
 

@@ -34,12 +34,32 @@ def wide_archive(name: bytes = b"data/0", content: bytes = b"weights") -> bytes:
     """An archive in which every number that can be is in a zip64 field, as for more than 4 GiB."""
     none = 0xFFFFFFFF
     crc = zlib.crc32(content)
-    local = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 45, 0, 0, 0, 0, crc, none, none, len(name), 20 + 7) + name
+    local = (
+        struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 45, 0, 0, 0, 0, crc, none, none, len(name), 20 + 7)
+        + name
+    )
     local += struct.pack("<HHQQ", 1, 16, len(content), len(content)) + b"FB\3\0pad"
     start = len(local) + len(content)
     extra = b"\x99\x99\1\0x" + struct.pack("<HHQQQ", 1, 24, len(content), len(content), 0)
     entry = struct.pack(
-        "<4sHHHHHHIIIHHHHHII", b"PK\1\2", 45, 45, 0, 0, 0, 0, crc, none, none, len(name), len(extra), 0, 0, 0, 0, none
+        "<4sHHHHHHIIIHHHHHII",
+        b"PK\1\2",
+        45,
+        45,
+        0,
+        0,
+        0,
+        0,
+        crc,
+        none,
+        none,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        none,
     )
     directory = entry + name + extra
     end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(directory), start)
@@ -58,11 +78,17 @@ def contents(source: Source) -> dict[str, bytes]:
     return {member.name: bytes(read_all(source.member(member))) for member in source.members}
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
 @pytest.mark.parametrize(
-    "comment", [b"", b"a comment", b"PK\5\6" * 100, b"x" * 65535], ids=["none", "short", "hostile", "longest"]
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
 )
-def test_members_hold_what_zipfile_finds_in_them(method: int, comment: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "comment",
+    [b"", b"a comment", b"PK\5\6" * 100, b"x" * 65535],
+    ids=["none", "short", "hostile", "longest"],
+)
+def test_members_hold_what_zipfile_finds_in_them(
+    method: int, comment: bytes, tmp_path: Path
+) -> None:
     assert contents(opened(archive(method, comment), tmp_path)) == CONTENTS
 
 
@@ -74,13 +100,17 @@ def test_numbers_beyond_32_bits_are_taken_from_the_zip64_field(tmp_path: Path) -
 def test_a_thousand_kilobytes_are_inflated_in_bounded_pieces() -> None:
     whole = bytes(5_000_000)
     compressed = zlib.compress(whole, wbits=-15)
-    pieces = list(inflate(memoryview(compressed)[at : at + 1000] for at in range(0, len(compressed), 1000)))
+    pieces = list(
+        inflate(memoryview(compressed)[at : at + 1000] for at in range(0, len(compressed), 1000))
+    )
     assert b"".join(pieces) == whole
     assert max(map(len, pieces)) <= 1 << 20
 
 
 @pytest.mark.parametrize(
-    "compressed", [zlib.compress(b"x" * 100, wbits=-15)[:-2], b"\xff\xff\xff", b""], ids=["cut", "broken", "empty"]
+    "compressed",
+    [zlib.compress(b"x" * 100, wbits=-15)[:-2], b"\xff\xff\xff", b""],
+    ids=["cut", "broken", "empty"],
 )
 def test_a_broken_stream_is_a_sentence(compressed: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w+ \w+"):
@@ -103,10 +133,19 @@ BROKEN = {
     "name too long": (patched(archive(), b"PK\1\2", 28, b"\xff\xff"), "cut short"),
     "member too long": (patched(archive(), b"PK\1\2", 20, b"\xff\xff\0\0" * 2), "runs over"),
     "sizes differ": (patched(archive(), b"PK\1\2", 24, b"\1\0"), "is not compressed"),
-    "shared start": (patched(archive(), b"PK\1\2", 42, struct.pack("<I", archive().index(b"PK\3\4", 4))), "begin at one byte"),
+    "shared start": (
+        patched(archive(), b"PK\1\2", 42, struct.pack("<I", archive().index(b"PK\3\4", 4))),
+        "begin at one byte",
+    ),
     "no zip64 record": (wide_archive().replace(b"PK\6\6", b"PK\6\0"), "no zip64 record"),
-    "zip64 field cut": (wide_archive().replace(b"\1\0\x18\0", b"\1\0\x10\0"), "is missing or cut short"),
-    "zip64 far away": (wide_archive()[:-34] + b"\xff" + wide_archive()[-33:], "behind its own locator"),
+    "zip64 field cut": (
+        wide_archive().replace(b"\1\0\x18\0", b"\1\0\x10\0"),
+        "is missing or cut short",
+    ),
+    "zip64 far away": (
+        wide_archive()[:-34] + b"\xff" + wide_archive()[-33:],
+        "behind its own locator",
+    ),
 }
 
 
@@ -122,7 +161,10 @@ BROKEN_MEMBERS = {
     "no local header": (patched(archive(), b"PK\3\4", 3, b"\5"), "no local header"),
     "encrypted": (patched(archive(), b"PK\3\4", 6, b"\1"), "is encrypted"),
     "extra over the next": (patched(archive(), b"PK\3\4", 28, b"\xff"), "runs over"),
-    "unknown method": (patched(patched(archive(), b"PK\1\2", 10, b"\x0c"), b"PK\3\4", 8, b"\x0c"), "method 12"),
+    "unknown method": (
+        patched(patched(archive(), b"PK\1\2", 10, b"\x0c"), b"PK\3\4", 8, b"\x0c"),
+        "method 12",
+    ),
 }
 
 
@@ -150,8 +192,13 @@ def test_a_directory_larger_than_allowed_names_the_limit(tmp_path: Path) -> None
 
 
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(wide=st.booleans(), edits=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4))
-def test_no_flipped_byte_brings_anything_but_our_errors(wide: bool, edits: list[tuple[int, int]], tmp_path: Path) -> None:
+@given(
+    wide=st.booleans(),
+    edits=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_no_flipped_byte_brings_anything_but_our_errors(
+    wide: bool, edits: list[tuple[int, int]], tmp_path: Path
+) -> None:
     content = bytearray(wide_archive() if wide else archive(zipfile.ZIP_DEFLATED))
     for at, byte in edits:
         content[at % len(content)] = byte

@@ -1,4 +1,6 @@
-"""What begins again in the child of a fork, and that it can: there locks stay locked that other threads had."""
+"""What begins again in the child of a fork, and that it can: there locks stay locked that other
+threads had.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_owners_begin_again_in_the_order_in_which_they_came_and_only_in_the_chil
     assert again == []
 
 
-def test_an_expansion_that_another_thread_is_at_is_done_in_the_child_as_well(tmp_path: Path) -> None:
+def test_an_expansion_that_another_thread_is_at_is_done_in_the_child_as_well(
+    tmp_path: Path,
+) -> None:
     content = Random(3).randbytes(20_000)
     path = tmp_path / "content.zst"
     path.write_bytes(zstandard.compress(content))
@@ -65,7 +69,9 @@ def test_a_parent_and_its_child_read_an_expansion_side_by_side(tmp_path: Path) -
     spool = Spool(Extent(path, 0, path.stat().st_size), CODEC, Limits())
 
     def is_right() -> bool:
-        return all(spool.read(at, 100) == content[at : at + 100] for at in range(0, len(content), 20))
+        return all(
+            spool.read(at, 100) == content[at : at + 100] for at in range(0, len(content), 20)
+        )
 
     assert is_right()  # it is expanded
     child = begun(is_right)

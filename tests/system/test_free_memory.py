@@ -22,8 +22,15 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 SYSTEM = {"proc/meminfo": f"MemTotal:  999999 kB\nMemAvailable:   {8 * 1024} kB\n"}
 V2 = {"proc/self/cgroup": "0::/user/box\n", "sys/fs/cgroup/user/box/memory.max": f"{4 * MIB}\n"}
 TAKEN = {"sys/fs/cgroup/user/box/memory.current": f"{3 * MIB}\n"}
-FILES = {"sys/fs/cgroup/user/box/memory.stat": f"anon {MIB}\ninactive_file {MIB}\nactive_file {MIB // 2}\n"}
-AROUND = {"sys/fs/cgroup/user/memory.max": f"{2 * MIB}", "sys/fs/cgroup/user/memory.current": f"{2 * MIB - 5}"}
+FILES = {
+    "sys/fs/cgroup/user/box/memory.stat": (
+        f"anon {MIB}\ninactive_file {MIB}\nactive_file {MIB // 2}\n"
+    )
+}
+AROUND = {
+    "sys/fs/cgroup/user/memory.max": f"{2 * MIB}",
+    "sys/fs/cgroup/user/memory.current": f"{2 * MIB - 5}",
+}
 V1 = {
     "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc\n",
     "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * MIB}",
@@ -44,9 +51,19 @@ UNLIMITED = {"sys/fs/cgroup/user/box/memory.max": "max\n"}
         (SYSTEM | V2 | FULL, 0),
         (SYSTEM | V1, 2 * MIB),
     ],
-    ids=["no group", "limit", "pages of files are given back", "the group around it", "no limit", "full", "first kind"],
+    ids=[
+        "no group",
+        "limit",
+        "pages of files are given back",
+        "the group around it",
+        "no limit",
+        "full",
+        "first kind",
+    ],
 )
-def test_the_least_of_what_system_and_groups_leave_is_available(tmp_path: Path, files: dict[str, str], available: int) -> None:
+def test_the_least_of_what_system_and_groups_leave_is_available(
+    tmp_path: Path, files: dict[str, str], available: int
+) -> None:
     assert available_memory(machine(tmp_path, files)) == available
 
 

@@ -43,16 +43,24 @@ print("loaded")
 """
 
 
-def run(code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path, ctrl_c: bool = False) -> Session:
+def run(
+    code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path, ctrl_c: bool = False
+) -> Session:
     after = b"%" if ctrl_c else None
-    return on_a_terminal(["-c", code, str(pause), *arguments], columns=columns, cwd=cwd, ctrl_c_after=after)
+    return on_a_terminal(
+        ["-c", code, str(pause), *arguments], columns=columns, cwd=cwd, ctrl_c_after=after
+    )
 
 
 WORK: dict[str, tuple[str, list[str | Path], str]] = {
     "convert": (COMMAND, ["convert", TRAINING, "-o", "out", "--max-shard", "2kB"], "→ out/: "),
     "offload-prep": (COMMAND, ["offload-prep", TRAINING, "-o", "out"], "→ out/: "),
     "verify": (COMMAND, ["verify", TRAINING], "is intact"),
-    "diff": (COMMAND, ["diff", TRAINING, TRAINING.with_name("legacy-training.pt")], "no difference"),
+    "diff": (
+        COMMAND,
+        ["diff", TRAINING, TRAINING.with_name("legacy-training.pt")],
+        "no difference",
+    ),
     "load": (LOAD, [TRAINING], "loaded"),
 }
 
@@ -61,7 +69,9 @@ WORK: dict[str, tuple[str, list[str | Path], str]] = {
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("pause", [0.0, 0.4], ids=["short", "long"])
 @pytest.mark.parametrize("work", WORK)
-def test_a_bar_leaves_nothing_on_the_terminal(work: str, pause: float, columns: int, tmp_path: Path) -> None:
+def test_a_bar_leaves_nothing_on_the_terminal(
+    work: str, pause: float, columns: int, tmp_path: Path
+) -> None:
     code, arguments, last = WORK[work]
     session = run(code, *arguments, pause=pause, columns=columns, cwd=tmp_path)
     screen = "\n".join(session.lines)
@@ -76,7 +86,9 @@ def test_a_bar_leaves_nothing_on_the_terminal(work: str, pause: float, columns: 
 @posix
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("work", ["convert", "offload-prep", "verify"])
-def test_ctrl_c_leaves_one_sentence_on_the_terminal(work: str, columns: int, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_one_sentence_on_the_terminal(
+    work: str, columns: int, tmp_path: Path
+) -> None:
     code, arguments, _ = WORK[work]
     session = run(code, *arguments, pause=0.4, columns=columns, cwd=tmp_path, ctrl_c=True)
     screen = "\n".join(session.lines)
@@ -92,7 +104,9 @@ def test_an_error_leaves_a_sentence_on_the_terminal(columns: int, tmp_path: Path
     source = tmp_path / "a.pt"
     source.write_bytes(TRAINING.read_bytes())
     touch = f"{SLOW}\nimport os\nfrom shardkit.cli import main\ncode = main()\nsys.exit(code)"
-    touch = touch.replace("    add(self", "    os.utime('a.pt', (1, 1))\n    add(self").replace("import sys,", "import os, sys,")
+    touch = touch.replace("    add(self", "    os.utime('a.pt', (1, 1))\n    add(self").replace(
+        "import sys,", "import os, sys,"
+    )
     session = run(touch, "convert", source, "-o", "out", pause=0.4, columns=columns, cwd=tmp_path)
     screen = "\n".join(session.lines)
     assert session.code == 1
@@ -102,13 +116,17 @@ def test_an_error_leaves_a_sentence_on_the_terminal(columns: int, tmp_path: Path
 
 
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the body of a test, as capsys replaces stderr before it: a terminal, and a bar that appears at once."""
+    """For the body of a test, as capsys replaces stderr before it: a terminal, and a bar that
+    appears at once.
+    """
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("shardkit.system.progress._DELAY", 1e-9)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
 
 
-def test_the_whole_may_be_told_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_may_be_told_later(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     soon(monkeypatch)
     with progress("writing") as bar:
         bar.expect(10)
@@ -119,7 +137,9 @@ def test_the_whole_may_be_told_later(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.endswith("  \r")
 
 
-def test_what_is_done_soon_needs_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_done_soon_needs_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     soon(monkeypatch)
     monkeypatch.setattr("shardkit.system.progress._DELAY", 1e9)
     with progress("writing") as bar:
@@ -144,10 +164,14 @@ def test_a_terminal_that_is_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) 
         bar.add(5)
 
 
-def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_threads_may_add(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     soon(monkeypatch)
     with progress("writing", 4001) as bar:
-        threads = [threading.Thread(target=lambda: deque(map(bar.add, [1] * 1000), 0)) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: deque(map(bar.add, [1] * 1000), 0)) for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -157,7 +181,9 @@ def test_many_threads_may_add(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "4.00k/4.00k" in capsys.readouterr().err
 
 
-def test_a_terminal_needs_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_needs_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     soon(monkeypatch)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with progress("writing", 10) as bar:
@@ -166,7 +192,9 @@ def test_a_terminal_needs_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr() == ("", "")
 
 
-def test_it_may_be_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_may_be_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     soon(monkeypatch)
     with progress("writing", 10, quiet=True) as bar:
         time.sleep(0.11)

@@ -18,9 +18,16 @@ from shardkit.system.threads import Pool
 def test_what_is_submitted_is_done_by_so_many_threads_as_there_may_be() -> None:
     together = threading.Barrier(3, timeout=200)
     with Pool(3, "pooled") as pool:
-        futures = [pool.submit(lambda number: (together.wait(), number * 10)[1], number) for number in range(9)]
+        futures = [
+            pool.submit(lambda number: (together.wait(), number * 10)[1], number)
+            for number in range(9)
+        ]
         assert [future.result() for future in futures] == [number * 10 for number in range(9)]
-        assert {thread.name for thread in threading.enumerate()} >= {"pooled_0", "pooled_1", "pooled_2"}
+        assert {thread.name for thread in threading.enumerate()} >= {
+            "pooled_0",
+            "pooled_1",
+            "pooled_2",
+        }
         assert list(pool.map(str, range(5))) == ["0", "1", "2", "3", "4"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pooled")]
 
@@ -54,7 +61,9 @@ def test_a_shutdown_may_cancel_what_was_not_begun_and_waits_for_what_was() -> No
 
 
 @pytest.mark.parametrize("started", [True, False], ids=["that runs", "that does not run yet"])
-def test_an_interrupt_while_a_thread_starts_hides_no_thread_from_shutdown(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_thread_starts_hides_no_thread_from_shutdown(
+    started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def interrupted(thread: threading.Thread) -> None:

@@ -1,4 +1,6 @@
-"""Every built-in format and codec passes the conformance kit, and a wrong one fails each check with the reason."""
+"""Every built-in format and codec passes the conformance kit, and a wrong one fails each check with
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,43 @@ from shardkit.checkpoint.entries import Checkpoint, Other, OtherKind, TensorEntr
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import Malformed, NameClash, Unwritable
 from shardkit.payloads.codec import Codec, Frame
-from shardkit.payloads.payload import CHUNK, Concat, Extent, Literal, Part, Payload, Swapped, Trailer, check_range, read_all
+from shardkit.payloads.payload import (
+    CHUNK,
+    Concat,
+    Extent,
+    Literal,
+    Part,
+    Payload,
+    Swapped,
+    Trailer,
+    check_range,
+    read_all,
+)
 from shardkit.sources import registry
 from shardkit.sources.format import Format, Source
-from shardkit.testing import CODING, READING, WRITING, CodecSample, check_codec, check_format, check_payload
+from shardkit.testing import (
+    CODING,
+    READING,
+    WRITING,
+    CodecSample,
+    check_codec,
+    check_format,
+    check_payload,
+)
 
 SMALL = 40_000
-PREFIXES = {"safetensors": "safetensors", "legacy": "torch-legacy", "torchscript": "torchscript", "zip": "torch-zip"}
+PREFIXES = {
+    "safetensors": "safetensors",
+    "legacy": "torch-legacy",
+    "torchscript": "torchscript",
+    "zip": "torch-zip",
+}
 PREFIXES |= {"pickle": "torch-zip"}
-FORMAT_OF = {path: PREFIXES.get(path.name.partition("-")[0]) for path in sorted(GOOD.iterdir()) if path.is_file()}
+FORMAT_OF = {
+    path: PREFIXES.get(path.name.partition("-")[0])
+    for path in sorted(GOOD.iterdir())
+    if path.is_file()
+}
 FORMAT_OF |= {GOOD / "folder-accelerate-dat": "accelerate-dat"}
 SAMPLES = [path for path, name in FORMAT_OF.items() if name and path.stat().st_size <= SMALL]
 COMPRESSED = sorted(GOOD.glob("*.zst"))
@@ -40,7 +70,9 @@ def test_there_are_samples_of_every_built_in_format() -> None:
 
 @pytest.mark.parametrize("check", READING, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
-def test_a_built_in_format_keeps_the_rules_of_reading(sample: Path, check: Callable[[Format, Path], None]) -> None:
+def test_a_built_in_format_keeps_the_rules_of_reading(
+    sample: Path, check: Callable[[Format, Path], None]
+) -> None:
     check(registry.format_named(str(FORMAT_OF[sample])), sample)
 
 
@@ -51,14 +83,20 @@ def test_safetensors_keeps_the_rules_of_writing(check: Callable[[Format, str], N
 
 @pytest.mark.parametrize("name", registry._BUILT_IN[registry.FORMATS])
 def test_a_built_in_format_claims_no_other(name: str) -> None:
-    testing.check_foreign(registry.format_named(name), [path for path, other in FORMAT_OF.items() if other != name])
+    testing.check_foreign(
+        registry.format_named(name), [path for path, other in FORMAT_OF.items() if other != name]
+    )
 
 
 @pytest.mark.parametrize("path", COMPRESSED, ids=lambda path: path.name)
 def test_zstd_keeps_the_rules_of_codecs(path: Path) -> None:
     (zstd,) = (each.record for each in registry.codecs() if each.name == "zstd")
     assert zstd
-    expanded = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
+    expanded = (
+        zstandard.ZstdDecompressor()
+        .stream_reader(path.read_bytes(), read_across_frames=True)
+        .read()
+    )
     check_codec(zstd, [CodecSample(path, expanded)])
 
 
@@ -73,7 +111,9 @@ def sniff(source: Source) -> bool:
 
 def scan(source: Source) -> Checkpoint:
     try:
-        return parsed(source, json.loads(source.read(8, int.from_bytes(source.read(4, 4), "little"))))
+        return parsed(
+            source, json.loads(source.read(8, int.from_bytes(source.read(4, 4), "little")))
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Malformed(source.path, f"broken header: {type(error).__name__}") from None
 
@@ -83,13 +123,21 @@ def parsed(source: Source, document: Any) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     for name, (code, shape) in document["tensors"].items():
         nbytes = BY_CODE[code].nbytes(shape)
-        tensors[name] = TensorEntry((name,), BY_CODE[code], tuple(shape), source.payload(at, nbytes))
+        tensors[name] = TensorEntry(
+            (name,), BY_CODE[code], tuple(shape), source.payload(at, nbytes)
+        )
         at += nbytes
     if at != source.size:
         raise Malformed(source.path, f"{at} bytes are needed, and there are {source.size}")
     metadata = {str(key): str(text) for key, text in document["metadata"].items()}
-    tied = [replace(tensors[kept], path=(alias,)) for alias, kept in metadata.items() if kept in tensors and alias not in tensors]
-    return Checkpoint((*tensors.values(), *tied), metadata={k: v for k, v in metadata.items() if v not in tensors})
+    tied = [
+        replace(tensors[kept], path=(alias,))
+        for alias, kept in metadata.items()
+        if kept in tensors and alias not in tensors
+    ]
+    return Checkpoint(
+        (*tensors.values(), *tied), metadata={k: v for k, v in metadata.items() if v not in tensors}
+    )
 
 
 def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
@@ -97,7 +145,10 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     if len(tensors) < len(entries):
         raise NameClash("two tensors have one name")
     text = json.dumps({"tensors": tensors, "metadata": dict(metadata)}).encode()
-    return (Literal(MAGIC + len(text).to_bytes(4, "little") + text), *(entry.payload for entry in entries))
+    return (
+        Literal(MAGIC + len(text).to_bytes(4, "little") + text),
+        *(entry.payload for entry in entries),
+    )
 
 
 TOY = Format("toy", (".toy",), sniff, scan, lay_out)
@@ -105,22 +156,39 @@ TOY = Format("toy", (".toy",), sniff, scan, lay_out)
 
 def written(path: Path, entries: Sequence[TensorEntry], form: Format = TOY) -> Path:
     assert form.lay_out
-    path.write_bytes(b"".join(bytes(read_all(part)) for part in form.lay_out(entries, {}) if not isinstance(part, Trailer)))
+    path.write_bytes(
+        b"".join(
+            bytes(read_all(part))
+            for part in form.lay_out(entries, {})
+            if not isinstance(part, Trailer)
+        )
+    )
     return path
 
 
 @pytest.fixture
 def sample(tmp_path: Path) -> Path:
-    """A file of the toy format with a tensor that is larger than what may be read at the ends of a file."""
-    large = TensorEntry(("large",), BY_CODE["F32"], (50_000,), Literal(bytes(range(256)) * 781 + bytes(64)))
+    """A file of the toy format with a tensor that is larger than what may be read at the ends of a
+    file.
+    """
+    large = TensorEntry(
+        ("large",), BY_CODE["F32"], (50_000,), Literal(bytes(range(256)) * 781 + bytes(64))
+    )
     return written(
-        tmp_path / "sample.toy", [replace(large, path=("a",)), TensorEntry(("b",), BY_CODE["I16"], (3,), Literal(b"abcdef"))]
+        tmp_path / "sample.toy",
+        [
+            replace(large, path=("a",)),
+            TensorEntry(("b",), BY_CODE["I16"], (3,), Literal(b"abcdef")),
+        ],
     )
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return written(tmp_path / "small.toy", [TensorEntry(("w",), BY_CODE["F32"], (2, 3), Literal(bytes(range(24))))])
+    return written(
+        tmp_path / "small.toy",
+        [TensorEntry(("w",), BY_CODE["F32"], (2, 3), Literal(bytes(range(24))))],
+    )
 
 
 def test_the_right_format_passes(sample: Path, small: Path) -> None:
@@ -137,7 +205,12 @@ def wrong(value: object) -> Any:
 
 
 def entries_as(change: Callable[[TensorEntry], TensorEntry]) -> Format:
-    return replace(TOY, scan=lambda source: with_tensors(source, tuple(change(entry) for entry in scan(source).tensors)))
+    return replace(
+        TOY,
+        scan=lambda source: with_tensors(
+            source, tuple(change(entry) for entry in scan(source).tensors)
+        ),
+    )
 
 
 def with_tensors(source: Source, tensors: tuple[TensorEntry, ...]) -> Checkpoint:
@@ -160,7 +233,12 @@ def opening_the_path(source: Source) -> Checkpoint:
     whole = source.path.read_bytes()
     at = 8 + int.from_bytes(whole[4:8], "little")
     return with_tensors(
-        source, (TensorEntry(("w",), BY_CODE["U8"], (len(whole) - at,), Extent(source.path, at, len(whole) - at)),)
+        source,
+        (
+            TensorEntry(
+                ("w",), BY_CODE["U8"], (len(whole) - at,), Extent(source.path, at, len(whole) - at)
+            ),
+        ),
     )
 
 
@@ -202,9 +280,15 @@ class Faulty:
     def narrow(self, start: int, nbytes: int) -> Payload:
         if self.fault == "narrows anywhere":
             nbytes = min(nbytes, self.nbytes - max(0, start))
-            return Literal(bytes(read_all(self.inner))[max(0, start) :][:nbytes] + bytes(max(0, -nbytes)))
+            return Literal(
+                bytes(read_all(self.inner))[max(0, start) :][:nbytes] + bytes(max(0, -nbytes))
+            )
         check_range(start, nbytes, self.nbytes)
-        return Literal(bytes(nbytes)) if self.fault == "narrows to zeros" else self.inner.narrow(start, nbytes)
+        return (
+            Literal(bytes(nbytes))
+            if self.fault == "narrows to zeros"
+            else self.inner.narrow(start, nbytes)
+        )
 
     def chunks(self) -> Iterator[memoryview]:
         content = memoryview(bytes(read_all(self.inner)))
@@ -214,7 +298,11 @@ class Faulty:
         return (content[at : at + size] for at in range(0, len(content), size))
 
     def __eq__(self, other: object) -> bool:
-        return self is other if self.fault == "equals itself only" else isinstance(other, Faulty) and self.inner == other.inner
+        return (
+            self is other
+            if self.fault == "equals itself only"
+            else isinstance(other, Faulty) and self.inner == other.inner
+        )
 
     def __hash__(self) -> int:
         return hash(self.inner)
@@ -230,8 +318,16 @@ def faulty(fault: str) -> Format:
 
 
 READING_WRONG: dict[str, tuple[str, Format, str]] = {
-    "claims nothing": ("check_sniff", replace(TOY, sniff=lambda source: False), "sniff must return True for small.toy"),
-    "says 1 for True": ("check_sniff", replace(TOY, sniff=wrong(lambda source: 1)), "sniff must return True"),
+    "claims nothing": (
+        "check_sniff",
+        replace(TOY, sniff=lambda source: False),
+        "sniff must return True for small.toy",
+    ),
+    "says 1 for True": (
+        "check_sniff",
+        replace(TOY, sniff=wrong(lambda source: 1)),
+        "sniff must return True",
+    ),
     "sniffs all of it": (
         "check_sniff",
         replace(TOY, sniff=lambda source: bool(source.read(0, source.size)) and sniff(source)),
@@ -252,10 +348,16 @@ READING_WRONG: dict[str, tuple[str, Format, str]] = {
         entries_as(lambda e: replace(e, shape=wrong(list(e.shape)))),
         "shape must be a tuple, found a list",
     ),
-    "has text for a path": ("check_scan", entries_as(lambda e: replace(e, path=wrong("ab"))), "path must be a tuple of str"),
+    "has text for a path": (
+        "check_scan",
+        entries_as(lambda e: replace(e, path=wrong("ab"))),
+        "path must be a tuple of str",
+    ),
     "leaves out for no reason": (
         "check_scan",
-        replace(TOY, scan=lambda s: replace(scan(s), others=(Other(("x",), OtherKind.OBJECT, 0, ""),))),
+        replace(
+            TOY, scan=lambda s: replace(scan(s), others=(Other(("x",), OtherKind.OBJECT, 0, ""),))
+        ),
         "others must be Other values that say why",
     ),
     "has numbers in metadata": (
@@ -263,17 +365,37 @@ READING_WRONG: dict[str, tuple[str, Format, str]] = {
         replace(TOY, scan=lambda s: replace(scan(s), metadata=wrong({"a": 1}))),
         "metadata and notes must be text",
     ),
-    "gives new payloads": ("check_scan", faulty("equals itself only"), "equal bytes need equal payloads"),
+    "gives new payloads": (
+        "check_scan",
+        faulty("equals itself only"),
+        "equal bytes need equal payloads",
+    ),
     "gives crumbs": (
         "check_payloads",
         faulty("gives crumbs"),
         "tensor 'w': a chunk that is not the last must be a multiple of 4096",
     ),
     "changes": ("check_payloads", faulty("changes"), "other bytes when it was called again"),
-    "narrows to zeros": ("check_payloads", faulty("narrows to zeros"), "has other bytes than the whole has there"),
-    "cannot be pickled": ("check_payloads", faulty("cannot be pickled"), "TypeError came out: cannot pickle a lock"),
-    "hides its sources": ("check_payloads", faulty("hides its sources"), "which its sources do not name"),
-    "reads the weights": ("check_headers_only", replace(TOY, scan=reading_weights), "which are weights"),
+    "narrows to zeros": (
+        "check_payloads",
+        faulty("narrows to zeros"),
+        "has other bytes than the whole has there",
+    ),
+    "cannot be pickled": (
+        "check_payloads",
+        faulty("cannot be pickled"),
+        "TypeError came out: cannot pickle a lock",
+    ),
+    "hides its sources": (
+        "check_payloads",
+        faulty("hides its sources"),
+        "which its sources do not name",
+    ),
+    "reads the weights": (
+        "check_headers_only",
+        replace(TOY, scan=reading_weights),
+        "which are weights",
+    ),
     "looks at the weights": (
         "check_headers_only",
         replace(TOY, scan=summing_the_tail),
@@ -299,7 +421,9 @@ READING_WRONG: dict[str, tuple[str, Format, str]] = {
 
 
 @pytest.mark.parametrize("fault", READING_WRONG)
-def test_a_format_that_reads_wrongly_fails_with_the_reason(fault: str, sample: Path, small: Path) -> None:
+def test_a_format_that_reads_wrongly_fails_with_the_reason(
+    fault: str, sample: Path, small: Path
+) -> None:
     name, form, sentence = READING_WRONG[fault]
     path = sample if name == "check_headers_only" else small
     with pytest.raises(AssertionError, match=sentence):
@@ -316,12 +440,21 @@ def complaining(source: Source) -> bool:
 
 
 FOREIGN_WRONG: dict[str, tuple[Callable[[Source], bool], str]] = {
-    "zip": (lambda source: source.head.startswith(b"PK"), "sniff claims the first bytes of a zip archive"),
+    "zip": (
+        lambda source: source.head.startswith(b"PK"),
+        "sniff claims the first bytes of a zip archive",
+    ),
     "all": (lambda source: True, "sniff claims an empty file"),
     "folders": (lambda source: source.is_folder, r"sniff claims a folder that holds \[\]"),
-    "sample": (lambda source: source.head.startswith(b"TOY"), "sniff claims small.toy, which another format reads"),
+    "sample": (
+        lambda source: source.head.startswith(b"TOY"),
+        "sniff claims small.toy, which another format reads",
+    ),
     "raises": (raising, "sniff raised KeyError for an empty file, and must return True or False"),
-    "complains": (complaining, "sniff raised a FormatError for an empty file, and must return False"),
+    "complains": (
+        complaining,
+        "sniff raised a FormatError for an empty file, and must return False",
+    ),
     "none": (wrong(lambda source: None), "must return True or False, found a NoneType"),
 }
 
@@ -366,15 +499,25 @@ def flat(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[Part, ..
 
 def unsigned(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[Part, ...]:
     twins = {BY_CODE["I8"]: BY_CODE["U8"]}
-    return lay_out([replace(entry, dtype=twins.get(entry.dtype, entry.dtype)) for entry in entries], metadata)
+    return lay_out(
+        [replace(entry, dtype=twins.get(entry.dtype, entry.dtype)) for entry in entries], metadata
+    )
 
 
 def swapped(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[Part, ...]:
-    return lay_out([replace(e, payload=Swapped(e.payload, 8)) if e.dtype.code == "F64" else e for e in entries], metadata)
+    return lay_out(
+        [
+            replace(e, payload=Swapped(e.payload, 8)) if e.dtype.code == "F64" else e
+            for e in entries
+        ],
+        metadata,
+    )
 
 
 def eager(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[Part, ...]:
-    return lay_out([replace(entry, payload=Literal(bytes(entry.read()))) for entry in entries], metadata)
+    return lay_out(
+        [replace(entry, payload=Literal(bytes(entry.read()))) for entry in entries], metadata
+    )
 
 
 def numbered(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[Part, ...]:
@@ -388,24 +531,52 @@ def with_a_trailer(make: Callable[[Sequence[int]], bytes]) -> Format:
 WRITING_WRONG: dict[str, tuple[str, Format, str]] = {
     "refuses all": ("check_dtypes", laying(refusing), "lay_out refuses every type"),
     "refuses mutely": ("check_dtypes", laying(mute), "an Unwritable without a hint came out"),
-    "changes types": ("check_dtypes", laying(unsigned), "type I8: 'weight' was I8 and came back as U8"),
-    "changes bytes": ("check_dtypes", laying(swapped), "type F64: 'weight' came back with other bytes"),
-    "has no scalars": ("check_shapes", laying(flat), r"shape \[\]: 'weight' was \[\] and came back as \[1\]"),
+    "changes types": (
+        "check_dtypes",
+        laying(unsigned),
+        "type I8: 'weight' was I8 and came back as U8",
+    ),
+    "changes bytes": (
+        "check_dtypes",
+        laying(swapped),
+        "type F64: 'weight' came back with other bytes",
+    ),
+    "has no scalars": (
+        "check_shapes",
+        laying(flat),
+        r"shape \[\]: 'weight' was \[\] and came back as \[1\]",
+    ),
     "strips names": ("check_names", laying(stripped), "name '.*': laid out .*, scanned"),
-    "lets names clash": ("check_names", laying(merged), "two tensors of one name must raise NameClash"),
+    "lets names clash": (
+        "check_names",
+        laying(merged),
+        "two tensors of one name must raise NameClash",
+    ),
     "drops metadata": (
         "check_metadata",
         laying(lambda e, m: lay_out(e, {})),
         "lay_out took the metadata .*, and scan does not find it",
     ),
-    "refuses the format": ("check_metadata", laying(strict), "must not stand in the way of writing"),
+    "refuses the format": (
+        "check_metadata",
+        laying(strict),
+        "must not stand in the way of writing",
+    ),
     "drops ties": (
         "check_ties",
         laying(lambda e, m: lay_out(e, {})),
         r"a tie: laid out \['weight', 'tied.weight'\], scanned \['weight'\]",
     ),
-    "reads weights": ("check_layout", laying(eager), "lay_out: weights were read where only addresses are needed"),
-    "is never the same": ("check_layout", laying(numbered), "lay_out gave another file the second time"),
+    "reads weights": (
+        "check_layout",
+        laying(eager),
+        "lay_out: weights were read where only addresses are needed",
+    ),
+    "is never the same": (
+        "check_layout",
+        laying(numbered),
+        "lay_out gave another file the second time",
+    ),
     "reads to scan": (
         "check_large_tensor",
         replace(TOY, scan=reading_weights),
@@ -426,7 +597,11 @@ WRITING_WRONG: dict[str, tuple[str, Format, str]] = {
         replace(TOY, sniff=lambda s: False),
         "sniff does not claim a file that the format wrote",
     ),
-    "does not write": ("check_dtypes", replace(TOY, lay_out=None), "toy has no lay_out: it is only read"),
+    "does not write": (
+        "check_dtypes",
+        replace(TOY, lay_out=None),
+        "toy has no lay_out: it is only read",
+    ),
 }
 
 
@@ -452,7 +627,9 @@ def test_a_trailer_gets_the_crc_of_every_part_before_it() -> None:
 
 
 def test_the_first_failure_names_format_check_and_sample(small: Path) -> None:
-    with pytest.raises(AssertionError, match=r"^toy, check_truncation, small.toy: small.toy cut off after 0"):
+    with pytest.raises(
+        AssertionError, match=r"^toy, check_truncation, small.toy: small.toy cut off after 0"
+    ):
         check_format(replace(TOY, scan=guessing), [small])
     with pytest.raises(AssertionError, match="a format needs one sample at least"):
         check_format(TOY, [])
@@ -462,7 +639,14 @@ BIG = Literal(bytes(range(251)) * ((CHUNK + 9000) // 251))
 
 
 @pytest.mark.parametrize(
-    "payload", [Literal(b""), Literal(b"abcdefgh"), BIG, Swapped(Literal(b"abcdefgh" * 2000), 8), Concat((BIG, BIG))]
+    "payload",
+    [
+        Literal(b""),
+        Literal(b"abcdefgh"),
+        BIG,
+        Swapped(Literal(b"abcdefgh" * 2000), 8),
+        Concat((BIG, BIG)),
+    ],
 )
 def test_the_payloads_of_shardkit_keep_the_rules(payload: Payload) -> None:
     check_payload(payload, itemsize=8 if isinstance(payload, Swapped) else 1)
@@ -520,16 +704,22 @@ def pack(content: memoryview) -> bytes:
 
 
 def pack_in_a_mood(content: memoryview) -> bytes:
-    return pack(content) + pack(memoryview(b"")) * (threading.current_thread() is threading.main_thread())
+    return pack(content) + pack(memoryview(b"")) * (
+        threading.current_thread() is threading.main_thread()
+    )
 
 
-TOY_CODEC = Codec("toy", ".tz", sniff=lambda head: head.startswith(FRAME), decompress=expand, frames=frames)
+TOY_CODEC = Codec(
+    "toy", ".tz", sniff=lambda head: head.startswith(FRAME), decompress=expand, frames=frames
+)
 
 
 @pytest.fixture
 def compressed(tmp_path: Path) -> CodecSample:
     pieces = [b"hello", b"", bytes(range(200))]
-    (tmp_path / "sample.tz").write_bytes(b"".join(FRAME + len(piece).to_bytes(4, "little") + piece for piece in pieces))
+    (tmp_path / "sample.tz").write_bytes(
+        b"".join(FRAME + len(piece).to_bytes(4, "little") + piece for piece in pieces)
+    )
     return CodecSample(tmp_path / "sample.tz", b"".join(pieces))
 
 
@@ -572,21 +762,51 @@ def unguarded_table(payload: Payload) -> tuple[Frame, ...]:
 
 
 CODECS_WRONG: dict[str, tuple[Codec, str]] = {
-    "claims nothing": (replace(TOY_CODEC, sniff=lambda head: False), "check_recognition.*sniff must return True"),
-    "claims all": (replace(TOY_CODEC, sniff=lambda head: True), "check_recognition.*sniff claims an empty file"),
-    "expands at once": (replace(TOY_CODEC, decompress=at_once), "check_pieces.*before it was asked for a piece"),
-    "wants whole pieces": (replace(TOY_CODEC, decompress=by_piece), "check_pieces.*ValueError came out: a frame is broken"),
-    "trusts": (replace(TOY_CODEC, decompress=trusting), "check_early_end.*took it for whole, and must raise ValueError"),
+    "claims nothing": (
+        replace(TOY_CODEC, sniff=lambda head: False),
+        "check_recognition.*sniff must return True",
+    ),
+    "claims all": (
+        replace(TOY_CODEC, sniff=lambda head: True),
+        "check_recognition.*sniff claims an empty file",
+    ),
+    "expands at once": (
+        replace(TOY_CODEC, decompress=at_once),
+        "check_pieces.*before it was asked for a piece",
+    ),
+    "wants whole pieces": (
+        replace(TOY_CODEC, decompress=by_piece),
+        "check_pieces.*ValueError came out: a frame is broken",
+    ),
+    "trusts": (
+        replace(TOY_CODEC, decompress=trusting),
+        "check_early_end.*took it for whole, and must raise ValueError",
+    ),
     "crashes": (replace(TOY_CODEC, decompress=crashing), "check_early_end.*KeyError came out"),
-    "has a fragile table": (replace(TOY_CODEC, frames=unguarded_table), "check_broken_stream.*KeyError came out"),
-    "has a wrong table": (replace(TOY_CODEC, frames=shifted), "check_frames.*the frame at 0 says 6 bytes, and expands to 5"),
+    "has a fragile table": (
+        replace(TOY_CODEC, frames=unguarded_table),
+        "check_broken_stream.*KeyError came out",
+    ),
+    "has a wrong table": (
+        replace(TOY_CODEC, frames=shifted),
+        "check_frames.*the frame at 0 says 6 bytes, and expands to 5",
+    ),
     "has half a table": (
         replace(TOY_CODEC, frames=lambda p: frames(p)[:1]),
         "check_frames.*the frames expand to 5 bytes, and the whole to 205",
     ),
-    "compresses into nothing it knows": (replace(TOY_CODEC, compress=bytes), "check_compress.*sniff does not claim"),
-    "compresses half": (replace(TOY_CODEC, compress=lambda c: pack(c[:100])), "check_compress.*a frame of 205 bytes expands to"),
-    "compresses as it likes": (replace(TOY_CODEC, compress=pack_in_a_mood), "check_compress.*gives other bytes at another time"),
+    "compresses into nothing it knows": (
+        replace(TOY_CODEC, compress=bytes),
+        "check_compress.*sniff does not claim",
+    ),
+    "compresses half": (
+        replace(TOY_CODEC, compress=lambda c: pack(c[:100])),
+        "check_compress.*a frame of 205 bytes expands to",
+    ),
+    "compresses as it likes": (
+        replace(TOY_CODEC, compress=pack_in_a_mood),
+        "check_compress.*gives other bytes at another time",
+    ),
     "writes a table that shows": (
         replace(TOY_CODEC, compress=pack, table=lambda frames: pack(memoryview(b"table"))),
         "check_compress.*frames and their table expand to other bytes",
@@ -603,7 +823,9 @@ CODECS_WRONG: dict[str, tuple[Codec, str]] = {
 
 
 @pytest.mark.parametrize("fault", CODECS_WRONG)
-def test_a_codec_that_breaks_a_rule_fails_with_the_reason(fault: str, compressed: CodecSample) -> None:
+def test_a_codec_that_breaks_a_rule_fails_with_the_reason(
+    fault: str, compressed: CodecSample
+) -> None:
     codec, sentence = CODECS_WRONG[fault]
     with pytest.raises(AssertionError, match=sentence):
         check_codec(codec, [compressed])
@@ -612,4 +834,6 @@ def test_a_codec_that_breaks_a_rule_fails_with_the_reason(fault: str, compressed
 def test_every_check_of_the_kit_can_fail() -> None:
     shown = {name for name, *_ in (*READING_WRONG.values(), *WRITING_WRONG.values())}
     assert shown == {check.__name__ for check in (*READING, *WRITING)}
-    assert {sentence.partition(".*")[0] for _, sentence in CODECS_WRONG.values()} == {check.__name__ for check in CODING}
+    assert {sentence.partition(".*")[0] for _, sentence in CODECS_WRONG.values()} == {
+        check.__name__ for check in CODING
+    }

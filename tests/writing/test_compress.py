@@ -1,4 +1,6 @@
-"""--compress: shards in the seekable format of zstd, cut at tensors, read in place, and expanded by anybody."""
+"""--compress: shards in the seekable format of zstd, cut at tensors, read in place, and expanded by
+anybody.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,15 @@ zstd = shutil.which("zstd")
 
 
 def state(layers: int = 4) -> dict[str, torch.Tensor]:
-    """A model whose larger weights take several frames, with some that are small, empty, or in no step with the others."""
+    """A model whose larger weights take several frames, with some that are small, empty, or in no
+    step with the others.
+    """
     random = torch.Generator().manual_seed(0)
-    made = {"embed.weight": torch.randn(2000, 700, generator=random), "scalar": torch.tensor(3.5), "none": torch.empty(0, 3)}
+    made = {
+        "embed.weight": torch.randn(2000, 700, generator=random),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 3),
+    }
     for number in range(layers):
         made[f"layers.{number}.w"] = torch.randn(300, 300, generator=random).to(torch.bfloat16)
         made[f"layers.{number}.steps"] = torch.tensor(number)
@@ -62,10 +70,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def expanded(path: Path) -> bytes:
-    """*path* as the reference implementation expands it: the program, where it is installed, or the library."""
+    """*path* as the reference implementation expands it: the program, where it is installed, or the
+    library.
+    """
     if zstd:
-        return subprocess.run([zstd, "-d", "-c", "-q", path], stdout=subprocess.PIPE, check=True).stdout
-    return bytes(zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read())
+        return subprocess.run(
+            [zstd, "-d", "-c", "-q", path], stdout=subprocess.PIPE, check=True
+        ).stdout
+    return bytes(
+        zstandard.ZstdDecompressor()
+        .stream_reader(path.read_bytes(), read_across_frames=True)
+        .read()
+    )
 
 
 def expand(folder: Path) -> None:
@@ -77,7 +93,9 @@ def expand(folder: Path) -> None:
 
 @pytest.mark.parametrize("bound", ["1MB", None])
 @pytest.mark.parametrize("write", [shardkit.convert, shardkit.offload_prep])
-def test_what_zstd_expands_is_what_is_written_without(source: Path, tmp_path: Path, write: Any, bound: str | None) -> None:
+def test_what_zstd_expands_is_what_is_written_without(
+    source: Path, tmp_path: Path, write: Any, bound: str | None
+) -> None:
     write(source, tmp_path / "plain", max_shard=bound)
     write(source, tmp_path / "out", max_shard=bound, compress="zstd")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".zst"}
@@ -90,16 +108,25 @@ def test_what_zstd_expands_is_what_is_written_without(source: Path, tmp_path: Pa
 def test_it_is_read_in_place_by_all_that_read(source: Path, tmp_path: Path) -> None:
     shardkit.convert(source, tmp_path / "out", max_shard="1MB", compress="zstd")
     checkpoint = shardkit.open(tmp_path / "out")
-    assert {name: bytes(entry.read()) for name, entry in shardkit.open(source)._by_name.items()} == {
-        name: bytes(checkpoint[name].read()) for name in checkpoint
-    }
+    assert {
+        name: bytes(entry.read()) for name, entry in shardkit.open(source)._by_name.items()
+    } == {name: bytes(checkpoint[name].read()) for name in checkpoint}
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shardkit.convert(tmp_path / "out", tmp_path / "again", max_shard=None)
-    again, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", source))
-    assert {name: values(each) for name, each in again.items()} == {name: values(each) for name, each in before.items()}
+    again, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "again", source)
+    )
+    assert {name: values(each) for name, each in again.items()} == {
+        name: values(each) for name, each in before.items()
+    }
     assert (tmp_path / "again" / "config.json").is_file()
-    shutil.copy(tmp_path / "again" / "model.safetensors", tmp_path / "out" / "model-00001-of-00007.safetensors")
-    assert shardkit.open(tmp_path / "out")["scalar"].read() == checkpoint["scalar"].read()  # the plain file, if both are there
+    shutil.copy(
+        tmp_path / "again" / "model.safetensors",
+        tmp_path / "out" / "model-00001-of-00007.safetensors",
+    )
+    assert (
+        shardkit.open(tmp_path / "out")["scalar"].read() == checkpoint["scalar"].read()
+    )  # the plain file, if both are there
 
 
 def test_the_loader_streams_from_it(source: Path, tmp_path: Path) -> None:
@@ -111,10 +138,14 @@ def test_the_loader_streams_from_it(source: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     resident = model()
     save_file(resident.state_dict(), tmp_path / "m.safetensors")
-    shardkit.offload_prep(tmp_path / "m.safetensors", tmp_path / "out", compress="zstd", max_shard="3MB")
+    shardkit.offload_prep(
+        tmp_path / "m.safetensors", tmp_path / "out", compress="zstd", max_shard="3MB"
+    )
     with torch.device("meta"):
         empty = model()
-    streamed = load_checkpoint_and_dispatch(empty, tmp_path / "out", device_map={"": "disk"}, ring=2)
+    streamed = load_checkpoint_and_dispatch(
+        empty, tmp_path / "out", device_map={"": "disk"}, ring=2
+    )
     x = torch.ones(2, 700)
     for _ in range(2):
         assert torch.equal(streamed(x), resident(x))
@@ -151,7 +182,9 @@ def test_frames_cover_all_and_cut_no_piece_that_fits(sizes: list[int], fenced: s
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_the_same_bytes_come_out_with_any_number_of_jobs(source: Path, tmp_path: Path, jobs: int) -> None:
+def test_the_same_bytes_come_out_with_any_number_of_jobs(
+    source: Path, tmp_path: Path, jobs: int
+) -> None:
     shardkit.convert(source, tmp_path / "one", compress="zstd", jobs=2)
     shardkit.convert(source, tmp_path / "other", compress="zstd", jobs=jobs)
     assert content(tmp_path / "one") == content(tmp_path / "other")
@@ -168,7 +201,9 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(source: Path, tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shardkit.offload_prep(source, tmp_path / "out", compress="zstd", max_shard="1MB", jobs=1, on_bytes=interrupt)
+        shardkit.offload_prep(
+            source, tmp_path / "out", compress="zstd", max_shard="1MB", jobs=1, on_bytes=interrupt
+        )
     report = shardkit.offload_prep(source, tmp_path / "out", compress="zstd", max_shard="1MB")
     assert report.resumed >= 1
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -177,7 +212,12 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(source: Path, tmp_path: 
 def test_progress_is_that_of_what_is_compressed(source: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     shardkit.convert(source, tmp_path / "out", compress="zstd", on_bytes=counts.append)
-    assert sum(counts) == prepare(source, tmp_path / "other", Edits(), ConversionOptions(compress="zstd")).plan.nbytes
+    assert (
+        sum(counts)
+        == prepare(
+            source, tmp_path / "other", Edits(), ConversionOptions(compress="zstd")
+        ).plan.nbytes
+    )
 
 
 def test_one_file_may_be_compressed(source: Path, tmp_path: Path) -> None:
@@ -189,7 +229,9 @@ def test_one_file_may_be_compressed(source: Path, tmp_path: Path) -> None:
     assert "m.safetensors.zst" in str(caught.value.hint)
 
 
-def test_the_run_says_what_it_saved(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_says_what_it_saved(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", str(source), "-o", str(tmp_path / "out"), "--compress", "zstd"]) == 0
     said = capsys.readouterr().err
     assert " compressed" in said
@@ -200,7 +242,9 @@ def test_the_run_says_what_it_saved(source: Path, tmp_path: Path, capsys: pytest
     assert plain.stored == (tmp_path / "plain" / "model.safetensors").stat().st_size > plain.nbytes
 
 
-def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(source: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(
+    source: Path, tmp_path: Path
+) -> None:
     toy = replace(registry.format_named("safetensors"), name="toy", suffixes=(".toy",))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(registry, "writer_for", lambda suffix: toy if suffix == ".toy" else None)
@@ -213,7 +257,11 @@ def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(source
 def test_a_manifest_lists_what_lies_on_the_disk(source: Path, tmp_path: Path) -> None:
     shardkit.convert(source, tmp_path / "out", compress="zstd", checksum="sha256", max_shard="1MB")
     manifest = json.loads((tmp_path / "out" / "shardkit.manifest.json").read_text())
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir() if "manifest" not in path.name}
+    sizes = {
+        path.name: path.stat().st_size
+        for path in (tmp_path / "out").iterdir()
+        if "manifest" not in path.name
+    }
     assert {name: file["nbytes"] for name, file in manifest["files"].items()} == sizes
     found = shardkit.verify(tmp_path / "out")
     assert (found.same, found.tensors) == (True, len(state()))
@@ -230,16 +278,23 @@ def test_damage_is_found(source: Path, tmp_path: Path, checksum: str | None) -> 
         (fault,) = shardkit.verify(tmp_path / "out").differences
         assert fault.name == "model.safetensors.zst"
     else:
-        with pytest.raises(Malformed, match=r"model\.safetensors\.zst: broken zstd data: the frame at byte"):
+        with pytest.raises(
+            Malformed, match=r"model\.safetensors\.zst: broken zstd data: the frame at byte"
+        ):
             shardkit.verify(tmp_path / "out")
 
 
-def test_verify_says_that_frames_were_held_against_their_checksums(source: Path, tmp_path: Path) -> None:
+def test_verify_says_that_frames_were_held_against_their_checksums(
+    source: Path, tmp_path: Path
+) -> None:
     shardkit.convert(source, tmp_path / "out", compress="zstd")
     note, beside = shardkit.verify(tmp_path / "out").notes
     assert beside == "files beside the weights were not checked: 'config.json'"
     held = sum(tensor.nbytes > 0 for tensor in state().values())
-    assert note == f"expanded, and compared with the checksums in the frames, where there are any: {held} tensors"
+    assert note == (
+        "expanded, and compared with the checksums in the frames, where there are any: "
+        f"{held} tensors"
+    )
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
@@ -249,10 +304,26 @@ def test_a_frame_keeps_its_bytes_while_it_is_compressed(ahead: int, tmp_path: Pa
         return bytes(frame)
 
     whole = bytes(range(40))
-    codec = Codec(name="late", suffix=".late", sniff=lambda head: False, decompress=lambda pieces: iter(()), compress=late)
-    file = OutputFile("file.late", (Literal(whole[:7]), Literal(whole[7:])), codec, (3, 10, 1, 9, 10, 7))
+    codec = Codec(
+        name="late",
+        suffix=".late",
+        sniff=lambda head: False,
+        decompress=lambda pieces: iter(()),
+        compress=late,
+    )
+    file = OutputFile(
+        "file.late", (Literal(whole[:7]), Literal(whole[7:])), codec, (3, 10, 1, 9, 10, 7)
+    )
     with open(tmp_path / file.name, "wb") as output, ThreadPoolExecutor(ahead) as pool:
-        write_compressed(file, output.fileno(), pool, ahead=ahead, see=[], see_stored=[], on_bytes=lambda count: None)
+        write_compressed(
+            file,
+            output.fileno(),
+            pool,
+            ahead=ahead,
+            see=[],
+            see_stored=[],
+            on_bytes=lambda count: None,
+        )
     assert (tmp_path / file.name).read_bytes() == whole
 
 
@@ -263,7 +334,9 @@ def test_an_output_is_replaced_by_a_plain_one(source: Path, tmp_path: Path) -> N
 
 
 def test_only_what_can_be_told_apart_is_compressed(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"there is no codec called 'gzip' that compresses; there are zstd"):
+    with pytest.raises(
+        PlanError, match=r"there is no codec called 'gzip' that compresses; there are zstd"
+    ):
         shardkit.convert(source, tmp_path / "out", compress="gzip")
 
 

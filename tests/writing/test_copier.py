@@ -1,4 +1,6 @@
-"""Moving bytes: each engine gives way to the next where it cannot work, and the bytes are the same whatever engine moves them."""
+"""Moving bytes: each engine gives way to the next where it cannot work, and the bytes are the same
+whatever engine moves them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from shardkit.writing import copier as copying
 from shardkit.writing.copier import Copier, Engine, can_clone, clonable, reserve, write_at
 
 CONTENT = os.urandom(50_000)
-KERNEL = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="copies in the kernel need Linux")
+KERNEL = pytest.mark.skipif(
+    not hasattr(os, "copy_file_range"), reason="copies in the kernel need Linux"
+)
 
 Call = Callable[..., int]
 
@@ -46,16 +50,27 @@ def little(real: Call, most: int) -> Call:
 
 
 def copied(
-    source: Path, output: Path, *, clones: bool = False, runs: tuple[tuple[int, int], ...] = ((7, 49_000),)
+    source: Path,
+    output: Path,
+    *,
+    clones: bool = False,
+    runs: tuple[tuple[int, int], ...] = ((7, 49_000),),
 ) -> Counter[Engine]:
-    """Copy *runs* of *source* one after the other, check what came out, and give the bytes by engine."""
+    """Copy *runs* of *source* one after the other, check what came out, and give the bytes by
+    engine.
+    """
     seen: list[int] = []
-    with open(output, "w+b") as file, Copier(file.fileno(), clones=lambda path: clones, on_bytes=seen.append) as copier:
+    with (
+        open(output, "w+b") as file,
+        Copier(file.fileno(), clones=lambda path: clones, on_bytes=seen.append) as copier,
+    ):
         at = 0
         for start, nbytes in runs:
             copier.write(Extent(source, start, nbytes), at)
             at += nbytes
-    assert output.read_bytes() == b"".join(CONTENT[start : start + nbytes] for start, nbytes in runs)
+    assert output.read_bytes() == b"".join(
+        CONTENT[start : start + nbytes] for start, nbytes in runs
+    )
     assert sum(seen) == copier.counts.total() == at
     return copier.counts
 
@@ -65,9 +80,10 @@ def test_the_kernel_copies(source: Path, tmp_path: Path) -> None:
     assert copied(source, tmp_path / "out") == {Engine.COPIED: 49_000}
 
 
-UNABLE = {name: failing(getattr(errno, name)) for name in ("EXDEV", "EINVAL", "EOPNOTSUPP", "ENOSYS", "EPERM")} | {
-    "zero": nothing
-}
+UNABLE = {
+    name: failing(getattr(errno, name))
+    for name in ("EXDEV", "EINVAL", "EOPNOTSUPP", "ENOSYS", "EPERM")
+} | {"zero": nothing}
 
 
 @KERNEL
@@ -90,7 +106,9 @@ def test_where_sendfile_cannot_either_they_are_read_and_written(
 
 
 @KERNEL
-def test_what_fails_for_a_file_is_not_tried_for_it_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_for_a_file_is_not_tried_for_it_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[object] = []
 
     def fails(*args: object) -> int:
@@ -108,13 +126,19 @@ def test_an_engine_that_gives_up_half_way_is_taken_over_from_there(
 ) -> None:
     real, calls = os.copy_file_range, iter([10_000, 20_000, 0])
     monkeypatch.setattr(
-        os, "copy_file_range", lambda source, output, count, *places: (n := next(calls)) and real(source, output, n, *places)
+        os,
+        "copy_file_range",
+        lambda source, output, count, *places: (
+            (n := next(calls)) and real(source, output, n, *places)
+        ),
     )
     assert copied(source, tmp_path / "out") == {Engine.COPIED: 30_000, Engine.SENT: 19_000}
 
 
 @KERNEL
-def test_copies_that_are_cut_short_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_are_cut_short_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "copy_file_range", little(os.copy_file_range, 777))
     assert copied(source, tmp_path / "out") == {Engine.COPIED: 49_000}
 
@@ -158,12 +182,21 @@ def pretend_clone(source: int, start: int, output: int, at: int, count: int) -> 
     ],
 )
 def test_whole_pages_at_the_same_place_are_cloned_and_the_edges_written(
-    start: int, at: int, nbytes: int, cloned: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: int,
+    at: int,
+    nbytes: int,
+    cloned: int,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(copying, "_clone", pretend_clone)
     extent = Extent(source, start, nbytes)
     assert clonable(extent, at) == cloned
-    with open(tmp_path / "out", "w+b") as file, Copier(file.fileno(), clones=lambda p: True, on_bytes=lambda n: None) as copier:
+    with (
+        open(tmp_path / "out", "w+b") as file,
+        Copier(file.fileno(), clones=lambda p: True, on_bytes=lambda n: None) as copier,
+    ):
         copier.write(extent, at)
     assert (tmp_path / "out").read_bytes() == bytes(at) + CONTENT[start : start + nbytes]
     assert copier.counts[Engine.CLONED] == cloned
@@ -179,7 +212,9 @@ def test_what_cannot_be_cloned_after_all_is_copied(
 
 
 @given(st.data())
-def test_any_runs_by_any_engine_give_the_same_bytes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_runs_by_any_engine_give_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "source").write_bytes(CONTENT)
     starts = data.draw(st.lists(st.integers(0, len(CONTENT)), min_size=1, max_size=8))
@@ -188,7 +223,9 @@ def test_any_runs_by_any_engine_give_the_same_bytes(tmp_path_factory: pytest.Tem
         for name in ("copy_file_range", "sendfile"):
             if hasattr(os, name) and (fault := data.draw(st.sampled_from([None, *UNABLE]))):
                 patch.setattr(os, name, UNABLE[fault])
-        patch.setattr(copying, "_clone", data.draw(st.sampled_from([pretend_clone, failing(errno.EXDEV)])))
+        patch.setattr(
+            copying, "_clone", data.draw(st.sampled_from([pretend_clone, failing(errno.EXDEV)]))
+        )
         copied(folder / "source", folder / "out", clones=data.draw(st.booleans()), runs=runs)
 
 
@@ -206,14 +243,21 @@ def test_a_source_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_run_of_a_file_is_streamed(source: Path, tmp_path: Path) -> None:
     seen: list[bytes] = []
-    with open(tmp_path / "out", "w+b") as file, Copier(file.fileno(), clones=lambda p: False, on_bytes=lambda n: None) as copier:
+    with (
+        open(tmp_path / "out", "w+b") as file,
+        Copier(file.fileno(), clones=lambda p: False, on_bytes=lambda n: None) as copier,
+    ):
         copier.write(Literal(b"header"), 0)
         copier.write(Swapped(Extent(source, 0, 4), 2), 6)
         copier.write(Extent(source, 0, 10), 10, lambda chunk: seen.append(bytes(chunk)))
     swapped = bytes(CONTENT[at] for at in (1, 0, 3, 2))
     assert (tmp_path / "out").read_bytes() == b"header" + swapped + CONTENT[:10]
     assert seen == [CONTENT[:10]]
-    assert (copier.counts[Engine.WRITTEN], copier.counts[Engine.TRANSFORMED], copier.counts.total()) == (6, 4, 20)
+    assert (
+        copier.counts[Engine.WRITTEN],
+        copier.counts[Engine.TRANSFORMED],
+        copier.counts.total(),
+    ) == (6, 4, 20)
 
 
 def test_the_probe_for_clones_leaves_nothing_and_never_raises(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""A fault at every system call of the writer in turn: the output is whole or not there, and the same command mends it."""
+"""A fault at every system call of the writer in turn: the output is whole or not there, and the
+same command mends it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from repository import TESTS
 from shardkit.errors import OutputError
 from shardkit.writing.transaction import Identity, Transaction, remove
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads paths of descriptors from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads paths of descriptors from /proc"
+)
 
 if sys.platform == "linux":
     from failer import struck
@@ -36,7 +40,9 @@ KILLER = TESTS / "crash" / "killer.py"
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: hundreds of runs would only wait for the disk."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+    with tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) else tmp_path
+    ) as folder:
         yield Path(folder)
 
 
@@ -50,13 +56,21 @@ def stopped(call: Call, real: Callable[[], object], args: tuple[object, ...]) ->
 
 def in_process(program: Path, *arguments: object) -> str:
     """What *program* prints, run where a fork finds one thread only."""
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     command = [sys.executable, str(program), *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAMES)
-def test_an_error_at_any_call_leaves_the_output_whole_or_not_there(scenario: Scenario, folder: Path) -> None:
+def test_an_error_at_any_call_leaves_the_output_whole_or_not_there(
+    scenario: Scenario, folder: Path
+) -> None:
     case = Case.at(main_folder(folder, scenario.name), scenario)
     sweep = struck(case, BROKEN)
     assert not sweep.faults, "\n".join(sweep.faults)
@@ -92,7 +106,9 @@ def test_a_swap_that_was_killed_between_its_renames_is_undone_by_the_next_run(fo
     assert not (case.work / "out").exists()
     with pytest.raises(OutputError, match="exists"):
         shardkit.convert(case.source, case.work / "out")
-    assert {name: data for name, data in tree(case.work).items() if name.startswith("out/")} == case.old
+    assert {
+        name: data for name, data in tree(case.work).items() if name.startswith("out/")
+    } == case.old
 
 
 def test_a_removal_that_was_cut_short_leaves_no_foreign_folder(folder: Path) -> None:
@@ -128,17 +144,29 @@ def test_the_order_of_syncs_lets_nothing_be_lost_in_a_power_cut(folder: Path) ->
         return max(number for number, call in enumerate(calls) if call == Call(name, path))
 
     partial, journal = "out.partial", "out.partial/.shardkit-journal"
-    written = [Path(name).relative_to("out").as_posix() for name in case.new if name.startswith("out/")]
+    written = [
+        Path(name).relative_to("out").as_posix() for name in case.new if name.startswith("out/")
+    ]
     assert len(written) > 4
     for name in written:
         synced = when("fsync", f"{partial}/{name}")
-        assert not [call for call in calls[synced + 1 :] if call.path == f"{partial}/{name}" and call.name in CHANGES]
-        recorded = next(number for number in range(synced, len(calls)) if calls[number] == Call("write", journal))
+        assert not [
+            call
+            for call in calls[synced + 1 :]
+            if call.path == f"{partial}/{name}" and call.name in CHANGES
+        ]
+        recorded = next(
+            number
+            for number in range(synced, len(calls))
+            if calls[number] == Call("write", journal)
+        )
         assert calls[recorded + 1] == Call("fsync", journal), "a file is recorded once it lasts"
         assert recorded < when("fsync", partial)
     swap = when("exchange", partial)
     assert max(when("fsync", partial), when("fsync", f"{partial}/sub")) < swap < when("fsync", ".")
-    cleared = [number for number in range(swap, len(calls)) if calls[number].name in ("unlink", "rmdir")]
+    cleared = [
+        number for number in range(swap, len(calls)) if calls[number].name in ("unlink", "rmdir")
+    ]
     assert when("fsync", ".") < cleared[0], "nothing old is removed before the new is sure to stay"
     assert calls[-1].name == "unlink"
     assert calls[-1].path == "out/.shardkit-journal", "the journal goes last"

@@ -1,4 +1,6 @@
-"""OUT.partial/: resumed when it is ours and fits, begun anew when it does not, never shared, and cleaned up after a kill."""
+"""OUT.partial/: resumed when it is ours and fits, begun anew when it does not, never shared, and
+cleaned up after a kill.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ class Killed(Exception):
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    torch.save({f"layers.{number}": torch.full((1000,), float(number)) for number in range(6)}, tmp_path / "big.bin")
+    torch.save(
+        {f"layers.{number}": torch.full((1000,), float(number)) for number in range(6)},
+        tmp_path / "big.bin",
+    )
     return tmp_path / "big.bin"
 
 
@@ -109,7 +114,9 @@ def test_a_source_that_changed_since_begins_anew(source: Path, tmp_path: Path) -
     assert shardkit.convert(source, tmp_path / "out", max_shard="9kB").resumed == 0
 
 
-def test_a_companion_that_changed_since_is_copied_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_companion_that_changed_since_is_copied_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "model" / "config.json"
     config.parent.mkdir()
     source.rename(config.parent / "pytorch_model.bin")
@@ -123,7 +130,9 @@ def test_a_companion_that_changed_since_is_copied_again(source: Path, tmp_path: 
     assert (tmp_path / "out" / "config.json").read_text() == '{"a": 2}'
 
 
-def test_a_source_that_changes_while_it_is_read_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read_leaves_nothing(
+    source: Path, tmp_path: Path
+) -> None:
     def touch(count: int) -> None:
         os.utime(source)
 
@@ -147,14 +156,25 @@ def test_files_that_were_not_synced_count_only_until_the_system_starts_again(
     for boot, resumes in (("first", True), ("second", False)):
         monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda: "first")
         with pytest.raises(Killed):
-            shardkit.convert(source, tmp_path / boot, max_shard="9kB", jobs=1, sync=False, on_bytes=killed_after(20_000))
+            shardkit.convert(
+                source,
+                tmp_path / boot,
+                max_shard="9kB",
+                jobs=1,
+                sync=False,
+                on_bytes=killed_after(20_000),
+            )
         monkeypatch.setattr("shardkit.operations.write_output.boot_id", lambda boot=boot: boot)
-        assert (shardkit.convert(source, tmp_path / boot, max_shard="9kB", sync=False).resumed > 0) is resumes
+        assert (
+            shardkit.convert(source, tmp_path / boot, max_shard="9kB", sync=False).resumed > 0
+        ) is resumes
 
 
 def test_two_runs_at_a_time_are_refused(source: Path, tmp_path: Path) -> None:
     def again(count: int) -> None:
-        with pytest.raises(OutputError, match=r"in use by another run of shardkit: 'process [0-9]+ on "):
+        with pytest.raises(
+            OutputError, match=r"in use by another run of shardkit: 'process [0-9]+ on "
+        ):
             shardkit.convert(source, tmp_path / "out")
 
     shardkit.convert(source, tmp_path / "out", on_bytes=again)
@@ -176,10 +196,14 @@ def test_an_empty_one_is_used(source: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["big.bin", "out"]
 
 
-def test_what_was_finished_stays_until_there_is_room_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_finished_stays_until_there_is_room_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt(source, tmp_path / "out")
     with monkeypatch.context() as small:
-        small.setattr("shardkit.operations.write_output.bytes_to_store", lambda *args, **options: 1 << 60)
+        small.setattr(
+            "shardkit.operations.write_output.bytes_to_store", lambda *args, **options: 1 << 60
+        )
         with pytest.raises(NoRoom):
             shardkit.convert(source, tmp_path / "out", max_shard="9kB")
         with pytest.raises(NoRoom):
@@ -197,8 +221,14 @@ def test_only_what_is_finished_is_kept(partial: Path) -> None:
     assert sorted(os.listdir(partial)) == [JOURNAL_NAME, "a"]
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("cont")], ids=["gone", "shorter"])
-def test_a_finished_file_that_is_no_longer_whole_is_written_again(damage: Callable[[Path], None], partial: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [lambda file: file.unlink(), lambda file: file.write_text("cont")],
+    ids=["gone", "shorter"],
+)
+def test_a_finished_file_that_is_no_longer_whole_is_written_again(
+    damage: Callable[[Path], None], partial: Path
+) -> None:
     wrote(partial)
     damage(partial / "a")
     assert done_in(partial) == set()
@@ -220,7 +250,17 @@ def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, par
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[]", "1", "\0", '{"done": 1}', '{"done": "a"}', '{"done": "a", "nbytes": []}', "[" * 99_999]
+    "line",
+    [
+        "",
+        "[]",
+        "1",
+        "\0",
+        '{"done": 1}',
+        '{"done": "a"}',
+        '{"done": "a", "nbytes": []}',
+        "[" * 99_999,
+    ],
 )
 def test_a_journal_with_a_broken_line_begins_anew(line: str, partial: Path) -> None:
     wrote(partial)
@@ -256,7 +296,9 @@ def test_a_kill_between_the_swap_and_the_cleaning_up_mends_itself(
     assert JOURNAL_NAME not in os.listdir(tmp_path / "out")
 
 
-def test_a_kill_before_the_swap_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_swap_loses_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as kill:
         kill.setattr(Transaction, "commit", killed)
         with pytest.raises(Killed):

@@ -1,4 +1,6 @@
-"""Carrying out a plan: the same bytes whatever the engine and the number of jobs, computed parts, failures, the check."""
+"""Carrying out a plan: the same bytes whatever the engine and the number of jobs, computed parts,
+failures, the check.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def plan_of(*files: OutputFile, shards: Sequence[str] = (), form: str = "anythin
     return Plan(files, {str(number): name for number, name in enumerate(shards)}, {}, 0, (), form)
 
 
-def written(plan: Plan, out: Path, *, jobs: int | None = None, sync: bool = False) -> Counter[Engine]:
+def written(
+    plan: Plan, out: Path, *, jobs: int | None = None, sync: bool = False
+) -> Counter[Engine]:
     transaction = Transaction(out, Identity(plan.digest, (), ""))
     with transaction.begin():
         counts = write(plan, transaction, jobs=jobs, sync=sync)
@@ -52,7 +56,10 @@ def mixed(source: Path) -> list[OutputFile]:
     return [
         OutputFile("extents", tuple(runs)),
         OutputFile("sub/folder/literal", (Literal(b"header"), runs[3], runs[1])),
-        OutputFile("swapped", (Swapped(Extent(source, 3, 4000), 4), Literal(b"x"), Extent(source, 100_002, 1))),
+        OutputFile(
+            "swapped",
+            (Swapped(Extent(source, 3, 4000), 4), Literal(b"x"), Extent(source, 100_002, 1)),
+        ),
         OutputFile("joined", (Concat((runs[0], Literal(b"between"), runs[7])),)),
         OutputFile("empty", ()),
         OutputFile("whole", (Extent(source, 0, len(CONTENT)),)),
@@ -60,15 +67,24 @@ def mixed(source: Path) -> list[OutputFile]:
 
 
 def expected(file: OutputFile) -> bytes:
-    return b"".join(bytes(chunk) for part in file.parts if not isinstance(part, Trailer) for chunk in part.chunks())
+    return b"".join(
+        bytes(chunk)
+        for part in file.parts
+        if not isinstance(part, Trailer)
+        for chunk in part.chunks()
+    )
 
 
 @pytest.mark.parametrize("jobs", [None, 1, 3, 64])
 @pytest.mark.parametrize("sync", [True, False])
-def test_files_hold_their_parts_whatever_the_number_of_jobs(jobs: int | None, sync: bool, source: Path, tmp_path: Path) -> None:
+def test_files_hold_their_parts_whatever_the_number_of_jobs(
+    jobs: int | None, sync: bool, source: Path, tmp_path: Path
+) -> None:
     files = mixed(source)
     counts = written(plan_of(*files), tmp_path / "out", jobs=jobs, sync=sync)
-    assert {file.name: (tmp_path / "out" / file.name).read_bytes() for file in files} == {f.name: expected(f) for f in files}
+    assert {file.name: (tmp_path / "out" / file.name).read_bytes() for file in files} == {
+        f.name: expected(f) for f in files
+    }
     assert counts.total() == sum(file.nbytes for file in files)
 
 
@@ -85,16 +101,27 @@ def crc_table(crcs: Sequence[int]) -> bytes:
 
 
 def test_a_trailer_gets_the_crc_of_each_part_before_it(source: Path, tmp_path: Path) -> None:
-    parts: tuple[Part, ...] = (Literal(b"header"), Extent(source, 7, 90_000), Literal(b""), Swapped(Extent(source, 0, 64), 8))
-    file = OutputFile("archive", (*parts, Trailer(16, crc_table), Literal(b"end"), Trailer(24, crc_table)))
+    parts: tuple[Part, ...] = (
+        Literal(b"header"),
+        Extent(source, 7, 90_000),
+        Literal(b""),
+        Swapped(Extent(source, 0, 64), 8),
+    )
+    file = OutputFile(
+        "archive", (*parts, Trailer(16, crc_table), Literal(b"end"), Trailer(24, crc_table))
+    )
     written(plan_of(file), tmp_path / "out")
     crcs = [zlib.crc32(expected(OutputFile("", (part,)))) for part in parts]
     first = crc_table(crcs)
     second = crc_table([*crcs, zlib.crc32(first), zlib.crc32(b"end")])
-    assert (tmp_path / "out" / "archive").read_bytes() == expected(OutputFile("", parts)) + first + b"end" + second
+    assert (tmp_path / "out" / "archive").read_bytes() == expected(
+        OutputFile("", parts)
+    ) + first + b"end" + second
 
 
-def test_progress_counts_every_byte_once_and_what_was_done_first(source: Path, tmp_path: Path) -> None:
+def test_progress_counts_every_byte_once_and_what_was_done_first(
+    source: Path, tmp_path: Path
+) -> None:
     plan = plan_of(*mixed(source))
     seen: list[int] = []
     with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction:
@@ -121,8 +148,12 @@ def test_a_source_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
         written(plan, tmp_path / "out")
 
 
-@pytest.mark.parametrize("payload", [Extent, lambda *place: Swapped(Extent(*place), 2)], ids=["copied", "transformed"])
-def test_a_source_that_became_shorter_is_named(payload: type[Extent], source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "payload", [Extent, lambda *place: Swapped(Extent(*place), 2)], ids=["copied", "transformed"]
+)
+def test_a_source_that_became_shorter_is_named(
+    payload: type[Extent], source: Path, tmp_path: Path
+) -> None:
     plan = plan_of(OutputFile("a", (payload(source, 99_000, 1000),)))
     os.truncate(source, 99_500)
     with pytest.raises(Malformed, match=r"big\.bin: the file ends before byte 100,000"):
@@ -148,9 +179,15 @@ class Failing:
         raise self.error
 
 
-def test_the_first_failure_is_told_and_what_is_whole_is_recorded(source: Path, tmp_path: Path) -> None:
+def test_the_first_failure_is_told_and_what_is_whole_is_recorded(
+    source: Path, tmp_path: Path
+) -> None:
     error = Malformed(source, "is broken")
-    files = (OutputFile("good", (Literal(bytes(3 * CHUNK)),)), OutputFile("bad", (Failing(error),)), *mixed(source))
+    files = (
+        OutputFile("good", (Literal(bytes(3 * CHUNK)),)),
+        OutputFile("bad", (Failing(error),)),
+        *mixed(source),
+    )
     with pytest.raises(Malformed) as caught:
         written(plan_of(*files), tmp_path / "out", jobs=1)
     assert caught.value is error
@@ -184,8 +221,12 @@ class Meeting:
         yield memoryview(b"x")
 
 
-@pytest.mark.parametrize(("jobs", "together"), [(None, min(8, (os.cpu_count() or 1) + 1)), (2, 2), (5, 5)])
-def test_so_many_files_are_written_at_a_time(jobs: int | None, together: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("jobs", "together"), [(None, min(8, (os.cpu_count() or 1) + 1)), (2, 2), (5, 5)]
+)
+def test_so_many_files_are_written_at_a_time(
+    jobs: int | None, together: int, tmp_path: Path
+) -> None:
     places = threading.Barrier(together)
     files = [OutputFile(f"{number}", (Meeting(places),)) for number in range(2 * together)]
     written(plan_of(*files), tmp_path / "out", jobs=jobs)
@@ -202,7 +243,10 @@ def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> 
         if count == 6:
             raise KeyboardInterrupt
 
-    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction, pytest.raises(KeyboardInterrupt):
+    with (
+        Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction,
+        pytest.raises(KeyboardInterrupt),
+    ):
         write(plan_of(*files), transaction, jobs=2, on_bytes=interrupted)
     assert count < 10
 
@@ -214,7 +258,9 @@ def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_p
     assert "done" not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
 
 
-@pytest.mark.parametrize("executable", [sys.executable, "", "/no/such/python", shutil.which("false") or ""])
+@pytest.mark.parametrize(
+    "executable", [sys.executable, "", "/no/such/python", shutil.which("false") or ""]
+)
 def test_a_long_header_is_read_by_a_process_of_its_own_if_there_can_be_one(
     executable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +270,9 @@ def test_a_long_header_is_read_by_a_process_of_its_own_if_there_can_be_one(
     (tmp_path / "good").write_bytes(content)
     check(tmp_path / "good", OutputFile("good", (Literal(content),)))
     (tmp_path / "bad").write_bytes(content[:-1])
-    with pytest.raises(OutputError, match=r"the reference reader does not take it: .*invalid header length"):
+    with pytest.raises(
+        OutputError, match=r"the reference reader does not take it: .*invalid header length"
+    ):
         check(tmp_path / "bad", OutputFile("bad", (Literal(content),)))
 
 
@@ -234,7 +282,9 @@ def test_a_companion_is_not_held_to_be_a_shard(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
 
 
-def test_without_the_reference_reader_the_length_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_reference_reader_the_length_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     file = OutputFile("a", (Literal(b"1234"),))
     (tmp_path / "a").write_bytes(b"1234")

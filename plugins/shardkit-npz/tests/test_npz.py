@@ -1,4 +1,6 @@
-"""What numpy writes is read bit for bit, what is written numpy reads, and what is no array of numbers is said."""
+"""What numpy writes is read bit for bit, what is written numpy reads, and what is no array of
+numbers is said.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,22 @@ from shardkit_npz.zip_parts import NewMember, archive
 
 Array = np.ndarray[Any, Any]
 
-LITTLE = ("?", "i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8", "<c8", "<c16")
+LITTLE = (
+    "?",
+    "i1",
+    "u1",
+    "<i2",
+    "<u2",
+    "<i4",
+    "<u4",
+    "<i8",
+    "<u8",
+    "<f2",
+    "<f4",
+    "<f8",
+    "<c8",
+    "<c16",
+)
 BIG = (">i2", ">u2", ">i4", ">u4", ">i8", ">u8", ">f2", ">f4", ">f8", ">c8", ">c16")
 NUMBERS = (*LITTLE, *BIG)
 LAYOUTS = ("c", "fortran", "scalar", "empty", "one", "turned", "gaps")
@@ -52,7 +69,9 @@ def array_of(descr: str, layout: str) -> Array:
 
 
 def little_c_order(array: Array) -> bytearray:
-    return bytearray(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
+    return bytearray(
+        np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes()
+    )
 
 
 def scanned(format: Format, path: Path) -> Checkpoint:  # noqa: A002 - it is one
@@ -61,7 +80,12 @@ def scanned(format: Format, path: Path) -> Checkpoint:  # noqa: A002 - it is one
     return format.scan(source)
 
 
-def write(path: Path, format: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> Path:  # noqa: A002 - it is one
+def write(
+    path: Path,
+    format: Format,  # noqa: A002 - it is one
+    entries: Sequence[TensorEntry],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     assert format.lay_out
     crcs: list[int] = []
     with path.open("wb") as file:
@@ -80,14 +104,19 @@ def entry_of(name: str, array: Array) -> TensorEntry:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_all_that_numpy_saves_is_read_bit_for_bit(save: Any, tmp_path: Path) -> None:
-    arrays = {f"{descr} {layout}": array_of(descr, layout) for descr in NUMBERS for layout in LAYOUTS}
+    arrays = {
+        f"{descr} {layout}": array_of(descr, layout) for descr in NUMBERS for layout in LAYOUTS
+    }
     save(tmp_path / "all.npz", **arrays)
     found = scanned(npz.FORMAT, tmp_path / "all.npz")
     assert [entry.name for entry in found.tensors] == list(arrays)
     for entry in found.tensors:
         array = arrays[entry.name]
         assert (entry.shape, entry.read()) == (array.shape, little_c_order(array)), entry.name
-        assert (entry.dtype.itemsize, entry.dtype.kind) == (array.dtype.itemsize, KINDS[array.dtype.kind]), entry.name
+        assert (entry.dtype.itemsize, entry.dtype.kind) == (
+            array.dtype.itemsize,
+            KINDS[array.dtype.kind],
+        ), entry.name
 
 
 KINDS = {"b": "bool", "i": "int", "u": "int", "f": "float", "c": "complex"}
@@ -117,7 +146,11 @@ OTHERS = {
     "bytes": (np.array([b"a", b"bc"]), OBJECT, "texts"),
     "dates": (np.array(["2026-01-01"], dtype="M8[D]"), OBJECT, "dates"),
     "spans": (np.array([3], dtype="m8[s]"), OBJECT, "dates"),
-    "records": (np.zeros(2, dtype=[("x", "f4"), ("größe", "i4", (2,))]), WEIGHT, "records of several fields"),
+    "records": (
+        np.zeros(2, dtype=[("x", "f4"), ("größe", "i4", (2,))]),
+        WEIGHT,
+        "records of several fields",
+    ),
     "untyped": (np.zeros(2, dtype="V2"), WEIGHT, "ml_dtypes leaves bfloat16"),
     "long": (np.zeros(2, dtype=np.longdouble), WEIGHT, "numpy type"),
 }
@@ -145,7 +178,9 @@ def test_an_object_array_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def test_scan_expands_no_compressed_member(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "x.npz", noise=np.frombuffer(np.random.default_rng(0).bytes(4 << 20), np.uint8))
+    np.savez_compressed(
+        tmp_path / "x.npz", noise=np.frombuffer(np.random.default_rng(0).bytes(4 << 20), np.uint8)
+    )
     path = tmp_path / "x.npz"
     content = Watched(path, Source.file(path, Limits()).content)
     (entry,) = npz.FORMAT.scan(Source(path, content, limits=Limits())).tensors
@@ -174,16 +209,22 @@ HEADERS = {
     "": "does not begin with '{'",
     "{": "needs texts for keys",
     "{}": "must say descr, fortran_order and shape, found nothing",
-    "{'descr': '<f4', 'fortran_order': False}": "must say descr, fortran_order and shape, found 'descr', 'fortran_order'",
+    "{'descr': '<f4', 'fortran_order': False}": (
+        "must say descr, fortran_order and shape, found 'descr', 'fortran_order'"
+    ),
     "{'descr': '<f4', 'fortran_order': 0, 'shape': ()}": "must say descr",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (), 'x': 1}": "must say descr",
     "{'descr': '<f4', 'fortran_order': False, 'shape': 3}": "must say descr",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}": "shape holds -1",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}": "shape holds True",
     "{'descr': '<f4', 'fortran_order': False, 'shape': ('2',)}": "shape holds '2'",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,)}": "needs 39,999,999,996 bytes of data, and there are 8",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,)}": (
+        "needs 39,999,999,996 bytes of data, and there are 8"
+    ),
     "{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}": "there are 8",
-    "{'descr': 'f4', 'fortran_order': False, 'shape': (2,)}": "descr is 'f4', which is no type of numpy",
+    "{'descr': 'f4', 'fortran_order': False, 'shape': (2,)}": (
+        "descr is 'f4', which is no type of numpy"
+    ),
     "{'descr': 4, 'fortran_order': False, 'shape': (2,)}": "descr is 4",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "no literal",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}}": "something follows",
@@ -220,7 +261,9 @@ def test_more_arrays_than_the_limit_are_refused(tmp_path: Path) -> None:
         npz.scan(Source.file(tmp_path / "x.npz", Limits(tensors=1)))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, this is a text of some length", b"PK\3\4" + bytes(40)])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, this is a text of some length", b"PK\3\4" + bytes(40)]
+)
 def test_what_is_no_archive_is_refused_when_it_is_forced(content: bytes) -> None:
     with pytest.raises(Malformed):
         npz.scan(source_of(content))
@@ -232,19 +275,32 @@ def test_several_arrays_in_one_npy_file_are_not_half_read(tmp_path: Path) -> Non
         np.save(file, np.ones(3))
     with pytest.raises(Malformed, match="needs 24 bytes of data, and there are 176") as caught:
         npy.scan(Source.file(tmp_path / "x.npy", Limits()))
-    assert caught.value.hint == "if several arrays were saved to one file, save them as .npz instead"
+    assert (
+        caught.value.hint == "if several arrays were saved to one file, save them as .npz instead"
+    )
 
 
 def test_numpy_and_zipfile_read_what_is_written(tmp_path: Path) -> None:
-    arrays = {f"layers/{descr} größe.{layout}": array_of(descr, layout) for descr in LITTLE for layout in LAYOUTS}
-    path = write(tmp_path / "x.npz", npz.FORMAT, [entry_of(name, array) for name, array in arrays.items()], {"author": "ü"})
+    arrays = {
+        f"layers/{descr} größe.{layout}": array_of(descr, layout)
+        for descr in LITTLE
+        for layout in LAYOUTS
+    }
+    path = write(
+        tmp_path / "x.npz",
+        npz.FORMAT,
+        [entry_of(name, array) for name, array in arrays.items()],
+        {"author": "ü"},
+    )
     with zipfile.ZipFile(path) as written:
         assert written.testzip() is None
     with np.load(path) as loaded:
         assert loaded.files == list(arrays)
         for name, array in arrays.items():
             assert loaded[name].dtype == array.dtype, name
-            assert (loaded[name].shape, loaded[name].tobytes()) == (array.shape, array.tobytes()), name
+            assert (loaded[name].shape, loaded[name].tobytes()) == (array.shape, array.tobytes()), (
+                name
+            )
 
 
 def test_numpy_maps_a_lone_array_that_is_written(tmp_path: Path) -> None:
@@ -260,16 +316,23 @@ def saved(array: Array) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_tie_is_written_under_each_name_and_the_rest_of_the_metadata_is_kept(tmp_path: Path) -> None:
+def test_a_tie_is_written_under_each_name_and_the_rest_of_the_metadata_is_kept(
+    tmp_path: Path,
+) -> None:
     entry = entry_of("embed", np.ones(3, "f4"))
-    path = write(tmp_path / "x.npz", npz.FORMAT, [entry], {"head": "embed", "format": "pt", "author": "ü"})
+    path = write(
+        tmp_path / "x.npz", npz.FORMAT, [entry], {"head": "embed", "format": "pt", "author": "ü"}
+    )
     with np.load(path) as loaded:
         assert loaded.files == ["embed", "head"]
         assert np.array_equal(loaded["embed"], loaded["head"])
     assert scanned(npz.FORMAT, path).metadata == {"author": "ü"}
 
 
-@pytest.mark.parametrize("comment", [b"made by hand", b"{", b"{]", b"[" * 60_000, b'{"a": 1}', b"{" * 60_000, b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "comment",
+    [b"made by hand", b"{", b"{]", b"[" * 60_000, b'{"a": 1}', b"{" * 60_000, b"\xff\xfe"],
+)
 def test_the_comment_of_a_stranger_is_passed_over(comment: bytes, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.ones(3))
     with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
@@ -302,7 +365,11 @@ def test_what_has_no_room_is_refused_with_advice(case: str) -> None:
     assert caught.value.hint
 
 
-LACKING = [dtype for dtype in DTYPES if dtype.code.startswith(("BF", "F8_", "F6_")) or dtype.code in ("F4", "C32")]
+LACKING = [
+    dtype
+    for dtype in DTYPES
+    if dtype.code.startswith(("BF", "F8_", "F6_")) or dtype.code in ("F4", "C32")
+]
 
 
 @pytest.mark.parametrize("dtype", LACKING, ids=lambda dtype: dtype.code)
@@ -350,7 +417,11 @@ def test_more_members_than_16_bits_count_are_zip64(tmp_path: Path) -> None:
 def samples(folder: Path) -> dict[str, tuple[Format, Path]]:
     arrays = {
         name: array_of(descr, layout)
-        for name, descr, layout in (("a", "<f4", "c"), ("b", ">i2", "fortran"), ("c", "?", "scalar"))
+        for name, descr, layout in (
+            ("a", "<f4", "c"),
+            ("b", ">i2", "fortran"),
+            ("c", "?", "scalar"),
+        )
     }
     np.savez(folder / "stored.npz", **arrays)  # type: ignore[arg-type]  # its keywords are typed as its one flag is
     np.savez_compressed(folder / "deflated.npz", **arrays)  # type: ignore[arg-type]  # likewise
@@ -367,7 +438,9 @@ def test_the_formats_keep_the_rules_of_reading(name: str, check: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("check", WRITING, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("form", "name"), [(npz.FORMAT, "weight"), (npy.FORMAT, "tensor")], ids=["npz", "npy"])
+@pytest.mark.parametrize(
+    ("form", "name"), [(npz.FORMAT, "weight"), (npy.FORMAT, "tensor")], ids=["npz", "npy"]
+)
 def test_the_formats_keep_the_rules_of_writing(form: Format, name: str, check: Any) -> None:
     check(form, name)
 

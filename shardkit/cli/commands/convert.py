@@ -34,7 +34,8 @@ A run that was stopped goes on where it was when the same command is given again
     "--output",
     type=click.Path(),
     metavar="OUT",
-    help="Folder to make, or one file if it ends in .safetensors. By default SRC's name with -shards, beside it.",
+    help="Folder to make, or one file if it ends in .safetensors. By default SRC's name with "
+    "-shards, beside it.",
 )
 @options.shard_size_option
 @options.edit_options
@@ -50,10 +51,12 @@ def command(
 ) -> None:
     """Write the checkpoint SRC as safetensors shards of bounded size.
 
-    SRC is a torch file of any age, a TorchScript archive, safetensors, an index, a folder, or a .zst of a file. Nothing in a
-    pickle is run, and memory does not grow with the size of SRC. OUT appears whole, or not at all.
+    SRC is a torch file of any age, a TorchScript archive, safetensors, an index, a folder, or a
+    .zst of a file. Nothing in a pickle is run, and memory does not grow with the size of SRC. OUT
+    appears whole, or not at all.
 
-    The edits are applied in the order in which they are listed below: root, include and exclude, rename, dtype, ties.
+    The edits are applied in the order in which they are listed below: root, include and exclude,
+    rename, dtype, ties.
     """
     from shardkit.cli.run_conversion import write
     from shardkit.planning.prepare import prepare
@@ -63,15 +66,25 @@ def command(
     write("convert", prepare(source, output, edits, terms), begun, writing)
 
 
-def _refuse_shards_of_one_file(context: click.Context, output: str | None, terms: ConversionOptions) -> None:
+def _refuse_shards_of_one_file(
+    context: click.Context, output: str | None, terms: ConversionOptions
+) -> None:
     from click.core import ParameterSource
 
     from shardkit.sources import registry
 
     asked = context.get_parameter_source("max_shard") is ParameterSource.COMMANDLINE
     out = Path(output or "")
-    if asked and terms.max_shard is not None and not out.is_dir() and registry.writer_for(out.suffix):
+    if (
+        asked
+        and terms.max_shard is not None
+        and not out.is_dir()
+        and registry.writer_for(out.suffix)
+    ):
         raise click.UsageError(
-            f"-o {out} is one file, which has no shards: leave out --max-shard, or name a folder, as in -o {out.stem}",
+            (
+                f"-o {out} is one file, which has no shards: leave out --max-shard, or name a "
+                f"folder, as in -o {out.stem}"
+            ),
             context,
         )

@@ -26,18 +26,28 @@ For example:
 )
 @options.path_argument("a", "A")
 @options.path_argument("b", "B")
-@click.option("--root", metavar="PATH", help="Compare what lies below this dotted path; '.' for everything.")
+@click.option(
+    "--root", metavar="PATH", help="Compare what lies below this dotted path; '.' for everything."
+)
 @options.limit_option
 @options.json_option("all differences")
 @options.quiet_option
 @click.pass_context
-def command(context: click.Context, a: str, b: str, root: str | None, limits: Limits, as_json: bool, quiet: bool) -> None:
+def command(
+    context: click.Context,
+    a: str,
+    b: str,
+    root: str | None,
+    limits: Limits,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """List what changes from checkpoint A to checkpoint B.
 
-    A line that begins with - names a tensor that only A has, + one that only B has, ~ one whose type, shape or bytes
-    changed. Bits are compared: a NaN equals itself, and the format does not matter. In a nested checkpoint the model is
-    compared, unless --root says otherwise. The exit code is 0 if nothing changes, 1 if
-    something does, and 2 if A or B cannot be read.
+    A line that begins with - names a tensor that only A has, + one that only B has, ~ one whose
+    type, shape or bytes changed. Bits are compared: a NaN equals itself, and the format does not
+    matter. In a nested checkpoint the model is compared, unless --root says otherwise. The exit
+    code is 0 if nothing changes, 1 if something does, and 2 if A or B cannot be read.
     """
     from shardkit.cli.output.comparison_report import report
     from shardkit.operations.compare import diff
@@ -54,7 +64,16 @@ def _verdict(comparison: Comparison) -> str:
 
     rest = beside(comparison)
     if comparison.same:
-        return f"no difference: {several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}{rest}"
-    counts = {word: sum(each.change == word for each in comparison.differences) for word in ("added", "removed")}
+        return (
+            f"no difference: {several(comparison.tensors, 'tensor')}, "
+            f"{format_size(comparison.nbytes)}{rest}"
+        )
+    counts = {
+        word: sum(each.change == word for each in comparison.differences)
+        for word in ("added", "removed")
+    }
     counts["changed"] = len(comparison.differences) - sum(counts.values())
-    return ", ".join(f"{count:,} {word}" for word, count in counts.items()) + f", {comparison.tensors:,} in both{rest}"
+    return (
+        ", ".join(f"{count:,} {word}" for word, count in counts.items())
+        + f", {comparison.tensors:,} in both{rest}"
+    )

@@ -27,7 +27,8 @@ For example:
 )
 @options.json_option("them")
 def command(as_json: bool) -> None:
-    """List the formats and codecs that are installed, what brings them, and the plugins that cannot be used.
+    """List the formats and codecs that are installed, what brings them, and the plugins that cannot
+    be used.
 
     What a file is, its content decides; the endings are those that such files usually have.
     """
@@ -35,17 +36,32 @@ def command(as_json: bool) -> None:
 
     formats, codecs = registry.formats(), registry.codecs()
     if as_json:
-        put_json("formats", {"formats": [*map(_format_document, formats)], "codecs": [*map(_codec_document, codecs)]})
+        put_json(
+            "formats",
+            {
+                "formats": [*map(_format_document, formats)],
+                "codecs": [*map(_codec_document, codecs)],
+            },
+        )
     else:
         put("\n".join(_lines(formats, codecs)))
 
 
 def _lines(formats: Sequence[Loaded[Format]], codecs: Sequence[Loaded[Codec]]) -> Iterator[str]:
     rows = [
-        (each.name, _abilities(each.record), " ".join(each.record.suffixes), each.distribution) for each in formats if each.record
+        (each.name, _abilities(each.record), " ".join(each.record.suffixes), each.distribution)
+        for each in formats
+        if each.record
     ]
-    rows += [(each.name, _codec_abilities(each.record), each.record.suffix, each.distribution) for each in codecs if each.record]
-    heading, *lines = aligned([("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)], indent=0)
+    rows += [
+        (each.name, _codec_abilities(each.record), each.record.suffix, each.distribution)
+        for each in codecs
+        if each.record
+    ]
+    heading, *lines = aligned(
+        [("NAME", "CAN", "ENDINGS", "FROM"), *(tuple(map(printable, row)) for row in rows)],
+        indent=0,
+    )
     yield painted(heading, Role.HEADING)
     yield from lines
     for error in (*(each.error for each in formats), *(each.error for each in codecs)):

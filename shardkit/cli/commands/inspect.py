@@ -25,7 +25,9 @@ For example:
   shardkit inspect llama/ --json | jq '.tensors[] | select(.dtype == "F32") | .name'""",
 )
 @options.path_argument("source", "SRC")
-@click.option("--all", "everything", is_flag=True, help="Show every tensor, however many lines that takes.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Show every tensor, however many lines that takes."
+)
 @options.format_option
 @options.limit_option
 @options.json_option("every tensor, with the place of its bytes,")
@@ -38,10 +40,11 @@ def command(
     limits: Limits,
     as_json: bool,
 ) -> None:
-    """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no tensor.
+    """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no
+    tensor.
 
-    Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name. Beyond 200 lines, numbered
-    parts that look alike are folded, and then what lies deepest.
+    Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name.
+    Beyond 200 lines, numbered parts that look alike are folded, and then what lies deepest.
     """
     from shardkit.cli.output.inspect_json import document
     from shardkit.cli.output.inspect_text import portrait
@@ -49,7 +52,9 @@ def command(
     from shardkit.sources.open import open as open_checkpoint
 
     if everything and as_json:
-        raise click.UsageError("--all has no effect with --json, which lists every tensor anyway", context)
+        raise click.UsageError(
+            "--all has no effect with --json, which lists every tensor anyway", context
+        )
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
         if as_json:

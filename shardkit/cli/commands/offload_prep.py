@@ -41,18 +41,21 @@ A run that was stopped goes on where it was when the same command is given again
     "--blocks",
     metavar="REGEX",
     callback=options.parse_pattern,
-    help="Each module in whose name this is found is a block. By default numbered layers are, and the modules beside them.",
+    help="Each module in whose name this is found is a block. By default numbered layers are, "
+    "and the modules beside them.",
 )
 @click.option(
     "--model-class",
     is_flag=True,
-    help="Blocks are what the class that config.json names says must not be split; needs transformers.",
+    help="Blocks are what the class that config.json names says must not be split; needs "
+    "transformers.",
 )
 @click.option(
     "--order",
     type=click.Path(),
     metavar="FILE",
-    help="Blocks, or modules or tensors in them, in the order in which they run: a JSON list, or one on each line.",
+    help="Blocks, or modules or tensors in them, in the order in which they run: a JSON list, or "
+    "one on each line.",
 )
 @options.edit_options
 @options.writing_options
@@ -68,21 +71,26 @@ def command(
     terms: ConversionOptions,
     writing: Writing,
 ) -> None:
-    """Write the checkpoint SRC as a folder from which a model larger than memory streams with one read per block.
+    """Write the checkpoint SRC as a folder from which a model larger than memory streams with one
+    read per block.
 
-    OUT is an ordinary folder of safetensors shards, which every library of Hugging Face loads. In it each block (a numbered
-    layer with its experts, the embeddings, the head) stands in one run of bytes, and blocks stand in the order in which they
-    run; offload.json says what lies where, with a digest of each block that `shardkit verify` checks. Cast with --dtype
-    here, once, to what the model is run in.
+    OUT is an ordinary folder of safetensors shards, which every library of Hugging Face loads. In
+    it each block (a numbered layer with its experts, the embeddings, the head) stands in one run of
+    bytes, and blocks stand in the order in which they run; offload.json says what lies where, with
+    a digest of each block that `shardkit verify` checks. Cast with --dtype here, once, to what the
+    model is run in.
 
-    SRC may be anything that convert reads; no class of a model is needed, and nothing in a pickle is run.
+    SRC may be anything that convert reads; no class of a model is needed, and nothing in a pickle
+    is run.
     """
     from shardkit.cli.run_conversion import write
     from shardkit.operations.offload_prep import prepare_offload, read_order
 
     begun = time.monotonic()
     if blocks is not None and model_class:
-        raise click.UsageError("--blocks and --model-class both say what is a block: give one of them", context)
+        raise click.UsageError(
+            "--blocks and --model-class both say what is a block: give one of them", context
+        )
     conversion = prepare_offload(
         source,
         output,

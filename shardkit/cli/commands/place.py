@@ -24,30 +24,45 @@ _RATES = ("disk", "copy", "link", "compute")
 _DEVICE = re.compile(r"(?:(?:cuda|xpu):)?(\d+)", re.ASCII)
 
 
-def parse_rates(context: click.Context, parameter: click.Parameter, word: str | None) -> dict[str, int]:
+def parse_rates(
+    context: click.Context, parameter: click.Parameter, word: str | None
+) -> dict[str, int]:
     """The bytes per second that ``disk=SIZE,compute=SIZE`` gives."""
     rates: dict[str, int] = {}
     for part in word.split(",") if word else ():
         name, _, size = part.strip().partition("=")
         if name not in _RATES:
-            raise click.BadParameter(f"{part!r} must be NAME=SIZE, and NAME one of {', '.join(_RATES)}")
+            raise click.BadParameter(
+                f"{part!r} must be NAME=SIZE, and NAME one of {', '.join(_RATES)}"
+            )
         rates[name] = _nbytes(size.removesuffix("/s"), least=1)
     return rates
 
 
-def parse_budgets(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> dict[str, int]:
-    """The budgets that several ``DEVICE=SIZE,DEVICE=SIZE`` give, in the order in which devices are filled."""
+def parse_budgets(
+    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> dict[str, int]:
+    """The budgets that several ``DEVICE=SIZE,DEVICE=SIZE`` give, in the order in which devices are
+    filled.
+    """
     budgets: dict[str, int] = {}
     for word in ",".join(words).split(",") if words else ():
         name, equals, size = word.strip().partition("=")
         number = _DEVICE.fullmatch(name)
         if not equals or not (number or name in ("cpu", "mps")):
-            raise click.BadParameter(f"{word!r} must be DEVICE=SIZE, and DEVICE cpu, mps or the number of an accelerator")
+            raise click.BadParameter(
+                f"{word!r} must be DEVICE=SIZE, and DEVICE cpu, mps or the number of an accelerator"
+            )
         device = str(int(number[1])) if number else name
         if device in budgets:
             raise click.BadParameter(f"device {device} has two sizes")
         budgets[device] = _nbytes(size)
-    return dict(sorted(budgets.items(), key=lambda item: (item[0] == "cpu", item[0] == "mps", len(item[0]), item[0])))
+    return dict(
+        sorted(
+            budgets.items(),
+            key=lambda item: (item[0] == "cpu", item[0] == "mps", len(item[0]), item[0]),
+        )
+    )
 
 
 @click.command(
@@ -68,7 +83,8 @@ For example:
     metavar="DEVICE=SIZE,...",
     multiple=True,
     callback=parse_budgets,
-    help="What each device may hold: accelerators by number, cpu, mps. Without cpu, it has what this machine has free.",
+    help="What each device may hold: accelerators by number, cpu, mps. Without cpu, it has what "
+    "this machine has free.",
 )
 @click.option(
     "--dtype",
@@ -84,16 +100,24 @@ For example:
     help="Keep each module whole in whose name this is found. By default numbered layers are.",
 )
 @click.option(
-    "--predict", is_flag=True, help="Measure this machine for a second, and say what a forward would take; needs torch."
+    "--predict",
+    is_flag=True,
+    help="Measure this machine for a second, and say what a forward would take; needs torch.",
 )
 @click.option(
     "--rates",
     metavar="NAME=SIZE,...",
     callback=parse_rates,
     shell_complete=completion.rates,
-    help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), compute (weights multiplied).",
+    help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), "
+    "compute (weights multiplied).",
 )
-@click.option("--tokens", type=click.IntRange(1), default=1, help="How many go in at once, where it is measured. Default: 1.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=1,
+    help="How many go in at once, where it is measured. Default: 1.",
+)
 @options.root_option
 @options.format_option
 @options.limit_option
@@ -113,14 +137,17 @@ def command(
     limits: Limits,
     as_json: bool,
 ) -> None:
-    """Show on which device each part of the model in SRC would lie, what is left, and what does not fit.
+    """Show on which device each part of the model in SRC would lie, what is left, and what does not
+    fit.
 
-    Only headers are read, and no model class is needed: what is run as one is told from the names. Accelerators are filled one
-    after the other, as with device_map="sequential", then the CPU; the rest lies on disk. What lies on CPU or disk is brought
-    to the first accelerator to be run, so that room for the largest block is kept there. Activations are not counted.
+    Only headers are read, and no model class is needed: what is run as one is told from the names.
+    Accelerators are filled one after the other, as with device_map="sequential", then the CPU; the
+    rest lies on disk. What lies on CPU or disk is brought to the first accelerator to be run, so
+    that room for the largest block is kept there. Activations are not counted.
 
-    With --predict or --rates it also says how long a forward would take, and what limits it. Where it is not known how fast is
-    computed, as on an accelerator that is not here, it says how long bringing the weights takes at least.
+    With --predict or --rates it also says how long a forward would take, and what limits it. Where
+    it is not known how fast is computed, as on an accelerator that is not here, it says how long
+    bringing the weights takes at least.
     """
     from shardkit.cli.output.place_report import document, drawn, foreseen
     from shardkit.operations.place import placed
@@ -142,11 +169,15 @@ def _refuse_idle(context: click.Context, *, predict: bool, rates: Mapping[str, i
     """Options that change nothing look like a prediction for what they say."""
     tokens = context.get_parameter_source("tokens") is ParameterSource.COMMANDLINE
     if tokens and not predict:
-        raise click.UsageError("--tokens has no effect without --predict, which measures with so many", context)
+        raise click.UsageError(
+            "--tokens has no effect without --predict, which measures with so many", context
+        )
     if predict and len(rates) == len(_RATES):
         raise click.UsageError("--predict has no effect: --rates gives every rate", context)
     if tokens and "compute" in rates:
-        raise click.UsageError("--tokens has no effect: --rates gives how fast is computed", context)
+        raise click.UsageError(
+            "--tokens has no effect: --rates gives how fast is computed", context
+        )
 
 
 def _nbytes(size: str, *, least: int = 0) -> int:

@@ -29,7 +29,12 @@ For example:
   shardkit verify ema-bf16 --against run/last.ckpt --root ema --dtype bf16""",
 )
 @options.path_argument("output", "OUT")
-@click.option("--against", metavar="SRC", type=click.Path(), help="Hold OUT against this checkpoint, bit for bit.")
+@click.option(
+    "--against",
+    metavar="SRC",
+    type=click.Path(),
+    help="Hold OUT against this checkpoint, bit for bit.",
+)
 @options.edit_options
 @options.limit_option
 @options.json_option("the differences")
@@ -44,15 +49,18 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that OUT is complete: every header, the index against its shards, every byte there to be read, and every checksum
-    that there is: the digests of shardkit.manifest.json or offload.json, or the CRCs of a zip archive.
+    """Check that OUT is complete: every header, the index against its shards, every byte there to
+    be read, and every checksum that there is: the digests of shardkit.manifest.json or
+    offload.json, or the CRCs of a zip archive.
 
-    With --against, check that it holds the tensors that converting SRC gives: the same names, types, shapes and bits, a tied
-    weight under each of its names. Give the edits that were given to convert. Two checkpoints of any formats can be compared.
+    With --against, check that it holds the tensors that converting SRC gives: the same names,
+    types, shapes and bits, a tied weight under each of its names. Give the edits that were given to
+    convert. Two checkpoints of any formats can be compared.
 
     What is not compared (subfolders, other weights, files beside the weights) is listed.
 
-    The exit code is 0 if all is well, 1 if something differs or is damaged, and 2 if OUT or SRC cannot be read. In the list,
+    The exit code is 0 if all is well, 1 if something differs or is damaged, and 2 if OUT or SRC
+    cannot be read. In the list,
     - is missing from OUT, + is only in OUT, and ~ differs.
     """
     from shardkit.cli.output.comparison_report import report
@@ -61,7 +69,9 @@ def command(
     if against is None:
         _refuse_idle(context, edits)
     with progress("checking", quiet=quiet or as_json) as bar:
-        comparison = verify(output, against, edits, limits=limits, on_bytes=bar.add, on_total=bar.expect)
+        comparison = verify(
+            output, against, edits, limits=limits, on_bytes=bar.add, on_total=bar.expect
+        )
     report(
         "verify",
         comparison,
@@ -77,7 +87,9 @@ def _refuse_idle(context: click.Context, edits: Edits) -> None:
     from shardkit.checkpoint.edits import Edits
 
     if edits != Edits():
-        raise click.UsageError("the edits are applied to the source: name it with --against", context)
+        raise click.UsageError(
+            "the edits are applied to the source: name it with --against", context
+        )
 
 
 def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
@@ -94,5 +106,11 @@ def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
     if against is None:
         return f"{named(output)} is damaged in {several(len(comparison.differences), 'place')}"
     if comparison.same:
-        return f"{named(output)} holds the same tensors as {named(against)}: {amount}, bit for bit{rest}"
-    return f"{named(output)} differs from {named(against)} in {several(len(comparison.differences), 'tensor')}{rest}"
+        return (
+            f"{named(output)} holds the same tensors as {named(against)}: {amount}, bit for "
+            f"bit{rest}"
+        )
+    return (
+        f"{named(output)} differs from {named(against)} in "
+        f"{several(len(comparison.differences), 'tensor')}{rest}"
+    )

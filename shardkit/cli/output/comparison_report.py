@@ -17,7 +17,9 @@ _MOST = 20
 _SIGNS = {"added": "+", "removed": "-"}
 
 
-def report(command: str, comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool) -> None:
+def report(
+    command: str, comparison: Comparison, verdict: str, *, as_json: bool, quiet: bool
+) -> None:
     """Print what *command* found: the differences and then the *verdict*; nothing if *quiet*."""
     if as_json:
         put_json(command, {"same": comparison.same, **asdict(comparison)})
@@ -28,7 +30,10 @@ def report(command: str, comparison: Comparison, verdict: str, *, as_json: bool,
             what = f"{printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}"
             say(f"{painted('not compared:', Role.NOTE)} {what}")
         if len(comparison.left_out) > _MOST:
-            say(f"{painted('not compared:', Role.NOTE)} {len(comparison.left_out) - _MOST:,} more; --json lists all")
+            say(
+                f"{painted('not compared:', Role.NOTE)} {len(comparison.left_out) - _MOST:,} "
+                "more; --json lists all"
+            )
         for line in _differences(comparison.differences):
             put(line)
         put(verdict)
@@ -41,11 +46,18 @@ def beside(comparison: Comparison) -> str:
 
 
 def _differences(differences: tuple[Difference, ...]) -> Iterator[str]:
-    rows = [(_SIGNS.get(each.change, "~"), printable(each.name), _what(each)) for each in differences[:_MOST]]
+    rows = [
+        (_SIGNS.get(each.change, "~"), printable(each.name), _what(each))
+        for each in differences[:_MOST]
+    ]
     yield from aligned(rows, indent=0, roles={"-": Role.REMOVED, "+": Role.ADDED, "~": Role.NOTE})
     if len(differences) > _MOST:
         yield f"... and {len(differences) - _MOST:,} more; --json lists all"
 
 
 def _what(difference: Difference) -> str:
-    return difference.detail if difference.change in _SIGNS else f"{difference.change}: {difference.detail}"
+    return (
+        difference.detail
+        if difference.change in _SIGNS
+        else f"{difference.change}: {difference.detail}"
+    )

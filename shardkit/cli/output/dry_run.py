@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 from shardkit.checkpoint.blocks import runs_of_names
 from shardkit.checkpoint.entries import OtherKind
-from shardkit.cli.output.printing import Role, aligned, named, painted, printable, put, put_json, remarked
+from shardkit.cli.output.printing import (
+    Role,
+    aligned,
+    named,
+    painted,
+    printable,
+    put,
+    put_json,
+    remarked,
+)
 from shardkit.cli.output.summary import amounts, remarks, ways
 from shardkit.errors import OutputError, several, shown_path
 from shardkit.hints import output
@@ -53,20 +62,34 @@ def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: 
         put("\n".join(_lines(conversion, moves, total)))
     check_output(conversion.output, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{shown_path(folder)} may not be written to", hint=("choose another output with ", output()))
+        raise OutputError(
+            f"{shown_path(folder)} may not be written to",
+            hint=("choose another output with ", output()),
+        )
     check_room(folder, needed, conversion.output.name)
     if not as_json:
         free = format_size(shutil.disk_usage(folder).free)
-        put(f"It needs {format_size(needed)}, and {named(folder)} has {free} free. Nothing was written.")
+        put(
+            f"It needs {format_size(needed)}, and {named(folder)} has {free} free. Nothing was "
+            "written."
+        )
 
 
-def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Counter[str]) -> Iterator[str]:
+def _lines(
+    conversion: Conversion, moves: Mapping[str, Counter[str]], total: Counter[str]
+) -> Iterator[str]:
     plan, checkpoint = conversion.plan, conversion.checkpoint
     blocks = plan.record.blocks if plan.record else ()
     made = amounts(len(plan.shards), len(blocks), len(plan.weight_map), plan.total_size)
-    yield painted(f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}", Role.HEADING)
+    yield painted(
+        f"{named(conversion.source)} ({checkpoint.format}) → {named(conversion.out)}: {made}",
+        Role.HEADING,
+    )
     counts = Counter(plan.weight_map.values())
-    files = ((file.name, format_size(file.nbytes), _content(counts[file.name]), ways(moves[file.name])) for file in plan.files)
+    files = (
+        (file.name, format_size(file.nbytes), _content(counts[file.name]), ways(moves[file.name]))
+        for file in plan.files
+    )
     yield from aligned(((printable(name), *rest) for name, *rest in files), right=_SIZE_COLUMN)
     rows = [
         ("in all", ways(total)),
@@ -76,7 +99,9 @@ def _lines(conversion: Conversion, moves: Mapping[str, Counter[str]], total: Cou
             cast=conversion.edited.cast,
             left_out=conversion.edited.left_out,
             objects=_names(conversion, OtherKind.OBJECT),
-            calls=tuple(other.reason for other in checkpoint.others if other.kind is OtherKind.CALL),
+            calls=tuple(
+                other.reason for other in checkpoint.others if other.kind is OtherKind.CALL
+            ),
             notes=conversion.notes,
         ),
     ]
@@ -98,13 +123,18 @@ def _content(tensors: int) -> str:
     return several(tensors, "tensor") if tensors else ""
 
 
-def _document(conversion: Conversion, moves: Mapping[str, Counter[str]], needed: int, folder: Path) -> dict[str, object]:
+def _document(
+    conversion: Conversion, moves: Mapping[str, Counter[str]], needed: int, folder: Path
+) -> dict[str, object]:
     plan = conversion.plan
     return {
         "source": conversion.source,
         "out": conversion.out,
         "format": conversion.checkpoint.format,
-        "files": [{"name": file.name, "nbytes": file.nbytes, "engines": moves[file.name]} for file in plan.files],
+        "files": [
+            {"name": file.name, "nbytes": file.nbytes, "engines": moves[file.name]}
+            for file in plan.files
+        ],
         "weight_map": plan.weight_map,
         "blocks": [asdict(run) for run in plan.record.runs] if plan.record else [],
         "aliases": plan.aliases,

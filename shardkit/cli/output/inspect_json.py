@@ -25,7 +25,13 @@ def document(source: Path, checkpoint: Checkpoint) -> dict[str, object]:
         "root": root,
         "tensors": list(_tensors(checkpoint)),
         "others": [
-            {"name": each.name, "path": each.path, "kind": each.kind, "nbytes": each.nbytes, "reason": each.reason}
+            {
+                "name": each.name,
+                "path": each.path,
+                "kind": each.kind,
+                "nbytes": each.nbytes,
+                "reason": each.reason,
+            }
             for each in others
             if each.kind is not OtherKind.CALL
         ],
@@ -53,7 +59,9 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[dict[str, object]]:
 
 
 def _place(entry: TensorEntry) -> tuple[str | None, int | None]:
-    """The file that the bytes come from, and where in it they lie, if they lie there as they are."""
+    """The file that the bytes come from, and where in it they lie, if they lie there as they
+    are.
+    """
     match entry.payload:
         case Extent(path, start, _):
             return str(path), start

@@ -1,4 +1,6 @@
-"""A checkpoint drawn for a person: a header, the tree of names, and what there is to know besides."""
+"""A checkpoint drawn for a person: a header, the tree of names, and what there is to know
+besides.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from pathlib import Path
 from shardkit.checkpoint.entries import Checkpoint, OtherKind, TensorEntry
 from shardkit.checkpoint.model_root import select_root
 from shardkit.cli.output.name_tree import Leaf, Line, outline
-from shardkit.cli.output.printing import Role, aligned, listed, named, painted, parts_left_out, printable, remarked
+from shardkit.cli.output.printing import (
+    Role,
+    aligned,
+    listed,
+    named,
+    painted,
+    parts_left_out,
+    printable,
+    remarked,
+)
 from shardkit.cli.output.shared_storage import overlaps, ties
 from shardkit.errors import AmbiguousRoot, NothingSelected, several, shown
 from shardkit.payloads.strided import Strided
@@ -55,7 +66,16 @@ def _leaves(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], Leaf]]:
     for number, entry in enumerate(tensors):
         if number in tied:
             kept = tensors[tied[number]]
-            yield entry.path, Leaf(entry.dtype.code, str(list(entry.shape)), 0, f"= {kept.name}", tie=_seen_from(entry, kept))
+            yield (
+                entry.path,
+                Leaf(
+                    entry.dtype.code,
+                    str(list(entry.shape)),
+                    0,
+                    f"= {kept.name}",
+                    tie=_seen_from(entry, kept),
+                ),
+            )
         else:
             remark = _remark(entry, tensors[over[number]] if number in over else None)
             yield entry.path, plain(entry.dtype.code, entry.shape, entry.nbytes, remark)
@@ -77,9 +97,14 @@ def _remark(entry: TensorEntry, below: TensorEntry | None) -> str:
 
 
 def _seen_from(entry: TensorEntry, kept: TensorEntry) -> str:
-    """The way from the one name to the other, which is the same for two pairs that lie alike in the tree."""
+    """The way from the one name to the other, which is the same for two pairs that lie alike in the
+    tree.
+    """
     here, there = entry.name.split("."), kept.name.split(".")
-    same = next((at for at, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+    same = next(
+        (at for at, (a, b) in enumerate(zip(here, there, strict=False)) if a != b),
+        min(len(here), len(there)),
+    )
     return ".".join([*("^" for _ in here[same:]), *there[same:]])
 
 
@@ -94,7 +119,13 @@ def _cells(line: Line) -> tuple[str, str, str, str, str]:
         leaf = item.leaf
         size = "" if leaf.tie or not (leaf.is_tensor or leaf.nbytes) else format_size(item.nbytes)
         return label, f"{times}{leaf.kind}", leaf.shape, size, _clipped(leaf.remark)
-    return label, times.rstrip(), several(item.tensors // item.times, "tensor"), format_size(item.nbytes), ""
+    return (
+        label,
+        times.rstrip(),
+        several(item.tensors // item.times, "tensor"),
+        format_size(item.nbytes),
+        "",
+    )
 
 
 def _clipped(text: str) -> str:
@@ -127,4 +158,7 @@ def _root(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     if rooted.path or weighty:
         without = [f"{part.path} ({format_size(part.nbytes)}, {part.reason})" for part in weighty]
         leaves = f" and leaves out {listed(without, most=_MOST_NAMES)}" if without else ""
-        yield "convert", f"takes {shown('.'.join(rooted.path)) if rooted.path else 'the rest'}{leaves}"
+        yield (
+            "convert",
+            f"takes {shown('.'.join(rooted.path)) if rooted.path else 'the rest'}{leaves}",
+        )

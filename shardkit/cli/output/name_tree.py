@@ -1,9 +1,11 @@
-"""A checkpoint as a tree of names, folded to the lines that a person will read. Pure, and without recursion.
+"""A checkpoint as a tree of names, folded to the lines that a person will read. Pure, and without
+recursion.
 
-1. A name is cut at its dots. A place with one child and nothing of its own is drawn on the line of that child.
+1. A name is cut at its dots. A place with one child and nothing of its own is drawn on the line of
+   that child.
 2. What fits in the given number of lines is drawn whole.
-3. Otherwise runs of numbered siblings that look alike become one, and the tree is opened from the top, level by level, as
-   far as the lines go. What stays closed says how much is in it.
+3. Otherwise runs of numbered siblings that look alike become one, and the tree is opened from the
+   top, level by level, as far as the lines go. What stays closed says how much is in it.
 """
 
 from __future__ import annotations
@@ -43,16 +45,22 @@ class Leaf:
         return self.kind, self.shape, self.nbytes, self.tie or self.remark
 
 
-_NOTHING: MappingProxyType[str, Place] = MappingProxyType({})  # most places have nothing below, and there may be many
+_NOTHING: MappingProxyType[str, Place] = MappingProxyType(
+    {}
+)  # most places have nothing below, and there may be many
 
 
 @dataclass(slots=True)
 class Place:
-    """A part of a name: what is at it, and what lies below, with how many tensors and bytes there are in all."""
+    """A part of a name: what is at it, and what lies below, with how many tensors and bytes there
+    are in all.
+    """
 
     label: str
     leaves: tuple[Leaf, ...] = ()
-    children: dict[str, Place] | MappingProxyType[str, Place] = field(default_factory=lambda: _NOTHING)
+    children: dict[str, Place] | MappingProxyType[str, Place] = field(
+        default_factory=lambda: _NOTHING
+    )
     tensors: int = 0
     nbytes: int = 0
     look: int = 0
@@ -100,7 +108,9 @@ class Line:
     hidden: int = 0
 
 
-def outline(leaves: Iterable[tuple[tuple[str, ...], Leaf]], *, most: int | None) -> tuple[list[Line], bool]:
+def outline(
+    leaves: Iterable[tuple[tuple[str, ...], Leaf]], *, most: int | None
+) -> tuple[list[Line], bool]:
     """The lines for leaves with these paths, and whether anything is folded.
 
     Args:
@@ -142,7 +152,9 @@ def _parts(path: tuple[str, ...]) -> list[str]:
 
 
 def _see_looks(places: Sequence[Place]) -> None:
-    """Give places the same look whose leaves and children have the same names, types, shapes and remarks."""
+    """Give places the same look whose leaves and children have the same names, types, shapes and
+    remarks.
+    """
     looks: dict[object, int] = {}
     seen: dict[int, int] = {}  # by identity: it is the same few leaves over and over
     for place in reversed(places):
@@ -156,7 +168,9 @@ def _see_looks(places: Sequence[Place]) -> None:
 
 
 def _opened(whole: Item, most: int | None, *, fold: bool) -> bool:
-    """Open *whole* and the items below it, those nearest to the top first, up to *most* lines; whether that is all of them."""
+    """Open *whole* and the items below it, those nearest to the top first, up to *most* lines;
+    whether that is all of them.
+    """
     left = float("inf") if most is None else most
     closed: list[tuple[Item, list[Item]]] = []
     queue = deque([whole])
@@ -189,7 +203,12 @@ def _items(place: Place, *, fold: bool) -> Iterator[Item]:
     for run in _runs(_ordered(place), fold=fold):
         first, last = run[0], run[-1]
         if len(run) >= _FEWEST_ALIKE:
-            yield Item(f"{first.label} … {last.label}", first, first.leaves[0] if first.leaves else None, len(run))
+            yield Item(
+                f"{first.label} … {last.label}",
+                first,
+                first.leaves[0] if first.leaves else None,
+                len(run),
+            )
         else:
             for child in run:
                 yield from _drawn(child)
@@ -227,7 +246,11 @@ def _runs(children: Iterable[Place], *, fold: bool) -> Iterator[list[Place]]:
 
 
 def _follows(last: Place, child: Place) -> bool:
-    numbered = _is_number(last.label) and _is_number(child.label) and int(child.label) == int(last.label) + 1
+    numbered = (
+        _is_number(last.label)
+        and _is_number(child.label)
+        and int(child.label) == int(last.label) + 1
+    )
     return numbered and last.look == child.look and len(child.leaves) + bool(child.children) == 1
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from shardkit.checkpoint.blocks import runs_of_names
 from shardkit.checkpoint.device_fit import CPU, DISK, Fit
-from shardkit.cli.output.printing import Role, aligned, named, painted, parts_left_out, printable, remarked
+from shardkit.cli.output.printing import (
+    Role,
+    aligned,
+    named,
+    painted,
+    parts_left_out,
+    printable,
+    remarked,
+)
 from shardkit.errors import LoadError, PlanError, several
 from shardkit.operations.place import Placed
 from shardkit.sizes import format_size
@@ -43,14 +51,19 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
         from shardkit.load.performance.bandwidth import Rates
         from shardkit.load.performance.forecast import forecast, rates_here
     except ModuleNotFoundError:
-        raise LoadError("to predict needs torch, which is not installed", hint="pip install torch") from None
+        raise LoadError(
+            "to predict needs torch, which is not installed", hint="pip install torch"
+        ) from None
     homes = found.fit.homes
     measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
     known = measured.given(**{name: float(rate) for name, rate in rates.items()})
-    expected = forecast(found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner)
+    expected = forecast(
+        found.blocks, homes, max(0, found.fit.left[found.runner]), known, found.runner
+    )
     if tokens is None and set(rates) <= set(expected.idle):
         raise PlanError(
-            f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}", hint="give the rate of compute too"
+            f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}",
+            hint="give the rate of compute too",
         )
     return expected
 
@@ -66,7 +79,9 @@ def drawn(found: Placed, forecast: Forecast | None) -> Iterator[str]:
     amount = f"{several(len(found.blocks), 'block')}, {format_size(found.nbytes)}{as_type}"
     yield painted(f"{named(found.source)} ({found.format}): {amount}", Role.HEADING)
     yield from aligned(_rows(found.fit), right=_SIZES)
-    yield from remarked([*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0)
+    yield from remarked(
+        [*_remarks(found), *(_expectations(forecast) if forecast else ())], indent=0
+    )
 
 
 def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
@@ -107,7 +122,10 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if predicted is None and forecast.least is not None:
         yield (
             "at least",
-            f"{forecast.least:.3g} s for a forward, which bringing the weights takes; how fast is computed is not known",
+            (
+                f"{forecast.least:.3g} s for a forward, which bringing the weights takes; how fast "
+                "is computed is not known"
+            ),
         )
     if predicted is not None:
         stages = zip(STAGES, predicted.busy, strict=True)
@@ -115,10 +133,17 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
         hidden = f"; {predicted.hidden:.0%} of reading hidden" if predicted.reading else ""
         yield (
             "a forward",
-            f"{predicted}, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} ({busy})",
+            (
+                f"{predicted}, the first {predicted.first:.3g} s; limit: {predicted.limit}{hidden} "
+                f"({busy})"
+            ),
         )
     if forecast.ring:
-        lacking = f"; {format_size(forecast.lacking)} more than is left for it" if forecast.lacking else ""
+        lacking = (
+            f"; {format_size(forecast.lacking)} more than is left for it"
+            if forecast.lacking
+            else ""
+        )
         yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
     yield "rates", f"{forecast.rates}" or "none"
     known = asdict(forecast.rates)
@@ -145,11 +170,16 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
     if fitted.used[DISK]:
         yield "on disk", f"{format_size(fitted.used[DISK])}, read for every forward"
     if found.read[CPU]:
-        yield "on cpu", f"{format_size(found.read[CPU])}, brought to {found.runner} for every forward"
+        yield (
+            "on cpu",
+            f"{format_size(found.read[CPU])}, brought to {found.runner} for every forward",
+        )
     yield "largest", f"{printable(found.largest.name)}, {format_size(found.largest.nbytes)}"
     for device, nbytes in fitted.lacking.items():
         block = fitted.brought[device]
-        what = f"{printable(block)}, {format_size(fitted.sizes[block])}, is to be brought to {device}"
+        what = (
+            f"{printable(block)}, {format_size(fitted.sizes[block])}, is to be brought to {device}"
+        )
         yield "does not fit", f"{what}, which lacks {format_size(nbytes)} for it"
     for alias, kept in list(found.aliases.items())[:_MOST]:
         yield "tied", f"{printable(alias)} = {printable(kept)}"

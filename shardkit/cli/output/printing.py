@@ -1,4 +1,6 @@
-"""The only place that prints: data to stdout, everything else to stderr, and no control characters of strangers."""
+"""The only place that prints: data to stdout, everything else to stderr, and no control characters
+of strangers.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Role(StrEnum):
     REMOVED = "31"
 
 
-_NOTED = frozenset({"note", "left out", "no tensors", "never run", "does not fit"})  # labels of what a person should see
+_NOTED = frozenset(
+    {"note", "left out", "no tensors", "never run", "does not fit"}
+)  # labels of what a person should see
 _NO_ROLES: Mapping[str, Role] = MappingProxyType({})
 _SGR = re.compile("\x1b\\[[0-9;]*m")
 
@@ -59,15 +63,19 @@ def put(text: str) -> None:
 
 
 def put_json(command: str, document: Mapping[str, object]) -> None:
-    """Print the *document* of *command* to stdout on one line of ASCII, its schema first; paths become text."""
+    """Print the *document* of *command* to stdout on one line of ASCII, its schema first; paths
+    become text.
+    """
     put(json.dumps({"schema": f"shardkit.{command}/1", **document}, default=str))
 
 
 def say(text: str, *, after_echo: bool = False) -> None:
-    """Print *text*, which is for a person, to stderr; over what the terminal has echoed of a key before it.
+    """Print *text*, which is for a person, to stderr; over what the terminal has echoed of a key
+    before it.
 
     Raises:
-        BrokenPipeError: nobody reads it. That it cannot be written for another reason stops no work.
+        BrokenPipeError: nobody reads it. That it cannot be written for another reason stops no
+            work.
     """
     if sys.stderr is None:
         return
@@ -94,7 +102,9 @@ def never_fail_to_encode() -> None:
 
 
 def nobody_reads() -> None:
-    """Drop what is not printed yet, so that Python does not complain at its end that it cannot be."""
+    """Drop what is not printed yet, so that Python does not complain at its end that it cannot
+    be.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         _drop(stream)
 
@@ -103,7 +113,10 @@ def printable(text: str) -> str:
     """*text* with all that a terminal might obey, or not show, as escapes."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
 
 
 def named(path: Path) -> str:
@@ -121,19 +134,31 @@ def parts_left_out(parts: Iterable[LeftOut]) -> Iterator[tuple[str, str]]:
     """What was not converted, each as a row with a word before it; the first of many."""
     weighty = [part for part in parts if part.nbytes]  # the others are among the objects
     for part in weighty[:_MOST_PARTS]:
-        yield "left out", f"{printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}"
+        yield (
+            "left out",
+            f"{printable(part.path)}, {format_size(part.nbytes)}: {printable(part.reason)}",
+        )
     if len(weighty) > _MOST_PARTS:
         yield "left out", f"{len(weighty) - _MOST_PARTS:,} more; --json lists all"
 
 
 def aligned(
-    rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset(), indent: int = 1, roles: Mapping[str, Role] = _NO_ROLES
+    rows: Iterable[Sequence[str]],
+    *,
+    right: frozenset[int] = frozenset(),
+    indent: int = 1,
+    roles: Mapping[str, Role] = _NO_ROLES,
 ) -> Iterator[str]:
-    """*rows* of cells as lines; columns whose number is in *right* are aligned there, first cells in *roles* have its colour."""
+    """*rows* of cells as lines; columns whose number is in *right* are aligned there, first cells
+    in *roles* have its colour.
+    """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.rjust(widths[at]) if at in right else cell.ljust(widths[at]) for at, cell in enumerate(row)]
+        cells = [
+            cell.rjust(widths[at]) if at in right else cell.ljust(widths[at])
+            for at, cell in enumerate(row)
+        ]
         if row[0] in roles:
             cells[0] = painted(cells[0], roles[row[0]])
         yield f"{_STEP * indent}{_STEP.join(cells)}".rstrip()
@@ -149,7 +174,9 @@ def _for(stream: TextIO, text: str) -> str:
 
 
 def _is_colourful(stream: TextIO) -> bool:
-    """Whether *stream* is to have colours: https://no-color.org, https://force-color.org, or a terminal that knows them."""
+    """Whether *stream* is to have colours: https://no-color.org, https://force-color.org, or a
+    terminal that knows them.
+    """
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
@@ -160,7 +187,9 @@ def _is_colourful(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def stdout_or_sentence() -> Iterator[None]:
-    """Raise OutputError where stdout, to which alone the body writes, cannot be written; BrokenPipeError goes through."""
+    """Raise OutputError where stdout, to which alone the body writes, cannot be written;
+    BrokenPipeError goes through.
+    """
     try:
         yield
     except BrokenPipeError:

@@ -11,7 +11,9 @@ from shardkit.payloads.strided import Strided
 
 
 def ties(tensors: Sequence[TensorEntry]) -> dict[int, int]:
-    """For each tensor that has the very bytes, type and shape of an earlier one: its number to the number of that one."""
+    """For each tensor that has the very bytes, type and shape of an earlier one: its number to the
+    number of that one.
+    """
     first: dict[tuple[object, str, tuple[int, ...]], int] = {}
     tied: dict[int, int] = {}
     for number, entry in enumerate(tensors):
@@ -23,7 +25,9 @@ def ties(tensors: Sequence[TensorEntry]) -> dict[int, int]:
 
 
 def overlaps(tensors: Sequence[TensorEntry], tied: Container[int]) -> dict[int, int]:
-    """For each tensor, ties aside, that lies over one that begins before it: the number of that one."""
+    """For each tensor, ties aside, that lies over one that begins before it: the number of that
+    one.
+    """
     found: dict[int, int] = {}
     reach = (-1, 0, -1)  # file, end and tensor of what reaches furthest
     for file, start, below, number in sorted(_runs(tensors, tied)):
@@ -35,8 +39,12 @@ def overlaps(tensors: Sequence[TensorEntry], tied: Container[int]) -> dict[int, 
     return found
 
 
-def _runs(tensors: Sequence[TensorEntry], tied: Container[int]) -> Iterator[tuple[int, int, int, int]]:
-    """File, start, end and tensor of all that is read; ends are negative: of what starts together the longest sorts first."""
+def _runs(
+    tensors: Sequence[TensorEntry], tied: Container[int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """File, start, end and tensor of all that is read; ends are negative: of what starts together
+    the longest sorts first.
+    """
     files: dict[object, int] = {}
     for number, entry in enumerate(tensors):
         if number not in tied:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardkit.cli.output.printing import Role, listed, named, painted, parts_left_out, printable, remarked
+from shardkit.cli.output.printing import (
+    Role,
+    listed,
+    named,
+    painted,
+    parts_left_out,
+    printable,
+    remarked,
+)
 from shardkit.errors import several
 from shardkit.sizes import format_size
 from shardkit.writing.copier import Engine
@@ -21,8 +29,14 @@ _WORTH_A_RATE = 10_000_000  # with fewer bytes, the rate is that of starting up
 def summary(report: Report) -> Iterator[str]:
     """The lines that end a run."""
     made = amounts(report.shards, report.blocks, report.tensors, report.nbytes)
-    yield painted(f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}", Role.HEADING)
-    resumed = [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")] if report.resumed else []
+    yield painted(
+        f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}", Role.HEADING
+    )
+    resumed = (
+        [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")]
+        if report.resumed
+        else []
+    )
     rows = [
         *resumed,
         ("bytes", ways(report.engines)),
@@ -42,20 +56,26 @@ def summary(report: Report) -> Iterator[str]:
 def _saved(report: Report) -> Iterator[tuple[str, str]]:
     saved = max(0, report.nbytes - report.stored)
     if saved or Engine.COMPRESSED in report.engines:
-        share = f"{100 * saved / max(1, report.nbytes):.0f} % less than {format_size(report.nbytes)}"
+        share = (
+            f"{100 * saved / max(1, report.nbytes):.0f} % less than {format_size(report.nbytes)}"
+        )
         yield "stored", f"{format_size(report.stored)}, {share}"
 
 
 def amounts(shards: int, blocks: int, tensors: int, nbytes: int) -> str:
     """How much an output is."""
     counts = ((shards, "shard"), (blocks, "block"), (tensors, "tensor"))
-    return ", ".join([*(several(count, noun) for count, noun in counts if count), format_size(nbytes)])
+    return ", ".join(
+        [*(several(count, noun) for count, noun in counts if count), format_size(nbytes)]
+    )
 
 
 def ways(engines: Mapping[str, int]) -> str:
     """How many bytes came, or would come, into the output in which way, the most first."""
     by_size = sorted(engines.items(), key=lambda item: -item[1])
-    return ", ".join(f"{format_size(count)} {engine}" for engine, count in by_size if count) or "none"
+    return (
+        ", ".join(f"{format_size(count)} {engine}" for engine, count in by_size if count) or "none"
+    )
 
 
 def remarks(
@@ -71,8 +91,17 @@ def remarks(
     if cast:
         yield "cast", several(cast, "tensor")
     if aliases:
-        yield "tied", f"{several(len(aliases), 'name')} recorded instead of written twice; --ties copy writes both"
-        yield from (("", f"{printable(alias)} = {printable(kept)}") for alias, kept in list(aliases.items())[:_MOST])
+        yield (
+            "tied",
+            (
+                f"{several(len(aliases), 'name')} recorded instead of written twice; --ties copy "
+                "writes both"
+            ),
+        )
+        yield from (
+            ("", f"{printable(alias)} = {printable(kept)}")
+            for alias, kept in list(aliases.items())[:_MOST]
+        )
         if len(aliases) > _MOST:
             yield "", f"and {len(aliases) - _MOST:,} more"
     yield from parts_left_out(left_out)

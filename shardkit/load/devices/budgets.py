@@ -22,11 +22,12 @@ _HINT = 'name devices 0, 1, ..., "cuda:0", "mps", "cpu" or "disk"'
 def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
     """Bytes that each device may hold: accelerators by number first, then "mps", "cpu" and "disk".
 
-    A device that is left out may hold nothing, but for the CPU: what is available. The disk has no limit, whatever is said.
+    A device that is left out may hold nothing, but for the CPU: what is available. The disk has no
+    limit, whatever is said.
 
     Args:
-        max_memory: a size for each device: bytes, "10GB", or "80%" of what it has free; None for what there is. Devices are
-            numbers, names or `torch.device`.
+        max_memory: a size for each device: bytes, "10GB", or "80%" of what it has free; None for
+            what there is. Devices are numbers, names or `torch.device`.
 
     Raises:
         LoadError: what is named is no device, or what is said of it no size.
@@ -38,7 +39,9 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
     for key, size in max_memory.items():
         device = device_key(key)
         if device in budgets:
-            raise LoadError(f"max_memory has two sizes for device {shown(device)}", hint="give each device one")
+            raise LoadError(
+                f"max_memory has two sizes for device {shown(device)}", hint="give each device one"
+            )
         budgets[device] = _nbytes(device, size)
     if "cpu" not in budgets and not any(map(_shares_host_memory, budgets)):
         budgets["cpu"] = available_memory()
@@ -64,7 +67,9 @@ def device_key(device: object) -> Device:
 
 
 def accelerator() -> torch.device | None:
-    """The kind of accelerator that is there; None where there is none, though torch may be made for one."""
+    """The kind of accelerator that is there; None where there is none, though torch may be made for
+    one.
+    """
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
@@ -108,13 +113,18 @@ def _nbytes(device: Device, size: object) -> int:
             return int(float(percent[1]) / 100 * _free(device))
         case str():
             return parse_size(size, least=0)
-    raise LoadError(f"{shown(size)} is no size for device {shown(device)}", hint='write bytes, "10GB", or "80%" of what it has')
+    raise LoadError(
+        f"{shown(size)} is no size for device {shown(device)}",
+        hint='write bytes, "10GB", or "80%" of what it has',
+    )
 
 
 def _free(device: Device) -> int:
     free = free_memory(device)
     if free is None:
-        raise LoadError(f"device {shown(device)} does not say what it has free", hint="give it a size in bytes")
+        raise LoadError(
+            f"device {shown(device)} does not say what it has free", hint="give it a size in bytes"
+        )
     return free
 
 
@@ -137,19 +147,26 @@ def _accelerator_type() -> str:
 
 
 def _free_on_accelerator(index: int) -> int | None:
-    """Bytes free on an accelerator, with those that torch has taken and does not use; None if it does not answer."""
+    """Bytes free on an accelerator, with those that torch has taken and does not use; None if it
+    does not answer.
+    """
     if not 0 <= index < torch.accelerator.device_count():
         return None
     module = torch.get_device_module(_accelerator_type())
     try:
         free, _ = module.mem_get_info(index)
         return int(free + module.memory_reserved(index) - module.memory_allocated(index))
-    except (RuntimeError, AttributeError):  # busy in exclusive mode, broken, or of a kind that cannot tell
+    except (
+        RuntimeError,
+        AttributeError,
+    ):  # busy in exclusive mode, broken, or of a kind that cannot tell
         return None
 
 
 def _shares_host_memory(device: Device) -> bool:
-    """Whether what *device* holds is taken from the CPU's memory, which is then not to be counted again."""
+    """Whether what *device* holds is taken from the CPU's memory, which is then not to be counted
+    again.
+    """
     if not isinstance(device, int):
         return device == "mps"
     if _accelerator_type() != "cuda" or device >= torch.accelerator.device_count():

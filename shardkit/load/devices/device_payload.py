@@ -1,4 +1,6 @@
-"""Weights in the memory of an accelerator, as bytes that come to main memory when they are asked for."""
+"""Weights in the memory of an accelerator, as bytes that come to main memory when they are asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ from shardkit.payloads.payload import CHUNK, Extent, check_range
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The memory of an accelerator, of which each chunk is copied to main memory when it is asked for.
+    """The memory of an accelerator, of which each chunk is copied to main memory when it is asked
+    for.
 
-    Equal are the same runs of one storage, which all of them keep; so its address tells it from others.
+    Equal are the same runs of one storage, which all of them keep; so its address tells it from
+    others.
 
     Attributes:
         memory: uint8, of one axis.
@@ -32,7 +36,9 @@ class Remote:
 
     @classmethod
     def of(cls, memory: torch.Tensor, origin: tuple[str, int]) -> Remote:
-        """All of *memory*, once what was issued to write it is done: other threads copy it, and on streams of their own."""
+        """All of *memory*, once what was issued to write it is done: other threads copy it, and on
+        streams of their own.
+        """
         torch.accelerator.synchronize(memory.device)
         return cls(memory, origin)
 
@@ -45,4 +51,6 @@ class Remote:
         return Remote(self.memory[start : start + nbytes], self.origin, self.start + start)
 
     def chunks(self) -> Iterator[memoryview]:
-        return (self.memory[at : at + CHUNK].cpu().numpy().data for at in range(0, self.nbytes, CHUNK))
+        return (
+            self.memory[at : at + CHUNK].cpu().numpy().data for at in range(0, self.nbytes, CHUNK)
+        )

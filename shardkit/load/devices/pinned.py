@@ -1,8 +1,10 @@
 """Main memory that an accelerator copies out of by itself, in exactly the size that is asked for.
 
-1. What torch pins it rounds up to a power of two, which can be as much again. So the memory is made here, and CUDA (or HIP, which
-   goes by the same name) is told to pin it. Other accelerators have no such call, and get what torch pins for them.
-2. What is kept is shared with forks: of pinned pages that are private, a fork copies every one at once.
+1. What torch pins it rounds up to a power of two, which can be as much again. So the memory is made
+   here, and CUDA (or HIP, which goes by the same name) is told to pin it. Other accelerators have
+   no such call, and get what torch pins for them.
+2. What is kept is shared with forks: of pinned pages that are private, a fork copies every one at
+   once.
 3. What cannot be pinned serves as it is: copies out of it are right, and slower. A warning says so.
 4. It is let go when no copy out of it is under way.
 """
@@ -26,7 +28,8 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 def ring_memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    """*nbytes* bytes that are filled again and again, for copies to *device*; the child of a fork finds zeros in them.
+    """*nbytes* bytes that are filled again and again, for copies to *device*; the child of a fork
+    finds zeros in them.
 
     Raises:
         LoadError: there is no room for it.
@@ -58,11 +61,16 @@ def _pinned(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
         failed = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
     if failed:
         _forget_failure(device)
-        sentence = f"{format_size(nbytes)} of main memory cannot be pinned (CUDA error {failed}): copies from it are slower"
+        sentence = (
+            f"{format_size(nbytes)} of main memory cannot be pinned (CUDA error "
+            f"{failed}): copies from it are slower"
+        )
         warnings.warn(sentence, UserWarning, stacklevel=2)
         return memory
     holder = (ctypes.c_char * nbytes).from_address(address)
-    weakref.finalize(holder, _unpin, memory, device, os.getpid()).atexit = False  # which keeps the memory until then
+    weakref.finalize(
+        holder, _unpin, memory, device, os.getpid()
+    ).atexit = False  # which keeps the memory until then
     return torch.frombuffer(holder, dtype=torch.uint8)
 
 

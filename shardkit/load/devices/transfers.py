@@ -1,13 +1,17 @@
 """The device seam: how weights come to where a block runs, and who must wait for whom.
 
-1. A lane makes the memory of a device, and main memory that is copied to it: such as is filled again and again, and such as is
-   filled once, and kept. On the CPU the first is that of the device, and nothing is copied. An accelerator gets copies out of
-   pinned memory, on a stream of its own, which nobody waits for but who needs them.
-2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so on the ticket: either the
-   work that this thread issues next comes after it (`precede`), or the thread itself waits (`finish`).
-3. A moment stands for when such work is done, and is there to be looked at later: nobody waits for a clock.
-4. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to memory passes the tickets of all
-   that used that; whoever uses it lets the ticket of the sending precede.
+1. A lane makes the memory of a device, and main memory that is copied to it: such as is filled
+   again and again, and such as is filled once, and kept. On the CPU the first is that of the
+   device, and nothing is copied. An accelerator gets copies out of pinned memory, on a stream of
+   its own, which nobody waits for but who needs them.
+2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so
+   on the ticket: either the work that this thread issues next comes after it (`precede`), or the
+   thread itself waits (`finish`).
+3. A moment stands for when such work is done, and is there to be looked at later: nobody waits for
+   a clock.
+4. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to
+   memory passes the tickets of all that used that; whoever uses it lets the ticket of the sending
+   precede.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ class Ticket(Protocol):
 
     @property
     def line(self) -> Hashable:
-        """Where it was issued: of the tickets of one line, a later one is never done before an earlier one."""
+        """Where it was issued: of the tickets of one line, a later one is never done before an
+        earlier one.
+        """
         ...
 
     def precede(self) -> None:
@@ -52,7 +58,9 @@ class Timestamp(Protocol):
         ...
 
     def seconds_since(self, earlier: Timestamp) -> float:
-        """The time from *earlier*, which is of the same device, to here; returns when this has passed."""
+        """The time from *earlier*, which is of the same device, to here; returns when this has
+        passed.
+        """
         ...
 
 
@@ -78,7 +86,8 @@ class DeviceTransfer(Protocol):
         ...
 
     def host(self, memory: torch.Tensor) -> torch.Tensor:
-        """Main memory of the length of *memory*, for `send`; it begins at a page. It is *memory* itself where that will do.
+        """Main memory of the length of *memory*, for `send`; it begins at a page. It is *memory*
+        itself where that will do.
 
         Raises:
             LoadError: there is no room for it.
@@ -94,7 +103,8 @@ class DeviceTransfer(Protocol):
         ...
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        """Copy *host* to *memory*, unless they are the same; in the order in which they are sent, and on one line.
+        """Copy *host* to *memory*, unless they are the same; in the order in which they are sent,
+        and on one line.
 
         Args:
             host: what `host` or `kept` gave, or a part of it.
@@ -189,18 +199,21 @@ class AcceleratorTransfer:
         """Hold no memory yet.
 
         Raises:
-            LoadError: torch can do but one thing at a time there, as with Metal: then a copy would hold up what is computed.
+            LoadError: torch can do but one thing at a time there, as with Metal: then a copy would
+                hold up what is computed.
         """
         self.device = device
         try:
             self._stream = torch.Stream(device=device)
         except RuntimeError as error:
             hint = 'let all weights lie there, or run the model on "cpu"'
-            raise LoadError(f"weights cannot stream to {device}, which has no streams: {error}", hint=hint) from None
+            raise LoadError(
+                f"weights cannot stream to {device}, which has no streams: {error}", hint=hint
+            ) from None
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        # Its allocator thinks of the stream that asks: for that one alone all is over that used this memory before, and only of
-        # what that one does it knows when the memory is let go.
+        # Its allocator thinks of the stream that asks: for that one alone all is over that used
+        # this memory before, and only of what that one does it knows when the memory is let go.
         memory = self._fresh(nbytes)
         self._stream.wait_stream(torch.accelerator.current_stream(self.device))
         memory.record_stream(self._stream)
@@ -213,7 +226,8 @@ class AcceleratorTransfer:
         return kept_memory(nbytes, self.device)
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        # Other threads may send in between: then this copy waits for more than it must, and so does who needs it.
+        # Other threads may send in between: then this copy waits for more than it must, and so does
+        # who needs it.
         for ticket in after:
             assert isinstance(ticket, _Event)
             self._stream.wait_event(ticket.event)
@@ -223,11 +237,15 @@ class AcceleratorTransfer:
 
     def issued(self, memory: torch.Tensor) -> Ticket:
         stream = torch.accelerator.current_stream(self.device)
-        memory.record_stream(stream)  # its allocator must not give the memory away while that work may run
+        memory.record_stream(
+            stream
+        )  # its allocator must not give the memory away while that work may run
         return _Event.after(stream)
 
     def moment(self) -> Timestamp:
-        if self.device.type != "cuda":  # others may have no clock, and then the time is that of issuing
+        if (
+            self.device.type != "cuda"
+        ):  # others may have no clock, and then the time is that of issuing
             return Instant(time.perf_counter())
         event = torch.Event(device=self.device, enable_timing=True)
         event.record(torch.accelerator.current_stream(self.device))
@@ -238,16 +256,23 @@ class AcceleratorTransfer:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
             hint = "let fewer weights stay there, or give a smaller ring"
-            raise LoadError(f"no memory on {self.device} for {format_size(nbytes)} of weights", hint=hint) from error
+            raise LoadError(
+                f"no memory on {self.device} for {format_size(nbytes)} of weights", hint=hint
+            ) from error
 
 
 def _issuing_on(stream: torch.Stream) -> AbstractContextManager[object]:
     """The context in which what this thread issues goes to *stream*."""
     if not hasattr(stream, "__enter__"):  # before torch 2.7
-        context: AbstractContextManager[object] = torch.get_device_module(stream.device).stream(stream)
+        context: AbstractContextManager[object] = torch.get_device_module(stream.device).stream(
+            stream
+        )
         return context
-    # A twin, because the object remembers what to go back to: it is a context of one thread at a time.
-    return torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
+    # A twin, because the object remembers what to go back to: it is a context of one thread at a
+    # time.
+    return torch.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
 
 
 @dataclass(frozen=True, slots=True)

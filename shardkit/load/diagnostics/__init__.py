@@ -1,1 +1,3 @@
-"""`explain`: why each part of a model is where it is, and what a forward takes, predicted beside measured."""
+"""`explain`: why each part of a model is where it is, and what a forward takes, predicted beside
+measured.
+"""

@@ -1,9 +1,10 @@
 """Why each part of a model is where it is, and what a forward takes: predicted beside measured.
 
-1. What is said is found in the model as it is now: in its hooks, and in what stands in the places of its weights.
+1. What is said is found in the model as it is now: in its hooks, and in what stands in the places
+   of its weights.
 2. Rates are measured, in about a second, if something streams and none are given.
-3. A prediction is for models whose time goes into products with matrices, as that of language models does. Whatever else a
-   forward computes is not in it.
+3. A prediction is for models whose time goes into products with matrices, as that of language
+   models does. Whatever else a forward computes is not in it.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ from shardkit.payloads.payload import Extent, Payload
 
 
 @overload
-def explain(model: nn.Module, *, rows: int | None = None, rates: Rates | None = None) -> Explanation: ...
+def explain(
+    model: nn.Module, *, rows: int | None = None, rates: Rates | None = None
+) -> Explanation: ...
 
 
 @overload
-def explain(model: Pipeline, *, rows: int | None = None, rates: Rates | None = None) -> PipelineExplanation: ...
+def explain(
+    model: Pipeline, *, rows: int | None = None, rates: Rates | None = None
+) -> PipelineExplanation: ...
 
 
 def explain(
@@ -50,8 +55,10 @@ def explain(
     """Say why each part of *model* is where it is, and what a forward of it takes.
 
     Args:
-        model: a model that was dispatched, or any other; or a pipeline of Diffusers, for each of its models.
-        rows: vectors that a forward multiplies, such as tokens; None for as many as in the last forward, or else one.
+        model: a model that was dispatched, or any other; or a pipeline of Diffusers, for each of
+            its models.
+        rows: vectors that a forward multiplies, such as tokens; None for as many as in the last
+            forward, or else one.
         rates: those of this machine; None to measure them, if something streams.
 
     Returns:
@@ -64,7 +71,10 @@ def explain(
         return _explained(_Found.of(model, getattr(model, "hf_device_map", {})), rows, rates)
     models = {name: part for name, part in model.components.items() if isinstance(part, nn.Module)}
     device_map = getattr(model, "hf_device_map", None) or {}
-    explained = {name: _explained(_Found.of(each, inside(name, device_map)), rows, rates) for name, each in models.items()}
+    explained = {
+        name: _explained(_Found.of(each, inside(name, device_map)), rows, rates)
+        for name, each in models.items()
+    }
     return PipelineExplanation(type(model).__name__, explained)
 
 
@@ -77,12 +87,23 @@ def _explained(found: _Found, rows: int | None, rates: Rates | None) -> Explanat
     streams = {pager.stream for pager in found.pagers.values()}
     ring = sum(stream.room for stream in streams)
     if rates is None:
-        for stream in streams:  # else what is read for the next forward shares the disk with the probe
+        for (
+            stream
+        ) in streams:  # else what is read for the next forward shares the disk with the probe
             stream.rest()
         rates = measure(found.extents(), found.runner, replace(found.product(), rows=rows))
     predicted = predict([part.step for part in parts], rates, ring)
     measured = series if series and series.forwards and series.rows == rows else None
-    return Explanation(name, parts, ring, rows, rates, predicted, measured, found.clock.depths if found.clock else ())
+    return Explanation(
+        name,
+        parts,
+        ring,
+        rows,
+        rates,
+        predicted,
+        measured,
+        found.clock.depths if found.clock else (),
+    )
 
 
 @dataclass(slots=True)
@@ -117,13 +138,17 @@ class _Found:
 
     @classmethod
     def of(cls, model: nn.Module, device_map: Mapping[str, Device]) -> _Found:
-        """What is found in *model*, whose *device_map* says where its parts are if nothing streams."""
+        """What is found in *model*, whose *device_map* says where its parts are if nothing
+        streams.
+        """
         names = {module: name for name, module in model.named_modules()}
         attached = [(names[module], each) for module, *_, each in attachments(model)]
         pagers = {each: name for name, each in attached if isinstance(each, Pager)}
         clock = next((each for _, each in attached if isinstance(each, Clock)), None)
         weights = list(weights_of(model))
-        blocks = cut(model, weights, target=lambda weight: None if weight.is_buffer else "anywhere").blocks
+        blocks = cut(
+            model, weights, target=lambda weight: None if weight.is_buffer else "anywhere"
+        ).blocks
         return cls(
             model=model,
             pagers={seat: pager for pager in pagers for seat in pager.seats},
@@ -148,12 +173,20 @@ class _Found:
 
     def extents(self) -> Iterator[Extent]:
         """What streams from files."""
-        streamed = (weight.tensor for weight in weights_of(self.model) if isinstance(weight.tensor, Streamed))
+        streamed = (
+            weight.tensor
+            for weight in weights_of(self.model)
+            if isinstance(weight.tensor, Streamed)
+        )
         return (source for tensor in streamed for source in tensor.recipe.storage.sources)
 
     def product(self) -> Product:
         """One of the matrices that most of what streams consists of."""
-        streamed = (weight.tensor for weight in weights_of(self.model) if isinstance(weight.tensor, Streamed))
+        streamed = (
+            weight.tensor
+            for weight in weights_of(self.model)
+            if isinstance(weight.tensor, Streamed)
+        )
         return common_product((tensor.dtype, tensor.shape) for tensor in streamed)
 
     def _draft(self, weight: Weight) -> _Draft:
@@ -163,25 +196,45 @@ class _Found:
             place = "disk" if weight.tensor.recipe.storage.sources else "cpu"
             return _Draft(self._unit(weight), place, "closed: read whenever it is used")
         if pager is None or written:
-            why = "it was written, and has memory of its own" if written else self._why_it_stays(weight)
+            why = (
+                "it was written, and has memory of its own"
+                if written
+                else self._why_it_stays(weight)
+            )
             return _Draft(self._unit(weight), _place(weight.tensor.device), why)
-        from_file = not isinstance(weight.tensor, Streamed) or bool(weight.tensor.recipe.storage.sources)
-        return _Draft(self.names[pager], "disk" if from_file else "cpu", self._why_it_streams(weight, from_file=from_file))
+        from_file = not isinstance(weight.tensor, Streamed) or bool(
+            weight.tensor.recipe.storage.sources
+        )
+        return _Draft(
+            self.names[pager],
+            "disk" if from_file else "cpu",
+            self._why_it_streams(weight, from_file=from_file),
+        )
 
     def _unit(self, weight: Weight) -> str:
         """The module that *weight* is told with; its own name if its module has others in it."""
         around = [name for name in prefixes(weight.names[0]) if name in self.units]
         owner = weight.names[0].rpartition(".")[0]
-        return around[-1] if around else weight.names[0] if own_modules(weight.seats[0].owner) else owner
+        return (
+            around[-1]
+            if around
+            else weight.names[0]
+            if own_modules(weight.seats[0].owner)
+            else owner
+        )
 
     def _why_it_streams(self, weight: Weight, *, from_file: bool) -> str:
         if not from_file and self._said(weight) == "disk":
             return "no file has it: it was computed when the model was made"
-        return "no room beside what stays" if self.clock and self.clock.chosen else "the map says so"
+        return (
+            "no room beside what stays" if self.clock and self.clock.chosen else "the map says so"
+        )
 
     def _why_it_stays(self, weight: Weight) -> str:
         said = self._said(weight)
-        if not self.pagers or (said not in (None, "disk") and (said != "cpu" or self.runner.type == "cpu")):
+        if not self.pagers or (
+            said not in (None, "disk") and (said != "cpu" or self.runner.type == "cpu")
+        ):
             return "fits" if not self.clock or self.clock.chosen else "the map says so"
         if len(weight.seats) > 1:
             return "tied: it has one home for all its names"
@@ -199,7 +252,11 @@ class _Found:
         return device_of(name, self.device_map) if covers(self.device_map, name) else None
 
     def _part(self, draft: _Draft) -> Part:
-        lazy = (each.tensor for each in draft.weights if isinstance(each.tensor, Streamed) and is_address(each.tensor))
+        lazy = (
+            each.tensor
+            for each in draft.weights
+            if isinstance(each.tensor, Streamed) and is_address(each.tensor)
+        )
         streamed = [tensor.recipe.in_memory[0] for tensor in lazy]
         runs_on = self.runner if streamed and self.pagers else draft.weights[0].tensor.device
         return Part(
@@ -208,10 +265,25 @@ class _Found:
             runs_on=str(runs_on),
             nbytes=sum(map(_nbytes, draft.weights)),
             why=draft.why,
-            step=step_of(streamed, compute=_multiplied(draft.weights, self.model), linked=runs_on.type != "cpu"),
-            cast=sum(payload.nbytes for payload in streamed if any(isinstance(each, Cast) for each in _layers(payload))),
-            compressed=sum(payload.nbytes for payload in streamed if any(isinstance(each, Framed) for each in _layers(payload))),
-            askew=sum(isinstance(payload, Extent) and payload.start % ALIGNMENT > 0 for payload in streamed),
+            step=step_of(
+                streamed,
+                compute=_multiplied(draft.weights, self.model),
+                linked=runs_on.type != "cpu",
+            ),
+            cast=sum(
+                payload.nbytes
+                for payload in streamed
+                if any(isinstance(each, Cast) for each in _layers(payload))
+            ),
+            compressed=sum(
+                payload.nbytes
+                for payload in streamed
+                if any(isinstance(each, Framed) for each in _layers(payload))
+            ),
+            askew=sum(
+                isinstance(payload, Extent) and payload.start % ALIGNMENT > 0
+                for payload in streamed
+            ),
         )
 
 
@@ -229,7 +301,9 @@ def _is_multiplied(weight: Weight, model: nn.Module) -> bool:
 def _layers(payload: Payload) -> Iterator[Payload]:
     """*payload*, and what it is made from."""
     yield payload
-    inside = [getattr(payload, name) for name in ("inner", "storage", "frame") if hasattr(payload, name)]
+    inside = [
+        getattr(payload, name) for name in ("inner", "storage", "frame") if hasattr(payload, name)
+    ]
     for each in (*inside, *getattr(payload, "parts", ())):
         yield from _layers(each)
 

@@ -1,4 +1,6 @@
-"""What `explain` says, as a value that prints: the parts of a model, where they are and why, and what a forward takes."""
+"""What `explain` says, as a value that prints: the parts of a model, where they are and why, and
+what a forward takes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Part:
         step: what it asks of a forward.
         cast: bytes of it that are cast whenever they are read.
         compressed: bytes of it that are decompressed whenever they are read.
-        askew: how many of its weights lie off multiples of 64 bytes in their files, and are moved when they are read.
+        askew: how many of its weights lie off multiples of 64 bytes in their files, and are moved
+            when they are read.
     """
 
     name: str
@@ -80,25 +83,35 @@ class Explanation:
 
     @property
     def read(self) -> dict[str, int]:
-        """Bytes that each forward reads from files, and from main memory for another device; nothing if all is in the ring."""
+        """Bytes that each forward reads from files, and from main memory for another device;
+        nothing if all is in the ring.
+        """
         streamed = [part for part in self.parts if part.streams and not self.stays]
         memory = sum(part.nbytes for part in streamed if part.place != "disk")
         return {"disk": sum(part.step.disk for part in streamed), "memory": memory}
 
     @property
     def stays(self) -> bool:
-        """Whether all that streams has room in the ring at once, so that it is read by the first forward only."""
+        """Whether all that streams has room in the ring at once, so that it is read by the first
+        forward only.
+        """
         return sum(part.step.room for part in self.parts) <= self.ring
 
     @property
     def host_ring(self) -> int:
-        """Bytes of main memory through which what is on disk comes to another device: as many as there."""
-        passing = any(part.streams and part.place == "disk" and part.runs_on != "cpu" for part in self.parts)
+        """Bytes of main memory through which what is on disk comes to another device: as many as
+        there.
+        """
+        passing = any(
+            part.streams and part.place == "disk" and part.runs_on != "cpu" for part in self.parts
+        )
         return self.ring if passing else 0
 
     @property
     def held(self) -> dict[Device, int]:
-        """Bytes of weights on each device; what has its place on disk is there and nowhere else, but for the ring."""
+        """Bytes of weights on each device; what has its place on disk is there and nowhere else,
+        but for the ring.
+        """
         held: dict[Device, int] = {}
         for part in self.parts:
             held[part.place] = held.get(part.place, 0) + part.nbytes
@@ -119,11 +132,15 @@ class Explanation:
     def hidden(self) -> float | None:
         """Which share of the reading no forward waited for, as measured.
 
-        An accelerator is given work before the weights are there, and nobody sees it wait: there, what a forward took is held
-        against what computing should take.
+        An accelerator is given work before the weights are there, and nobody sees it wait: there,
+        what a forward took is held against what computing should take.
         """
         if any(part.streams and part.runs_on != "cpu" for part in self.parts):
-            taken = None if self.predicted is None or self.seconds is None else replace(self.predicted, seconds=self.seconds)
+            taken = (
+                None
+                if self.predicted is None or self.seconds is None
+                else replace(self.predicted, seconds=self.seconds)
+            )
             return taken.hidden if taken else None
         counts = self.measured.counts if self.measured else None
         return max(0.0, 1 - counts.waited / counts.reading) if counts and counts.reading else None
@@ -162,18 +179,25 @@ class Explanation:
         return "\n".join([*self._heading(), *_table(self._rows()), *self._forward(), *self.advice])
 
     def _advice(self) -> Iterator[str]:
-        cast, compressed = (sum(getattr(part, what) for part in self.parts) for what in ("cast", "compressed"))
+        cast, compressed = (
+            sum(getattr(part, what) for part in self.parts) for what in ("cast", "compressed")
+        )
         askew = sum(part.askew for part in self.parts)
         if cast:
-            yield f"{format_size(cast)} are cast whenever they are read: `shardkit offload-prep --dtype …` does it once."
+            yield (
+                f"{format_size(cast)} are cast whenever they are read: `shardkit offload-prep "
+                "--dtype …` does it once."
+            )
         if compressed:
             yield (
-                f"{format_size(compressed)} are decompressed whenever they are read, which pays on slow disks: "
+                f"{format_size(compressed)} are decompressed whenever they are read, which pays "
+                "on slow disks: "
                 "`shardkit offload-prep` writes them plainly."
             )
         if askew:
             yield (
-                f"{several(askew, 'weight')} off multiples of 64 bytes, moved whenever they are read: "
+                f"{several(askew, 'weight')} off multiples of 64 bytes, moved whenever they are "
+                "read: "
                 "`shardkit offload-prep` lays them out."
             )
 
@@ -182,7 +206,10 @@ class Explanation:
         total = sum(part.nbytes for part in self.parts)
         says = f"{format_size(streamed)} of it stream" if streamed else "nothing streams"
         if streamed and not self.ring:
-            says = f"{format_size(streamed)} of it are read whenever they are used: the model is closed; load it again to stream"
+            says = (
+                f"{format_size(streamed)} of it are read whenever they are used: the model is "
+                "closed; load it again to stream"
+            )
         yield f"{self.model}: {format_size(total)} of weights, {says}"
 
     def _rows(self) -> Iterator[Sequence[str]]:
@@ -191,10 +218,22 @@ class Explanation:
             groups.setdefault((part.place, part.why), []).append(part)
         for (place, why), parts in groups.items():
             count = f"{len(parts)} parts" if len(parts) > 1 else ""
-            yield f"{place}", count, format_size(sum(part.nbytes for part in parts)), why, ", ".join(_names(parts))
+            yield (
+                f"{place}",
+                count,
+                format_size(sum(part.nbytes for part in parts)),
+                why,
+                ", ".join(_names(parts)),
+            )
         if self.ring:
             runner = next(part.runs_on for part in self.parts if part.streams)
-            yield runner, "", format_size(self.ring), "the ring that blocks stream through", "; ".join(self.depths)
+            yield (
+                runner,
+                "",
+                format_size(self.ring),
+                "the ring that blocks stream through",
+                "; ".join(self.depths),
+            )
         if self.host_ring:
             yield "cpu", "", format_size(self.host_ring), "its twin, for what is on disk", ""
 
@@ -202,12 +241,20 @@ class Explanation:
         if self.predicted is None or self.rates is None:
             return
         rows = f"{self.rows} rows" if self.rows > 1 else "one row"
-        sources = [f"{format_size(nbytes)} from {where}" for where, nbytes in self.read.items() if nbytes]
-        yield f"A forward of {rows} reads {' and '.join(sources) or 'nothing: all that streams has room in the ring'}."
-        busy = [(name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken]
+        sources = [
+            f"{format_size(nbytes)} from {where}" for where, nbytes in self.read.items() if nbytes
+        ]
+        yield (
+            f"A forward of {rows} reads "
+            f"{' and '.join(sources) or 'nothing: all that streams has room in the ring'}."
+        )
+        busy = [
+            (name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken
+        ]
         stages = ", ".join(f"{name} {taken:.3g} s" for name, taken in busy)
         yield (
-            f"predicted  {self.predicted}, the first {self.predicted.first:.3g} s; limit: {self.predicted.limit}; "
+            f"predicted  {self.predicted}, the first {self.predicted.first:.3g} s; limit: "
+            f"{self.predicted.limit}; "
             f"{self.predicted.hidden:.0%} of reading hidden ({stages})"
         )
         yield f"           with {self.rates}"
@@ -215,7 +262,10 @@ class Explanation:
 
     def _measured(self) -> str:
         if self.measured is None or self.seconds is None:
-            return "nothing yet: two forwards of this size are needed, of which the first does not count"
+            return (
+                "nothing yet: two forwards of this size are needed, of which the first does "
+                "not count"
+            )
         many = f"the mean of {self.measured.forwards}" if self.measured.forwards > 1 else "once"
         rate = f"; disk {format_size(int(self.achieved))}/s" if self.achieved else ""
         hidden = f"; {self.hidden:.0%} of reading hidden" if self.hidden is not None else ""
@@ -255,7 +305,10 @@ class PipelineExplanation:
         ring = f", through one ring of {format_size(self.ring)}" if self.ring else ""
         streamed = format_size(sum(part.nbytes for part in parts if part.streams))
         total = format_size(sum(part.nbytes for part in parts))
-        yield f"{self.pipeline}: {several(len(self.models), 'model')}, {total} of weights, {streamed} of it stream{ring}"
+        yield (
+            f"{self.pipeline}: {several(len(self.models), 'model')}, {total} of weights, "
+            f"{streamed} of it stream{ring}"
+        )
         for name, each in self.models.items():
             yield f"{name}: {each}"
 
@@ -264,7 +317,13 @@ def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
     for place, count, size, why, names in rows:
-        cells = (place.ljust(widths[0]), size.rjust(widths[2]), count.rjust(widths[1]), why.ljust(widths[3]), names)
+        cells = (
+            place.ljust(widths[0]),
+            size.rjust(widths[2]),
+            count.rjust(widths[1]),
+            why.ljust(widths[3]),
+            names,
+        )
         yield "  " + "  ".join(cells).rstrip()
 
 

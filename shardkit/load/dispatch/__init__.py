@@ -1,1 +1,3 @@
-"""Attach a model to what it streams from: the functions of Accelerate, and how they are carried out."""
+"""Attach a model to what it streams from: the functions of Accelerate, and how they are carried
+out.
+"""

@@ -1,13 +1,17 @@
-"""Accelerate's family of big-model inference, with its names, arguments and meaning, on what shardkit can open.
+"""Accelerate's family of big-model inference, with its names, arguments and meaning, on what
+shardkit can open.
 
 What is different, and why:
 
-1. Weights that the device map sends to the disk stream from the checkpoint itself, whatever its format. Nothing is written for
-   it, so *offload_folder* stays empty; *offload_dir* is written to only where a model that is in memory goes to disk.
-2. Everything that is wrong is said before a weight is touched, and for every device. *strict* means both directions.
-3. Outside its block's forward a streamed weight is an address that is read when it is used, and not a meta tensor.
-4. *preload_module_classes* are classes whose modules stream as one. That is so for more than they name (see `blocks`), so that
-   it is seldom needed.
+1. Weights that the device map sends to the disk stream from the checkpoint itself, whatever its
+   format. Nothing is written for it, so *offload_folder* stays empty; *offload_dir* is written to
+   only where a model that is in memory goes to disk.
+2. Everything that is wrong is said before a weight is touched, and for every device. *strict* means
+   both directions.
+3. Outside its block's forward a streamed weight is an address that is read when it is used, and not
+   a meta tensor.
+4. *preload_module_classes* are classes whose modules stream as one. That is so for more than they
+   name (see `blocks`), so that it is seldom needed.
 """
 
 from __future__ import annotations
@@ -24,7 +28,13 @@ from torch import nn
 
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key
-from shardkit.load.dispatch.attach import DispatchConfig, arrange, check_ring, kept_addresses, reported_map
+from shardkit.load.dispatch.attach import (
+    DispatchConfig,
+    arrange,
+    check_ring,
+    kept_addresses,
+    reported_map,
+)
 from shardkit.load.dispatch.offload_to_disk import fill_empty, spill
 from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.lazy_view import Recipe
@@ -77,34 +87,46 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model, empty or not. It is changed, and returned.
         checkpoint: whatever `shardkit.open` opens: a file of any format, an index, a folder.
-        device_map: a device for each part of the model, by name; or how to make one: "auto" and "balanced" spread it over the
-            accelerators, and choose what streams so that most of it is hidden; "balanced_low_0" leaves the first as empty as can
-            be, "sequential" fills one after the other. None loads all weights where the model has them, empty ones onto the CPU,
-            and attaches nothing.
-        max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where *device_map* is a word.
-        no_split_module_classes: names of classes whose modules stay on one device, and stream as one.
-        offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning says so.
-        offload_buffers: let buffers stream with the parameters beside them, where they would stay in memory.
+        device_map: a device for each part of the model, by name; or how to make one: "auto" and
+            "balanced" spread it over the accelerators, and choose what streams so that most of it
+            is hidden; "balanced_low_0" leaves the first as empty as can be, "sequential" fills one
+            after the other. None loads all weights where the model has them, empty ones onto the
+            CPU, and attaches nothing.
+        max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where
+            *device_map* is a word.
+        no_split_module_classes: names of classes whose modules stay on one device, and stream as
+            one.
+        offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning
+            says so.
+        offload_buffers: let buffers stream with the parameters beside them, where they would stay
+            in memory.
         dtype: what floats are cast to; None for the types that *model* has.
         offload_state_dict: likewise.
         skip_keys: keys of arguments that stay where they are.
-        preload_module_classes: names of classes whose modules stream as one, for forwards that use their parts' weights.
+        preload_module_classes: names of classes whose modules stream as one, for forwards that use
+            their parts' weights.
         force_hooks: move inputs and outputs even if all of the model is on one device.
-        strict: let missing and unexpected names be errors. If not, they are warnings, and missing weights keep their values.
+        strict: let missing and unexpected names be errors. If not, they are warnings, and missing
+            weights keep their values.
         full_state_dict: a checkpoint is read by one process, whole; False is an error.
         broadcast_from_rank0: likewise; True is an error.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
-            as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
-        verify: hold the files against their checksums first, those that stream too, as `load_checkpoint_in_model` does.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
+            they may take, as in "500MB", where the map is a dict. A map that is made here counts
+            them, and may have room for fewer. None for as many as pay at the rates of this machine,
+            which take a second to measure if more than 64 MiB stream.
+        verify: hold the files against their checksums first, those that stream too, as
+            `load_checkpoint_in_model` does.
 
     Raises:
         FormatError: the checkpoint cannot be read.
         PlanError: several parts of it could be the model.
-        LoadError: it does not fit the model, or the model the memory; and before a weight is touched.
+        LoadError: it does not fit the model, or the model the memory; and before a weight is
+            touched.
     """
-    if device_map is None or broadcast_from_rank0 or not full_state_dict:  # the last two are errors, and it says so
+    if (
+        device_map is None or broadcast_from_rank0 or not full_state_dict
+    ):  # the last two are errors, and it says so
         load_checkpoint_in_model(
             model,
             checkpoint,
@@ -120,19 +142,36 @@ def load_checkpoint_and_dispatch(
     found = match(model, opened, dtype=target, strict=strict)
     preload = class_names(preload_module_classes)
     rates = partial(_rates, found.homes)
-    terms = PlacementOptions(ring, offload, max_memory, no_split, preload, target, offload_buffers, rates)
+    terms = PlacementOptions(
+        ring, offload, max_memory, no_split, preload, target, offload_buffers, rates
+    )
     chosen = isinstance(device_map, str)
     device_map, depth = terms.residents(model, device_map)
     check_device_map(model, device_map)
-    wish = _wish(device_map, None, no_split | preload, offload_buffers, skip_keys, force_hooks, depth, chosen=chosen)
+    wish = _wish(
+        device_map,
+        None,
+        no_split | preload,
+        offload_buffers,
+        skip_keys,
+        force_hooks,
+        depth,
+        chosen=chosen,
+    )
     parts = wish.cut(model)
     stored = _stored(parts, found.homes, opened.files)
     check_ring(parts, wish, stored)
     if verify:
         opened.verify([*(home.entry for home in found.homes), *found.extra.values()])
-    addresses = {name: recipe for name, recipe in stored.items() if device_of(name, wish.device_map) == "disk"}
+    addresses = {
+        name: recipe
+        for name, recipe in stored.items()
+        if device_of(name, wish.device_map) == "disk"
+    }
     addresses |= kept_addresses(parts, wish, stored)
-    values = install.read((home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses)
+    values = install.read(
+        (home, wish.lies_on(home.name)) for home in found.homes if home.name not in addresses
+    )
     extra = install.read_extra(found.extra)
     opened.check_unchanged()
     install.install(model, found.homes, values, extra)
@@ -163,18 +202,21 @@ def dispatch_model(
     Args:
         model: the model. It is changed, and returned.
         device_map: a device for each part of it, by name.
-        main_device: what runs the parts on CPU and disk; None for the first accelerator in *device_map*, or else the CPU.
+        main_device: what runs the parts on CPU and disk; None for the first accelerator in
+            *device_map*, or else the CPU.
         state_dict: the values of weights that are on the meta device.
-        offload_dir: a checkpoint with the values of weights that are on the meta device, from which those on disk stream. Where
-            weights that go to disk are in memory, they are written there, to a folder that is new, empty, or holds just them.
-        offload_index: the files of weights that are on the meta device, as in
-            ``{"a.weight": {"safetensors_file": "x.safetensors"}}``; or, for what *offload_dir* holds, type and shape.
+        offload_dir: a checkpoint with the values of weights that are on the meta device, from which
+            those on disk stream. Where weights that go to disk are in memory, they are written
+            there, to a folder that is new, empty, or holds just them.
+        offload_index: the files of weights that are on the meta device, as in ``{"a.weight":
+            {"safetensors_file": "x.safetensors"}}``; or, for what *offload_dir* holds, type and
+            shape.
         offload_buffers: let buffers stream with the parameters beside them.
         skip_keys: keys of arguments that stay where they are.
         preload_module_classes: names of classes whose modules stream as one.
         force_hooks: move inputs and outputs even if all of the model is on one device.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB"; None for as many as pay.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
+            they may take, as in "500MB"; None for as many as pay.
 
     Raises:
         FormatError: a file cannot be read.
@@ -182,7 +224,15 @@ def dispatch_model(
         LoadError: the map or the files do not fit the model, or a weight has no value.
     """
     check_device_map(model, device_map)
-    wish = _wish(device_map, main_device, class_names(preload_module_classes), offload_buffers, skip_keys, force_hooks, ring)
+    wish = _wish(
+        device_map,
+        main_device,
+        class_names(preload_module_classes),
+        offload_buffers,
+        skip_keys,
+        force_hooks,
+        ring,
+    )
     _dispatch(model, wish, state_dict, offload_dir, offload_index)
     return _mapped(model, wish, device_map)
 
@@ -198,7 +248,8 @@ def cpu_offload(
 
     Args:
         model: the model. It is changed, and returned.
-        execution_device: what runs it; None for the device of its first parameter. On the CPU nothing needs to stream.
+        execution_device: what runs it; None for the device of its first parameter. On the CPU
+            nothing needs to stream.
         offload_buffers: let buffers stream too.
         state_dict: the values of weights that are on the meta device.
         preload_module_classes: names of classes whose modules stream as one.
@@ -206,7 +257,15 @@ def cpu_offload(
     Raises:
         LoadError: a weight has no value, or there is no room.
     """
-    wish = _wish({"": "cpu"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
+    wish = _wish(
+        {"": "cpu"},
+        _runs_on(model, execution_device),
+        preload_module_classes,
+        offload_buffers,
+        None,
+        True,
+        None,
+    )
     _dispatch(model, wish, state_dict, None, None)
     return model
 
@@ -232,7 +291,15 @@ def disk_offload(
         OutputError: *offload_dir* cannot be written.
         LoadError: the files do not fit the model, or a weight has no value.
     """
-    wish = _wish({"": "disk"}, _runs_on(model, execution_device), preload_module_classes, offload_buffers, None, True, None)
+    wish = _wish(
+        {"": "disk"},
+        _runs_on(model, execution_device),
+        preload_module_classes,
+        offload_buffers,
+        None,
+        True,
+        None,
+    )
     _dispatch(model, wish, None, offload_dir, None)
     return model
 
@@ -276,7 +343,9 @@ def _wish(
 
 def _rates(homes: Sequence[Match], device: Device) -> Rates:
     """Those at which what lives in *homes* streams to *device*."""
-    return rates_for(((home.payload, home.dtype, home.shape) for home in homes), torch_device(device))
+    return rates_for(
+        ((home.payload, home.dtype, home.shape) for home in homes), torch_device(device)
+    )
 
 
 def _stored(parts: Cut, homes: Iterable[Match], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:

@@ -1,12 +1,15 @@
-"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks page in and out.
+"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks
+page in and out.
 
 1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
-2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main memory, and streams from there if
-   the model runs on an accelerator, which copies it out of memory that is made for that (see `kept`). What it sends to the disk
-   streams from where it lies. Tensors that are the model's own, and of none of its parts, go to its main device rather than to
-   another, as in Accelerate: that is where its inputs come.
-3. A weight that should stream and is in no block stays in the memory of the device that it is needed on, as do buffers unless
-   they are to be offloaded; those that no checkpoint holds always do, on the main device if the map leaves them out.
+2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main
+   memory, and streams from there if the model runs on an accelerator, which copies it out of memory
+   that is made for that (see `kept`). What it sends to the disk streams from where it lies. Tensors
+   that are the model's own, and of none of its parts, go to its main device rather than to another,
+   as in Accelerate: that is where its inputs come.
+3. A weight that should stream and is in no block stays in the memory of the device that it is
+   needed on, as do buffers unless they are to be offloaded; those that no checkpoint holds always
+   do, on the main device if the map leaves them out.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class DispatchConfig:
         whole: names of classes whose modules stream as one.
         offload_buffers: whether buffers stream like parameters.
         skip: keys of arguments that are not moved between devices.
-        ring: blocks of streamed weights that are in memory at a time, or how much they may take; None for as many as pay.
+        ring: blocks of streamed weights that are in memory at a time, or how much they may take;
+            None for as many as pay.
         hooks: whether arguments are moved where nothing streams and all is on one device.
         chosen: whether the map was made from a word.
     """
@@ -75,7 +79,9 @@ class DispatchConfig:
     chosen: bool = False
 
     def runs_on(self, name: str) -> torch.device:
-        """The device that uses the tensor *name*: the main one, if the map leaves it out, as it may with other buffers."""
+        """The device that uses the tensor *name*: the main one, if the map leaves it out, as it may
+        with other buffers.
+        """
         if not covers(self.device_map, name):
             return self.main
         device = device_of(name, self.device_map)
@@ -102,13 +108,16 @@ class DispatchConfig:
         return cut(model, list(weights_of(model)), target=self.streams, whole=self.whole)
 
 
-def arrange(model: nn.Module, wish: DispatchConfig, *, addresses: Mapping[str, Recipe] | None = None) -> None:
+def arrange(
+    model: nn.Module, wish: DispatchConfig, *, addresses: Mapping[str, Recipe] | None = None
+) -> None:
     """Bring every weight of *model* to its place, and attach the hooks.
 
     Args:
         model: its weights are in memory, or `Paged`, or have an address.
         wish: how it shall run.
-        addresses: of weights that stream, whatever the model holds in their place; by their first names.
+        addresses: of weights that stream, whatever the model holds in their place; by their first
+            names.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -121,7 +130,9 @@ def arrange(model: nn.Module, wish: DispatchConfig, *, addresses: Mapping[str, R
     parts = wish.cut(model)
     check_ring(parts, wish, addresses)
     inside = (weight for block in parts.blocks for weight in block.weights)
-    _refuse_empty([*parts.resident, *(weight for weight in inside if weight.names[0] not in addresses)])
+    _refuse_empty(
+        [*parts.resident, *(weight for weight in inside if weight.names[0] not in addresses)]
+    )
     detach(model)
     settle([(weight, wish.runs_on(weight.names[0])) for weight in parts.resident])
     _settle_other_buffers(model, wish)
@@ -129,24 +140,38 @@ def arrange(model: nn.Module, wish: DispatchConfig, *, addresses: Mapping[str, R
     del parts  # as what is copied from here on shall go, block by block
     if wish.hooks:
         attach_movers(model, wish.runs_on, wish.main, wish.skip)
-    _stream(blocks, model, wish, addresses)  # whose hooks are behind those: a forward ends when its output is where it goes
+    _stream(
+        blocks, model, wish, addresses
+    )  # whose hooks are behind those: a forward ends when its output is where it goes
 
 
 def check_ring(parts: Cut, wish: DispatchConfig, addresses: Mapping[str, Recipe]) -> None:
     """Raise OverBudget unless each block of *parts* fits into the ring."""
     if isinstance(wish.ring, str):
-        known = (block for block in parts.blocks if all(_has_value(weight, addresses) for weight in block.weights))
-        pieces = (StreamedBlock.of(block, wish.runs_on(block.weights[0].names[0]), addresses).pieces for block in known)
-        room_for((Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring)
+        known = (
+            block
+            for block in parts.blocks
+            if all(_has_value(weight, addresses) for weight in block.weights)
+        )
+        pieces = (
+            StreamedBlock.of(block, wish.runs_on(block.weights[0].names[0]), addresses).pieces
+            for block in known
+        )
+        room_for(
+            (Layout.of([piece.payload for piece in each]).nbytes for each in pieces), wish.ring
+        )
 
 
-def kept_addresses(parts: Cut, wish: DispatchConfig, stored: Mapping[str, Recipe]) -> dict[str, Recipe]:
+def kept_addresses(
+    parts: Cut, wish: DispatchConfig, stored: Mapping[str, Recipe]
+) -> dict[str, Recipe]:
     """Read what of *parts* streams from main memory, and say where it is.
 
     Args:
         parts: of a model, cut by *wish*.
         wish: how the model shall run.
-        stored: where weights are that are not in memory yet, by their first names; of a block all are read, or none.
+        stored: where weights are that are not in memory yet, by their first names; of a block all
+            are read, or none.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -155,12 +180,17 @@ def kept_addresses(parts: Cut, wish: DispatchConfig, stored: Mapping[str, Recipe
     kept: dict[str, Recipe] = {}
     for device, names in _kept_blocks(parts, wish, stored).items():
         recipes = kept_recipes([[stored[name] for name in each] for each in names], lane_to(device))
-        kept |= {name: recipe for each in zip(names, recipes, strict=True) for name, recipe in zip(*each, strict=True)}
+        kept |= {
+            name: recipe
+            for each in zip(names, recipes, strict=True)
+            for name, recipe in zip(*each, strict=True)
+        }
     return kept
 
 
 def settle(places: Iterable[tuple[Weight, torch.device]]) -> None:
-    """Bring weights of a model into the memory of devices, those that are addresses by reading them.
+    """Bring weights of a model into the memory of devices, those that are addresses by reading
+    them.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -200,20 +230,34 @@ def _move(weight: Weight, device: torch.device) -> None:
 def put(weight: Weight, tensor: torch.Tensor) -> None:
     """Let *tensor* be in all places of *weight*, as a parameter if that was one."""
     if not weight.is_buffer and not isinstance(tensor, nn.Parameter):
-        asks = weight.tensor.asks if isinstance(weight.tensor, Streamed) else weight.tensor.requires_grad
+        asks = (
+            weight.tensor.asks
+            if isinstance(weight.tensor, Streamed)
+            else weight.tensor.requires_grad
+        )
         tensor = nn.Parameter(tensor, requires_grad=asks and not isinstance(tensor, Paged))
     for seat in weight.seats:
         seat.take(tensor)
 
 
-def reported_map(model: nn.Module, wish: DispatchConfig, device_map: DeviceMap) -> dict[str, int | str | torch.device]:
-    """What *model*, which runs as *wish* says, has as hf_device_map where *device_map* was asked for."""
+def reported_map(
+    model: nn.Module, wish: DispatchConfig, device_map: DeviceMap
+) -> dict[str, int | str | torch.device]:
+    """What *model*, which runs as *wish* says, has as hf_device_map where *device_map* was asked
+    for.
+    """
     streamed = (weight.names for weight in weights_of(model) if isinstance(weight.tensor, Streamed))
-    return reported(device_map, device_key(wish.main), (name for names in streamed for name in names))
+    return reported(
+        device_map, device_key(wish.main), (name for names in streamed for name in names)
+    )
 
 
-def _kept_blocks(parts: Cut, wish: DispatchConfig, stored: Container[str]) -> dict[torch.device, list[list[str]]]:
-    """For each device that something streams to from main memory the names of its weights, block by block."""
+def _kept_blocks(
+    parts: Cut, wish: DispatchConfig, stored: Container[str]
+) -> dict[torch.device, list[list[str]]]:
+    """For each device that something streams to from main memory the names of its weights, block by
+    block.
+    """
     found: dict[torch.device, list[list[str]]] = {}
     for block in filter(wish.keeps, parts.blocks):
         names = [weight.names[0] for weight in block.weights]
@@ -227,11 +271,14 @@ def _has_value(weight: Weight, addresses: Mapping[str, Recipe]) -> bool:
 
 
 def _refuse_empty(weights: Iterable[Weight]) -> None:
-    empty = [weight.names[0] for weight in weights if weight.tensor.is_meta or is_lazy(weight.tensor)]
+    empty = [
+        weight.names[0] for weight in weights if weight.tensor.is_meta or is_lazy(weight.tensor)
+    ]
     if empty:
         raise LoadError(
             f"the model has {several(len(empty), 'weight')} without values: {listed(empty)}",
-            hint="load a checkpoint into the model, or pass what holds them as state_dict or offload_dir",
+            hint="load a checkpoint into the model, or pass what holds them as state_dict or "
+            "offload_dir",
         )
 
 
@@ -241,16 +288,28 @@ def _settle_other_buffers(model: nn.Module, wish: DispatchConfig) -> None:
         for name in non_persistent_buffers(module):
             buffer = own_buffers(module).get(name)
             if buffer is not None:
-                own_buffers(module)[name] = buffer.to(wish.runs_on(f"{prefix}.{name}" if prefix else name))
+                own_buffers(module)[name] = buffer.to(
+                    wish.runs_on(f"{prefix}.{name}" if prefix else name)
+                )
 
 
-def _stream(blocks: list[ModuleBlock], model: nn.Module, wish: DispatchConfig, addresses: Mapping[str, Recipe]) -> None:
+def _stream(
+    blocks: list[ModuleBlock],
+    model: nn.Module,
+    wish: DispatchConfig,
+    addresses: Mapping[str, Recipe],
+) -> None:
     """Let *blocks*, which are taken from the list one by one, stream: one ring for each device."""
     lanes: dict[torch.device, DeviceTransfer] = {}
     streamed = []
     while blocks:
         streamed.append(_brought(blocks.pop(0), wish, addresses, lanes))
-    sources = Sources(source.path for each in streamed for recipe in each.recipes for source in recipe.storage.sources)
+    sources = Sources(
+        source.path
+        for each in streamed
+        for recipe in each.recipes
+        for source in recipe.storage.sources
+    )
     streams, depths = [], []
     for device, lane in lanes.items():
         group = [each for each in streamed if each.device == device]
@@ -270,7 +329,12 @@ def _stream(blocks: list[ModuleBlock], model: nn.Module, wish: DispatchConfig, a
         Training().attach(callee)
 
 
-def _brought(block: ModuleBlock, wish: DispatchConfig, addresses: Mapping[str, Recipe], lanes: dict[torch.device, DeviceTransfer]) -> StreamedBlock:
+def _brought(
+    block: ModuleBlock,
+    wish: DispatchConfig,
+    addresses: Mapping[str, Recipe],
+    lanes: dict[torch.device, DeviceTransfer],
+) -> StreamedBlock:
     """*block*, its weights where they stream from, and addresses in their places."""
     device = wish.runs_on(block.weights[0].names[0])
     if device not in lanes:

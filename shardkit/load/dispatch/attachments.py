@@ -20,8 +20,12 @@ from shardkit.load.modules.model_group import Pipeline, models_of
 from shardkit.load.modules.torch_internals import forward_hook_tables
 
 
-def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[dict[int, Any], ...], int, object]]:
-    """What `arrange` attached to *model* or what it was copied from: module, tables of hooks, key in them, and what is behind."""
+def attachments(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, tuple[dict[int, Any], ...], int, object]]:
+    """What `arrange` attached to *model* or what it was copied from: module, tables of hooks, key
+    in them, and what is behind.
+    """
     for module in model.modules():
         for tables in forward_hook_tables(module):
             for key, hook in list(tables[0].items()):
@@ -31,9 +35,11 @@ def attachments(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[dict[int, A
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take away what was attached to *model*. What it had in memory before it was dispatched is there again.
+    """Take away what was attached to *model*. What it had in memory before it was dispatched is
+    there again.
 
-    Weights that were loaded to stream stay addresses, which are read whenever they are used: right, and slow.
+    Weights that were loaded to stream stay addresses, which are read whenever they are used: right,
+    and slow.
 
     Raises:
         FormatError: a file cannot be read.
@@ -44,23 +50,34 @@ def remove_hooks(model: nn.Module) -> None:
             stood = seat.tensor
             if isinstance(stood, Streamed) and stood.origin is not None and is_address(stood):
                 value = stood.read().to(stood.origin)
-                seat.take(nn.Parameter(value, requires_grad=stood.learned) if isinstance(stood, nn.Parameter) else value)
+                seat.take(
+                    nn.Parameter(value, requires_grad=stood.learned)
+                    if isinstance(stood, nn.Parameter)
+                    else value
+                )
             elif isinstance(stood, Streamed) and not is_address(stood) and not stood.is_trained:
                 seat.take(stood.alias().requires_grad_(stood.learned))
 
 
 def close(model: nn.Module | Pipeline) -> None:
-    """Give back the threads and the memory that streaming took, for *model* and all copies of it, or the models of a pipeline.
+    """Give back the threads and the memory that streaming took, for *model* and all copies of it,
+    or the models of a pipeline.
 
     The model still runs where it ran, and reads each weight whenever it is used.
     """
-    for pager in (pager for each in models_of(model) for pager in detach(each, Pager | Sources | Clock | Training)):
+    for pager in (
+        pager
+        for each in models_of(model)
+        for pager in detach(each, Pager | Sources | Clock | Training)
+    ):
         pager.let_go()
         pager.stream.close()
 
 
 def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
-    """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers among what was attached."""
+    """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers
+    among what was attached.
+    """
     if kinds is object:
         unguard(model)
     pagers: dict[Pager, None] = {}

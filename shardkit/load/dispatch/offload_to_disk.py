@@ -1,4 +1,6 @@
-"""Addresses for weights: where a checkpoint holds them, or where a model that is in memory is written to stream from."""
+"""Addresses for weights: where a checkpoint holds them, or where a model that is in memory is
+written to stream from.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,16 @@ def fill_empty(
     folder: Path | None,
     index: Mapping[str, Mapping[str, Any]],  # Any: as Accelerate has it
 ) -> None:
-    """Give the weights of *model* that are on the meta device their values, or the addresses of these.
+    """Give the weights of *model* that are on the meta device their values, or the addresses of
+    these.
 
     Args:
         model: what to fill.
         state_dict: looked at first.
         folder: a checkpoint with the others.
-        index: where the others are, for each name: ``{"safetensors_file": path, "weight_name": name there}``, or, if it is in
-            *folder*, as a .dat file of Accelerate is, ``{"dtype": type, "shape": shape}``.
+        index: where the others are, for each name: ``{"safetensors_file": path, "weight_name": name
+            there}``, or, if it is in *folder*, as a .dat file of Accelerate is, ``{"dtype": type,
+            "shape": shape}``.
 
     Raises:
         FormatError: a file cannot be read.
@@ -58,29 +62,47 @@ def fill_empty(
     if wanted and (folder is not None or index):
         opened = LoadedHeaders.at(folder) if folder and not index else None
         entries, files = (opened.entries, opened.files) if opened else (_indexed(index, folder), ())
-        homes = assign(model, entries, where=shown_path(folder) if folder else "offload_index").homes
-        names = {weight.names[0] for weight in wanted if not any(name in state_dict for name in weight.names)}
-        lazy = {home.name: Paged.of(home.stored, files=files) for home in homes if home.name in names}
+        homes = assign(
+            model, entries, where=shown_path(folder) if folder else "offload_index"
+        ).homes
+        names = {
+            weight.names[0]
+            for weight in wanted
+            if not any(name in state_dict for name in weight.names)
+        }
+        lazy = {
+            home.name: Paged.of(home.stored, files=files) for home in homes if home.name in names
+        }
         install.install(model, homes, lazy)
 
 
 def spill(model: nn.Module, wish: DispatchConfig, folder: Path | None) -> dict[str, Recipe]:
-    """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and say where they are there.
+    """Write the weights of *model* that are in memory and shall stream from disk to *folder*, and
+    say where they are there.
 
     Raises:
         FormatError: the folder holds something that cannot be read.
-        LoadError: it holds other weights; or there is no folder, and one is needed; or a weight is no dense tensor.
+        LoadError: it holds other weights; or there is no folder, and one is needed; or a weight is
+            no dense tensor.
         OutputError: it cannot be written.
     """
     inside = [weight for block in wish.cut(model).blocks for weight in block.weights]
-    weights = [weight for weight in inside if device_of(weight.names[0], wish.device_map) == "disk" and _is_in_memory(weight)]
+    weights = [
+        weight
+        for weight in inside
+        if device_of(weight.names[0], wish.device_map) == "disk" and _is_in_memory(weight)
+    ]
     if not weights:
         return {}
     names = [weight.names[0] for weight in weights]
     if folder is None:
         raise LoadError(
-            f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to write them to",
-            hint="give a folder as offload_dir, or what holds them on disk as state_dict or offload_index",
+            (
+                f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to "
+                "write them to"
+            ),
+            hint="give a folder as offload_dir, or what holds them on disk as state_dict or "
+            "offload_index",
         )
     entries = tuple(entries_of({weight.names[0]: weight.tensor for weight in weights}))
     if folder.is_dir() and any(folder.iterdir()):
@@ -92,10 +114,14 @@ def spill(model: nn.Module, wish: DispatchConfig, folder: Path | None) -> dict[s
 
 
 def _without_values(model: nn.Module) -> list[Weight]:
-    """The weights on the meta device, and the buffers beside them: these are real in an empty model, and not yet loaded."""
+    """The weights on the meta device, and the buffers beside them: these are real in an empty
+    model, and not yet loaded.
+    """
     weights = list(weights_of(model))
     is_empty = any(weight.tensor.is_meta for weight in weights)
-    return [weight for weight in weights if weight.tensor.is_meta or (is_empty and weight.is_buffer)]
+    return [
+        weight for weight in weights if weight.tensor.is_meta or (is_empty and weight.is_buffer)
+    ]
 
 
 def _is_in_memory(weight: Weight) -> bool:
@@ -106,7 +132,10 @@ def _check_shape(weight: Weight, found: torch.Tensor) -> None:
     if found.shape != weight.tensor.shape:
         shapes = (tuple(found.shape), tuple(weight.tensor.shape))
         raise Mismatch(
-            f"the state dict does not fit the model: {shown(weight.names[0])} is {list(shapes[0])} there, {list(shapes[1])} here",
+            (
+                f"the state dict does not fit the model: {shown(weight.names[0])} is "
+                f"{list(shapes[0])} there, {list(shapes[1])} here"
+            ),
             wrong_shape={weight.names[0]: shapes},
             hint="give the state dict of a model with this configuration",
         )
@@ -119,7 +148,10 @@ def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dic
         file, there = place.get("safetensors_file", folder), str(place.get("weight_name", name))
         if file is None:
             raise LoadError(
-                f"offload_index has no safetensors_file for {shown(name)}, and there is no offload_dir with its .dat file",
+                (
+                    f"offload_index has no safetensors_file for {shown(name)}, and there is no "
+                    "offload_dir with its .dat file"
+                ),
                 hint="give the folder as offload_dir, or the checkpoint that it was made from",
             )
         if Path(file) not in opened:
@@ -137,22 +169,43 @@ def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dic
 def _check_line(name: str, place: Mapping[str, Any], entry: TensorEntry, file: Path) -> None:
     """See that *entry* is what its line of the index says, where that says more than a place."""
     shape = place.get("shape", entry.shape)
-    if "safetensors_file" not in place and (tuple(shape), place.get("dtype")) != (entry.shape, entry.dtype.torch):
-        found, said = f"{entry.dtype.torch} {list(entry.shape)}", f"{place.get('dtype')} {list(shape)}"
-        raise LoadError(f"{shown_path(file)} holds {shown(name)} as {found}, and offload_index says {said}", hint=_HINT)
+    if "safetensors_file" not in place and (tuple(shape), place.get("dtype")) != (
+        entry.shape,
+        entry.dtype.torch,
+    ):
+        found, said = (
+            f"{entry.dtype.torch} {list(entry.shape)}",
+            f"{place.get('dtype')} {list(shape)}",
+        )
+        raise LoadError(
+            f"{shown_path(file)} holds {shown(name)} as {found}, and offload_index says {said}",
+            hint=_HINT,
+        )
 
 
 def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:
-    """See that what *folder* holds are *entries*, byte for byte: then it was made for this model, in an earlier run."""
+    """See that what *folder* holds are *entries*, byte for byte: then it was made for this model,
+    in an earlier run.
+    """
     stored = LoadedHeaders.at(folder).entries
     for entry in entries:
         twin = stored.get(entry.name)
-        if twin is None or (twin.dtype, twin.shape) != (entry.dtype, entry.shape) or twin.read() != entry.read():
-            raise LoadError(f"{shown_path(folder)} holds weights of another model: not this {shown(entry.name)}", hint=_HINT)
+        if (
+            twin is None
+            or (twin.dtype, twin.shape) != (entry.dtype, entry.shape)
+            or twin.read() != entry.read()
+        ):
+            raise LoadError(
+                f"{shown_path(folder)} holds weights of another model: "
+                f"not this {shown(entry.name)}",
+                hint=_HINT,
+            )
 
 
 def _write(name: str, folder: Path, entries: tuple[TensorEntry, ...]) -> None:
     """Write *entries*, the weights of the model called *name*, to *folder*."""
     layout = registry.format_named("safetensors")
-    plan = plan_folder(Edited(entries, {}, ()), layout, max_shard=_MAX_SHARD, metadata={"format": "pt"})
+    plan = plan_folder(
+        Edited(entries, {}, ()), layout, max_shard=_MAX_SHARD, metadata={"format": "pt"}
+    )
     write_output(Output(name, folder, plan), sync=False)

@@ -1,4 +1,6 @@
-"""A block that streams: where its weights are, what stands in their places meanwhile, and the ring that it goes through."""
+"""A block that streams: where its weights are, what stands in their places meanwhile, and the ring
+that it goes through.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,25 @@ from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.blocks import ModuleBlock
 from shardkit.load.modules.weights import ParameterSlot, weights_of
 from shardkit.load.performance.bandwidth import rates_for
-from shardkit.load.performance.cost_model import LITTLE, SMALL, USUAL, Depth, Ring, Step, depth_for, step_of
+from shardkit.load.performance.cost_model import (
+    LITTLE,
+    SMALL,
+    USUAL,
+    Depth,
+    Ring,
+    Step,
+    depth_for,
+    step_of,
+)
 from shardkit.load.streaming.page_layout import Layout
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.pinned_blocks import kept_recipes, memory_of_page
 from shardkit.payloads.payload import Buffer
 
 _CPU = torch.device("cpu")
-_SHARE = 2  # one part in so many of what is free may become the ring: what is computed needs room too
+_SHARE = (
+    2  # one part in so many of what is free may become the ring: what is computed needs room too
+)
 
 Origin = tuple[torch.device | None, bool]
 
@@ -53,9 +66,15 @@ class StreamedBlock:
     recipes: tuple[Recipe, ...]
 
     @classmethod
-    def of(cls, block: ModuleBlock, device: torch.device, addresses: Mapping[str, Recipe]) -> StreamedBlock:
-        """*block*, which runs on *device*; its weights have *addresses*, or are what the model holds."""
-        recipes = (addresses.get(weight.names[0]) or _recipe(weight.tensor) for weight in block.weights)
+    def of(
+        cls, block: ModuleBlock, device: torch.device, addresses: Mapping[str, Recipe]
+    ) -> StreamedBlock:
+        """*block*, which runs on *device*; its weights have *addresses*, or are what the model
+        holds.
+        """
+        recipes = (
+            addresses.get(weight.names[0]) or _recipe(weight.tensor) for weight in block.weights
+        )
         return cls(
             module=block.module,
             device=device,
@@ -78,7 +97,10 @@ class StreamedBlock:
     @property
     def step(self) -> Step:
         """What it asks of a forward."""
-        payloads, compute = [piece.payload for piece in self.pieces], sum(map(_multiplied, self.recipes))
+        payloads, compute = (
+            [piece.payload for piece in self.pieces],
+            sum(map(_multiplied, self.recipes)),
+        )
         return step_of(payloads, compute=compute, linked=self.device.type != "cpu")
 
     def kept(self, lane: DeviceTransfer) -> StreamedBlock:
@@ -86,25 +108,36 @@ class StreamedBlock:
         payloads = [piece.payload for piece in self.pieces]
         there = memory_of_page(payloads, Layout.of(payloads)) is not None
         recipes = self.recipes if there else kept_recipes([self.recipes], lane)[0]
-        return replace(self, recipes=recipes, origins=tuple((origin or _CPU, learned) for origin, learned in self.origins))
+        return replace(
+            self,
+            recipes=recipes,
+            origins=tuple((origin or _CPU, learned) for origin, learned in self.origins),
+        )
 
     def stand_in(self) -> None:
         """Put the addresses in the places of the weights."""
         weights = zip(self.names, self.seats, self.recipes, self.buffers, self.origins, strict=True)
         for name, seat, recipe, is_buffer, (origin, learned) in weights:
-            stands = Streamed.standing_for(recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned)
+            stands = Streamed.standing_for(
+                recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned
+            )
             seat.take(stands)
 
 
 def _origin(tensor: torch.Tensor) -> Origin:
-    """The device that has *tensor* in memory, or had it before it streamed, and whether it asks for a gradient."""
+    """The device that has *tensor* in memory, or had it before it streamed, and whether it asks for
+    a gradient.
+    """
     if isinstance(tensor, Streamed):
         return tensor.origin if is_address(tensor) else tensor.device, tensor.asks
-    return None if tensor.is_meta or isinstance(tensor, Paged) else tensor.device, tensor.requires_grad
+    return None if tensor.is_meta or isinstance(
+        tensor, Paged
+    ) else tensor.device, tensor.requires_grad
 
 
 def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> Depth | int | str:
-    """*ring*, or as many of *blocks* as pay, which all run on one device and are in their places in *model*.
+    """*ring*, or as many of *blocks* as pay, which all run on one device and are in their places in
+    *model*.
 
     Raises:
         FormatError: a file cannot be read, in which the disk is measured.
@@ -122,7 +155,9 @@ def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> D
 
 def _steps(blocks: Sequence[StreamedBlock], model: nn.Module) -> Iterator[Step]:
     """What a forward asks for: what stays and what streams, in the order of *model*."""
-    numbers = {id(seat.tensor): number for number, block in enumerate(blocks) for seat in block.seats}
+    numbers = {
+        id(seat.tensor): number for number, block in enumerate(blocks) for seat in block.seats
+    }
     met: set[int] = set()
     for weight in weights_of(model):
         number = numbers.get(id(weight.tensor))

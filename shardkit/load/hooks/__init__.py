@@ -1,1 +1,3 @@
-"""Forward hooks: weights in and out, inputs to where they are needed, models that take turns, and what all that takes."""
+"""Forward hooks: weights in and out, inputs to where they are needed, models that take turns, and
+what all that takes.
+"""

@@ -1,7 +1,7 @@
 """Inputs to where they are needed, and the output back to where they came from.
 
-Containers keep their type. What need not move is the same object before and after, and so is a container in which nothing moves:
-a cache that a block writes into stays the caller's.
+Containers keep their type. What need not move is the same object before and after, and so is a
+container in which nothing moves: a cache that a block writes into stays the caller's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from shardkit.load.modules.torch_internals import own_buffers, own_parameters
 from shardkit.load.modules.torch_modes import eager
 
 
-def moved(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:  # Any: whatever a model takes
+def moved(
+    value: Any, device: torch.device, skip: Collection[str] = ()
+) -> Any:  # Any: whatever a model takes
     """*value* with every tensor in it on *device*, but for those under a key that is to *skip*."""
     if stays(value, device, skip):
         return value
@@ -30,11 +32,16 @@ def moved(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any: 
             return value.to(device)
         case tuple() | list():
             return _like(value, [moved(part, device, skip) for part in value])
-    return _refilled(value, {key: part if key in skip else moved(part, device, skip) for key, part in value.items()})
+    return _refilled(
+        value,
+        {key: part if key in skip else moved(part, device, skip) for key, part in value.items()},
+    )
 
 
 def stays(value: object, device: torch.device, skip: Collection[str] = ()) -> bool:
-    """Whether all of *value* is where `moved` would have it. This is asked for each block and forward, so it makes nothing."""
+    """Whether all of *value* is where `moved` would have it. This is asked for each block and
+    forward, so it makes nothing.
+    """
     if isinstance(value, torch.Tensor):
         return value.device == device
     if isinstance(value, tuple | list):
@@ -135,7 +142,9 @@ class RoundTrip(Mover):
         return RoundTrip(self._device, self._skip)
 
     def _origins(self) -> list[torch.device | None]:
-        """The device of the input of each of this thread's forwards that run, the innermost last."""
+        """The device of the input of each of this thread's forwards that run, the innermost
+        last.
+        """
         if not hasattr(self._thread, "origins"):
             self._thread.origins = []
         origins: list[torch.device | None] = self._thread.origins
@@ -143,7 +152,10 @@ class RoundTrip(Mover):
 
 
 def attach_movers(
-    model: nn.Module, runs_on: Callable[[str], torch.device], main: torch.device, skip: Collection[str] = ()
+    model: nn.Module,
+    runs_on: Callable[[str], torch.device],
+    main: torch.device,
+    skip: Collection[str] = (),
 ) -> None:
     """Let what *model* is given come to where its parts run, and what it gives go back.
 
@@ -155,7 +167,9 @@ def attach_movers(
     """
     callees = called(model)
     runners = _runners(model, runs_on)
-    if any(device.type != "cpu" for device in runners.get("", ())):  # else only a model's own inputs can be elsewhere
+    if any(
+        device.type != "cpu" for device in runners.get("", ())
+    ):  # else only a model's own inputs can be elsewhere
         inner = ((name, module) for name, module in model.named_modules() if module not in callees)
         for name, module in inner:
             if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
@@ -168,7 +182,9 @@ def attach_movers(
         RoundTrip(main, skip).attach(callee)
 
 
-def _runners(model: nn.Module, runs_on: Callable[[str], torch.device]) -> dict[str, set[torch.device]]:
+def _runners(
+    model: nn.Module, runs_on: Callable[[str], torch.device]
+) -> dict[str, set[torch.device]]:
     """The devices that run the weights in each part of *model*, by the names of the parts."""
     runners: dict[str, set[torch.device]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -178,14 +194,19 @@ def _runners(model: nn.Module, runs_on: Callable[[str], torch.device]) -> dict[s
     return runners
 
 
-def _entered_on(name: str, model: nn.Module, runners: Mapping[str, Collection[torch.device]]) -> torch.device | None:
-    """Where the part *name*, which has only parts itself, gets its inputs; None if it has them there, or one place is not right.
+def _entered_on(
+    name: str, model: nn.Module, runners: Mapping[str, Collection[torch.device]]
+) -> torch.device | None:
+    """Where the part *name*, which has only parts itself, gets its inputs; None if it has them
+    there, or one place is not right.
 
-    It needs them as its parts do: it may add them to what they make. Where what is around it runs on one device, they are there;
-    but for a container, which nobody calls.
+    It needs them as its parts do: it may add them to what they make. Where what is around it runs
+    on one device, they are there; but for a container, which nobody calls.
     """
     around = name.rpartition(".")[0]
-    comes_in = len(runners.get(around, ())) > 1 or isinstance(model.get_submodule(around), CONTAINERS)
+    comes_in = len(runners.get(around, ())) > 1 or isinstance(
+        model.get_submodule(around), CONTAINERS
+    )
     devices = runners.get(name, ())
     return next(iter(devices)) if comes_in and len(devices) == 1 else None
 
@@ -198,6 +219,8 @@ def _like(value: tuple[Any, ...] | list[Any], parts: list[Any]) -> Any:
 
 
 def _refilled(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """*items* as what *value* is: the outputs of model libraries are dataclasses and mappings at once."""
+    """*items* as what *value* is: the outputs of model libraries are dataclasses and mappings at
+    once.
+    """
     made: Any = type(value)
     return made(**items) if hasattr(value, "__dataclass_fields__") else made(items)

@@ -1,7 +1,9 @@
 """How long the forwards of a model that streams take, and what its streams did meanwhile.
 
-1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring what another left there.
-2. A forward takes from when its device comes to it until it is done there, which may be long after it was issued.
+1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring
+   what another left there.
+2. A forward takes from when its device comes to it until it is done there, which may be long after
+   it was issued.
 3. A clock costs a few microseconds for each forward, and nothing for each block.
 """
 
@@ -81,7 +83,12 @@ class Clock:
         """The forwards since the last one of another size."""
         with self._lock:
             self._count(lambda _: True)
-            return Series(self._series.rows, self._series.forwards, self._series.seconds, self._now().since(self._before))
+            return Series(
+                self._series.rows,
+                self._series.forwards,
+                self._series.seconds,
+                self._now().since(self._before),
+            )
 
     def attach(self, model: nn.Module) -> None:
         """Time the forwards of *model*."""
@@ -116,7 +123,12 @@ class Clock:
     __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
-        return Clock(deepcopy(self._streams, memo), chosen=self.chosen, depths=self.depths, device_map=self.device_map)
+        return Clock(
+            deepcopy(self._streams, memo),
+            chosen=self.chosen,
+            depths=self.depths,
+            device_map=self.device_map,
+        )
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
@@ -132,22 +144,32 @@ class Clock:
         return [lane.moment() for lane in self._lanes]
 
     def _count(self, may: Callable[[Timestamp], bool]) -> None:
-        """Add the forwards that were issued to the series, as long as one *may* be looked at; under the lock."""
+        """Add the forwards that were issued to the series, as long as one *may* be looked at; under
+        the lock.
+        """
         while self._issued and all(map(may, self._issued[0][1])):
             begun, ended = self._issued.popleft()
             seconds = max(end.seconds_since(begin) for begin, end in zip(begun, ended, strict=True))
-            self._series = Series(self._series.rows, self._series.forwards + 1, self._series.seconds + seconds)
+            self._series = Series(
+                self._series.rows, self._series.forwards + 1, self._series.seconds + seconds
+            )
 
     def _now(self) -> Counters:
         counts = [stream.counts for stream in self._streams]
-        return Counters(*(sum(getattr(each, name) for each in counts) for name in Counters.__slots__))
+        return Counters(
+            *(sum(getattr(each, name) for each in counts) for name in Counters.__slots__)
+        )
 
 
 def _rows(value: object) -> int | None:
-    """How many vectors the first tensor in *value* is: an index stands for one, and of floats the last axis is one."""
+    """How many vectors the first tensor in *value* is: an index stands for one, and of floats the
+    last axis is one.
+    """
     match value:
         case torch.Tensor():
-            return value.numel() // max(1, value.shape[-1] if value.is_floating_point() and value.ndim else 1)
+            return value.numel() // max(
+                1, value.shape[-1] if value.is_floating_point() and value.ndim else 1
+            )
         case tuple() | list():
             parts: Iterable[object] = value
         case Mapping():

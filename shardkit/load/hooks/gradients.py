@@ -1,9 +1,13 @@
-"""Autograd and weights that stream: which path torch takes, and what it is told where a gradient cannot be had.
+"""Autograd and weights that stream: which path torch takes, and what it is told where a gradient
+cannot be had.
 
-1. A weight that streams requires no gradient while gradients are on: autograd would keep it. The modules of torch that choose a
-   path by the flag look at the attribute, and an `Asking` weight says there what it said in memory.
-2. A backward through a block whose weights were replaced in the ring raises `NotTrained` before torch meets the first of them.
-3. A backward of a model in training mode warns of weights that stream, and would have been trained in memory.
+1. A weight that streams requires no gradient while gradients are on: autograd would keep it. The
+   modules of torch that choose a path by the flag look at the attribute, and an `Asking` weight
+   says there what it said in memory.
+2. A backward through a block whose weights were replaced in the ring raises `NotTrained` before
+   torch meets the first of them.
+3. A backward of a model in training mode warns of weights that stream, and would have been trained
+   in memory.
 """
 
 from __future__ import annotations
@@ -58,7 +62,11 @@ def refuse_late(output: object, weights: Iterable[tuple[str, torch.Tensor]]) -> 
     """
     nodes = list(_nodes(output))
     if nodes and not is_watched():  # by a transform, which got copies
-        kept = [(name, weight, version_of(weight)) for name, weight in weights if use_count(weight) > _FREE]
+        kept = [
+            (name, weight, version_of(weight))
+            for name, weight in weights
+            if use_count(weight) > _FREE
+        ]
         for node in nodes if kept else ():
             node.register_prehook(partial(_check, kept))
 
@@ -84,7 +92,11 @@ class Training:
         model = module()
         if model is None or self._warned:
             return
-        streamed = [each for each in model.parameters() if isinstance(each, Streamed) and each.learned and is_address(each)]
+        streamed = [
+            each
+            for each in model.parameters()
+            if isinstance(each, Streamed) and each.learned and is_address(each)
+        ]
         if streamed:
             self._warned = True
             more = f" and {len(streamed) - 1} more weights" if len(streamed) > 1 else ""
@@ -101,8 +113,12 @@ def _check(kept: list[tuple[str, torch.Tensor, int]], gradients: object) -> None
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         raise NotTrained(
-            f"backward needs {shown(gone[0])}{more}: they stream, and other weights took their place in memory since the forward",
-            hint="use gradient checkpointing, which runs each block again, or keep these layers in memory: by the device_map; "
+            (
+                f"backward needs {shown(gone[0])}{more}: they stream, and other weights took their "
+                "place in memory since the forward"
+            ),
+            hint="use gradient checkpointing, which runs each block again, or keep these layers "
+            "in memory: by the device_map; "
             "without a backward, run the forward under torch.no_grad()",
         )
 

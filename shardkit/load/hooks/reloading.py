@@ -1,7 +1,8 @@
-"""`load_state_dict` into a model that streams some of its weights: it is refused before it copies anything.
+"""`load_state_dict` into a model that streams some of its weights: it is refused before it copies
+anything.
 
-torch copies into all weights that it can, and tells of the others afterwards. The model would then be
-part of one checkpoint and part of another.
+torch copies into all weights that it can, and tells of the others afterwards. The model would then
+be part of one checkpoint and part of another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from shardkit.load.modules.torch_internals import remove_load_state_dict_hook
 
 
 def guard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Attach the hook to *blocks* of *model*, to what is in them and to what is around them: each may be loaded by itself."""
+    """Attach the hook to *blocks* of *model*, to what is in them and to what is around them: each
+    may be loaded by itself.
+    """
     streamed = set(blocks)
     inside = {part for block in streamed for part in block.modules()}
     for module in model.modules():
@@ -33,7 +36,11 @@ def unguard(model: nn.Module) -> None:
 
 
 def refuse_copying(
-    module: nn.Module, state_dict: Mapping[str, object], prefix: str, metadata: Mapping[str, object], *_: object
+    module: nn.Module,
+    state_dict: Mapping[str, object],
+    prefix: str,
+    metadata: Mapping[str, object],
+    *_: object,
 ) -> None:
     """The hook.
 
@@ -43,10 +50,18 @@ def refuse_copying(
     if metadata.get("assign_to_params_buffers"):
         return
     named = chain(module.named_parameters(), module.named_buffers())
-    streamed = [prefix + name for name, each in named if isinstance(each, Streamed) and prefix + name in state_dict]
+    streamed = [
+        prefix + name
+        for name, each in named
+        if isinstance(each, Streamed) and prefix + name in state_dict
+    ]
     if streamed:
         raise LoadError(
-            f"load_state_dict would copy into {listed(streamed)}, which stream and cannot be written to; nothing was changed",
-            hint="call load_state_dict(..., assign=True), which keeps the new weights in memory; or save them, and load that "
+            (
+                f"load_state_dict would copy into {listed(streamed)}, which stream and cannot be "
+                "written to; nothing was changed"
+            ),
+            hint="call load_state_dict(..., assign=True), which keeps the new weights in memory; "
+            "or save them, and load that "
             "file with load_checkpoint_and_dispatch, so that they stream",
         )

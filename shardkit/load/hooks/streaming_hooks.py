@@ -1,15 +1,19 @@
 """Forward hooks that page blocks in and out.
 
-1. Outside its block's forward a streamed weight is `Streamed`: an address, which is read when it is used. A direct call of a
-   submodule, or a look at `block.weight`, is right that way, only slower.
-2. The pre-hook stands first and the other hook last. That one runs after exceptions too, also those of other pre-hooks, but not
-   after KeyboardInterrupt and SystemExit: what these leave held is let go at the same thread's next block, at its end, or by
-   closing. So every visit is released by name, and to release it twice does nothing.
-3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on the same stream.
-4. Where gradients are off, a weight that streams requires one if it did in memory: then it gets the same kernels, and so the same
-   bits. Not in autocast, which would keep a cast of each. Where gradients are on, it only says so (see `gradients`).
-5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there. A weight that was written is used
-   as it is. One that its block writes to has what was written from there on, and its page is read again for others.
+1. Outside its block's forward a streamed weight is `Streamed`: an address, which is read when it is
+   used. A direct call of a submodule, or a look at `block.weight`, is right that way, only slower.
+2. The pre-hook stands first and the other hook last. That one runs after exceptions too, also those
+   of other pre-hooks, but not after KeyboardInterrupt and SystemExit: what these leave held is let
+   go at the same thread's next block, at its end, or by closing. So every visit is released by
+   name, and to release it twice does nothing.
+3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on
+   the same stream.
+4. Where gradients are off, a weight that streams requires one if it did in memory: then it gets the
+   same kernels, and so the same bits. Not in autocast, which would keep a cast of each. Where
+   gradients are on, it only says so (see `gradients`).
+5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there. A
+   weight that was written is used as it is. One that its block writes to has what was written from
+   there on, and its page is read again for others.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ def refuse_pickling(attached: object) -> NoReturn:
     """
     raise LoadError(
         "a model that was dispatched cannot be pickled",
-        hint="shardkit.load.save(model, folder) writes its weights; or take the hooks off first, with shardkit.load.remove_hooks",
+        hint="shardkit.load.save(model, folder) writes its weights; or take the hooks off first, "
+        "with shardkit.load.remove_hooks",
     )
 
 
@@ -72,7 +77,9 @@ class Borrow:
 class Pager:
     """The hooks of one block."""
 
-    def __init__(self, stream: Stream, number: int, seats: Sequence[ParameterSlot], recipes: Sequence[Recipe]) -> None:
+    def __init__(
+        self, stream: Stream, number: int, seats: Sequence[ParameterSlot], recipes: Sequence[Recipe]
+    ) -> None:
         """Page nothing yet.
 
         Args:
@@ -128,11 +135,15 @@ class Pager:
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Put the addresses back, and let the weights go."""
         if torch.is_grad_enabled():
-            refuse_late(output, ((stood.backing.name, tensor) for _, tensor, stood, _ in self._taken))
+            refuse_late(
+                output, ((stood.backing.name, tensor) for _, tensor, stood, _ in self._taken)
+            )
         visits = _visits(self._stream)
         own = [position for position, visit in enumerate(visits) if visit.pager is self]
         if own:
-            for visit in visits[own[-1] :]:  # what stands behind was left by an interrupt inside this forward
+            for visit in visits[
+                own[-1] :
+            ]:  # what stands behind was left by an interrupt inside this forward
                 visit.end()
             del visits[own[-1] :]
 
@@ -153,7 +164,9 @@ class Pager:
                 self._stream.release(self._number, visit, written=bool(written))
 
     def forked(self) -> None:
-        """In the child of a fork, put back what only threads had taken that are not there any more."""
+        """In the child of a fork, put back what only threads had taken that are not there any
+        more.
+        """
         for visit in self._inside.difference(_visits(self._stream)):
             with suppress(ShardkitError):  # nobody needs it
                 self.put_back(visit)
@@ -180,7 +193,11 @@ class Pager:
 
     def _put_in(self, visit: Borrow, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
         learning = torch.is_grad_enabled()
-        asking = self._by_flag and not watched if learning else not torch.is_autocast_enabled(self._stream.lane.device.type)
+        asking = (
+            self._by_flag and not watched
+            if learning
+            else not torch.is_autocast_enabled(self._stream.lane.device.type)
+        )
         with self._stream.lock:
             self._inside.add(visit)
             for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
@@ -194,8 +211,12 @@ class Pager:
                     tensor, version = stood.alias(), None
                 elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
                     continue
-                if asking and stood.learned:  # torch has kernels that differ by this, even without gradients
-                    tensor = Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
+                if (
+                    asking and stood.learned
+                ):  # torch has kernels that differ by this, even without gradients
+                    tensor = (
+                        Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
+                    )
                 self._taken.append((seat, tensor, stood, version))
                 seat.take(tensor)
 
@@ -209,7 +230,8 @@ class _Visits:
 
 
 def _end_all(stack: list[Borrow], process: int) -> None:
-    # In the child of a fork the parent's other threads end at once, before anything else is run, and with locks that they held.
+    # In the child of a fork the parent's other threads end at once, before anything else is run,
+    # and with locks that they held.
     while stack and os.getpid() == process:
         stack.pop().end()
 

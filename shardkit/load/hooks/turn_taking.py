@@ -1,4 +1,6 @@
-"""Whole models that take turns on a device: each is moved there for its first forward, and back when it is told to."""
+"""Whole models that take turns on a device: each is moved there for its first forward, and back
+when it is told to.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ class UserCpuOffloadHook:
         model: the model.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, previous: UserCpuOffloadHook | None) -> None:
-        """Attach to *model*, which is moved to *device* when it is called, after *previous* has gone from there."""
+    def __init__(
+        self, model: nn.Module, device: torch.device, previous: UserCpuOffloadHook | None
+    ) -> None:
+        """Attach to *model*, which is moved to *device* when it is called, after *previous* has
+        gone from there.
+        """
         self.model = model
         self._device = device
         self._previous = previous
@@ -52,9 +58,12 @@ class UserCpuOffloadHook:
 
 
 def cpu_offload_with_hook(
-    model: _Model, execution_device: str | int | torch.device | None = None, prev_module_hook: UserCpuOffloadHook | None = None
+    model: _Model,
+    execution_device: str | int | torch.device | None = None,
+    prev_module_hook: UserCpuOffloadHook | None = None,
 ) -> tuple[_Model, UserCpuOffloadHook]:
-    """Keep *model* in main memory until it is called; then it moves to *execution_device*, and stays.
+    """Keep *model* in main memory until it is called; then it moves to *execution_device*, and
+    stays.
 
     Args:
         model: the model. It is moved, and returned.

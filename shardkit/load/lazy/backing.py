@@ -1,4 +1,6 @@
-"""Memory for lazy tensors that are written: a weight and its views share one `Backing`, and use its memory once it has some."""
+"""Memory for lazy tensors that are written: a weight and its views share one `Backing`, and use its
+memory once it has some.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,28 @@ class Backing:
         plain = tensor.detach().resolve_conj().resolve_neg()
         dtype = dtype_of(plain)
         if dtype is None:
-            raise LoadError(f"a Paged cannot hold {plain.dtype}, which no format stores", hint="keep this tensor in memory")
+            raise LoadError(
+                f"a Paged cannot hold {plain.dtype}, which no format stores",
+                hint="keep this tensor in memory",
+            )
         nbytes = _reach(plain.shape, plain.stride()) * plain.element_size()
         with torch.inference_mode(False):
             bytes_ = torch.empty(0, dtype=torch.uint8, device=plain.device)
-            memory = bytes_.set_(plain.untyped_storage(), int(plain.storage_offset()) * plain.element_size(), (nbytes,), (1,))
+            memory = bytes_.set_(
+                plain.untyped_storage(),
+                int(plain.storage_offset()) * plain.element_size(),
+                (nbytes,),
+                (1,),
+            )
         is_host = memory.device.type == "cpu"
-        content = Buffer(memory_of(memory)) if is_host else Remote.of(memory, (str(memory.device), memory.data_ptr()))
-        return cls(Recipe(content, dtype, tuple(plain.shape), plain.stride()), plain.device, memory=memory)
+        content = (
+            Buffer(memory_of(memory))
+            if is_host
+            else Remote.of(memory, (str(memory.device), memory.data_ptr()))
+        )
+        return cls(
+            Recipe(content, dtype, tuple(plain.shape), plain.stride()), plain.device, memory=memory
+        )
 
     @unseen
     def settle(self) -> None:
@@ -69,14 +85,18 @@ class Backing:
         check_room(self.name, nbytes, self.device)
         with torch.inference_mode(False):  # what is read in inference mode outlives it
             memory = aligned(nbytes)
-            read_into(self.recipe.storage.narrow(self.recipe.offset * itemsize, nbytes), memory_of(memory))
+            read_into(
+                self.recipe.storage.narrow(self.recipe.offset * itemsize, nbytes), memory_of(memory)
+            )
             self.memory = memory.to(self.device)
 
     @unseen
     def tensor(self, recipe: Recipe) -> torch.Tensor:
         """The part of the memory that *recipe* looks at: an ordinary tensor that shares it."""
         assert self.memory is not None
-        shift = recipe.offset * recipe.dtype.itemsize - self.recipe.offset * self.recipe.dtype.itemsize
+        shift = (
+            recipe.offset * recipe.dtype.itemsize - self.recipe.offset * self.recipe.dtype.itemsize
+        )
         offset = (int(self.memory.storage_offset()) + shift) // recipe.dtype.itemsize
         with torch.inference_mode(False):
             empty = torch.empty(0, dtype=recipe.torch_dtype, device=self.memory.device)
@@ -102,4 +122,8 @@ def check_room(name: str, nbytes: int, device: torch.device) -> None:
 
 def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """The number of elements from the first to the last, with those in gaps."""
-    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)) if prod(shape) else 0
+    return (
+        1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+        if prod(shape)
+        else 0
+    )

@@ -1,4 +1,6 @@
-"""A checkpoint as lazy tensors: the model in it by names, and `tensors`, a `torch.load` that executes no pickle."""
+"""A checkpoint as lazy tensors: the model in it by names, and `tensors`, a `torch.load` that
+executes no pickle.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class LoadedHeaders:
     limits: Limits = Limits()
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str], *, root: str | None = None, limits: Limits = Limits()) -> LoadedHeaders:
+    def at(
+        cls, path: str | os.PathLike[str], *, root: str | None = None, limits: Limits = Limits()
+    ) -> LoadedHeaders:
         """What is at *path*, which is whatever `shardkit.open` opens.
 
         Args:
@@ -67,21 +71,35 @@ class LoadedHeaders:
         weights = (other for other in rooted.others if other.is_weight)
         objects = {other.name: other for other in rooted.others if not other.is_weight}
         others = objects | _by_name(weights)
-        return cls(shown_path(Path(path)), _by_name(rooted.tensors), others, checkpoint.files, checkpoint.notes, limits)
+        return cls(
+            shown_path(Path(path)),
+            _by_name(rooted.tensors),
+            others,
+            checkpoint.files,
+            checkpoint.notes,
+            limits,
+        )
 
     def verify(self, entries: Iterable[TensorEntry]) -> None:
-        """Read the files that *entries* lie in, whole, and hold them against the checksums that were written with them.
+        """Read the files that *entries* lie in, whole, and hold them against the checksums that
+        were written with them.
 
         Raises:
             FormatError: a file differs, or cannot be read.
             LoadError: nothing tells what was written.
         """
         used = {extent.path for entry in entries for extent in entry.payload.sources}
-        unchecked = refuse_unlike_written((file.path for file in self.files if file.path in used), self.entries, self.limits)
+        unchecked = refuse_unlike_written(
+            (file.path for file in self.files if file.path in used), self.entries, self.limits
+        )
         if unchecked:
             raise LoadError(
-                f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, and no file beside it has any",
-                hint="write it with `shardkit convert --checksum sha256`, or load it without verify",
+                (
+                    f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, "
+                    "and no "
+                    "file beside it has any"
+                ),
+                hint="write it with `shardkit convert --checksum sha256`, or load without verify",
             )
 
     def check_unchanged(self) -> None:
@@ -89,7 +107,8 @@ class LoadedHeaders:
         for file in self.files:
             if SourceFile.of(file.path) != file:
                 raise LoadError(
-                    f"{shown_path(file.path)} changed while it was read", hint="load it again when nothing writes to it any more"
+                    f"{shown_path(file.path)} changed while it was read",
+                    hint="load it again when nothing writes to it any more",
                 )
 
 
@@ -106,21 +125,27 @@ def _by_name(found: Iterable[_Named]) -> dict[str, _Named]:
     return by_name
 
 
-
 def tensors(
-    path: str | PathLike[str], *, root: str | None = None, device: str | torch.device = "cpu", limits: Limits = Limits()
+    path: str | PathLike[str],
+    *,
+    root: str | None = None,
+    device: str | torch.device = "cpu",
+    limits: Limits = Limits(),
 ) -> Mapping[str, Paged]:
-    """The weights of the checkpoint at *path* by their names, none of which is read before it is used.
+    """The weights of the checkpoint at *path* by their names, none of which is read before it is
+    used.
 
     Args:
-        path: whatever `shardkit.open` opens: a file of any format, compressed or not; an index; a folder with one of them.
+        path: whatever `shardkit.open` opens: a file of any format, compressed or not; an index; a
+            folder with one of them.
         root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
         device: where tensors are put when they are read.
         limits: what the file may ask for.
 
     Returns:
-        A mapping that `Module.load_state_dict` takes, with ``assign=True`` or without. Tied weights are one object. A weight
-        that is no dense tensor is listed, and a LoadError when it is asked for.
+        A mapping that `Module.load_state_dict` takes, with ``assign=True`` or without. Tied weights
+        are one object. A weight that is no dense tensor is listed, and a LoadError when it is asked
+        for.
 
     Raises:
         FormatError: the checkpoint cannot be read.
@@ -152,9 +177,15 @@ class _Weights(Mapping[str, Paged]):
         entry = self._entries.get(name)
         if entry is None:
             raise UnknownTensor(name, near(name, self))
-        key = (entry.payload, entry.dtype, entry.shape) if entry.nbytes else name  # what is tied is one object
+        key = (
+            (entry.payload, entry.dtype, entry.shape) if entry.nbytes else name
+        )  # what is tied is one object
         made = self._made.get(key)
-        return made if made is not None else self._made.setdefault(key, Paged.of(entry, self._device, files=self._files))
+        return (
+            made
+            if made is not None
+            else self._made.setdefault(key, Paged.of(entry, self._device, files=self._files))
+        )
 
     def __deepcopy__(self, memo: object) -> _Weights:
         return self  # which nobody can change; a copy of one of its tensors would be read
@@ -172,11 +203,15 @@ class _Weights(Mapping[str, Paged]):
     def __repr__(self) -> str:
         count = f"{len(self):,} tensor{'s' * (len(self) != 1)}"
         names = f": {listed([shown(name) for name in islice(self, 3)])}" if len(self) else ""
-        return f"<{count} on {self._device}, read when they are used{names}{' …' if len(self) > 3 else ''}>"
+        return (
+            f"<{count} on {self._device}, read when they are "
+            f"used{names}{' …' if len(self) > 3 else ''}>"
+        )
 
 
 def _undense(other: Other) -> LoadError:
     return LoadError(
         f"{shown(other.name)} is no dense tensor but a {other.kind}: {shown(other.reason)[1:-1]}",
-        hint="such weights are not read; leave the name out, or load the file with torch.load if you trust it",
+        hint="such weights are not read; leave the name out, or load the file with torch.load if "
+        "you trust it",
     )

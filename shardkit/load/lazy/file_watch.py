@@ -1,4 +1,6 @@
-"""The files that weights stream from, watched: a file that changes while a model runs is an error, and never a wrong number."""
+"""The files that weights stream from, watched: a file that changes while a model runs is an error,
+and never a wrong number.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ _Identity = tuple[int, int, int, int, int]
 def changed(file: SourceFile) -> LoadError:
     """The *file* that weights are read from is no longer what it was when it was opened."""
     return LoadError(
-        f"{shown_path(file.path)} changed since it was opened, and weights that were not read yet lie in it",
-        hint="load it again; to save over a checkpoint that is in use, save to another file, and rename that",
+        (
+            f"{shown_path(file.path)} changed since it was opened, and weights that were not read "
+            "yet lie in it"
+        ),
+        hint="load it again; to save over a checkpoint that is in use, save to another file, and "
+        "rename that",
     )
 
 
@@ -57,8 +63,13 @@ class Sources:
         for path, identity in self._files.items():
             if _identity(path) != identity:
                 raise LoadError(
-                    f"{shown_path(path)} changed since the model was dispatched, and some of its weights stream from there",
-                    hint="load the model again; to replace a checkpoint that is in use, write it beside the old one",
+                    (
+                        f"{shown_path(path)} changed since the model was dispatched, and some of "
+                        "its "
+                        "weights stream from there"
+                    ),
+                    hint="load the model again; to replace a checkpoint that is in use, write it "
+                    "beside the old one",
                 )
 
     def attach(self, model: nn.Module) -> None:
@@ -76,7 +87,11 @@ def _identity(path: Path) -> _Identity:
         stat = os.stat(path)
     except OSError as error:
         raise LoadError(
-            f"{shown_path(path)} cannot be read any more, and some of the model's weights stream from there: {error.strerror}",
+            (
+                f"{shown_path(path)} cannot be read any more, and some of the model's weights "
+                "stream "
+                f"from there: {error.strerror}"
+            ),
             hint="put the file back and load the model again",
         ) from None
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

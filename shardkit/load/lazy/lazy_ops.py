@@ -1,14 +1,17 @@
-"""What becomes of an address when a tensor operation is done to it: another address, where nothing must be read to say which.
+"""What becomes of an address when a tensor operation is done to it: another address, where nothing
+must be read to say which.
 
-The functions here take and give `Address` wherever the operation has a tensor without memory; NotImplemented stands for what only
-values can tell. What torch documents as a copy is marked as one that must be read:
+The functions here take and give `Address` wherever the operation has a tensor without memory;
+NotImplemented stands for what only values can tell. What torch documents as a copy is marked as one
+that must be read:
 
 1. A clone, and a cast to the type that the tensor has.
-2. Any cast of a weight of a model, which is then used as any other tensor. A cast of a tensor of a checkpoint stays an address,
-   because libraries that load models cast every weight.
+2. Any cast of a weight of a model, which is then used as any other tensor. A cast of a tensor of a
+   checkpoint stays an address, because libraries that load models cast every weight.
 
-A join, and what only makes contiguous, is an address: libraries that save models do that to every weight. Made of weights of a
-model it has a backing of its own, so that it can be written like any other tensor.
+A join, and what only makes contiguous, is an address: libraries that save models do that to every
+weight. Made of weights of a model it has a backing of its own, so that it can be written like any
+other tensor.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class Address:
     Attributes:
         recipe: what it is made of.
         device: where it will be.
-        backing: what it shares with the weight of a model that it is, or is a view of; None if it is of none.
+        backing: what it shares with the weight of a model that it is, or is a view of; None if it
+            is of none.
         is_copy: whether it must be read now, because it is to be an ordinary tensor.
     """
 
@@ -52,7 +56,9 @@ class Address:
 
 
 def record(func: Operation, args: Arguments, options: Options) -> object:
-    """What *func*, which is no composite of other operations, gives without reading; else NotImplemented."""
+    """What *func*, which is no composite of other operations, gives without reading; else
+    NotImplemented.
+    """
     recording = _RECORDING.get(func) or (_view if func.is_view else None)
     return recording(func, args, options) if recording else NotImplemented
 
@@ -65,21 +71,30 @@ def device_of(device: str | torch.device) -> torch.device:
     """
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises what it likes, device by device
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch raises what it likes, device by device
         raise LoadError(
-            f"{str(device)!r} is no device that torch can use here: {error}", hint='give another, as in "cpu" or "cuda:0"'
+            f"{str(device)!r} is no device that torch can use here: {error}",
+            hint='give another, as in "cpu" or "cuda:0"',
         ) from None
 
 
 def _view(func: Operation, args: Arguments, options: Options) -> object:
-    """A view, or a list of them, has another geometry, which torch finds for a tensor without data."""
+    """A view, or a list of them, has another geometry, which torch finds for a tensor without
+    data.
+    """
     source, *rest = args
     if not isinstance(source, Address):
         return NotImplemented
     views = func(source.recipe.shape_only(), *rest, **options)
     several = isinstance(views, list | tuple)
     recipes = [source.recipe.viewed(view) for view in (views if several else [views])]
-    made = [Address(recipe, source.device, source.backing) for recipe in recipes if recipe is not None]
+    made = [
+        Address(recipe, source.device, source.backing) for recipe in recipes if recipe is not None
+    ]
     if len(made) < len(recipes):
         return NotImplemented
     return made if several else made[0]
@@ -107,7 +122,11 @@ def _cast(func: Operation, args: Arguments, options: Options) -> object:
 def _copy(func: Operation, args: Arguments, options: Options) -> object:
     """The recipe gains a Cast, or a new order of the axes."""
     source, *rest = args
-    if not isinstance(source, Address) or options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
+    if (
+        not isinstance(source, Address)
+        or options.get("pin_memory")
+        or options.get("layout") not in (None, torch.strided)
+    ):
         return NotImplemented
     device = torch.device(options.get("device") or source.device)
     elsewhere = {"device": "meta"} if "device" in options else {}
@@ -122,7 +141,9 @@ def _copy(func: Operation, args: Arguments, options: Options) -> object:
 
 
 def _pad(func: Operation, args: Arguments, options: Options) -> object:
-    """Nothing added on any side is a clone; model libraries do that when they make a bias fit its weight."""
+    """Nothing added on any side is a clone; model libraries do that when they make a bias fit its
+    weight.
+    """
     source, pads, *_ = args
     return NotImplemented if any(pads) else _copy(_aten.clone.default, (source,), {})
 
@@ -138,7 +159,9 @@ def _join(func: Operation, args: Arguments, options: Options) -> object:
     if func is _aten.stack.default:
         shapes = [(*recipe.shape[:dim], 1, *recipe.shape[dim:]) for recipe in recipes]
     else:
-        recipes = [recipe for recipe in recipes if len(recipe.shape) == whole.ndim]  # a flat empty tensor may join in anywhere
+        recipes = [
+            recipe for recipe in recipes if len(recipe.shape) == whole.ndim
+        ]  # a flat empty tensor may join in anywhere
         shapes = [recipe.shape for recipe in recipes]
     joined = join(recipes, shapes, dim, whole)
     if joined is None:
@@ -161,13 +184,24 @@ def _empty(func: Operation, args: Arguments, options: Options) -> object:
     source, *rest = args
     if not isinstance(source, Address):
         return NotImplemented
-    return func(source.recipe.shape_only(), *rest, **(options | {"device": options.get("device") or source.device}))
+    return func(
+        source.recipe.shape_only(),
+        *rest,
+        **(options | {"device": options.get("device") or source.device}),
+    )
 
 
 def _fill(func: Operation, args: Arguments, options: Options) -> object:
-    """A copy into memory that is there: read straight into it, where it lies in one piece and torch need not compute."""
+    """A copy into memory that is there: read straight into it, where it lies in one piece and torch
+    need not compute.
+    """
     target, source, *_ = args
-    if is_watched() or not isinstance(source, Address) or target.shape != source.recipe.shape or not _is_plain(target):
+    if (
+        is_watched()
+        or not isinstance(source, Address)
+        or target.shape != source.recipe.shape
+        or not _is_plain(target)
+    ):
         return NotImplemented
     recipe = source.recipe.copied(target)
     if recipe is None:
@@ -177,7 +211,11 @@ def _fill(func: Operation, args: Arguments, options: Options) -> object:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def _not_pinned(func: Operation, args: Arguments, options: Options) -> object:

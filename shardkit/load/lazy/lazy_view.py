@@ -1,7 +1,9 @@
-"""Recipes: which bytes of a payload are the elements of a tensor, and in which order its strides put them in memory.
+"""Recipes: which bytes of a payload are the elements of a tensor, and in which order its strides
+put them in memory.
 
-Strides are those that torch would give. A product computed with a turned matrix may differ in its last bit from one computed
-with the same matrix made contiguous, and what is computed with an address must not differ from what is computed with memory.
+Strides are those that torch would give. A product computed with a turned matrix may differ in its
+last bit from one computed with the same matrix made contiguous, and what is computed with an
+address must not differ from what is computed with memory.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Recipe:
         shape: lengths of the axes.
         strides: elements of the storage from one index to the next on each axis.
         offset: the view's first element.
-        files: the files of the checkpoint, as they were when it was opened; none where nobody looked.
+        files: the files of the checkpoint, as they were when it was opened; none where nobody
+            looked.
     """
 
     storage: Payload
@@ -50,14 +53,20 @@ class Recipe:
         """
         if entry.dtype.torch is None or not hasattr(torch, entry.dtype.torch):
             raise LoadError(
-                f"{shown(entry.name)} is {entry.dtype.code}, and torch {torch.__version__} has no such type",
+                (
+                    f"{shown(entry.name)} is {entry.dtype.code}, and torch {torch.__version__} has "
+                    "no such type"
+                ),
                 hint=f"it has {entry.nbytes:,} bytes, which shardkit.open gives as they are",
             )
         shape = entry.shape
         if entry.dtype.packed > 1:
             if not shape or shape[-1] % entry.dtype.packed:
                 raise LoadError(
-                    f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row fills no whole bytes",
+                    (
+                        f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row fills "
+                        "no whole bytes"
+                    ),
                     hint="leave the name out; shardkit.open gives its bytes as they are",
                 )
             shape = (*shape[:-1], shape[-1] // entry.dtype.packed)
@@ -71,32 +80,48 @@ class Recipe:
     @property
     def payload(self) -> Payload:
         """The elements in C order."""
-        return strided(self.storage, dtype=self.dtype, offset=self.offset, shape=self.shape, strides=self.strides)
+        return strided(
+            self.storage,
+            dtype=self.dtype,
+            offset=self.offset,
+            shape=self.shape,
+            strides=self.strides,
+        )
 
     @property
     def in_memory(self) -> tuple[Payload, tuple[int, ...]]:
-        """What is read, and the strides that then give the tensor: its own where it has no gaps, else those of C order."""
-        shape = [length if stride else 1 for length, stride in zip(self.shape, self.strides, strict=True)]
+        """What is read, and the strides that then give the tensor: its own where it has no gaps,
+        else those of C order.
+        """
+        shape = [
+            length if stride else 1 for length, stride in zip(self.shape, self.strides, strict=True)
+        ]
         if not _is_dense(shape, self.strides):
             return self.payload, _contiguous(self.shape)
         itemsize = self.dtype.itemsize
         return self.storage.narrow(self.offset * itemsize, prod(shape) * itemsize), self.strides
 
     def shape_only(self) -> torch.Tensor:
-        """A tensor without data that has this geometry, so that torch can say what becomes of it."""
+        """A tensor without data that has this geometry, so that torch can say what becomes of
+        it.
+        """
         count = self.storage.nbytes // self.dtype.itemsize
         whole = torch.empty(count, dtype=self.torch_dtype, device="meta")
         return whole.as_strided(self.shape, self.strides, self.offset)
 
     def viewed(self, view: torch.Tensor) -> Recipe | None:
-        """The recipe of *view*, a view of what `shape_only` gave; None if it changes more than geometry and type."""
+        """The recipe of *view*, a view of what `shape_only` gave; None if it changes more than
+        geometry and type.
+        """
         if view.is_conj() or view.is_neg() or (dtype := dtype_of(view)) is None:
             return None
         geometry = tuple(view.shape), view.stride(), int(view.storage_offset())
         return Recipe(self.storage, dtype, *geometry, files=self.files)
 
     def copied(self, copy: torch.Tensor) -> Recipe | None:
-        """The recipe of a copy with the type and strides of *copy*, which has no gaps; None where torch must compute it."""
+        """The recipe of a copy with the type and strides of *copy*, which has no gaps; None where
+        torch must compute it.
+        """
         dtype = dtype_of(copy)
         if dtype is None or not _is_dense(self.shape, copy.stride()):
             return None
@@ -110,11 +135,16 @@ class Recipe:
     def _in(self, order: Sequence[int]) -> Payload:
         """The elements, with the axes in *order*, outermost first."""
         shape, strides = ([each[axis] for axis in order] for each in (self.shape, self.strides))
-        return strided(self.storage, dtype=self.dtype, offset=self.offset, shape=shape, strides=strides)
+        return strided(
+            self.storage, dtype=self.dtype, offset=self.offset, shape=shape, strides=strides
+        )
 
 
-def join(parts: Sequence[Recipe], shapes: Sequence[Sequence[int]], dim: int, whole: torch.Tensor) -> Recipe | None:
-    """The recipe of *parts*, which have one type and are taken to have *shapes*, joined along *dim*.
+def join(
+    parts: Sequence[Recipe], shapes: Sequence[Sequence[int]], dim: int, whole: torch.Tensor
+) -> Recipe | None:
+    """The recipe of *parts*, which have one type and are taken to have *shapes*, joined along
+    *dim*.
 
     Args:
         parts: what is joined.
@@ -125,11 +155,17 @@ def join(parts: Sequence[Recipe], shapes: Sequence[Sequence[int]], dim: int, who
     order = _order(whole.stride())
     if not _is_dense(whole.shape, whole.stride()):
         return None
-    viewed = (part.shape_only().reshape(list(shape)) for part, shape in zip(parts, shapes, strict=True))
+    viewed = (
+        part.shape_only().reshape(list(shape)) for part, shape in zip(parts, shapes, strict=True)
+    )
     recipes = (part.viewed(view) for part, view in zip(parts, viewed, strict=True))
     payloads = [recipe._in(order) for recipe in recipes if recipe is not None]
-    payload = joined(payloads, [[shape[axis] for axis in order] for shape in shapes], order.index(dim))
-    several = dict.fromkeys(part.files for part in parts)  # one in most cases: all parts are of one checkpoint
+    payload = joined(
+        payloads, [[shape[axis] for axis in order] for shape in shapes], order.index(dim)
+    )
+    several = dict.fromkeys(
+        part.files for part in parts
+    )  # one in most cases: all parts are of one checkpoint
     files = tuple(dict.fromkeys(file for each in several for file in each))
     return Recipe(payload, parts[0].dtype, tuple(whole.shape), whole.stride(), files=files)
 

@@ -1,16 +1,22 @@
-"""Paged: a tensor that is an address. It has shape, type and device as any tensor, and its bytes are read when they are used.
+"""Paged: a tensor that is an address. It has shape, type and device as any tensor, and its bytes
+are read when they are used.
 
-1. What only moves elements or changes their float type is written into the recipe, and nothing is read: views of every kind,
-   splits, casts, stacks and cats. What only asks for shapes is answered from them.
-2. Anything else reads its Paged arguments, and gives what torch computes with them. Nothing is kept: each use reads again.
-3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a module. So is a cast of a weight
-   of a model.
-4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own, which its views share. So can
-   stacks and cats of weights. What is copied from a Paged goes from its file into the target's own memory.
-5. It stands below autograd, autocast and the decomposition of composite operations (`__torch_dispatch__`, and no
-   `__torch_function__`), so that every path that leads to a kernel leads here first, those inside C++ too. Where such an
-   operation chooses its kernel by the kind of tensor, as LSTM and singular values do, a last bit may differ.
-6. But for that memory, and the attributes that torch and others hang on it, it is immutable. Any number of threads may use it.
+1. What only moves elements or changes their float type is written into the recipe, and nothing is
+   read: views of every kind, splits, casts, stacks and cats. What only asks for shapes is answered
+   from them.
+2. Anything else reads its Paged arguments, and gives what torch computes with them. Nothing is
+   kept: each use reads again.
+3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a
+   module. So is a cast of a weight of a model.
+4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own,
+   which its views share. So can stacks and cats of weights. What is copied from a Paged goes from
+   its file into the target's own memory.
+5. It stands below autograd, autocast and the decomposition of composite operations
+   (`__torch_dispatch__`, and no `__torch_function__`), so that every path that leads to a kernel
+   leads here first, those inside C++ too. Where such an operation chooses its kernel by the kind of
+   tensor, as LSTM and singular values do, a last bit may differ.
+6. But for that memory, and the attributes that torch and others hang on it, it is immutable. Any
+   number of threads may use it.
 """
 
 from __future__ import annotations
@@ -31,7 +37,14 @@ from shardkit.load.lazy.file_watch import refuse_changed
 from shardkit.load.lazy.lazy_ops import Address, Arguments, Options, device_of, record
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.storages import STORAGES, Storage
-from shardkit.load.lazy.torch_operations import asked_of_to, changes_shapes, is_composite, outliving, replaced, written
+from shardkit.load.lazy.torch_operations import (
+    asked_of_to,
+    changes_shapes,
+    is_composite,
+    outliving,
+    replaced,
+    written,
+)
 from shardkit.load.memory.allocate import aligned, memory_of
 from shardkit.load.memory.parallel_reads import read_into
 from shardkit.load.modules.torch_internals import (
@@ -58,8 +71,8 @@ class Paged(torch.Tensor):
 
     Attributes:
         recipe: which bytes, and how they become elements.
-        backing: what it shares with the weight of a model that it is, or is a view of, and the memory of what was written; None
-            for a tensor of a checkpoint.
+        backing: what it shares with the weight of a model that it is, or is a view of, and the
+            memory of what was written; None for a tensor of a checkpoint.
     """
 
     recipe: Recipe
@@ -70,9 +83,13 @@ class Paged(torch.Tensor):
     __torch_function__ = no_torch_function  # type: ignore[assignment]  # as torch documents it
 
     @staticmethod
-    def __new__(cls: type[Paged], recipe: Recipe, device: torch.device, requires_grad: bool = False) -> Paged:
+    def __new__(
+        cls: type[Paged], recipe: Recipe, device: torch.device, requires_grad: bool = False
+    ) -> Paged:
         """A tensor that claims to be on *device*, which is where `read` puts it."""
-        with torch.inference_mode(False):  # so that views taken in inference mode are what torch expects, and can outlive it
+        with torch.inference_mode(
+            False
+        ):  # so that views taken in inference mode are what torch expects, and can outlive it
             made = make_wrapper_subclass(
                 cls,
                 recipe.shape,
@@ -86,13 +103,20 @@ class Paged(torch.Tensor):
         return made
 
     @classmethod
-    def of(cls, entry: TensorEntry, device: str | torch.device = "cpu", *, files: tuple[SourceFile, ...] = ()) -> Paged:
+    def of(
+        cls,
+        entry: TensorEntry,
+        device: str | torch.device = "cpu",
+        *,
+        files: tuple[SourceFile, ...] = (),
+    ) -> Paged:
         """The tensor that *entry* describes.
 
         Args:
             entry: its bytes, type and shape.
             device: where `read` puts it.
-            files: those of its checkpoint, as they were when it was opened. To read from one that changed is an error.
+            files: those of its checkpoint, as they were when it was opened. To read from one that
+                changed is an error.
 
         Raises:
             LoadError: torch has no such tensors, or there is no such device.
@@ -136,7 +160,11 @@ class Paged(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without the operation
-        cls, func: Operation, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Options | None = None
+        cls,
+        func: Operation,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Options | None = None,
     ) -> object:
         options = kwargs or {}
         refuse_trace()
@@ -149,7 +177,11 @@ class Paged(torch.Tensor):
         read = cache(_value)  # an argument that comes twice is read once
         with outliving(func):
             result = func(*replaced(args, Paged, read), **replaced(options, Paged, read))
-        return replaced(result, torch.Tensor, lambda each: _itself(each, targets, read)) if targets else result
+        return (
+            replaced(result, torch.Tensor, lambda each: _itself(each, targets, read))
+            if targets
+            else result
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
         _, is_copy = asked_of_to(args, kwargs)
@@ -158,7 +190,9 @@ class Paged(torch.Tensor):
 
     def clone(self, *, memory_format: torch.memory_format | None = None) -> torch.Tensor:
         copy = super().clone(memory_format=memory_format)
-        return copy.clone() if isinstance(copy, Paged) else copy  # it was asked to be contiguous, as `contiguous` asks it
+        return (
+            copy.clone() if isinstance(copy, Paged) else copy
+        )  # it was asked to be contiguous, as `contiguous` asks it
 
     # What torch does without asking its dispatcher.
 
@@ -181,8 +215,14 @@ class Paged(torch.Tensor):
         files = list(dict.fromkeys(source.path for source in self.payload.sources))
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         where = f" of {shown_path(files[0])}{more}" if files else ""
-        size, state = format_size(self.payload.nbytes), "not read" if is_address(self) else "in memory"
-        return f"Paged({self.dtype}, {list(self.shape)}, device={str(self.device)!r}, {size}{where}, {state})"
+        size, state = (
+            format_size(self.payload.nbytes),
+            "not read" if is_address(self) else "in memory",
+        )
+        return (
+            f"Paged({self.dtype}, {list(self.shape)}, device={str(self.device)!r}, "
+            f"{size}{where}, {state})"
+        )
 
     def __copy__(self) -> Paged:
         made = _rebuilt(self.recipe, self.device, self.requires_grad, self._attributes())
@@ -192,7 +232,9 @@ class Paged(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, object]) -> torch.Tensor:
         if id(self) not in memo:
             attributes = deepcopy(self._attributes(), memo)
-            if is_address(self) and any(isinstance(each, nn.Module) for each in reversed(memo.values())):
+            if is_address(self) and any(
+                isinstance(each, nn.Module) for each in reversed(memo.values())
+            ):
                 twin = self._twin()
             else:
                 twin = self._ordinary()
@@ -213,23 +255,33 @@ class Paged(torch.Tensor):
         return nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value
 
     def __reduce_ex__(self, protocol: object) -> Any:  # Any: how it is made again, which differs
-        if protocol == torch.serialization.DEFAULT_PROTOCOL:  # that of torch.save, whose files outlive addresses
+        if (
+            protocol == torch.serialization.DEFAULT_PROTOCOL
+        ):  # that of torch.save, whose files outlive addresses
             if is_address(self):
-                refuse_changed(self.recipe.files, self.payload)  # as where torch has just opened that very file to write to it
+                refuse_changed(
+                    self.recipe.files, self.payload
+                )  # as where torch has just opened that very file to write to it
             return self._ordinary().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return _rebuilt, (self._current, self.device, self.requires_grad, self._attributes())
 
-    def numpy(self, *, force: bool = False) -> Any:  # Any: an array, of a package that may not be installed
+    def numpy(
+        self, *, force: bool = False
+    ) -> Any:  # Any: an array, of a package that may not be installed
         return _value(self).numpy(force=force)
 
     def tolist(self) -> Any:  # Any: as deeply nested as there are axes
         return self.read().tolist()
 
-    def __dlpack__(self, **asked: Any) -> Any:  # Any: torch 2.6 knows fewer words than those that came after it
+    def __dlpack__(
+        self, **asked: Any
+    ) -> Any:  # Any: torch 2.6 knows fewer words than those that came after it
         return _value(self).__dlpack__(**asked)
 
     def data_ptr(self) -> int:
-        """Where the values can be read: in the pages of the file, or of a temporary one (see `storages`); 0 if there are none."""
+        """Where the values can be read: in the pages of the file, or of a temporary one (see
+        `storages`); 0 if there are none.
+        """
         if (held := self.held) is not None:
             return held.data_ptr()
         if self.device.type != "cpu":
@@ -271,7 +323,9 @@ class Paged(torch.Tensor):
 hide_from_compiler(vars(Paged)["__torch_dispatch__"].__func__)
 
 
-def _rebuilt(recipe: Recipe, device: torch.device, requires_grad: bool, attributes: Mapping[str, object]) -> Paged:
+def _rebuilt(
+    recipe: Recipe, device: torch.device, requires_grad: bool, attributes: Mapping[str, object]
+) -> Paged:
     made = Paged(recipe, device, requires_grad)
     made.__dict__.update(attributes)
     return made
@@ -288,7 +342,8 @@ def _holding(tensor: torch.Tensor) -> Paged:
 def _no_memory() -> LoadError:
     return LoadError(
         "a Paged is the address of a weight in a checkpoint, and has no memory to point at",
-        hint="take its value first: tensor.read(); to save a model that has such weights: shardkit.load.save(model, folder)",
+        hint="take its value first: tensor.read(); to save a model that has such weights: "
+        "shardkit.load.save(model, folder)",
     )
 
 
@@ -306,13 +361,17 @@ def _made(address: Address) -> torch.Tensor:
     made = Paged(address.recipe, address.device)
     if address.is_copy:
         value = made.read()
-        return value.clone() if is_watched() else value  # a graph copies it each time it runs, since what follows may write to it
+        return (
+            value.clone() if is_watched() else value
+        )  # a graph copies it each time it runs, since what follows may write to it
     if address.backing is not None:
         made.backing = address.backing
     return made
 
 
-def _itself(tensor: torch.Tensor, targets: Iterable[Paged], read: Callable[[Paged], torch.Tensor]) -> torch.Tensor:
+def _itself(
+    tensor: torch.Tensor, targets: Iterable[Paged], read: Callable[[Paged], torch.Tensor]
+) -> torch.Tensor:
     """The one of *targets* that *tensor* is the memory of; else *tensor*."""
     return next((each for each in targets if read(each) is tensor), tensor)
 
@@ -336,7 +395,11 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
                 hint = "keep its layer in memory: by the device_map"
         raise ReadOnly(
             f"{func.overloadpacket.__name__} would {what}",
-            places=tuple((each.path, each.start, each.nbytes) for weight in fixed for each in weight.payload.sources),
+            places=tuple(
+                (each.path, each.start, each.nbytes)
+                for weight in fixed
+                for each in weight.payload.sources
+            ),
             hint=hint,
         )
     for backing in filter(None, (each.backing for each in targets)):

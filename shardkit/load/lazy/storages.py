@@ -1,14 +1,18 @@
-"""Storages of lazy tensors, for libraries that save tensors through pointers: safetensors, and all that call it.
+"""Storages of lazy tensors, for libraries that save tensors through pointers: safetensors, and all
+that call it.
 
-1. To ask for a storage reads nothing. Libraries ask every tensor for the address and the size of its storage, to find ties.
-2. A run of a file lies in the pages of the file itself, which are mapped read-only: they are no memory of the process. The system
-   reads them when they are touched, and drops them when it needs room. What is in memory already stays where it is.
-3. Anything else (a cast, a join, what is compressed) gets a place in a temporary file without a name, which is mapped too. Its
-   bytes are written there when somebody asks for a pointer.
-4. A storage keeps the files that it needs: one that is replaced meanwhile, as by safetensors, which writes beside it and renames,
-   is read as it was. One that was written to in place is an error. One that is cut while somebody reads through a pointer ends
-   the process, as any mapped file does.
-5. Equal payloads of the same files have one storage for as long as a tensor has it. So ties are found, and cost no second copy.
+1. To ask for a storage reads nothing. Libraries ask every tensor for the address and the size of
+   its storage, to find ties.
+2. A run of a file lies in the pages of the file itself, which are mapped read-only: they are no
+   memory of the process. The system reads them when they are touched, and drops them when it needs
+   room. What is in memory already stays where it is.
+3. Anything else (a cast, a join, what is compressed) gets a place in a temporary file without a
+   name, which is mapped too. Its bytes are written there when somebody asks for a pointer.
+4. A storage keeps the files that it needs: one that is replaced meanwhile, as by safetensors, which
+   writes beside it and renames, is read as it was. One that was written to in place is an error.
+   One that is cut while somebody reads through a pointer ends the process, as any mapped file does.
+5. Equal payloads of the same files have one storage for as long as a tensor has it. So ties are
+   found, and cost no second copy.
 """
 
 from __future__ import annotations
@@ -34,20 +38,25 @@ from shardkit.payloads.payload import Buffer, Extent, Payload, ended_early, unre
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
 
-_ROOM = 1 << 30 if sys.platform == "linux" else 0  # bytes of a temporary file; elsewhere it takes them when it is made
+_ROOM = (
+    1 << 30 if sys.platform == "linux" else 0
+)  # bytes of a temporary file; elsewhere it takes them when it is made
 _ALIGNMENT = 64
 
 
 class Storage:
     """What those who save tensors ask of a torch.UntypedStorage, for the bytes of a payload."""
 
-    def __init__(self, payload: Payload, pages: Mapping[Path, Pages], place: Place | None, address: int) -> None:
+    def __init__(
+        self, payload: Payload, pages: Mapping[Path, Pages], place: Place | None, address: int
+    ) -> None:
         """Read nothing.
 
         Args:
             payload: the bytes.
             pages: of the files that they are read from.
-            place: where they are written when they are asked for; None where they are already in memory, or in a file.
+            place: where they are written when they are asked for; None where they are already in
+                memory, or in a file.
             address: where they will be.
         """
         self._payload = payload
@@ -83,7 +92,12 @@ class Storage:
             pages.refuse_written()
         with self._lock:
             if self._place is not None and not self._is_filled:
-                self._place.write(opened(self._payload, lambda path, memory, start: self._pages[path].read(memory, start)))
+                self._place.write(
+                    opened(
+                        self._payload,
+                        lambda path, memory, start: self._pages[path].read(memory, start),
+                    )
+                )
                 self._is_filled = True
         return self._address
 
@@ -92,12 +106,16 @@ class Storage:
 
 
 class Storages:
-    """The storages of a process, by what they hold; each is there for as long as a tensor has it."""
+    """The storages of a process, by what they hold; each is there for as long as a tensor has
+    it.
+    """
 
     def __init__(self) -> None:
         """Hold none yet."""
         self._last: weakref.ref[Scratch] | None = None
-        self._made: weakref.WeakValueDictionary[tuple[Payload, tuple[SourceFile, ...]], Storage] = weakref.WeakValueDictionary()
+        self._made: weakref.WeakValueDictionary[tuple[Payload, tuple[SourceFile, ...]], Storage] = (
+            weakref.WeakValueDictionary()
+        )
         self._pages: weakref.WeakValueDictionary[SourceFile, Pages] = weakref.WeakValueDictionary()
         self._begin()
         begin_again_in_children(self, Storages._begin)
@@ -107,7 +125,8 @@ class Storages:
 
         Args:
             payload: the bytes.
-            files: what they are read from, as it was when it was opened; other files are taken as they are now.
+            files: what they are read from, as it was when it was opened; other files are taken as
+                they are now.
 
         Raises:
             FormatError: a file cannot be opened, or is too short.
@@ -126,7 +145,10 @@ class Storages:
             return storage
 
     def _new(self, payload: Payload, files: tuple[SourceFile, ...]) -> Storage:
-        pages = {file.path: self._pages.get(file) or self._pages.setdefault(file, Pages(file)) for file in files}
+        pages = {
+            file.path: self._pages.get(file) or self._pages.setdefault(file, Pages(file))
+            for file in files
+        }
         for extent in payload.sources:
             pages[extent.path].check(extent)
         if isinstance(payload, Extent):
@@ -163,7 +185,11 @@ class Pages:
         try:
             with open(file.path, "rb", buffering=0) as there:
                 stat = os.fstat(there.fileno())
-                if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (file.size, file.mtime_ns, file.inode):
+                if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (
+                    file.size,
+                    file.mtime_ns,
+                    file.inode,
+                ):
                     raise changed(file)
                 # Read-only, because what is written to a private copy would be lost without a word.
                 self._memory = memoryview(mmap.mmap(there.fileno(), 0, access=mmap.ACCESS_READ))
@@ -181,7 +207,9 @@ class Pages:
         memory[:] = self._memory[start : start + len(memory)]
 
     def refuse_written(self) -> None:
-        """Raise LoadError if the file was written to in place: to touch pages behind a new end would end the process."""
+        """Raise LoadError if the file was written to in place: to touch pages behind a new end
+        would end the process.
+        """
         with suppress(FormatError):  # it is gone, and the pages are still there
             now = SourceFile.of(self._file.path)
             if now.inode == self._file.inode and now != self._file:
@@ -250,9 +278,11 @@ class Place:
 def no_room(nbytes: int, error: OSError) -> NoRoom:
     """What the system said when a temporary file was made or written to."""
     return NoRoom(
-        f"{shown_path(Path(tempfile.gettempdir()))}: a temporary file with {format_size(nbytes)} of weights cannot be written: "
+        f"{shown_path(Path(tempfile.gettempdir()))}: a temporary file with {format_size(nbytes)} "
+        "of weights cannot be written: "
         f"{error.strerror}",
-        hint="set TMPDIR to a folder on a larger disk, or save with shardkit.load.save, which needs no such file",
+        hint="set TMPDIR to a folder on a larger disk, or save with shardkit.load.save, which "
+        "needs no such file",
     )
 
 

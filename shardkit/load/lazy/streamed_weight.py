@@ -1,9 +1,12 @@
 """Streamed: what stands in the place of a weight that streams, outside its block's forward.
 
-1. It cannot leave the device that its block runs on, and is not trained: it says that it requires no gradient. Only while the
-   forward of a module runs it says what the weight said before it streamed, because modules of torch choose their path by that.
-2. Once it was written, or was given other data, it is in memory of its own, and its block uses that. Then it can be trained.
-3. A deep copy of its module has one of its own. That gets memory when it is asked to train, as the modules do that PEFT saves.
+1. It cannot leave the device that its block runs on, and is not trained: it says that it requires
+   no gradient. Only while the forward of a module runs it says what the weight said before it
+   streamed, because modules of torch choose their path by that.
+2. Once it was written, or was given other data, it is in memory of its own, and its block uses
+   that. Then it can be trained.
+3. A deep copy of its module has one of its own. That gets memory when it is asked to train, as the
+   modules do that PEFT saves.
 4. Where a module is cast, its weights stay addresses.
 """
 
@@ -24,14 +27,17 @@ from shardkit.load.lazy.torch_operations import asked_of_to
 from shardkit.load.modules.call_stack import is_in_forward, is_module_cast
 from shardkit.load.modules.torch_internals import PARAMETER_MARK, tensor_requires_grad
 
-TRAIN = "train an adapter instead (PEFT), or keep the layers that train in memory: by the device_map"
+TRAIN = (
+    "train an adapter instead (PEFT), or keep the layers that train in memory: by the device_map"
+)
 
 
 class Streamed(Paged):
     """A weight outside its block's forward; see the rules of its module.
 
     Attributes:
-        seated: whether it stands in a module, as its block put it there; else it is what `detach` made of such a one.
+        seated: whether it stands in a module, as its block put it there; else it is what `detach`
+            made of such a one.
         origin: the device that had it in memory before it streamed; None if none had.
         learned: whether it asked for a gradient then, and nobody froze it since.
         copied: whether it is that of a deep copy.
@@ -65,15 +71,23 @@ class Streamed(Paged):
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # Any: as torch declares it
         device, _ = asked_of_to(args, kwargs)
-        if self.seated and device is not None and (device.type != self.device.type or device_of(device) != self.device):
+        if (
+            self.seated
+            and device is not None
+            and (device.type != self.device.type or device_of(device) != self.device)
+        ):
             raise _immovable()
         return super().to(*args, **kwargs)
 
     def detach(self) -> torch.Tensor:
-        """The same for others, which `nn.Parameter` takes too: a parameter that shares its memory once one of them is written."""
+        """The same for others, which `nn.Parameter` takes too: a parameter that shares its memory
+        once one of them is written.
+        """
         if not is_address(self):
             return super().detach()
-        loose = Streamed.__new__(Streamed, replace(self.recipe), self.device)  # by which a block knows its own
+        loose = Streamed.__new__(
+            Streamed, replace(self.recipe), self.device
+        )  # by which a block knows its own
         assert isinstance(loose, Streamed)
         loose.backing = self.backing
         return loose
@@ -122,7 +136,9 @@ class Streamed(Paged):
     def requires_grad(self, value: bool) -> None:
         if value and self.seated and is_address(self):
             if not self.copied:
-                raise NotTrained(f"{shown(self.backing.name)} streams, and cannot be trained", hint=TRAIN)
+                raise NotTrained(
+                    f"{shown(self.backing.name)} streams, and cannot be trained", hint=TRAIN
+                )
             self.backing.settle()
         tensor_requires_grad.__set__(self, value)
         self.learned = value
@@ -145,14 +161,18 @@ class Streamed(Paged):
 
     def _see_to_gradient(self) -> None:
         if not self.is_trained:
-            raise NotTrained(f"{shown(self.backing.name)} streams, and no gradient of it is computed", hint=TRAIN)
+            raise NotTrained(
+                f"{shown(self.backing.name)} streams, and no gradient of it is computed", hint=TRAIN
+            )
 
     def _take(self, given: Paged) -> None:
         self.recipe = given.recipe
         self.backing = given.backing or Backing(given.recipe, self.device, self.backing.name)
 
     def _as_address(self) -> Address:
-        """Itself; while its module is cast, as a tensor of a checkpoint, so that the cast stays an address."""
+        """Itself; while its module is cast, as a tensor of a checkpoint, so that the cast stays an
+        address.
+        """
         return Address(self.recipe, self.device, None if is_module_cast() else self.backing)
 
     def _twin(self) -> torch.Tensor:
@@ -160,7 +180,9 @@ class Streamed(Paged):
             return self._ordinary()
         name, origin, learned = self.backing.name, self.origin, self.learned
         is_buffer = not self._is_parameter
-        twin = self.standing_for(self.recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned)
+        twin = self.standing_for(
+            self.recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned
+        )
         twin.copied = True
         return twin
 
@@ -175,7 +197,9 @@ class Streamed(Paged):
 
 def _one_of(kind: str, device: object) -> torch.device:
     """*device*, which may be a number among those of its *kind*, or None for the current one."""
-    return torch.device(kind, device) if isinstance(device, int) else torch.device(str(device or kind))
+    return (
+        torch.device(kind, device) if isinstance(device, int) else torch.device(str(device or kind))
+    )
 
 
 def _immovable() -> LoadError:

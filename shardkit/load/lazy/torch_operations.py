@@ -1,4 +1,6 @@
-"""What torch says of its operations: what they write, and what they are made of; and what `Tensor.to` was asked for."""
+"""What torch says of its operations: what they write, and what they are made of; and what
+`Tensor.to` was asked for.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,30 @@ def changes_shapes(func: Operation) -> bool:
 
 @cache
 def is_composite(func: Operation) -> bool:
-    """Whether *func* is made of other operations; such a one arrives whole in inference mode only."""
+    """Whether *func* is made of other operations; such a one arrives whole in inference mode
+    only.
+    """
     name: str = func.name()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return has_decomposition(name)
 
 
 def outliving(func: Operation) -> AbstractContextManager[object]:
-    """No inference mode for a view, which may outlive it; to leave a mode that is not there would let gradients flow again."""
-    return torch.inference_mode(False) if func.is_view and torch.is_inference_mode_enabled() else nullcontext()
+    """No inference mode for a view, which may outlive it; to leave a mode that is not there would
+    let gradients flow again.
+    """
+    return (
+        torch.inference_mode(False)
+        if func.is_view and torch.is_inference_mode_enabled()
+        else nullcontext()
+    )
 
 
-def asked_of_to(args: Sequence[Any], options: Mapping[str, Any]) -> tuple[torch.device | None, bool]:
-    """The device that the arguments of `Tensor.to` ask for, None if for none, and whether they ask for a copy."""
+def asked_of_to(
+    args: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[torch.device | None, bool]:
+    """The device that the arguments of `Tensor.to` ask for, None if for none, and whether they ask
+    for a copy.
+    """
     at = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
     others = {name: value for name, value in options.items() if name != "copy"}
     device: torch.device | None = parse_to(*args[:at], **others)[0]
@@ -68,4 +82,8 @@ def replaced(value: Any, kind: type[_Kind], replacement: Callable[[_Kind], objec
 def _written(func: Operation) -> tuple[tuple[int, str], ...]:
     """Which arguments *func* writes to."""
     arguments = enumerate(schema(func).arguments)
-    return tuple((i, each.name) for i, each in arguments if each.alias_info is not None and each.alias_info.is_write)
+    return tuple(
+        (i, each.name)
+        for i, each in arguments
+        if each.alias_info is not None and each.alias_info.is_write
+    )

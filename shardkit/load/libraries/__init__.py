@@ -1,1 +1,3 @@
-"""Models of Transformers and Diffusers: made without memory, loaded from their folders, and saved as they save them."""
+"""Models of Transformers and Diffusers: made without memory, loaded from their folders, and saved
+as they save them.
+"""

@@ -1,8 +1,9 @@
 """A model as Diffusers makes it, with addresses for weights.
 
-1. Its class makes it of its configuration, empty, and renames what old checkpoints call otherwise. The weights are then matched
-   and put in as for any other model.
-2. Where no type is asked for, it has the type that most of its weights have. Diffusers would make it float32.
+1. Its class makes it of its configuration, empty, and renames what old checkpoints call otherwise.
+   The weights are then matched and put in as for any other model.
+2. Where no type is asked for, it has the type that most of its weights have. Diffusers would make
+   it float32.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ from shardkit.load.modules.sizes import class_names
 from shardkit.metadata.shard_names import DIFFUSERS_STEM
 
 LEAST = (0, 37)
-_Model = Any  # Diffusers leaves its models half typed: the class that it exports is a dummy, for want of torch
+# Diffusers leaves its models half typed: the class that it exports is a dummy, for want of torch
+_Model = Any
 _Kind = Any  # and so the classes
-_WEIGHTS = tuple(f"{DIFFUSERS_STEM}.{each}" for each in ("safetensors.index.json", "safetensors", "bin", "bin.index.json"))
+_WEIGHTS = tuple(
+    f"{DIFFUSERS_STEM}.{each}"
+    for each in ("safetensors.index.json", "safetensors", "bin", "bin.index.json")
+)
 
 
 def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) -> LazyModel:
@@ -56,12 +61,15 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
 
     Raises:
         FormatError: the weights cannot be read.
-        LoadError: Diffusers is not there, or makes no model of the folder, or the weights are not of that model.
+        LoadError: Diffusers is not there, or makes no model of the folder, or the weights are not
+            of that model.
     """
     diffusers = library("diffusers", LEAST)
     _check_not_quantised(folder)
     opened = LoadedHeaders.at(folder.weights(_WEIGHTS, request))
-    dtype = request.dtype or prevalent_dtype((entry.dtype, entry.nbytes) for entry in opened.entries.values())
+    dtype = request.dtype or prevalent_dtype(
+        (entry.dtype, entry.nbytes) for entry in opened.entries.values()
+    )
     with translated_errors(folder, diffusers):
         model = _empty(folder, kind, request.trusted, dtype)
         opened = replace(opened, entries=_renamed(model, opened.entries))
@@ -77,11 +85,19 @@ def addressed(folder: ModelFolder, request: Request, kind: _Kind | None = None) 
         "mismatched_keys": [],
         "error_msgs": [],
     }
-    return LazyModel(model.eval(), info, _whole(model), class_names(model._skip_keys), (*opened.notes, *found.notes))
+    return LazyModel(
+        model.eval(),
+        info,
+        _whole(model),
+        class_names(model._skip_keys),
+        (*opened.notes, *found.notes),
+    )
 
 
 def saved(model: nn.Module) -> Saved | None:
-    """What Diffusers would save of *model*, of which no weight is read; None if it is not its own."""
+    """What Diffusers would save of *model*, of which no weight is read; None if it is not its
+    own.
+    """
     if "diffusers" not in sys.modules:
         return None
     from diffusers import ModelMixin
@@ -113,14 +129,21 @@ def _check_not_quantised(folder: ModelFolder) -> None:
     if config is not None:
         method = config.get("quant_method") if isinstance(config, dict) else config
         raise LoadError(
-            f"{shown_path(folder.path)} is quantised with {shown(method)}, of which Diffusers makes no plain tensors",
+            (
+                f"{shown_path(folder.path)} is quantised with {shown(method)}, of which Diffusers "
+                "makes no plain tensors"
+            ),
             hint="load it with Diffusers itself",
         )
 
 
 def _empty(folder: ModelFolder, kind: _Kind | None, trusted: bool, dtype: torch.dtype) -> _Model:
     """The model with no weights."""
-    make = (kind or _class(folder)).from_config if kind or not _has_code(folder) else _own_code(folder, trusted)
+    make = (
+        (kind or _class(folder)).from_config
+        if kind or not _has_code(folder)
+        else _own_code(folder, trusted)
+    )
     with _made_as(dtype), init_empty_weights():
         model = make(dict(folder.fields))
     model.register_to_config(_name_or_path=folder.name)
@@ -129,7 +152,9 @@ def _empty(folder: ModelFolder, kind: _Kind | None, trusted: bool, dtype: torch.
 
 @contextmanager
 def _made_as(dtype: torch.dtype) -> Iterator[None]:
-    """Let new tensors be of the type *dtype*, as Diffusers has it while it makes a model: buffers depend on it."""
+    """Let new tensors be of the type *dtype*, as Diffusers has it while it makes a model: buffers
+    depend on it.
+    """
     before = torch.get_default_dtype()
     if dtype.itemsize > 1:  # with narrower ones torch makes nothing, and Diffusers casts afterwards
         torch.set_default_dtype(dtype)
@@ -155,7 +180,9 @@ def _own_code(folder: ModelFolder, trusted: bool) -> Callable[[dict[str, object]
 
     auto: _Kind = diffusers.AutoModel
     place = {"_name_or_path": str(folder.path)}  # where it looks for the code
-    return lambda fields: auto.from_config(fields | place, trust_remote_code=True, local_files_only=True)
+    return lambda fields: auto.from_config(
+        fields | place, trust_remote_code=True, local_files_only=True
+    )
 
 
 def _class(folder: ModelFolder) -> _Kind:
@@ -166,20 +193,36 @@ def _class(folder: ModelFolder) -> _Kind:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise LoadError(
-            f"{shown_path(folder.path / 'config.json')} asks for {shown(name)}, which Diffusers {diffusers.__version__} has not",
+            (
+                f"{shown_path(folder.path / 'config.json')} asks for {shown(name)}, which "
+                "Diffusers "
+                f"{diffusers.__version__} has not"
+            ),
             hint="a newer Diffusers may have it",
         )
     if not loads_as_all_do(found, diffusers.ModelMixin):
-        raise LoadError(f"{shown_path(folder.path)} holds a {name}, which Diffusers loads in a way of its own", hint=MAKE_IT)
+        raise LoadError(
+            f"{shown_path(folder.path)} holds a {name}, which Diffusers loads in a way of its own",
+            hint=MAKE_IT,
+        )
     return found
 
 
 def _renamed(model: _Model, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """*entries* by the names that *model* has for them, without those that it knows to be of no use."""
+    """*entries* by the names that *model* has for them, without those that it knows to be of no
+    use.
+    """
     renamed = dict(entries)
     model._fix_state_dict_keys_on_load(renamed)
-    known, useless = model.state_dict(keep_vars=True), model._keys_to_ignore_on_load_unexpected or ()
-    return {name: entry for name, entry in renamed.items() if name in known or not any(re.search(each, name) for each in useless)}
+    known, useless = (
+        model.state_dict(keep_vars=True),
+        model._keys_to_ignore_on_load_unexpected or (),
+    )
+    return {
+        name: entry
+        for name, entry in renamed.items()
+        if name in known or not any(re.search(each, name) for each in useless)
+    }
 
 
 def _whole(model: _Model) -> frozenset[str]:

@@ -1,11 +1,13 @@
 """A pipeline of Diffusers, its models with addresses for weights.
 
-1. The models are made one by one, as they are from folders of their own. Diffusers then makes the pipeline around them, and all
-   that is no model in it: schedulers, tokenizers, image processors.
-2. A model of another library, or one that Diffusers or Transformers loads in a way of its own, is read by them, and in memory.
-3. The classes are those of Diffusers and Transformers, and code of other origin only where it is trusted.
-4. Where no type is asked for, each model has the type that its weights have, whatever its config.json says: the models of a
-   pipeline must fit together.
+1. The models are made one by one, as they are from folders of their own. Diffusers then makes the
+   pipeline around them, and all that is no model in it: schedulers, tokenizers, image processors.
+2. A model of another library, or one that Diffusers or Transformers loads in a way of its own, is
+   read by them, and in memory.
+3. The classes are those of Diffusers and Transformers, and code of other origin only where it is
+   trusted.
+4. Where no type is asked for, each model has the type that its weights have, whatever its
+   config.json says: the models of a pipeline must fit together.
 5. What is given for one of its parts stands in its place as it is, and where it is.
 """
 
@@ -21,7 +23,14 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown, shown_path
 from shardkit.load.libraries import diffusers_model, transformers_model
-from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request, library, loads_as_all_do, translated_errors
+from shardkit.load.libraries.model_folder import (
+    LazyModel,
+    ModelFolder,
+    Request,
+    library,
+    loads_as_all_do,
+    translated_errors,
+)
 from shardkit.load.modules.sizes import class_names
 
 if TYPE_CHECKING:
@@ -31,7 +40,8 @@ if TYPE_CHECKING:
 def addressed(
     folder: ModelFolder, request: Request, given: Mapping[str, object]
 ) -> tuple[DiffusionPipeline, dict[str, LazyModel]]:
-    """The pipeline in *folder*, and the models in it by their names, of which no weight has been read but by rule 2.
+    """The pipeline in *folder*, and the models in it by their names, of which no weight has been
+    read but by rule 2.
 
     Args:
         folder: where it is.
@@ -40,28 +50,38 @@ def addressed(
 
     Raises:
         FormatError: weights cannot be read.
-        LoadError: Diffusers is not there, or makes no pipeline of the folder, or code is asked for that is not trusted, or there
-            is no such part.
+        LoadError: Diffusers is not there, or makes no pipeline of the folder, or code is asked for
+            that is not trusted, or there is no such part.
     """
     diffusers = library("diffusers", diffusers_model.LEAST)
     _refuse_unknown(folder, given)
     if not request.trusted:
         _refuse_code(folder)
     made = dict(_models(folder, replace(request, as_stored=True), given))
-    options: dict[str, Any] = {name: each.model for name, each in made.items()}  # Any: they have types of their own
+    options: dict[str, Any] = {
+        name: each.model for name, each in made.items()
+    }  # Any: they have types of their own
     options |= given
     options |= {"variant": request.variant} if request.variant else {}
     options |= {"trust_remote_code": True} if request.trusted else {}
-    options |= {} if request.use_safetensors is None else {"use_safetensors": request.use_safetensors}
+    options |= (
+        {} if request.use_safetensors is None else {"use_safetensors": request.use_safetensors}
+    )
     with translated_errors(folder, diffusers):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder.path, local_files_only=True, **options)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder.path, local_files_only=True, **options
+        )
     pipeline.register_to_config(_name_or_path=folder.name)
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    models = {
+        name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
     others = {name: part for name, part in models.items() if name not in made and name not in given}
     return pipeline, made | {name: _in_memory(part, request) for name, part in others.items()}
 
 
-def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Iterator[tuple[str, LazyModel]]:
+def _models(
+    folder: ModelFolder, request: Request, given: Container[str]
+) -> Iterator[tuple[str, LazyModel]]:
     """The models that are made here and not *given*, by their names in the pipeline."""
     import diffusers
 
@@ -78,7 +98,9 @@ def _models(folder: ModelFolder, request: Request, given: Container[str]) -> Ite
                 yield name, _of_variant(transformers_model, folder.part(name), request, kind)
 
 
-def _of_variant(maker: Any, folder: ModelFolder, request: Request, kind: type) -> LazyModel:  # Any: one of two modules
+def _of_variant(
+    maker: Any, folder: ModelFolder, request: Request, kind: type
+) -> LazyModel:  # Any: one of two modules
     """The model in *folder*, with the weights of the variant that is asked for, if it has any."""
     variant = request.variant if maker.has_variant(folder, request.variant) else None
     made: LazyModel = maker.addressed(folder, replace(request, variant=variant), kind)
@@ -117,12 +139,19 @@ def _refuse_unknown(folder: ModelFolder, given: Iterable[str]) -> None:
 
 
 def _refuse_code(folder: ModelFolder) -> None:
-    """See that nothing in *folder* asks for code that is neither of Diffusers nor of Transformers."""
-    asking = [name for name, home, _ in _parts(folder) if _known(home) is None or (folder.path / name / f"{home}.py").exists()]
+    """See that nothing in *folder* asks for code that is neither of Diffusers nor of
+    Transformers.
+    """
+    asking = [
+        name
+        for name, home, _ in _parts(folder)
+        if _known(home) is None or (folder.path / name / f"{home}.py").exists()
+    ]
     asking += [] if isinstance(folder.fields.get("_class_name"), str) else ["_class_name"]
     if asking:
         raise LoadError(
-            f"{shown_path(folder.path)} asks for code that is neither of Diffusers nor of Transformers: "
+            f"{shown_path(folder.path)} asks for code that is neither of Diffusers nor of "
+            "Transformers: "
             f"{shown(asking[0])} is {shown(folder.fields.get(asking[0]))}",
             hint="read it, and if you trust it, pass trust_remote_code=True",
         )
@@ -132,4 +161,6 @@ def _in_memory(model: nn.Module, request: Request) -> LazyModel:
     """A model that its library has read."""
     if request.dtype is not None:
         model.to(request.dtype)
-    return LazyModel(model.eval(), {}, class_names(getattr(model, "_no_split_modules", None)), frozenset())
+    return LazyModel(
+        model.eval(), {}, class_names(getattr(model, "_no_split_modules", None)), frozenset()
+    )

@@ -78,21 +78,28 @@ class ModelFolder:
         if (folder / "adapter_config.json").is_file():
             raise LoadError(
                 f"{shown_path(folder)} holds an adapter, which PEFT puts on top of a model",
-                hint="load the folder of the model, and give it to peft.PeftModel.from_pretrained with this one",
+                hint="load the folder of the model, and give it to "
+                "peft.PeftModel.from_pretrained with this one",
             )
         return cls._of_model(folder, name)
 
     def part(self, name: str) -> ModelFolder:
-        """The folder of what a pipeline calls *name*: the one inside of that name, or else this one.
+        """The folder of what a pipeline calls *name*: the one inside of that name, or else this
+        one.
 
         Raises:
             LoadError: it does not say what it holds.
         """
         inside = self.path / name
-        return self._of_model(inside, f"{self.name}/{name}") if inside.is_dir() else self._of_model(self.path, self.name)
+        return (
+            self._of_model(inside, f"{self.name}/{name}")
+            if inside.is_dir()
+            else self._of_model(self.path, self.name)
+        )
 
     def weights(self, names: Sequence[str], request: Request) -> Path:
-        """The first file with one of *names*; or else the folder, in which there may be one of another name.
+        """The first file with one of *names*; or else the folder, in which there may be one of
+        another name.
 
         Args:
             names: as the library writes and reads them, in the order in which it looks for them.
@@ -101,11 +108,16 @@ class ModelFolder:
         Raises:
             LoadError: there is none of the variant or the kind that is asked for.
         """
-        wanted = [_varied(name, request.variant) for name in names if request.use_safetensors in (None, ".safetensors" in name)]
+        wanted = [
+            _varied(name, request.variant)
+            for name in names
+            if request.use_safetensors in (None, ".safetensors" in name)
+        ]
         found = next((self.path / name for name in wanted if (self.path / name).is_file()), None)
         if found is None and (request.variant or request.use_safetensors is not None):
             raise LoadError(
-                f"{shown_path(self.path)} has no weights under any of these names: {listed(wanted)}",
+                f"{shown_path(self.path)} has no weights under any of these names: "
+                f"{listed(wanted)}",
                 hint="leave out variant and use_safetensors, or download the files of that kind",
             )
         return found or self.path
@@ -117,7 +129,10 @@ class ModelFolder:
     @classmethod
     def _of_model(cls, folder: Path, name: str) -> ModelFolder:
         if not (folder / _MODEL).is_file():
-            raise LoadError(f"{shown_path(folder)} has no config.json, which says what model it is", hint=MAKE_IT)
+            raise LoadError(
+                f"{shown_path(folder)} has no config.json, which says what model it is",
+                hint=MAKE_IT,
+            )
         fields = _fields(folder / _MODEL)
         return cls(folder, name, "diffusers" if "_class_name" in fields else "transformers", fields)
 
@@ -131,8 +146,10 @@ class Request:
         attn_implementation: what Transformers calls by this name; None for what it chooses.
         variant: the word in the names of the weights.
         trusted: whether code that lies in the folder may be run.
-        use_safetensors: whether the weights are taken from safetensors; None for whatever there is, and those first.
-        as_stored: whether the types are those of the weights if no *dtype* is given, and not what config.json says.
+        use_safetensors: whether the weights are taken from safetensors; None for whatever there is,
+            and those first.
+        as_stored: whether the types are those of the weights if no *dtype* is given, and not what
+            config.json says.
     """
 
     dtype: torch.dtype | None
@@ -171,7 +188,8 @@ class Saved:
     Attributes:
         state: its weights, under the names that they have in a checkpoint.
         files: what stands beside them, such as config.json: for each name the content.
-        tied: names whose weights the library takes from other names, where the checkpoint has none under them.
+        tied: names whose weights the library takes from other names, where the checkpoint has none
+            under them.
         stem: what the names of the files with weights begin with.
     """
 
@@ -191,7 +209,8 @@ def written(*saves: Callable[[str], object]) -> dict[str, bytes]:
 
 
 def prevalent_dtype(stored: Iterable[tuple[DType, int]]) -> torch.dtype:
-    """The type that most bytes of floats have, but for those that are codes; float32 if there are none.
+    """The type that most bytes of floats have, but for those that are codes; float32 if there are
+    none.
 
     Args:
         stored: the types and sizes of weights.
@@ -205,7 +224,9 @@ def prevalent_dtype(stored: Iterable[tuple[DType, int]]) -> torch.dtype:
 
 
 def loads_as_all_do(kind: type, base: type) -> bool:
-    """Whether *kind* is a *base*, and one folder with one configuration is one model, which is not so of all."""
+    """Whether *kind* is a *base*, and one folder with one configuration is one model, which is not
+    so of all.
+    """
     if not issubclass(kind, base):
         return False
     definer = next(each for each in kind.__mro__ if "from_pretrained" in vars(each))
@@ -225,7 +246,10 @@ def library(name: str, least: tuple[int, int]) -> ModuleType:
     major, minor = least
     requirement = f"{name}>={major}.{minor},<{major + 1}"
     if find_spec(name) is None:
-        raise LoadError(f"from_pretrained needs {name.title()}, which is not installed", hint=f'pip install "{requirement}"')
+        raise LoadError(
+            f"from_pretrained needs {name.title()}, which is not installed",
+            hint=f'pip install "{requirement}"',
+        )
     found = import_module(name)
     numbers = tuple(int(number) for number in re.findall(r"\d+", found.__version__)[:2])
     if not least <= numbers < (major + 1, 0):
@@ -239,18 +263,36 @@ def translated_errors(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
     """Let what a library raises about *folder* be a LoadError."""
     from huggingface_hub.errors import StrictDataclassError
 
-    kinds = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, StrictDataclassError)
+    kinds = (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        StrictDataclassError,
+    )
     try:
         yield
     except kinds as error:
         what = "pipeline" if folder.kind == "pipeline" else "model"
         raise LoadError(
-            f"{shown_path(folder.path)}: {by.__name__.title()} {by.__version__} makes no {what} of it: {error}",
+            (
+                f"{shown_path(folder.path)}: {by.__name__.title()} {by.__version__} makes no "
+                f"{what} "
+                f"of it: {error}"
+            ),
             hint=f"check config.json, or update {by.__name__}",
         ) from error
 
 
-def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cache_dir: str | PathLike[str] | None) -> Path:
+def _local(
+    path: str | PathLike[str],
+    subfolder: str,
+    revision: str | None,
+    cache_dir: str | PathLike[str] | None,
+) -> Path:
     given = path_arguments.to_read(path)
     if given.is_dir():
         return given / subfolder
@@ -259,11 +301,17 @@ def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cach
 
         cache = None if cache_dir is None else Path(cache_dir)
         for name in (_PIPELINE, _MODEL):
-            file = try_to_load_from_cache(str(path), Path(subfolder, name).as_posix(), cache, revision)
+            file = try_to_load_from_cache(
+                str(path), Path(subfolder, name).as_posix(), cache, revision
+            )
             if isinstance(file, str):
                 return Path(file).parent
     meant = f" (revision {shown(revision)})" if revision else ""
-    what = "is a file" if given.exists() else f"is no folder, and no model in the cache of the Hub{meant}"
+    what = (
+        "is a file"
+        if given.exists()
+        else f"is no folder, and no model in the cache of the Hub{meant}"
+    )
     raise LoadError(
         f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
         hint=path_arguments.looked_for(given) or f"download the model first; or {MAKE_IT}",
@@ -271,13 +319,20 @@ def _local(path: str | PathLike[str], subfolder: str, revision: str | None, cach
 
 
 def _fields(file: Path) -> dict[str, object]:
-    """What a JSON file says. NaN and Infinity, which some models have in their config.json, are let through."""
+    """What a JSON file says. NaN and Infinity, which some models have in their config.json, are let
+    through.
+    """
     try:
         fields: object = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"{shown_path(file)} is no JSON: {error}", hint="download it anew") from None
+        raise LoadError(
+            f"{shown_path(file)} is no JSON: {error}", hint="download it anew"
+        ) from None
     if not isinstance(fields, dict):
-        raise LoadError(f"{shown_path(file)} must hold an object, found {shown(fields)}", hint="download it anew")
+        raise LoadError(
+            f"{shown_path(file)} must hold an object, found {shown(fields)}",
+            hint="download it anew",
+        )
     return fields
 
 

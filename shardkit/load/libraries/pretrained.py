@@ -1,11 +1,15 @@
-"""A folder as Transformers or Diffusers saves it → the model or the pipeline in it, running over accelerators, CPU and disk.
+"""A folder as Transformers or Diffusers saves it → the model or the pipeline in it, running over
+accelerators, CPU and disk.
 
-1. Each library does what it knows best, by arguments that it documents, and gets addresses for weights.
-2. Then the addresses are put where the device map wants them, as for any other model: read, or left to stream.
-3. What a library computes from weights, rather than moves or casts, has been read, and stays in memory. If it should have
-   streamed, a warning says so.
-4. The models of a pipeline share one device map, in which their names stand first: "unet.mid_block". Where a map is made, the
-   largest comes first, as in Diffusers: it runs most often.
+1. Each library does what it knows best, by arguments that it documents, and gets addresses for
+   weights.
+2. Then the addresses are put where the device map wants them, as for any other model: read, or left
+   to stream.
+3. What a library computes from weights, rather than moves or casts, has been read, and stays in
+   memory. If it should have streamed, a warning says so.
+4. The models of a pipeline share one device map, in which their names stand first:
+   "unet.mid_block". Where a map is made, the largest comes first, as in Diffusers: it runs most
+   often.
 """
 
 from __future__ import annotations
@@ -25,7 +29,12 @@ from shardkit.load.dispatch.attach import DispatchConfig, arrange, reported_map
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries import diffusers_model, diffusers_pipeline, transformers_model
 from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request
-from shardkit.load.loading.load_checkpoint import floating, main_device, torch_device, without_meaning
+from shardkit.load.loading.load_checkpoint import (
+    floating,
+    main_device,
+    torch_device,
+    without_meaning,
+)
 from shardkit.load.loading.match import listed
 from shardkit.load.modules.model_group import ModelGroup
 from shardkit.load.modules.quantised import is_packed
@@ -67,52 +76,78 @@ def from_pretrained(
 
     Args:
         path: the folder; or the name of what is on the Hub, if it is in the cache.
-        device_map: a device for each part of the model, by name; a device for all of it; or how to make a map: "auto",
-            "balanced", "balanced_low_0", "sequential". None for the CPU, with nothing attached.
-        dtype: what floats are cast to, but for those that the model keeps in float32. "auto" for what config.json says, and
-            with Diffusers, whose config.json says nothing, for what most of the weights are.
+        device_map: a device for each part of the model, by name; a device for all of it; or how to
+            make a map: "auto", "balanced", "balanced_low_0", "sequential". None for the CPU, with
+            nothing attached.
+        dtype: what floats are cast to, but for those that the model keeps in float32. "auto" for
+            what config.json says, and with Diffusers, whose config.json says nothing, for what most
+            of the weights are.
         torch_dtype: the older name of *dtype*, which Diffusers has.
         max_memory: what each device may hold, where *device_map* says how to make a map.
         trust_remote_code: run the code that lies in the folder, where it asks for it.
-        attn_implementation: "eager", "sdpa" or what else Transformers has, for models of Transformers.
+        attn_implementation: "eager", "sdpa" or what else Transformers has, for models of
+            Transformers.
         subfolder: the folder inside *path* that is meant.
-        variant: the word in the names of the weights, as "fp16" in ``model.fp16.safetensors``. In a pipeline it is for those
-            models that have it.
+        variant: the word in the names of the weights, as "fp16" in ``model.fp16.safetensors``. In a
+            pipeline it is for those models that have it.
         revision: the branch, tag or commit of what is on the Hub; None for "main".
         cache_dir: where the cache of the Hub is; None for where huggingface_hub has it.
-        use_safetensors: True or False to take the weights from safetensors, or from what torch saved, and from nothing else.
-        output_loading_info: also give what is said of missing and unexpected weights; of a pipeline, by the names of its models.
-        quantization_config: weights are not quantised while they are loaded; anything but None is an error.
+        use_safetensors: True or False to take the weights from safetensors, or from what torch
+            saved, and from nothing else.
+        output_loading_info: also give what is said of missing and unexpected weights; of a
+            pipeline, by the names of its models.
+        quantization_config: weights are not quantised while they are loaded; anything but None is
+            an error.
         offload_folder: has no meaning, since weights stream from *path* itself; a warning says so.
         offload_state_dict: likewise.
         low_cpu_mem_usage: likewise: weights are never in memory twice.
         offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much they may take, as in
-            "500MB", where the map is a dict. A map that is made here counts them, and may have room for fewer. None for as many
-            as pay at the rates of this machine, which take a second to measure if more than 64 MiB stream.
-        components: what a pipeline has in place of the parts of these names, as in ``scheduler=…`` or ``safety_checker=None``;
-            it is taken as it is, and stays where it is.
+        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
+            they may take, as in "500MB", where the map is a dict. A map that is made here counts
+            them, and may have room for fewer. None for as many as pay at the rates of this machine,
+            which take a second to measure if more than 64 MiB stream.
+        components: what a pipeline has in place of the parts of these names, as in ``scheduler=…``
+            or ``safety_checker=None``; it is taken as it is, and stays where it is.
 
     Raises:
         FormatError: the weights cannot be read.
         PlanError: several parts of them could be the model.
-        LoadError: Transformers or Diffusers is not there, or makes no model of the folder; or it does not fit the memory. A
-            weight that has another shape is a Mismatch.
+        LoadError: Transformers or Diffusers is not there, or makes no model of the folder; or it
+            does not fit the memory. A weight that has another shape is a Mismatch.
     """
     if quantization_config is not None:
-        raise LoadError("quantization_config: weights are not quantised when they are loaded", hint="load a quantised checkpoint")
+        raise LoadError(
+            "quantization_config: weights are not quantised when they are loaded",
+            hint="load a quantised checkpoint",
+        )
     given = _given(device_map)
-    request = Request(_floats(dtype, torch_dtype), attn_implementation, variant, trust_remote_code, use_safetensors)
-    made, models = _made(ModelFolder.at(path, subfolder, revision=revision, cache_dir=cache_dir), request, components)
+    request = Request(
+        _floats(dtype, torch_dtype),
+        attn_implementation,
+        variant,
+        trust_remote_code,
+        use_safetensors,
+    )
+    made, models = _made(
+        ModelFolder.at(path, subfolder, revision=revision, cache_dir=cache_dir), request, components
+    )
     notes = [note for model in models.values() for note in model.notes]
     notes += without_meaning(
-        offload_folder=offload_folder, offload_state_dict=offload_state_dict, low_cpu_mem_usage=low_cpu_mem_usage
+        offload_folder=offload_folder,
+        offload_state_dict=offload_state_dict,
+        low_cpu_mem_usage=low_cpu_mem_usage,
     )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     tree = _tree(models)
     whole = frozenset[str]().union(*(model.whole for model in models.values()))
-    terms = PlacementOptions(ring, offload, max_memory, whole | _uncut(models.values(), max_memory), rates=partial(_rates, tree))
+    terms = PlacementOptions(
+        ring,
+        offload,
+        max_memory,
+        whole | _uncut(models.values(), max_memory),
+        rates=partial(_rates, tree),
+    )
     devices, depth = terms.residents(tree, str(device_map) if given is None else given)
     check_device_map(tree, devices)
     devices = _with_what_stays(tree, models, devices)
@@ -128,7 +163,11 @@ def _given(device_map: AnyMap) -> dict[str, Device] | None:
     """*device_map* with devices as they are called in maps; None if it is still to be made."""
     if isinstance(device_map, str) and device_map in MODES:
         return None
-    whole = device_map if isinstance(device_map, Mapping) else {"": "cpu" if device_map is None else device_map}
+    whole = (
+        device_map
+        if isinstance(device_map, Mapping)
+        else {"": "cpu" if device_map is None else device_map}
+    )
     devices = {name: device_key(device) for name, device in whole.items()}
     main_device(devices)  # or else there is none
     return devices
@@ -137,7 +176,10 @@ def _given(device_map: AnyMap) -> dict[str, Device] | None:
 def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> torch.dtype | None:
     """What floats are cast to, whichever name it is given by; None for "auto"."""
     if torch_dtype is not None and dtype != "auto":
-        raise LoadError("dtype and torch_dtype are two names of one argument, and both are given", hint="leave out torch_dtype")
+        raise LoadError(
+            "dtype and torch_dtype are two names of one argument, and both are given",
+            hint="leave out torch_dtype",
+        )
     asked = dtype if torch_dtype is None else torch_dtype
     return None if asked == "auto" else floating(asked)
 
@@ -145,12 +187,18 @@ def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> 
 def _made(
     folder: ModelFolder, request: Request, components: Mapping[str, object]
 ) -> tuple[Any, dict[str, LazyModel]]:  # Any: as above
-    """What is in *folder*, and the models that it consists of by their names; a model that is all of it has none."""
+    """What is in *folder*, and the models that it consists of by their names; a model that is all
+    of it has none.
+    """
     if folder.kind == "pipeline":
         return diffusers_pipeline.addressed(folder, request, components)
     if components:
         raise LoadError(
-            f"{shown(next(iter(components)))} is no argument of from_pretrained where a model is loaded",
+            (
+                f"{shown(next(iter(components)))} is no argument of from_pretrained where a "
+                "model is "
+                "loaded"
+            ),
             hint="leave it out; parts are given for a pipeline of Diffusers only",
         )
     if folder.kind == "diffusers" and request.attn_implementation:
@@ -168,7 +216,9 @@ def _tree(models: Mapping[str, LazyModel]) -> nn.Module:
     if "" in models:
         return models[""].model
     sizes = {name: module_sizes(each.model)[""] for name, each in models.items()}
-    return ModelGroup({name: models[name].model for name in sorted(models, key=sizes.__getitem__, reverse=True)})
+    return ModelGroup(
+        {name: models[name].model for name in sorted(models, key=sizes.__getitem__, reverse=True)}
+    )
 
 
 def _uncut(models: Iterable[LazyModel], max_memory: MaxMemory | None) -> frozenset[str]:
@@ -176,7 +226,11 @@ def _uncut(models: Iterable[LazyModel], max_memory: MaxMemory | None) -> frozens
 
     Nobody knows at which places such a model may be cut so that what is added up is on one device.
     """
-    accelerators = [device for device, room in get_max_memory(max_memory).items() if device not in ("cpu", "disk") and room]
+    accelerators = [
+        device
+        for device, room in get_max_memory(max_memory).items()
+        if device not in ("cpu", "disk") and room
+    ]
     silent = (type(each.model).__name__ for each in models if not each.whole)
     return frozenset(silent if len(accelerators) > 1 else ())
 
@@ -184,20 +238,33 @@ def _uncut(models: Iterable[LazyModel], max_memory: MaxMemory | None) -> frozens
 def _rates(model: nn.Module, device: Device) -> Rates:
     """Those at which the weights of *model* that are addresses stream to *device*."""
     addresses = (weight.tensor for weight in weights_of(model) if isinstance(weight.tensor, Paged))
-    return rates_for(((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device))
+    return rates_for(
+        ((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device)
+    )
 
 
-def _with_what_stays(tree: nn.Module, models: Mapping[str, LazyModel], devices: Mapping[str, Device]) -> dict[str, Device]:
-    """*devices*, but that models of which nothing can stream are in the memory of what runs them."""
+def _with_what_stays(
+    tree: nn.Module, models: Mapping[str, LazyModel], devices: Mapping[str, Device]
+) -> dict[str, Device]:
+    """*devices*, but that models of which nothing can stream are in the memory of what runs
+    them.
+    """
     made, main = dict(devices), device_key(main_device(devices))
     for name in (name for name, model in models.items() if model.stays):
-        inside = {part for part in devices if not name or f"{part}.".startswith(f"{name}.")} | ({name} if name else set())
+        inside = {part for part in devices if not name or f"{part}.".startswith(f"{name}.")} | (
+            {name} if name else set()
+        )
         made |= {part: main for part in inside if device_of(part, devices) in ("cpu", "disk")}
     if made != devices:
-        streams = (each for each in weights_of(tree) if device_of(each.names[0], devices) != device_of(each.names[0], made))
+        streams = (
+            each
+            for each in weights_of(tree)
+            if device_of(each.names[0], devices) != device_of(each.names[0], made)
+        )
         nbytes = sum(weight.tensor.nbytes for weight in streams)
         warnings.warn(
-            f"in memory, and not streamed: {format_size(nbytes)} of weights, and more from the first forward on, in which "
+            f"in memory, and not streamed: {format_size(nbytes)} of weights, and more from the "
+            "first forward on, in which "
             "compressed-tensors expands them all",
             UserWarning,
             stacklevel=3,
@@ -205,7 +272,9 @@ def _with_what_stays(tree: nn.Module, models: Mapping[str, LazyModel], devices: 
     return made
 
 
-def _wish(models: Collection[LazyModel], devices: Mapping[str, Device], ring: Ring, *, chosen: bool) -> DispatchConfig:
+def _wish(
+    models: Collection[LazyModel], devices: Mapping[str, Device], ring: Ring, *, chosen: bool
+) -> DispatchConfig:
     """How *models* shall run."""
     return DispatchConfig(
         device_map=devices,
@@ -225,13 +294,22 @@ def _place(tree: nn.Module, wish: DispatchConfig) -> None:
 
 
 def _warn_of_computed(model: nn.Module, wish: DispatchConfig) -> None:
-    """Say which weights should stream and cannot, since their library did more to them than can be noted down."""
+    """Say which weights should stream and cannot, since their library did more to them than can be
+    noted down.
+    """
     parts = wish.cut(model)
-    should = [weight for block in parts.blocks for weight in block.weights if not isinstance(weight.tensor, Paged)]
+    should = [
+        weight
+        for block in parts.blocks
+        for weight in block.weights
+        if not isinstance(weight.tensor, Paged)
+    ]
     if should:
         _warn_of(should, "which were computed, or of which the checkpoint has none")
     packed = [weight for weight in parts.resident if is_packed(weight.tensor)]
-    offloaded = [weight for weight in packed if device_of(weight.names[0], wish.device_map) == "disk"]
+    offloaded = [
+        weight for weight in packed if device_of(weight.names[0], wish.device_map) == "disk"
+    ]
     if offloaded:
         _warn_of(offloaded, "of which bitsandbytes makes objects of its own")
 
@@ -239,4 +317,8 @@ def _warn_of_computed(model: nn.Module, wish: DispatchConfig) -> None:
 def _warn_of(weights: Sequence[Weight], why: str) -> None:
     nbytes = format_size(sum(weight.tensor.nbytes for weight in weights))
     names = listed(weight.names[0] for weight in weights)
-    warnings.warn(f"in memory, and not streamed: {nbytes} of weights, {why}: {names}", UserWarning, stacklevel=5)
+    warnings.warn(
+        f"in memory, and not streamed: {nbytes} of weights, {why}: {names}",
+        UserWarning,
+        stacklevel=5,
+    )

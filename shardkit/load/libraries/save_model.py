@@ -1,4 +1,6 @@
-"""Write a model out, whether its weights are in memory or addresses: streamed, sharded, and whole or not at all."""
+"""Write a model out, whether its weights are in memory or addresses: streamed, sharded, and whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,21 @@ from shardkit.sources import path_arguments, registry
 
 
 def save(
-    model: nn.Module, folder: str | PathLike[str], *, max_shard: str | int | None = "5GB", overwrite: bool = False
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    max_shard: str | int | None = "5GB",
+    overwrite: bool = False,
 ) -> Report:
     """Write *model* to *folder*, as safetensors shards and an index.
 
-    `from_pretrained` loads what is written of a model of Transformers or Diffusers: its configuration is there too, and weights
-    have the names that they have in its checkpoints, such as one for each expert. Of other models it is the state dict.
+    `from_pretrained` loads what is written of a model of Transformers or Diffusers: its
+    configuration is there too, and weights have the names that they have in its checkpoints, such
+    as one for each expert. Of other models it is the state dict.
 
-    Weights that are addresses go from their files to the output without being held, and those on an accelerator by way of main
-    memory, a few MB at a time. A weight under several names is written once, and its other names recorded.
+    Weights that are addresses go from their files to the output without being held, and those on an
+    accelerator by way of main memory, a few MB at a time. A weight under several names is written
+    once, and its other names recorded.
 
     Args:
         model: on any device, dispatched or not.
@@ -50,7 +58,8 @@ def save(
         What was done.
 
     Raises:
-        LoadError: *model* is no module, or has adapters of PEFT; something in its state dict is no dense tensor, or has no value.
+        LoadError: *model* is no module, or has adapters of PEFT; something in its state dict is no
+            dense tensor, or has no value.
         FormatError: a file that weights are read from has changed since it was opened.
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
@@ -59,19 +68,26 @@ def save(
     known = transformers_model.saved(model) or diffusers_model.saved(model)
     state = known.state if known else model.state_dict()
     entries = tuple(entries_of(state))
-    # A tie that the library would not make again is no tie there: without a weight of its own the name would be missing.
+    # A tie that the library would not make again is no tie there: without a weight of its own the
+    # name would be missing.
     untied = state.keys() - known.tied if known else ()
     kept, aliases = fold_ties(sorted(entries, key=_comes_last(known)), {"format", *untied})
     edited = Edited(kept, aliases, ())
     limit = None if max_shard is None else parse_size(max_shard)
-    companions = [OutputFile(name, (Literal(content),)) for name, content in (known.files if known else {}).items()]
+    companions = [
+        OutputFile(name, (Literal(content),))
+        for name, content in (known.files if known else {}).items()
+    ]
     layout = registry.format_named("safetensors")
     stem = known.stem if known else STEM
-    plan = plan_folder(edited, layout, max_shard=limit, metadata={"format": "pt"}, companions=companions, stem=stem)
+    plan = plan_folder(
+        edited, layout, max_shard=limit, metadata={"format": "pt"}, companions=companions, stem=stem
+    )
     out = followed(path_arguments.to_write(folder))
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise OutputError(
-            f"{shown_path(out)} is called like one file, and a folder is made", hint="name a folder, without an ending"
+            f"{shown_path(out)} is called like one file, and a folder is made",
+            hint="name a folder, without an ending",
         )
     name = type(model).__name__
     output = Output(name, out, plan, tuple(_files(state, entries)))
@@ -82,38 +98,64 @@ def _check_whole(model: object) -> None:
     """See that *model* is one module, and has the names that its library loads.
 
     Raises:
-        LoadError: it is a pipeline or no model at all, or has adapters, which give its weights other names.
+        LoadError: it is a pipeline or no model at all, or has adapters, which give its weights
+            other names.
     """
     if not isinstance(model, nn.Module):
         what, hint = "no torch.nn.Module", "give the model itself: save(model, folder)"
         if hasattr(model, "components") and hasattr(model, "save_pretrained"):
-            what, hint = "a pipeline of several", "write all of it with pipeline.save_pretrained(folder)"
-        raise LoadError(f"save writes one model, and {shown(type(model).__name__)} is {what}", hint=hint)
+            what, hint = (
+                "a pipeline of several",
+                "write all of it with pipeline.save_pretrained(folder)",
+            )
+        raise LoadError(
+            f"save writes one model, and {shown(type(model).__name__)} is {what}", hint=hint
+        )
     if adapters := _adapters(model):
         raise LoadError(
-            f"the model has adapters of PEFT ({listed(adapters)}), which give its weights names that no library loads",
-            hint="merge them first: save(model.merge_and_unload(), folder), with the model that get_peft_model returned; "
+            (
+                f"the model has adapters of PEFT ({listed(adapters)}), which give its weights "
+                "names "
+                "that no library loads"
+            ),
+            hint="merge them first: save(model.merge_and_unload(), folder), with the model that "
+            "get_peft_model returned; "
             "or save the adapters alone: model.save_pretrained(folder)",
         )
 
 
 def _adapters(model: nn.Module) -> list[str]:
     """The names of the adapters of PEFT in *model*."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # as long as nobody imported it, there are none
+    tuners = sys.modules.get(
+        "peft.tuners.tuners_utils"
+    )  # as long as nobody imported it, there are none
     if tuners is None:
         return []
-    layers: list[Any] = [each for each in model.modules() if isinstance(each, tuners.BaseTunerLayer)]  # Any: as PEFT declares it
-    return sorted({name for each in layers for part in each.adapter_layer_names for name in getattr(each, part, ())})
+    layers: list[Any] = [
+        each for each in model.modules() if isinstance(each, tuners.BaseTunerLayer)
+    ]  # Any: as PEFT declares it
+    return sorted(
+        {
+            name
+            for each in layers
+            for part in each.adapter_layer_names
+            for name in getattr(each, part, ())
+        }
+    )
 
 
 def _comes_last(known: Saved | None) -> Callable[[TensorEntry], bool]:
-    """Which entries stand behind all others, so that of what is tied the name is kept that the library looks for."""
+    """Which entries stand behind all others, so that of what is tied the name is kept that the
+    library looks for.
+    """
     return (lambda entry: entry.name in known.tied) if known else (lambda entry: False)
 
 
 def _files(state: Mapping[str, object], entries: Iterable[TensorEntry]) -> Iterator[SourceFile]:
     """The files that *entries* are read from, as they were when they were opened."""
-    opened = {file for value in state.values() if isinstance(value, Paged) for file in value.recipe.files}
+    opened = {
+        file for value in state.values() if isinstance(value, Paged) for file in value.recipe.files
+    }
     known = {file.path: file for file in opened}
     for path in dict.fromkeys(each.path for entry in entries for each in entry.payload.sources):
         yield known.get(path) or SourceFile.of(path)

@@ -1,7 +1,8 @@
 """A model as Transformers makes it, with addresses for weights.
 
-Transformers gets the configuration and a state dict of addresses, by arguments that it documents. It makes the model without
-memory, renames, fuses and casts the weights, ties them, fills in what is missing, and says so.
+Transformers gets the configuration and a state dict of addresses, by arguments that it documents.
+It makes the model without memory, renames, fuses and casts the weights, ties them, fills in what is
+missing, and says so.
 """
 
 from __future__ import annotations
@@ -41,13 +42,21 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 LEAST = (5, 0)
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _PLAIN = (torch.Tensor, nn.Parameter, Paged)
 _FEW = 16  # weights that are read because they are written to
 
 
-def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None) -> LazyModel:
-    """The model in *folder*, of which no weight has been read that Transformers only moves, casts or joins.
+def addressed(
+    folder: ModelFolder, request: Request, kind: type[PreTrainedModel] | None = None
+) -> LazyModel:
+    """The model in *folder*, of which no weight has been read that Transformers only moves, casts
+    or joins.
 
     Args:
         folder: where it is.
@@ -65,9 +74,13 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
     weights = tensors(_weights(folder, request, config))
     packed = packed_names(weights) if method_of(folder.fields) == "bitsandbytes" else ()
     dtype = request.dtype or (
-        prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values()) if request.as_stored else "auto"
+        prevalent_dtype((each.stored, each.payload.nbytes) for each in weights.values())
+        if request.as_stored
+        else "auto"
     )
-    options = {"attn_implementation": request.attn_implementation} if request.attn_implementation else {}
+    options = (
+        {"attn_implementation": request.attn_implementation} if request.attn_implementation else {}
+    )
     load = cast("Callable[..., tuple[PreTrainedModel, Info]]", kind.from_pretrained)
     with translated_errors(folder, transformers):
         model, info = _made(
@@ -86,7 +99,10 @@ def addressed(folder: ModelFolder, request: Request, kind: type[PreTrainedModel]
             model.generation_config = _generation_config(folder.path)
     unset = _unset_buffers(folder, model) if request.trusted else []
     model.config.name_or_path = model.name_or_path = folder.name
-    whole, skip = class_names(model._no_split_modules), class_names(model._skip_keys_device_placement)
+    whole, skip = (
+        class_names(model._no_split_modules),
+        class_names(model._skip_keys_device_placement),
+    )
     notes = (_unset_note(unset, kind.__name__, transformers.__version__),) if unset else ()
     return LazyModel(model, info, whole, skip, notes, stays=expands_itself(model))
 
@@ -99,7 +115,8 @@ def _made(
 ) -> tuple[PreTrainedModel, Info]:
     """What *load* makes of *weights*.
 
-    Those in *read* are in memory, and so are those that it writes to, as where it fills in what it has loaded already.
+    Those in *read* are in memory, and so are those that it writes to, as where it fills in what it
+    has loaded already.
 
     Raises:
         ReadOnly: it writes to many.
@@ -111,7 +128,11 @@ def _made(
         except ReadOnly as refusal:
             if len(read) >= most:
                 raise  # it writes to all there are, one by one, and each time is made anew
-            found = [name for name, each in weights.items() if name not in read and _lies_in(each, refusal.places)]
+            found = [
+                name
+                for name, each in weights.items()
+                if name not in read and _lies_in(each, refusal.places)
+            ]
             if not found:
                 raise
             read = {**read, **{name: weights[name].read() for name in found}}
@@ -127,11 +148,17 @@ def _lies_in(weight: Paged, places: Iterable[tuple[Path, int, int]]) -> bool:
 
 
 def _unset_buffers(folder: ModelFolder, model: PreTrainedModel) -> list[str]:
-    """The buffers of *model*, whose code is the folder's, that no checkpoint holds and that have not what that code computes."""
+    """The buffers of *model*, whose code is the folder's, that no checkpoint holds and that have
+    not what that code computes.
+    """
     if not type(model).__module__.startswith("transformers_modules."):
         return []
     computed: dict[str, torch.Tensor] = {}
-    with suppress(LoadError), translated_errors(folder, library("transformers", LEAST)), init_empty_weights():
+    with (
+        suppress(LoadError),
+        translated_errors(folder, library("transformers", LEAST)),
+        init_empty_weights(),
+    ):
         computed = dict(type(model)(deepcopy(model.config)).named_buffers())
     unset = []
     for prefix, module in model.named_modules():
@@ -144,8 +171,10 @@ def _unset_buffers(folder: ModelFolder, model: PreTrainedModel) -> list[str]:
 
 def _unset_note(names: Iterable[str], kind: str, version: str) -> str:
     return (
-        f"the checkpoint has no values for {listed(names)}, and they differ from those that {kind} computes: "
-        f"Transformers {version} makes models without memory, so that only _init_weights can set such buffers; "
+        f"the checkpoint has no values for {listed(names)}, and they differ from those that "
+        f"{kind} computes: "
+        f"Transformers {version} makes models without memory, so that only _init_weights can set "
+        "such buffers; "
         "let the code of the folder set them there, or set them now"
     )
 
@@ -159,7 +188,8 @@ def _is_near(buffer: torch.Tensor, computed: torch.Tensor) -> bool:
 
 
 def saved(model: nn.Module) -> Saved | None:
-    """What Transformers would save of *model*, of which no weight is read that it only splits or renames.
+    """What Transformers would save of *model*, of which no weight is read that it only splits or
+    renames.
 
     None if the model is not its own.
     """
@@ -178,10 +208,14 @@ def saved(model: nn.Module) -> Saved | None:
     if model.can_generate():
         saves.append(model.generation_config.save_pretrained)
     if type(model)._auto_class is not None:  # a class of the user's own, whose code goes along
-        saves.insert(0, lambda folder: custom_object_save(model, folder, config=cast("Any", config)))  # declared as a dict
+        saves.insert(
+            0, lambda folder: custom_object_save(model, folder, config=cast("Any", config))
+        )  # declared as a dict
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    if getattr(model, "hf_quantizer", None) is None:  # else it has the names of its checkpoint, and no way back from there
+    if (
+        getattr(model, "hf_quantizer", None) is None
+    ):  # else it has the names of its checkpoint, and no way back from there
         state = revert_weight_conversion(model, state)
     return Saved(state, written(*saves), frozenset(model.all_tied_weights_keys))
 
@@ -225,7 +259,9 @@ def _class(folder: ModelFolder, trusted: bool) -> type[PreTrainedModel]:
     where = shown_path(folder.path / "config.json")
     raise LoadError(
         f"{where} asks for {shown(name)}, which Transformers {transformers.__version__} has not",
-        hint="its code lies in the folder: read it, and if you trust it, pass trust_remote_code=True"
+        hint=(
+            "its code lies in the folder: read it, and if you trust it, pass trust_remote_code=True"
+        )
         if remote is not None
         else "a newer Transformers may have it",
     )
@@ -235,22 +271,35 @@ def _remote(fields: Mapping[str, object], name: str) -> str | None:
     """Where the folder has the code of the class *name*, as its auto_map says it."""
     auto_map = fields.get("auto_map")
     places = auto_map.values() if isinstance(auto_map, dict) else ()
-    return next((place for place in places if isinstance(place, str) and place.rpartition(".")[2] == name), None)
+    return next(
+        (place for place in places if isinstance(place, str) and place.rpartition(".")[2] == name),
+        None,
+    )
 
 
-def _configuration(folder: ModelFolder, kind: type[PreTrainedModel], trusted: bool) -> PreTrainedConfig:
+def _configuration(
+    folder: ModelFolder, kind: type[PreTrainedModel], trusted: bool
+) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     own: type[PreTrainedConfig] | None = getattr(kind, "config_class", None)
     load = cast("Callable[..., PreTrainedConfig]", (own or AutoConfig).from_pretrained)
-    return load(folder.path, local_files_only=True, **({} if own else {"trust_remote_code": trusted}))
+    return load(
+        folder.path, local_files_only=True, **({} if own else {"trust_remote_code": trusted})
+    )
 
 
 def _weights(folder: ModelFolder, request: Request, config: PreTrainedConfig) -> Path:
-    extra = [name for name in getattr(type(config), "extra_files", ()) if (folder.path / name).exists()]
+    extra = [
+        name for name in getattr(type(config), "extra_files", ()) if (folder.path / name).exists()
+    ]
     if extra:
         raise LoadError(
-            f"{shown_path(folder.path)} has weights in files of their own, which are not loaded here: {listed(extra)}",
+            (
+                f"{shown_path(folder.path)} has weights in files of their own, which are not "
+                "loaded "
+                f"here: {listed(extra)}"
+            ),
             hint="load it with Transformers itself",
         )
     named = getattr(config, "transformers_weights", None)
@@ -263,19 +312,25 @@ def _weights(folder: ModelFolder, request: Request, config: PreTrainedConfig) ->
         )
     if not (folder.path / named).is_file():
         raise LoadError(
-            f"{shown_path(folder.path)} has no weights under the name that config.json gives: {shown(named)}",
+            (
+                f"{shown_path(folder.path)} has no weights under the name that config.json gives: "
+                f"{shown(named)}"
+            ),
             hint="download that file, or take transformers_weights out of config.json",
         )
     return folder.path / named
 
 
-def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+def _check_shapes(
+    folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]
+) -> None:
     wrong = {name: (tuple(there), tuple(here)) for name, there, here in sorted(mismatched)}
     if wrong:
         first, (there, here) = next(iter(wrong.items()))
         more = f", and so with {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Mismatch(
-            f"{shown_path(folder)}: config.json asks for another model: {shown(first)} would be {list(here)}, "
+            f"{shown_path(folder)}: config.json asks for another model: {shown(first)} would be "
+            f"{list(here)}, "
             f"and is {list(there)}{more}",
             wrong_shape=wrong,
             hint="take config.json and weights from the same model",
@@ -283,12 +338,26 @@ def _check_shapes(folder: Path, mismatched: Iterable[tuple[str, tuple[int, ...],
 
 
 def _check_plain(folder: Path, model: nn.Module) -> None:
-    """See that no weight is an object of a library that is not known: it could neither stream nor be moved as it should."""
-    odd = next((each for each in weights_of(model) if type(each.tensor) not in _PLAIN and not is_packed(each.tensor)), None)
+    """See that no weight is an object of a library that is not known: it could neither stream nor
+    be moved as it should.
+    """
+    odd = next(
+        (
+            each
+            for each in weights_of(model)
+            if type(each.tensor) not in _PLAIN and not is_packed(each.tensor)
+        ),
+        None,
+    )
     if odd is not None:
         raise LoadError(
-            f"{shown_path(folder)}: {shown(odd.names[0])} becomes a {type(odd.tensor).__name__}, and is no plain tensor then",
-            hint="load it with Transformers itself, or store it in a format whose weights are plain tensors",
+            (
+                f"{shown_path(folder)}: {shown(odd.names[0])} becomes a "
+                f"{type(odd.tensor).__name__}, "
+                "and is no plain tensor then"
+            ),
+            hint="load it with Transformers itself, or store it in a format whose weights are "
+            "plain tensors",
         )
 
 
@@ -299,4 +368,6 @@ def _generation_config(folder: Path) -> GenerationConfig:
     load = cast("Callable[..., GenerationConfig]", GenerationConfig.from_pretrained)
     if (folder / "generation_config.json").is_file():
         return load(folder, local_files_only=True)
-    return load(folder, config_file_name="config.json", _from_model_config=True, local_files_only=True)
+    return load(
+        folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+    )

@@ -1,1 +1,3 @@
-"""Fill a model from a checkpoint: match names, shapes and types first, read, and touch the model last."""
+"""Fill a model from a checkpoint: match names, shapes and types first, read, and touch the model
+last.
+"""

@@ -1,8 +1,11 @@
-"""Give weights their values: read them into memory of their devices, and only when all are there, put them into the model.
+"""Give weights their values: read them into memory of their devices, and only when all are there,
+put them into the model.
 
-1. A tensor that is real keeps its identity and gets new memory, so that optimizers, and modules that hold it by other means,
-   see the new values. One on the meta device is replaced, by the same new one under each of its names.
-2. Class, attributes and `requires_grad` of a parameter stay as they are; one that gets integers asks for no gradient.
+1. A tensor that is real keeps its identity and gets new memory, so that optimizers, and modules
+   that hold it by other means, see the new values. One on the meta device is replaced, by the same
+   new one under each of its names.
+2. Class, attributes and `requires_grad` of a parameter stay as they are; one that gets integers
+   asks for no gradient.
 3. Reading may fail, and has not touched the model then; putting in does not fail.
 """
 
@@ -43,7 +46,8 @@ def read(placed: Iterable[Placed]) -> dict[str, torch.Tensor]:
 
 
 def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
-    """Tensors in memory of their devices, as `materialise` makes them; a bar on the terminal shows how far they are.
+    """Tensors in memory of their devices, as `materialise` makes them; a bar on the terminal shows
+    how far they are.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -58,20 +62,28 @@ def place(items: Sequence[tuple[Item, torch.device]]) -> list[torch.Tensor]:
         for group in _staged(items):
             tensors = materialise((items[number][0] for number in group), on_bytes=bar.add)
             if items[group[0]][1].type != "cpu":
-                tensors = [tensor.to(items[number][1]) for number, tensor in zip(group, tensors, strict=True)]
+                tensors = [
+                    tensor.to(items[number][1])
+                    for number, tensor in zip(group, tensors, strict=True)
+                ]
             placed |= zip(group, tensors, strict=True)
     return [placed[number] for number in range(len(items))]
 
 
 def share(homes: Iterable[Match]) -> dict[str, torch.Tensor]:
-    """The values of those of *homes* that can share the page cache with their files, by their first names.
+    """The values of those of *homes* that can share the page cache with their files, by their first
+    names.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
     """
     wanted = list(homes)
     tensors = mapped((home.payload, home.dtype, home.shape) for home in wanted)
-    return {home.name: tensor for home, tensor in zip(wanted, tensors, strict=True) if tensor is not None}
+    return {
+        home.name: tensor
+        for home, tensor in zip(wanted, tensors, strict=True)
+        if tensor is not None
+    }
 
 
 def read_extra(extra: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
@@ -82,11 +94,16 @@ def read_extra(extra: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
     """
     known = {name: (entry, torch_type(entry.dtype)) for name, entry in extra.items()}
     items = [(entry.payload, dtype, _shape(entry)) for entry, dtype in known.values() if dtype]
-    return dict(zip((name for name, (_, dtype) in known.items() if dtype), materialise(items), strict=True))
+    return dict(
+        zip((name for name, (_, dtype) in known.items() if dtype), materialise(items), strict=True)
+    )
 
 
 def install(
-    model: nn.Module, homes: Iterable[Match], values: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module,
+    homes: Iterable[Match],
+    values: Mapping[str, torch.Tensor],
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Put *values* into *model*.
 
@@ -105,7 +122,9 @@ def install(
 
 
 def _staged(items: Sequence[tuple[Item, torch.device]]) -> Iterator[list[int]]:
-    """The numbers of *items* in groups: what stays in main memory, then what goes on, as much as there is room for at a time."""
+    """The numbers of *items* in groups: what stays in main memory, then what goes on, as much as
+    there is room for at a time.
+    """
     main = {device for device in {device for _, device in items} if device.type == "cpu"}
     if resident := [number for number, (_, device) in enumerate(items) if device in main]:
         yield resident
@@ -129,7 +148,9 @@ def _shape(entry: TensorEntry) -> tuple[int, ...]:
 
 
 def renew(seats: Sequence[ParameterSlot], value: torch.Tensor) -> None:
-    """Let what is in all of *seats* have *value* for its memory, and be the same object as far as torch can do that."""
+    """Let what is in all of *seats* have *value* for its memory, and be the same object as far as
+    torch can do that.
+    """
     old = seats[0].tensor
     assert old is not None
     new = _renewed(old, value)
@@ -140,7 +161,9 @@ def renew(seats: Sequence[ParameterSlot], value: torch.Tensor) -> None:
 
 def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """*old* with the memory of *value*, or else its successor."""
-    usual = type(old) is nn.Parameter and type(value) is torch.Tensor  # classes of torch are slow to ask for more
+    usual = (
+        type(old) is nn.Parameter and type(value) is torch.Tensor
+    )  # classes of torch are slow to ask for more
     paged = not usual and isinstance(value, Paged)
     trains = old.requires_grad and not paged and (value.is_floating_point() or value.is_complex())
     # Stands for a parameter that had no memory, and is no class to keep.
@@ -152,7 +175,9 @@ def _renewed(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return old
     if not isinstance(old, nn.Parameter):
         return value
-    if plain or type(value) is not torch.Tensor:  # Paged, or the tensors of an accelerator that is made in Python
+    if (
+        plain or type(value) is not torch.Tensor
+    ):  # Paged, or the tensors of an accelerator that is made in Python
         return nn.Parameter(value, requires_grad=trains)
     made: torch.Tensor = make_subclass(type(old), value, trains)
     if old.__dict__:

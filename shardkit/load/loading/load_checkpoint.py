@@ -1,4 +1,6 @@
-"""Load a checkpoint into a model: open, match, read, and only when nothing can go wrong any more, touch the model."""
+"""Load a checkpoint into a model: open, match, read, and only when nothing can go wrong any more,
+touch the model.
+"""
 
 from __future__ import annotations
 
@@ -43,29 +45,34 @@ def load_checkpoint_in_model(
 ) -> Assignment:
     """Give *model* the weights of *checkpoint*; if that fails, the model is as it was.
 
-    The arguments stand in the order of Accelerate's function of this name. Weights come into memory of the model's own,
-    and change no more when the checkpoint does. What is said about the match (missing and unexpected names above all) is
-    returned, and each sentence of it is a warning too.
+    The arguments stand in the order of Accelerate's function of this name. Weights come into memory
+    of the model's own, and change no more when the checkpoint does. What is said about the match
+    (missing and unexpected names above all) is returned, and each sentence of it is a warning too.
 
     Args:
         model: empty or not; tied weights stay tied.
-        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, or a folder with one of them.
-        device_map: where each module goes; None for where the weights are, and for the CPU where they are on the meta
-            device. What goes to "disk" is read from the checkpoint itself each time it is used.
+        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, or a folder with
+            one of them.
+        device_map: where each module goes; None for where the weights are, and for the CPU where
+            they are on the meta device. What goes to "disk" is read from the checkpoint itself each
+            time it is used.
         offload_folder: has no meaning, since nothing is written; a warning says so.
         dtype: what floats are cast to; None for the types that the model has.
-        offload_state_dict: has no meaning, since no state dict is held in memory; a warning says so.
+        offload_state_dict: has no meaning, since no state dict is held in memory; a warning says
+            so.
         offload_buffers: whether buffers of modules that go to "disk" stay there too.
-        keep_in_fp32_modules: names of modules whose floats become float32 where *dtype* is narrower.
+        keep_in_fp32_modules: names of modules whose floats become float32 where *dtype* is
+            narrower.
         offload_8bit_bnb: weights are not quantised here; True is an error.
         strict: whether names that only the model or only the checkpoint has are an error.
         full_state_dict: a checkpoint is read by one process, whole; False is an error.
         broadcast_from_rank0: likewise; True is an error.
-        mmap: share the page cache with the files instead, where tensors lie in them as they are in memory. Such weights cost
-            no memory until they are used, and change when the file is written to.
-        verify: read the files that the weights lie in once before, whole, and hold them against the checksums that were
-            written with them: those of shardkit.manifest.json or of offload.json, or the CRCs of a zip file. It is an error
-            if there are none.
+        mmap: share the page cache with the files instead, where tensors lie in them as they are in
+            memory. Such weights cost no memory until they are used, and change when the file is
+            written to.
+        verify: read the files that the weights lie in once before, whole, and hold them against the
+            checksums that were written with them: those of shardkit.manifest.json or of
+            offload.json, or the CRCs of a zip file. It is an error if there are none.
 
     Raises:
         FormatError: the checkpoint cannot be read.
@@ -73,15 +80,26 @@ def load_checkpoint_in_model(
         Mismatch: it is not of this model.
         LoadError: an argument cannot be met, or there is no room for the weights.
     """
-    _refuse(offload_8bit_bnb=offload_8bit_bnb, full_state_dict=full_state_dict, broadcast_from_rank0=broadcast_from_rank0)
+    _refuse(
+        offload_8bit_bnb=offload_8bit_bnb,
+        full_state_dict=full_state_dict,
+        broadcast_from_rank0=broadcast_from_rank0,
+    )
     places = _Places.of(model, device_map, offload_buffers)
     with collector_paused():
         opened = LoadedHeaders.at(checkpoint)
-        assignment = match(model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict)
+        assignment = match(
+            model, opened, dtype=dtype, keep_in_fp32=keep_in_fp32_modules or (), strict=strict
+        )
         if verify:
             opened.verify([*(home.entry for home in assignment.homes), *assignment.extra.values()])
         copied = _fill(model, opened, assignment, places, mmap=mmap)
-    notes = [*opened.notes, *assignment.notes, *_objects(opened, assignment), *_unshared(copied if mmap else ())]
+    notes = [
+        *opened.notes,
+        *assignment.notes,
+        *_objects(opened, assignment),
+        *_unshared(copied if mmap else ()),
+    ]
     notes += without_meaning(offload_folder=offload_folder, offload_state_dict=offload_state_dict)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
@@ -103,15 +121,30 @@ def match(
         Mismatch: it is not of this model, or one of its weights is no dense tensor.
     """
     others = {name: other for name, other in opened.others.items() if other.is_weight}
-    undense = [others[name] for weight in weights_of(model) for name in weight.names if name in others] if others else []
+    undense = (
+        [others[name] for weight in weights_of(model) for name in weight.names if name in others]
+        if others
+        else []
+    )
     if undense:
         sentences = ", ".join(f"{shown(other.name)} is a {other.kind}" for other in undense[:5])
         raise Mismatch(
-            f"{opened.where} does not fit the model: its weights must be dense tensors, and {sentences}",
+            (
+                f"{opened.where} does not fit the model: its weights must be dense tensors, and "
+                f"{sentences}"
+            ),
             missing=tuple(other.name for other in undense),
-            hint="load the checkpoint with the library that wrote it, or store its weights as dense tensors",
+            hint="load the checkpoint with the library that wrote it, or store its weights as "
+            "dense tensors",
         )
-    return assign(model, opened.entries, dtype=floating(dtype), keep_in_fp32=keep_in_fp32, strict=strict, where=opened.where)
+    return assign(
+        model,
+        opened.entries,
+        dtype=floating(dtype),
+        keep_in_fp32=keep_in_fp32,
+        strict=strict,
+        where=opened.where,
+    )
 
 
 def floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -126,7 +159,8 @@ def floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = torch_type(parse_dtype(str(dtype)))
     if found is None:
         raise LoadError(
-            f"torch {torch.__version__}, which is installed, has no {dtype}", hint="update torch, or give another dtype"
+            f"torch {torch.__version__}, which is installed, has no {dtype}",
+            hint="update torch, or give another dtype",
         )
     return found
 
@@ -151,16 +185,23 @@ def torch_device(device: Device) -> torch.device:
         return device_of(device)
     there = accelerator()
     if there is None:
-        raise LoadError(f"there is no accelerator {device}, nor any other", hint='use "cpu" and "disk" only')
+        raise LoadError(
+            f"there is no accelerator {device}, nor any other", hint='use "cpu" and "disk" only'
+        )
     return device_of(f"{there.type}:{device}")
 
 
 def _refuse(*, offload_8bit_bnb: bool, full_state_dict: bool, broadcast_from_rank0: bool) -> None:
     if offload_8bit_bnb:
-        raise LoadError("offload_8bit_bnb: weights are not quantised while they are loaded", hint="load a quantised checkpoint")
+        raise LoadError(
+            "offload_8bit_bnb: weights are not quantised while they are loaded",
+            hint="load a quantised checkpoint",
+        )
     if broadcast_from_rank0 or not full_state_dict:
         name = "broadcast_from_rank0=True" if broadcast_from_rank0 else "full_state_dict=False"
-        raise LoadError(f"{name}: a checkpoint is loaded by one process, whole", hint="load it in each process")
+        raise LoadError(
+            f"{name}: a checkpoint is loaded by one process, whole", hint="load it in each process"
+        )
 
 
 def without_meaning(**given: object) -> list[str]:
@@ -191,7 +232,10 @@ class _Places:
     def of(cls, model: nn.Module, device_map: DeviceMap | None, buffers_too: bool) -> _Places:
         if device_map is None:
             cpu = torch.device("cpu")
-            current = {each.names[0]: cpu if each.tensor.is_meta else each.tensor.device for each in weights_of(model)}
+            current = {
+                each.names[0]: cpu if each.tensor.is_meta else each.tensor.device
+                for each in weights_of(model)
+            }
             return cls(None, {}, current, cpu, buffers_too)
         given: object = device_map
         if not isinstance(given, Mapping):
@@ -217,17 +261,25 @@ class _Places:
             if device == "disk" and (self.buffers_too or not home.is_buffer):
                 on_disk.append(home)
             else:
-                resident.append((home, self.current[home.names[0]] if device is None else self.devices[device]))
+                resident.append(
+                    (home, self.current[home.names[0]] if device is None else self.devices[device])
+                )
         return on_disk, resident
 
 
-def _fill(model: nn.Module, opened: LoadedHeaders, assignment: Assignment, places: _Places, *, mmap: bool) -> list[Match]:
-    """Give *model* all that is assigned to it, shared with the files where *mmap* asks for it; what was read is returned."""
+def _fill(
+    model: nn.Module, opened: LoadedHeaders, assignment: Assignment, places: _Places, *, mmap: bool
+) -> list[Match]:
+    """Give *model* all that is assigned to it, shared with the files where *mmap* asks for it; what
+    was read is returned.
+    """
     on_disk, resident = places.split(assignment.homes)
     values = share(home for home, device in resident if device.type == "cpu") if mmap else {}
     copied = [each for each in resident if each[0].name not in values] if values else resident
     values |= read(copied)
-    values |= {home.name: Paged.of(home.stored, places.main, files=opened.files) for home in on_disk}
+    values |= {
+        home.name: Paged.of(home.stored, places.main, files=opened.files) for home in on_disk
+    }
     extra = read_extra(assignment.extra)
     opened.check_unchanged()
     install(model, assignment.homes, values, extra)
@@ -243,4 +295,7 @@ def _objects(opened: LoadedHeaders, assignment: Assignment) -> Iterator[str]:
 def _unshared(copied: Iterable[Match]) -> Iterator[str]:
     names = [home.name for home in copied if home.nbytes]
     if names:
-        yield f"read into memory, since they do not lie in a file as they are in memory: {listed(names)}"
+        yield (
+            "read into memory, since they do not lie in a file as they are in memory: "
+            f"{listed(names)}"
+        )

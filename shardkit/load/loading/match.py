@@ -1,4 +1,6 @@
-"""Match the tensors of a checkpoint to the weights of a model: names, shapes, types and ties, before a byte moves."""
+"""Match the tensors of a checkpoint to the weights of a model: names, shapes, types and ties,
+before a byte moves.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ class Change:
     Attributes:
         possible: whether torch has both types, and we know how.
         widens: whether 8-bit floats, which may be codes, become wider.
-        other_kind: whether floats become integers or the reverse, or are so beside what the model declares.
+        other_kind: whether floats become integers or the reverse, or are so beside what the model
+            declares.
     """
 
     possible: bool
@@ -92,7 +95,9 @@ class Change:
 
 @cache
 def change_of(stored: DType, target: torch.dtype | None, declared: torch.dtype) -> Change:
-    """What it comes to that a weight which is *stored* in one type gets *target* where the model has declared another."""
+    """What it comes to that a weight which is *stored* in one type gets *target* where the model
+    has declared another.
+    """
     known = stored_type(target) if target else None
     if target is None or known is None or torch_type(stored) is None:
         return Change(possible=False)
@@ -105,7 +110,9 @@ def change_of(stored: DType, target: torch.dtype | None, declared: torch.dtype) 
 
 
 def fitting_shape(tensor: torch.Tensor, entry: TensorEntry) -> tuple[int, ...] | None:
-    """The shape that a weight of the model, now *tensor*, gets; None where that of *entry* does not fit."""
+    """The shape that a weight of the model, now *tensor*, gets; None where that of *entry* does not
+    fit.
+    """
     packed = entry.dtype.packed
     if is_lazy(tensor):
         return (*entry.shape[:-1], entry.shape[-1] // packed) if entry.shape else ()
@@ -126,10 +133,13 @@ class Assignment:
 
     Attributes:
         homes: the weights that are loaded, in the order of the model.
-        extra: for modules with a `set_extra_state`, the key of their extra state and the tensor that is it.
-        missing: names that the model has and the checkpoint has not, ties that are satisfied left out.
+        extra: for modules with a `set_extra_state`, the key of their extra state and the tensor
+            that is it.
+        missing: names that the model has and the checkpoint has not, ties that are satisfied left
+            out.
         unexpected: names that the checkpoint has and the model has not.
-        notes: sentences that the user should see, those about missing and unexpected names included.
+        notes: sentences that the user should see, those about missing and unexpected names
+            included.
     """
 
     homes: tuple[Match, ...]
@@ -159,8 +169,8 @@ def assign(
         where: what the checkpoint is called in messages.
 
     Raises:
-        Mismatch: a shape differs, a type cannot be had, a weight would stay on the meta device, no name is known, or
-            *strict* and names differ. It lists everything that is wrong.
+        Mismatch: a shape differs, a type cannot be had, a weight would stay on the meta device, no
+            name is known, or *strict* and names differ. It lists everything that is wrong.
     """
     matching = _Matching(entries, dtype, keep_in_fp32)
     modules = list(named_modules(model))
@@ -172,7 +182,11 @@ def assign(
     stuck = [*matching.stuck, *unreal_buffers(modules)]
     matching.check(strict=strict, stuck=stuck, where=where)
     return Assignment(
-        tuple(matching.homes), matching.extra, tuple(matching.missing), tuple(matching.unexpected), tuple(matching.notes(where))
+        tuple(matching.homes),
+        matching.extra,
+        tuple(matching.missing),
+        tuple(matching.unexpected),
+        tuple(matching.notes(where)),
     )
 
 
@@ -228,7 +242,9 @@ class _Matching:
         target = declared if self.dtype is None else self._target(weight, entry, self.dtype)
         change = change_of(entry.dtype, target, declared)
         if target is None or not change.possible:
-            self.wrong_type[weight.names[0]] = f"{entry.dtype.code} as {target or declared}".replace("torch.", "")
+            self.wrong_type[weight.names[0]] = (
+                f"{entry.dtype.code} as {target or declared}".replace("torch.", "")
+            )
             return
         if change.widens:
             self.upcast.append(weight.names[0])
@@ -237,11 +253,15 @@ class _Matching:
         self.homes.append(Match(weight.names, entry, target, shape, weight.is_buffer, weight.seats))
 
     def _target(self, weight: Weight, entry: TensorEntry, asked: torch.dtype) -> torch.dtype | None:
-        """The type of *weight* if *asked* is wanted; None where torch does not have the one that is stored and would be kept."""
+        """The type of *weight* if *asked* is wanted; None where torch does not have the one that is
+        stored and would be kept.
+        """
         own, declared = torch_type(entry.dtype), weight.tensor.dtype
         if entry.dtype.kind != "float" or (entry.dtype.bits < 16 and own == declared):
             return own
-        if asked.itemsize < 4 and any(_lies_in(name, module) for name in weight.names for module in self.keep_in_fp32):
+        if asked.itemsize < 4 and any(
+            _lies_in(name, module) for name in weight.names for module in self.keep_in_fp32
+        ):
             return torch.float32
         return asked
 
@@ -250,10 +270,16 @@ class _Matching:
         lacking = tuple(dict.fromkeys([*(self.missing if strict else ()), *stuck]))
         wrong = [
             f"of another shape: {_shapes(self.wrong_shape)}" if self.wrong_shape else "",
-            f"of a type that torch cannot make: {_types(self.wrong_type)}" if self.wrong_type else "",
-            f"missing{'' if strict else ', with no values here to keep'}: {listed(lacking)}" if lacking else "",
+            f"of a type that torch cannot make: {_types(self.wrong_type)}"
+            if self.wrong_type
+            else "",
+            f"missing{'' if strict else ', with no values here to keep'}: {listed(lacking)}"
+            if lacking
+            else "",
             f"not in the model: {listed(self.unexpected)}" if self.unexpected and strict else "",
-            "no name is common to both" if self.known and self.entries and len(self.unexpected) == len(self.entries) else "",
+            "no name is common to both"
+            if self.known and self.entries and len(self.unexpected) == len(self.entries)
+            else "",
         ]
         if any(wrong):
             raise Mismatch(
@@ -266,26 +292,42 @@ class _Matching:
 
     def _other_hint(self, stuck: Sequence[str]) -> str | None:
         if set(stuck) - set(self.missing):
-            return "make the model in shardkit.load.init_empty_weights(), which leaves buffers that no checkpoint holds real"
+            return (
+                "make the model in shardkit.load.init_empty_weights(), which leaves buffers "
+                "that no checkpoint holds real"
+            )
         if stuck:
-            return "is the whole checkpoint given, and is the model the one that was saved, its weights tied as they were then?"
+            return (
+                "is the whole checkpoint given, and is the model the one that was saved, its "
+                "weights tied as they were then?"
+            )
         return None
 
     def notes(self, where: str) -> Iterator[str]:
         if self.missing:
             kept = "keeps" if len(self.missing) == 1 else "keep"
-            yield f"{where} has no {listed(self.missing)}, which {kept} the values that the model has"
+            yield (
+                f"{where} has no {listed(self.missing)}, which {kept} the values that the model has"
+            )
         if self.unexpected:
             yield f"{where} has {listed(self.unexpected)}, which the model has not: not loaded"
         if self.several:
-            yield f"{listed(self.several)}: one weight in the model, and several in {where}, of which this one is loaded"
+            yield (
+                f"{listed(self.several)}: one weight in the model, and several in {where}, of "
+                "which this one is loaded"
+            )
         if self.upcast:
             yield (
-                f"{where} holds {listed(self.upcast)} in 8-bit floats, and they become wider: if they are the codes of a "
-                "quantised weight, their scales lie in other tensors, and the values are wrong without them"
+                f"{where} holds {listed(self.upcast)} in 8-bit floats, and they become wider: if "
+                "they are the codes of a "
+                "quantised weight, their scales lie in other tensors, and the values are wrong "
+                "without them"
             )
         if self.other_kind:
-            yield f"{listed(self.other_kind)}: floats in the model and integers in {where}, or the reverse"
+            yield (
+                f"{listed(self.other_kind)}: floats in the model and integers in {where}, or "
+                "the reverse"
+            )
 
 
 def _lies_in(name: str, module: str) -> bool:
@@ -294,7 +336,10 @@ def _lies_in(name: str, module: str) -> bool:
 
 
 def _shapes(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
-    return _each(f"{shown(name)} ({list(found)} there, {list(needed)} here)" for name, (found, needed) in wrong.items())
+    return _each(
+        f"{shown(name)} ({list(found)} there, {list(needed)} here)"
+        for name, (found, needed) in wrong.items()
+    )
 
 
 def _types(wrong: Mapping[str, str]) -> str:
@@ -311,16 +356,23 @@ def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str | Non
     """What to do about names that differ by what stands before them: said, and never guessed."""
     if prefix := _prefix(missing, unexpected):
         return (
-            f"the names there begin with {shown(prefix)}, as wrappers of a model write them; take it away with "
-            f"`shardkit convert --rename {shown('^' + re.escape(prefix) + '=')}`, and load the output"
+            f"the names there begin with {shown(prefix)}, as wrappers of a model write them; "
+            "take it away with "
+            f"`shardkit convert --rename {shown('^' + re.escape(prefix) + '=')}`, and load the "
+            "output"
         )
     if prefix := _prefix(unexpected, missing):
-        return f"the names here begin with {shown(prefix)}, and those there do not: load into that submodule"
+        return (
+            f"the names here begin with {shown(prefix)}, and those there do not: load into "
+            "that submodule"
+        )
     return None
 
 
 def _prefix(bare: Sequence[str], longer: Sequence[str]) -> str:
-    """What, put before most of the *bare* names, gives names among the *longer*; empty if there is nothing of the kind."""
+    """What, put before most of the *bare* names, gives names among the *longer*; empty if there is
+    nothing of the kind.
+    """
     names = set(longer)
     for sample in bare[:_LISTED]:
         for prefix in (name.removesuffix(sample) for name in longer if name.endswith(f".{sample}")):

@@ -1,10 +1,12 @@
 """Memory for weights: made once at its exact size, and filled by large reads side by side.
 
-1. First touch of fresh memory costs more than the copy. `FirstTouch` makes it cheaper, and the threads that read share it.
-2. Tensors share an arena of `_ARENA` bytes, so that huge pages round up none of the small ones; a larger tensor has one of
-   its own. Each tensor is a storage of its own, so that saving one saves no other, and an arena lives as long as one of its
-   tensors does.
-3. Tensors begin at multiples of 64 bytes: the result of a float32 product can differ in its last bit where they do not.
+1. First touch of fresh memory costs more than the copy. `FirstTouch` makes it cheaper, and the
+   threads that read share it.
+2. Tensors share an arena of `_ARENA` bytes, so that huge pages round up none of the small ones; a
+   larger tensor has one of its own. Each tensor is a storage of its own, so that saving one saves
+   no other, and an arena lives as long as one of its tensors does.
+3. Tensors begin at multiples of 64 bytes: the result of a float32 product can differ in its last
+   bit where they do not.
 4. What raises leaves nothing behind: no thread, no open file, no memory.
 """
 
@@ -29,7 +31,8 @@ _ARENA = 64 << 20
 
 
 def aligned(nbytes: int) -> torch.Tensor:
-    """*nbytes* bytes of fresh memory as a tensor that owns them; 64-byte aligned, and huge pages from 2 MiB on.
+    """*nbytes* bytes of fresh memory as a tensor that owns them; 64-byte aligned, and huge pages
+    from 2 MiB on.
 
     Raises:
         LoadError: there is no room for it.
@@ -53,7 +56,9 @@ def private(nbytes: int) -> torch.Tensor:
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous *tensor* in main memory, and whatever is cut from them, keep the tensor."""
+    """The bytes of a contiguous *tensor* in main memory, and whatever is cut from them, keep the
+    tensor.
+    """
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:
         return memoryview(bytearray())
@@ -62,7 +67,9 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBytes = lambda _: None) -> list[torch.Tensor]:
+def materialise(
+    items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBytes = lambda _: None
+) -> list[torch.Tensor]:
     """Read tensors into memory of their own.
 
     Args:
@@ -75,11 +82,15 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
         LoadError: there is no room for it.
     """
     wanted = list(items)
-    order = sorted(range(len(wanted)), key=[address(payload) for payload, _, _ in wanted].__getitem__)
+    order = sorted(
+        range(len(wanted)), key=[address(payload) for payload, _, _ in wanted].__getitem__
+    )
     tensors: list[torch.Tensor] = [torch.empty(0)] * len(wanted)
     fills: list[Fill] = []
     pages = FirstTouch()
-    for number, (tensor, memory) in zip(order, _rooms([wanted[i] for i in order], pages), strict=True):
+    for number, (tensor, memory) in zip(
+        order, _rooms([wanted[i] for i in order], pages), strict=True
+    ):
         tensors[number] = tensor
         fills.append((wanted[number][0], memory))
     fill_all(fills, workers=workers, on_bytes=on_bytes, bring=pages.bring)
@@ -87,10 +98,12 @@ def materialise(items: Iterable[Item], *, workers: int = WORKERS, on_bytes: OnBy
 
 
 def mapped(items: Iterable[Item]) -> list[torch.Tensor | None]:
-    """Tensors that share the page cache with their files: nothing is read before it is used, and what is written stays private.
+    """Tensors that share the page cache with their files: nothing is read before it is used, and
+    what is written stays private.
 
-    They change when the file does, and a file that becomes shorter ends the process with a bus error. None stands for what
-    cannot be had so: whatever is no plain run of a file, or does not begin at a multiple of its element.
+    They change when the file does, and a file that becomes shorter ends the process with a bus
+    error. None stands for what cannot be had so: whatever is no plain run of a file, or does not
+    begin at a multiple of its element.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -124,7 +137,9 @@ def _rooms(items: Iterable[Item], pages: FirstTouch) -> Iterator[tuple[torch.Ten
 
 
 def _grouped(items: Iterable[Item]) -> Iterator[tuple[list[tuple[int, Item]], int]]:
-    """*items* as they share arenas: each with the byte at which it begins, and how many the arena has."""
+    """*items* as they share arenas: each with the byte at which it begins, and how many the arena
+    has.
+    """
     group: list[tuple[int, Item]] = []
     at = 0
     for item in items:

@@ -36,7 +36,8 @@ class Arena:
 
     @classmethod
     def of(cls, nbytes: int) -> Arena:
-        """Fresh memory that begins at a page; huge pages are asked for, but none that reaches beyond the end.
+        """Fresh memory that begins at a page; huge pages are asked for, but none that reaches
+        beyond the end.
 
         Raises:
             LoadError: there is no room for it.
@@ -70,7 +71,8 @@ class Arena:
 
     @classmethod
     def shared(cls, nbytes: int) -> Arena:
-        """Fresh memory that begins at a page, and that the child of a fork has in common with its parent.
+        """Fresh memory that begins at a page, and that the child of a fork has in common with its
+        parent.
 
         Raises:
             LoadError: there is no room for it.
@@ -82,12 +84,17 @@ class Arena:
 
     @classmethod
     def over(cls, path: Path, extents: Sequence[Extent]) -> Arena:
-        """The pages of a file that hold *extents*; places in it are those in the file, and what is written stays private.
+        """The pages of a file that hold *extents*; places in it are those in the file, and what is
+        written stays private.
 
         Raises:
             FormatError: the file cannot be read, or has become shorter.
         """
-        first = min(extent.start for extent in extents) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        first = (
+            min(extent.start for extent in extents)
+            // mmap.ALLOCATIONGRANULARITY
+            * mmap.ALLOCATIONGRANULARITY
+        )
         last = max(extents, key=lambda extent: extent.start + extent.nbytes)
         try:
             with open(path, "rb") as file:
@@ -119,7 +126,8 @@ class Arena:
 def _no_room(nbytes: int, error: OSError) -> LoadError:
     return LoadError(
         f"no memory for {format_size(nbytes)} of weights: {error.strerror}",
-        hint='end other programs, or let more of the model stream: device_map="auto" with max_memory',
+        hint='end other programs, or let more of the model stream: device_map="auto" with '
+        "max_memory",
     )
 
 
@@ -132,7 +140,10 @@ def _anonymous(nbytes: int) -> mmap.mmap:
 
 def _private(file: int, nbytes: int, first: int) -> mmap.mmap:
     if hasattr(mmap, "MAP_PRIVATE"):
-        # Pages that may be written count as promised memory, of which there may be less than the file has bytes.
+        # Pages that may be written count as promised memory, of which there may be less than the
+        # file has bytes.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        return mmap.mmap(file, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=first)
+        return mmap.mmap(
+            file, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=first
+        )
     return mmap.mmap(file, nbytes, access=mmap.ACCESS_COPY, offset=first)

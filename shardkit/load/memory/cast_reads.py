@@ -1,7 +1,8 @@
-"""Cast numbers on their way into memory: what is read waits in a buffer that each thread has once, and torch does the rest.
+"""Cast numbers on their way into memory: what is read waits in a buffer that each thread has once,
+and torch does the rest.
 
-Torch is given so little at a time that it finds no work in it for threads of its own. It holds no interpreter lock while it
-casts, and so other threads read and cast meanwhile.
+Torch is given so little at a time that it finds no work in it for threads of its own. It holds no
+interpreter lock while it casts, and so other threads read and cast meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def cast_into(cast: Cast, memory: memoryview, files: Files | None = None) -> Non
     Args:
         cast: what is read.
         memory: where it goes.
-        files: reads what lies in a file, at a multiple of its element; None to read it as any extent is read.
+        files: reads what lies in a file, at a multiple of its element; None to read it as any
+            extent is read.
 
     Raises:
         FormatError: the file cannot be read, or has become shorter.
@@ -60,7 +62,9 @@ def _read_directly(extent: Extent, files: Files) -> Iterator[memoryview]:
 
 
 def _writable(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-    """*chunks*, copied where they must not be written: torch warns of such memory, though it only reads it."""
+    """*chunks*, copied where they must not be written: torch warns of such memory, though it only
+    reads it.
+    """
     for chunk in chunks:
         if not chunk.readonly:
             yield chunk

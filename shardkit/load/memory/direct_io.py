@@ -1,10 +1,15 @@
-"""Files that are read again and again: opened once, and read past the page cache where that is the shorter way.
+"""Files that are read again and again: opened once, and read past the page cache where that is the
+shorter way.
 
-1. A direct read (O_DIRECT) spares the copy out of the page cache, and leaves the cache to others. It wants its place in the file
-   and in memory to be multiples of `SECTOR`; a file system that has none says so at the first read, and is not asked again.
-2. What the page cache has already is copied from there, which is faster than any disk. It is asked of one page for each read.
-3. What was not cached before is not cached afterwards, whichever way it was read; but for views, which may need it again soon.
-4. Any thread may read. Nothing is closed before the last read is over, and nothing needs to be closed.
+1. A direct read (O_DIRECT) spares the copy out of the page cache, and leaves the cache to others.
+   It wants its place in the file and in memory to be multiples of `SECTOR`; a file system that has
+   none says so at the first read, and is not asked again.
+2. What the page cache has already is copied from there, which is faster than any disk. It is asked
+   of one page for each read.
+3. What was not cached before is not cached afterwards, whichever way it was read; but for views,
+   which may need it again soon.
+4. Any thread may read. Nothing is closed before the last read is over, and nothing needs to be
+   closed.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ class Files:
             return self._opened[path]
 
     def read(self, path: Path, memory: memoryview, start: int) -> None:
-        """Fill *memory* with the bytes of the file at *path* from *start* on, which may be asked for again soon.
+        """Fill *memory* with the bytes of the file at *path* from *start* on, which may be asked
+        for again soon.
 
         Raises:
             FormatError: it cannot be read, or has become shorter.
@@ -107,7 +113,8 @@ class OpenFile:
         self._fill(self._file, memory, start, len(memory))
 
     def read_sectors(self, memory: memoryview, start: int, needed: int) -> None:
-        """Fill *memory* with the bytes from *start* on, both multiples of `SECTOR`; only the first *needed* must be there.
+        """Fill *memory* with the bytes from *start* on, both multiples of `SECTOR`; only the first
+        *needed* must be there.
 
         Raises:
             FormatError: it cannot be read, or has become shorter.
@@ -119,7 +126,9 @@ class OpenFile:
             self.read(memory[:needed], start)
 
     def expect(self, start: int, nbytes: int) -> None:
-        """Let the system begin to read what will be read soon, if it will go through the page cache."""
+        """Let the system begin to read what will be read soon, if it will go through the page
+        cache.
+        """
         if self._direct is None and hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self._file, start, nbytes, os.POSIX_FADV_WILLNEED)
@@ -177,7 +186,9 @@ class _Residency:
         if self._nbytes and _may_ask(file):
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
             with suppress(OSError):  # no room for so many addresses: then nothing counts as cached
-                self._mapping = mmap.mmap(file, self._nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                self._mapping = mmap.mmap(
+                    file, self._nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
                 self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def at(self, place: int) -> bool:
@@ -186,17 +197,23 @@ class _Residency:
             return False
         told = ctypes.c_ubyte()
         page = self._address + place // mmap.PAGESIZE * mmap.PAGESIZE
-        return _mincore()(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(told)) == 0 and bool(told.value & 1)
+        return _mincore()(
+            ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(told)
+        ) == 0 and bool(told.value & 1)
 
 
 def _may_ask(file: int) -> bool:
-    """Whether the system tells the truth: to those who may not write a file, Linux says that all of it is there."""
+    """Whether the system tells the truth: to those who may not write a file, Linux says that all of
+    it is there.
+    """
     return sys.platform == "linux" and os.geteuid() in (0, os.fstat(file).st_uid)
 
 
 @cache
 def _mincore() -> ctypes._NamedFuncPointer:
-    return ctypes.PyDLL(None).mincore  # which keeps the GIL: to take it back takes ten times as long as the call
+    return ctypes.PyDLL(
+        None
+    ).mincore  # which keeps the GIL: to take it back takes ten times as long as the call
 
 
 def _opened_directly(path: Path) -> int | None:

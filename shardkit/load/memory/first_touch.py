@@ -1,12 +1,15 @@
-"""Give fresh memory its pages before it is filled: huge pages where they come faster than small ones, which is measured.
+"""Give fresh memory its pages before it is filled: huge pages where they come faster than small
+ones, which is measured.
 
-1. Memory that a read touches first costs a page fault for each page. One call brings many pages at half that price, and
-   other threads run meanwhile.
-2. A huge page costs a quarter of the 512 small ones that it replaces, if its memory is at hand. It costs up to five times as
-   much as they do in a virtual machine whose host takes free memory back, because the host takes large blocks only. So both
-   kinds are timed on the processor's clock, the cheaper kind is used, and the other one is tried again now and then.
-3. To say which kind is wanted takes a lock of the process, for which the calls that bring pages must end: two threads that
-   said it each time would bring them in turn, and not at once. So it is said once, of all of an arena.
+1. Memory that a read touches first costs a page fault for each page. One call brings many pages at
+   half that price, and other threads run meanwhile.
+2. A huge page costs a quarter of the 512 small ones that it replaces, if its memory is at hand. It
+   costs up to five times as much as they do in a virtual machine whose host takes free memory back,
+   because the host takes large blocks only. So both kinds are timed on the processor's clock, the
+   cheaper kind is used, and the other one is tried again now and then.
+3. To say which kind is wanted takes a lock of the process, for which the calls that bring pages
+   must end: two threads that said it each time would bring them in turn, and not at once. So it is
+   said once, of all of an arena.
 4. All of this is advice. Where the system refuses it, the read that follows brings the pages.
 """
 
@@ -25,13 +28,19 @@ from shardkit.load.memory.arenas import HUGE, Arena
 
 Advise = Callable[[int, int, int], bool]
 
-_MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 14, 15, 23  # of Linux; Python has no name for the last
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = (
+    14,
+    15,
+    23,
+)  # of Linux; Python has no name for the last
 _AGAIN = 16  # requests, after which the dearer kind of page is tried once
 
 
 @dataclass(slots=True)
 class _Range:
-    """The addresses of an arena, and the kind of its pages, but for trials: huge, small, or as the system has it (None)."""
+    """The addresses of an arena, and the kind of its pages, but for trials: huge, small, or as the
+    system has it (None).
+    """
 
     start: int
     stop: int
@@ -41,17 +50,22 @@ class _Range:
 class FirstTouch:
     """The pages of one load; any thread may ask for some."""
 
-    def __init__(self, advise: Advise | None = None, clock: Callable[[], int] = time.thread_time_ns) -> None:
+    def __init__(
+        self, advise: Advise | None = None, clock: Callable[[], int] = time.thread_time_ns
+    ) -> None:
         """Measure nothing yet.
 
         Args:
-            advise: passes advice about memory (address, bytes, kind) to the system, and returns whether it was taken.
+            advise: passes advice about memory (address, bytes, kind) to the system, and returns
+                whether it was taken.
             clock: the processor time of the calling thread, in nanoseconds.
         """
         self._advise = advise or _madvise
         self._clock = clock
         self._arenas: dict[int, _Range] = {}  # by their mappings
-        self._costs: dict[bool, float] = {}  # what a byte took last, in huge pages (True) and in small ones
+        self._costs: dict[
+            bool, float
+        ] = {}  # what a byte took last, in huge pages (True) and in small ones
         self._requests = 0
         self._populates = advise is not None or sys.platform == "linux"
 
@@ -62,7 +76,9 @@ class FirstTouch:
             self._arenas[id(arena.mapping)] = _Range(start, start + nbytes)
 
     def bring(self, buffers: Sequence[memoryview]) -> None:
-        """Bring the pages of *buffers*, those of one arena in order; a huge page is brought with its first byte."""
+        """Bring the pages of *buffers*, those of one arena in order; a huge page is brought with
+        its first byte.
+        """
         known = [buffer for buffer in buffers if id(buffer.obj) in self._arenas and buffer]
         for mapping, of_one in groupby(known, key=lambda buffer: id(buffer.obj)):
             pieces = list(of_one)
@@ -70,7 +86,9 @@ class FirstTouch:
             self._bring_all(self._arenas[mapping], address_of(pieces[0]), stop)
 
     def _bring_all(self, arena: _Range, start: int, stop: int) -> None:
-        small = arena.stop - (arena.stop - arena.start) % HUGE  # too short for a huge page from here on
+        small = (
+            arena.stop - (arena.stop - arena.start) % HUGE
+        )  # too short for a huge page from here on
         at = min(start + -(start - arena.start) % HUGE, small)
         end = min(stop + -(stop - arena.start) % HUGE, small)
         while at < end and self._populates:
@@ -89,7 +107,9 @@ class FirstTouch:
             self._populate(max(start, small), stop)
 
     def _next(self, left: int) -> tuple[bool, int, bool]:
-        """Whether the next pages are huge, how many times `HUGE` bytes they are, out of *left*, and whether they are a trial."""
+        """Whether the next pages are huge, how many times `HUGE` bytes they are, out of *left*, and
+        whether they are a trial.
+        """
         self._requests += 1
         if len(self._costs) < 2:
             return True not in self._costs, 1, True
@@ -98,7 +118,9 @@ class FirstTouch:
 
     def _populate(self, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE
-        self._populates = self._populates and self._advise(start, stop - start, _MADV_POPULATE_WRITE)
+        self._populates = self._populates and self._advise(
+            start, stop - start, _MADV_POPULATE_WRITE
+        )
 
 
 def address_of(memory: memoryview) -> int:

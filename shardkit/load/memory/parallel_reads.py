@@ -1,8 +1,11 @@
-"""Fill memory with weights: by few large reads side by side, of which each fills what lies together in a file.
+"""Fill memory with weights: by few large reads side by side, of which each fills what lies together
+in a file.
 
 1. What raises leaves nothing behind: no thread, no open file.
-2. Bytes go straight into the memory that they are for. What must be made of them is made in buffers that are used again.
-3. A disk is read by more threads than there are cores; what is computed is computed by one thread for each core.
+2. Bytes go straight into the memory that they are for. What must be made of them is made in buffers
+   that are used again.
+3. A disk is read by more threads than there are cores; what is computed is computed by one thread
+   for each core.
 """
 
 from __future__ import annotations
@@ -17,7 +20,15 @@ from shardkit.load.memory.cast_reads import cast_into
 from shardkit.load.memory.thread_buffers import pieces_of
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.compressed import Framed
-from shardkit.payloads.payload import Concat, Extent, Payload, Swapped, ended_early, fill, unreadable
+from shardkit.payloads.payload import (
+    Concat,
+    Extent,
+    Payload,
+    Swapped,
+    ended_early,
+    fill,
+    unreadable,
+)
 from shardkit.payloads.strided import Strided
 from shardkit.system.progress import OnBytes
 from shardkit.system.threads import Pool
@@ -28,8 +39,12 @@ Bring = Callable[[Sequence[memoryview]], object]
 
 _READ = 8 << 20
 _BUFFERS = 512  # of one read; half of what Linux takes (IOV_MAX)
-_GAP = 16 << 10  # bytes between two tensors that are read along rather than left out by a read of their own
-_JUNK = memoryview(bytearray(_GAP))  # where they go; nobody looks at it, so that all threads may write it
+_GAP = (
+    16 << 10
+)  # bytes between two tensors that are read along rather than left out by a read of their own
+_JUNK = memoryview(
+    bytearray(_GAP)
+)  # where they go; nobody looks at it, so that all threads may write it
 
 
 def fill_all(
@@ -39,13 +54,15 @@ def fill_all(
     on_bytes: OnBytes = lambda _: None,
     bring: Bring = lambda buffers: None,
 ) -> None:
-    """Fill pieces of memory, each as long as its payload. They are read in the order given, so let it be that of the files.
+    """Fill pieces of memory, each as long as its payload. They are read in the order given, so let
+    it be that of the files.
 
     Args:
         fills: payloads, and where their bytes go.
         workers: how many reads are in flight.
         on_bytes: called in this thread with the number of bytes after each read.
-        bring: called with the pieces of memory that are about to be filled, by the thread that does it.
+        bring: called with the pieces of memory that are about to be filled, by the thread that does
+            it.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
@@ -77,8 +94,12 @@ def _pieces_of(payload: Payload) -> Iterator[memoryview]:
     """The bytes of *payload* as they come, where nobody needs them in chunks."""
     if isinstance(payload, Strided):
         return payload.pieces()
-    if isinstance(payload, Framed) and payload.nbytes == payload.whole:  # of which nothing is worth keeping
-        return payload.pieces(pieces_of(payload.frame) if isinstance(payload.frame, Extent) else None)
+    if (
+        isinstance(payload, Framed) and payload.nbytes == payload.whole
+    ):  # of which nothing is worth keeping
+        return payload.pieces(
+            pieces_of(payload.frame) if isinstance(payload.frame, Extent) else None
+        )
     return payload.chunks()
 
 
@@ -150,7 +171,9 @@ class _Read:
 
 @dataclass(slots=True)
 class _Makings:
-    """The same for payloads that are made from bytes of files: one large one, or several small ones."""
+    """The same for payloads that are made from bytes of files: one large one, or several small
+    ones.
+    """
 
     payloads: list[Payload] = field(default_factory=list)
     buffers: list[memoryview] = field(default_factory=list)
@@ -211,7 +234,9 @@ def _pieces(payload: Payload, memory: memoryview) -> Iterator[Fill]:
             yield part, memory[at : at + part.nbytes]
             at += part.nbytes
         return
-    divisible = isinstance(payload, Extent) or (isinstance(payload, Cast | Swapped) and isinstance(payload.inner, Extent))
+    divisible = isinstance(payload, Extent) or (
+        isinstance(payload, Cast | Swapped) and isinstance(payload.inner, Extent)
+    )
     step = _READ if divisible else max(1, len(memory))
     for at in range(0, len(memory), step):
         piece = memory[at : at + step]
@@ -219,7 +244,9 @@ def _pieces(payload: Payload, memory: memoryview) -> Iterator[Fill]:
 
 
 def _carry_out(jobs: Sequence[_Job], workers: int, on_bytes: OnBytes, bring: Bring) -> None:
-    """Run all *jobs*; after the first that fails no other is begun, and what was begun has ended."""
+    """Run all *jobs*; after the first that fails no other is begun, and what was begun has
+    ended.
+    """
 
     def run(job: _Job) -> int:
         bring(job.buffers)
@@ -230,7 +257,9 @@ def _carry_out(jobs: Sequence[_Job], workers: int, on_bytes: OnBytes, bring: Bri
         futures = [pool.submit(run, job) for job in jobs]
         futures.reverse()
         while futures:
-            on_bytes(futures.pop().result())  # not kept: a frame that holds what raised is a circle, and would keep the memory
+            on_bytes(
+                futures.pop().result()
+            )  # not kept: a frame that holds what raised is a circle, and would keep the memory
     finally:
         pool.shutdown(cancel_futures=True)
 

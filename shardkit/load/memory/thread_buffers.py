@@ -1,4 +1,6 @@
-"""A buffer that each thread has once, for what it reads and does not keep: fresh memory costs more than what is read into it."""
+"""A buffer that each thread has once, for what it reads and does not keep: fresh memory costs more
+than what is read into it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ PIECE = 512 << 10  # bytes that stay in the processor's second cache
 
 
 class _Rooms(threading.local):
-    """The buffers. Each begins at a page, and the child of a fork finds zeros in it: disks write to it."""
+    """The buffers. Each begins at a page, and the child of a fork finds zeros in it: disks write to
+    it.
+    """
 
     def __init__(self) -> None:
         arena = Arena.untouched(ROOM + SECTOR)
@@ -32,7 +36,8 @@ def room() -> memoryview:
 
 
 def pieces_of(extent: Extent) -> Iterator[memoryview]:
-    """The bytes of *extent*, a few at a time, in the buffer of this thread; each piece is valid until the next.
+    """The bytes of *extent*, a few at a time, in the buffer of this thread; each piece is valid
+    until the next.
 
     Raises:
         FormatError: the file cannot be read, or has become shorter.

@@ -1,1 +1,3 @@
-"""What there is to know of an `nn.Module`: its weights, its blocks, their sizes, and what torch does to it."""
+"""What there is to know of an `nn.Module`: its weights, its blocks, their sizes, and what torch
+does to it.
+"""

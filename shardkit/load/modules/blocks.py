@@ -1,11 +1,15 @@
 """Which modules stream as one (pure: modules are looked at, and nothing is read or changed).
 
-1. A block is a module of a class that must stay whole; else a child of a `ModuleList`, `ModuleDict` or `Sequential`; else a
-   module without children. A container is none: the first two are never called, and the children of the third are better.
-2. The device map cuts: a module whose weights do not all go to one place is no block, and its children are looked at.
-3. What torch.jit.script has compiled takes no hooks, and is no block; nor is a block what contains it.
-4. Blocks are disjoint and never nest. A streamed weight is in exactly one block, or stays in memory: what is tied, what is in
-   a module that two blocks share, and what a module owns that contains blocks.
+1. A block is a module of a class that must stay whole; else a child of a `ModuleList`, `ModuleDict`
+   or `Sequential`; else a module without children. A container is none: the first two are never
+   called, and the children of the third are better.
+2. The device map cuts: a module whose weights do not all go to one place is no block, and its
+   children are looked at.
+3. What torch.jit.script has compiled takes no hooks, and is no block; nor is a block what contains
+   it.
+4. Blocks are disjoint and never nest. A streamed weight is in exactly one block, or stays in
+   memory: what is tied, what is in a module that two blocks share, and what a module owns that
+   contains blocks.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ class Cut:
 Target = Callable[[Weight], Hashable]
 
 
-def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole: Collection[str] = ()) -> Cut:
+def cut(
+    model: nn.Module, weights: Collection[Weight], *, target: Target, whole: Collection[str] = ()
+) -> Cut:
     """Find the blocks of *model*.
 
     Args:
@@ -67,7 +73,9 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
     """
     places = {weight.names[0]: target(weight) for weight in weights}
     untied = [weight for weight in weights if len(weight.seats) == 1]
-    found = list(_Walk(_targets(dict(named_modules(model)), untied, places), model, whole).blocks(model))
+    found = list(
+        _Walk(_targets(dict(named_modules(model)), untied, places), model, whole).blocks(model)
+    )
     lent = Counter(part for _, module in found for part in set(module.modules()))
     owned: dict[nn.Module, list[Weight]] = {}
     for weight in untied:
@@ -78,9 +86,13 @@ def cut(model: nn.Module, weights: Collection[Weight], *, target: Target, whole:
     for name, module in found:
         inside = tuple(weight for part in module.modules() for weight in owned.get(part, ()))
         if inside:
-            blocks.append(ModuleBlock(name, module, inside, tuple(weight.seats[0] for weight in inside)))
+            blocks.append(
+                ModuleBlock(name, module, inside, tuple(weight.seats[0] for weight in inside))
+            )
     streamed = {weight.names[0] for block in blocks for weight in block.weights}
-    return Cut(tuple(blocks), tuple(weight for weight in weights if weight.names[0] not in streamed))
+    return Cut(
+        tuple(blocks), tuple(weight for weight in weights if weight.names[0] not in streamed)
+    )
 
 
 def _targets(
@@ -104,15 +116,27 @@ def _targets(
 class _Walk:
     """Down the tree of modules, in search of blocks."""
 
-    def __init__(self, targets: Mapping[nn.Module, set[Hashable]], model: nn.Module, whole: Collection[str]) -> None:
+    def __init__(
+        self, targets: Mapping[nn.Module, set[Hashable]], model: nn.Module, whole: Collection[str]
+    ) -> None:
         self._targets = targets
         self._whole = {module for module in model.modules() if type(module).__name__ in whole}
-        self._around = {module for module in model.modules() if self._whole and self._has_whole_inside(module)}
+        self._around = {
+            module for module in model.modules() if self._whole and self._has_whole_inside(module)
+        }
         self._seen: set[nn.Module] = set()
 
-    def blocks(self, module: nn.Module, name: str = "", *, listed: bool = False) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the blocks from *module* down, which is *listed* if its parent is a container."""
-        if module in self._seen or module not in self._targets or isinstance(module, torch.jit.ScriptModule):
+    def blocks(
+        self, module: nn.Module, name: str = "", *, listed: bool = False
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the blocks from *module* down, which is *listed* if its parent is a
+        container.
+        """
+        if (
+            module in self._seen
+            or module not in self._targets
+            or isinstance(module, torch.jit.ScriptModule)
+        ):
             return
         self._seen.add(module)
         if len(self._targets[module]) == 1 and self._is_block(module, listed=listed):
@@ -120,7 +144,9 @@ class _Walk:
             return
         for step, child in own_modules(module).items():
             if child is not None:
-                yield from self.blocks(child, f"{name}.{step}" if name else step, listed=isinstance(module, CONTAINERS))
+                yield from self.blocks(
+                    child, f"{name}.{step}" if name else step, listed=isinstance(module, CONTAINERS)
+                )
 
     def _is_block(self, module: nn.Module, *, listed: bool) -> bool:
         if module in self._whole:

@@ -1,4 +1,6 @@
-"""Who asks: what can be told from the frames of this thread, which torch does not hand to its hooks."""
+"""Who asks: what can be told from the frames of this thread, which torch does not hand to its
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,14 @@ def is_in_forward() -> bool:
 
 
 def is_module_cast() -> bool:
-    """Whether a module is about to put what is made now in the place of its weight, as `Module.to` and `Module.half` do."""
+    """Whether a module is about to put what is made now in the place of its weight, as `Module.to`
+    and `Module.half` do.
+    """
     return _innermost(CAST_CODE, within=_NEAR) is not None
 
 
-_NEAR = 20  # frames: a method of the weight, those of the dispatcher, and the function that the module applies
+# frames: a method of the weight, those of the dispatcher, and the function that the module applies
+_NEAR = 20
 
 
 def _innermost(code: CodeType, within: int | None = None) -> FrameType | None:

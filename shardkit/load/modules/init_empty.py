@@ -1,11 +1,15 @@
-"""Build models without their weights: parameters go elsewhere, to the meta device above all, as soon as they are registered.
+"""Build models without their weights: parameters go elsewhere, to the meta device above all, as
+soon as they are registered.
 
-1. The registration hooks of torch do it; nothing of torch is replaced. They are installed once, when the first context is
-   entered, and stay, idle outside of contexts: taking one away while another thread registers a parameter would end that
-   thread's walk over the hooks with an error.
-2. Only the thread that entered a context is affected, and of nested contexts only the innermost acts.
-3. An object that is registered again gets the twin that it got the first time, so that tied weights stay tied.
-4. Whether a buffer is persistent is known only after the hook has run, so a buffer goes elsewhere one registration late.
+1. The registration hooks of torch do it; nothing of torch is replaced. They are installed once,
+   when the first context is entered, and stay, idle outside of contexts: taking one away while
+   another thread registers a parameter would end that thread's walk over the hooks with an error.
+2. Only the thread that entered a context is affected, and of nested contexts only the innermost
+   acts.
+3. An object that is registered again gets the twin that it got the first time, so that tied weights
+   stay tied.
+4. Whether a buffer is persistent is known only after the hook has run, so a buffer goes elsewhere
+   one registration late.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,9 +38,11 @@ from shardkit.load.modules.torch_internals import (
 
 @contextmanager
 def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
-    """Within this context, models are built with no memory for their weights: parameters are on the meta device.
+    """Within this context, models are built with no memory for their weights: parameters are on the
+    meta device.
 
-    At any moment one parameter at most takes memory, the one under construction. Buffers that no checkpoint holds are real.
+    At any moment one parameter at most takes memory, the one under construction. Buffers that no
+    checkpoint holds are real.
 
     Args:
         include_buffers: whether persistent buffers are on the meta device too.
@@ -43,10 +52,13 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def init_on_device(device: torch.device | str | int, include_buffers: bool = False) -> Iterator[None]:
+def init_on_device(
+    device: torch.device | str | int, include_buffers: bool = False
+) -> Iterator[None]:
     """Within this context, models are built with their parameters on *device*.
 
-    Class, attributes and ties of parameters are kept; those of lazy modules, which have no shape yet, are left as they are.
+    Class, attributes and ties of parameters are kept; those of lazy modules, which have no shape
+    yet, are left as they are.
 
     Args:
         device: where the parameters go.
@@ -93,7 +105,11 @@ class _Context:
         if tensor not in self.twins:
             twin = tensor if tensor.device == self.device else _moved(tensor, self.device)
             self.twins[tensor] = twin
-            self.twins[twin] = None  # itself; a dictionary that held what it knows by weak references would keep it alive
+            self.twins[twin] = (
+                # itself; a dictionary that held what it knows by weak references would keep it
+                # alive
+                None
+            )
             return twin
         found = self.twins[tensor]
         return found if isinstance(found, torch.Tensor) else tensor
@@ -114,7 +130,8 @@ _installed: list[RemovableHandle] = []
 def _install() -> None:
     with _installing:
         if not _installed:
-            # torch declares that the hook returns None, and documents that it may return another parameter.
+            # torch declares that the hook returns None, and documents that it may return another
+            # parameter.
             _installed.append(register_module_parameter_registration_hook(_on_parameter))  # type: ignore[arg-type]
             _installed.append(register_module_buffer_registration_hook(_on_buffer))
 
@@ -129,10 +146,14 @@ def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> Non
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """*tensor* on *device*, of the same class and with the same attributes; no method of the class is asked to make it."""
+    """*tensor* on *device*, of the same class and with the same attributes; no method of the class
+    is asked to make it.
+    """
     if issubclass(type(tensor), nn.Parameter):
         moved = make_subclass(type(tensor), tensor.data.to(device), tensor.requires_grad)
-    else:  # a tensor of another kind, which may say that it is a parameter: its own operations know how to move it
+    # a tensor of another kind, which may say that it is a parameter: its own operations know how to
+    # move it
+    else:
         moved = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
     for name, attribute in getattr(tensor, "__dict__", {}).items():
         moved.__dict__.setdefault(name, attribute)

@@ -1,4 +1,6 @@
-"""Models that are called one by one, and are placed as one: they share budgets, a device map, and the ring of what streams."""
+"""Models that are called one by one, and are placed as one: they share budgets, a device map, and
+the ring of what streams.
+"""
 
 from __future__ import annotations
 

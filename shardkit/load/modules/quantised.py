@@ -1,9 +1,12 @@
-"""Checkpoints that a library has quantised: which of their weights must be in memory, whatever the device map says.
+"""Checkpoints that a library has quantised: which of their weights must be in memory, whatever the
+device map says.
 
-1. bitsandbytes makes objects of quantised weights, whose state is more than their bytes. They are read, and stay in memory;
-   the other weights of the model stream.
-2. compressed-tensors expands all weights of a model in its first forward, and puts them where it likes. None of them streams.
-3. What other libraries make are plain tensors, which stream, or what is computed from the checkpoint, which does not.
+1. bitsandbytes makes objects of quantised weights, whose state is more than their bytes. They are
+   read, and stay in memory; the other weights of the model stream.
+2. compressed-tensors expands all weights of a model in its first forward, and puts them where it
+   likes. None of them streams.
+3. What other libraries make are plain tensors, which stream, or what is computed from the
+   checkpoint, which does not.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from torch import nn
 
 
 def method_of(fields: Mapping[str, object]) -> str | None:
-    """The library that quantised the model whose config.json has *fields*, by its own name; None if none did."""
+    """The library that quantised the model whose config.json has *fields*, by its own name; None if
+    none did.
+    """
     match fields.get("quantization_config"):
         case {"quant_method": str(method)}:
             return method
@@ -25,9 +30,13 @@ def method_of(fields: Mapping[str, object]) -> str | None:
 
 
 def packed_names(names: Iterable[str]) -> set[str]:
-    """Those of *names* in a checkpoint of bitsandbytes that become one object with the tensors beside them."""
+    """Those of *names* in a checkpoint of bitsandbytes that become one object with the tensors
+    beside them.
+    """
     names = list(names)
-    layers = {_layer_of(name) for name in names if ".weight.quant_state." in name or name.endswith(".SCB")}
+    layers = {
+        _layer_of(name) for name in names if ".weight.quant_state." in name or name.endswith(".SCB")
+    }
     return {name for name in names if _layer_of(name) in layers and not name.endswith(".bias")}
 
 

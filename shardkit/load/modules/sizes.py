@@ -1,4 +1,6 @@
-"""What each part of a model takes when it is loaded, which weights are tied, and which modules stay whole. No value is read."""
+"""What each part of a model takes when it is loaded, which weights are tied, and which modules stay
+whole. No value is read.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,24 @@ from shardkit.load.modules.weights import torch_type
 Node = nn.Module | torch.Tensor
 AnyDType = str | torch.dtype
 
-_SHELL = re.compile(r"torch\.u?int([1-7])")  # types of torch that have a name and a width, and no operations
+_SHELL = re.compile(
+    r"torch\.u?int([1-7])"
+)  # types of torch that have a name and a width, and no operations
 
 
 def module_sizes(
-    model: nn.Module, dtype: AnyDType | None = None, special_dtypes: Mapping[str, AnyDType] | None = None
+    model: nn.Module,
+    dtype: AnyDType | None = None,
+    special_dtypes: Mapping[str, AnyDType] | None = None,
 ) -> dict[str, int]:
-    """Bytes of every tensor of *model* by its name, and of every module by its; "" is all of them. What is tied counts once.
+    """Bytes of every tensor of *model* by its name, and of every module by its; "" is all of them.
+    What is tied counts once.
 
     Args:
         model: the model, on any device.
-        dtype: what its floats are cast to; None for the types that they have. As in `shardkit convert`, floats of less than
-            16 bits are codes of a quantised weight, and keep their type.
+        dtype: what its floats are cast to; None for the types that they have. As in `shardkit
+            convert`, floats of less than 16 bits are codes of a quantised weight, and keep their
+            type.
         special_dtypes: the types of some tensors, by name, that overrule *dtype*.
     """
     target = None if dtype is None else as_torch_dtype(dtype)
@@ -72,7 +80,8 @@ def as_torch_dtype(dtype: AnyDType | Enum) -> torch.dtype:
         found = torch_type(parse_dtype(dtype))
     if found is None:
         raise BadDType(
-            f"torch {torch.__version__}, which is installed, has no {shown(dtype)}", hint="update torch, or give another dtype"
+            f"torch {torch.__version__}, which is installed, has no {shown(dtype)}",
+            hint="update torch, or give another dtype",
         )
     return found
 
@@ -91,12 +100,19 @@ def class_names(no_split: Iterable[str] | str | None) -> frozenset[str]:
 
 
 def parts(name: str, module: nn.Module) -> list[tuple[str, Node]]:
-    """What stands directly in *module*, which is called *name*, under all its names: parameters, buffers, modules."""
+    """What stands directly in *module*, which is called *name*, under all its names: parameters,
+    buffers, modules.
+    """
     prefix = f"{name}." if name else ""
-    parameters: list[tuple[str, Node]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
-    buffers: list[tuple[str, Node]] = list(module.named_buffers(recurse=False, remove_duplicate=False))
+    parameters: list[tuple[str, Node]] = list(
+        module.named_parameters(recurse=False, remove_duplicate=False)
+    )
+    buffers: list[tuple[str, Node]] = list(
+        module.named_buffers(recurse=False, remove_duplicate=False)
+    )
     modules = [(step, child) for step, child in own_modules(module).items() if child is not None]
-    # Accelerate takes the buffers of the whole model last, and those of the modules in it that are split not at all.
+    # Accelerate takes the buffers of the whole model last, and those of the modules in it that are
+    # split not at all.
     own = [*parameters, *buffers, *modules] if name else [*parameters, *modules, *buffers]
     return [(f"{prefix}{step}", node) for step, node in own]
 
@@ -111,7 +127,9 @@ class Largest:
 
 @dataclass(slots=True)
 class Layers:
-    """The layers of a model, which are never split: modules without children, and those of the classes *no_split*."""
+    """The layers of a model, which are never split: modules without children, and those of the
+    classes *no_split*.
+    """
 
     sizes: Mapping[str, int]
     no_split: frozenset[str]
@@ -119,21 +137,31 @@ class Layers:
 
     def is_whole(self, node: Node) -> bool:
         """Whether *node* is never split."""
-        return isinstance(node, torch.Tensor) or type(node).__name__ in self.no_split or not _children("", node)
+        return (
+            isinstance(node, torch.Tensor)
+            or type(node).__name__ in self.no_split
+            or not _children("", node)
+        )
 
     def largest(self, name: str, node: Node) -> Largest:
         """The largest layers at and below *node*, which is called *name*."""
         if name not in self.seen:
             whole = self.is_whole(node) or isinstance(node, torch.Tensor)
             size = self.sizes.get(name, 0)
-            self.seen[name] = Largest(size, frozenset([name])) if whole else self.largest_of(_children(name, node))
+            self.seen[name] = (
+                Largest(size, frozenset([name]))
+                if whole
+                else self.largest_of(_children(name, node))
+            )
         return self.seen[name]
 
     def largest_of(self, nodes: Iterable[tuple[str, Node]]) -> Largest:
         """The largest layers of all *nodes*."""
         found = [self.largest(name, node) for name, node in nodes]
         size = max((each.size for each in found), default=0)
-        return Largest(size, frozenset().union(*(each.names for each in found if each.size == size)))
+        return Largest(
+            size, frozenset().union(*(each.names for each in found if each.size == size))
+        )
 
 
 def _children(name: str, node: Node) -> list[tuple[str, Node]]:

@@ -6,8 +6,8 @@ it is for. A test looks for each in the torch that is installed, and for private
 Verified for torch 2.6.0 and 2.13.0 unless a comment says otherwise: the tests run with 2.13.0, and
 2.6.0, the oldest that shardkit declares, has every name in its wheel.
 
-Where one call for each weight counts, a name is the object of torch itself or an `attrgetter`: either
-costs no more than the attribute.
+Where one call for each weight counts, a name is the object of torch itself or an `attrgetter`:
+either costs no more than the attribute.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ schema: Callable[[Operation], torch.FunctionSchema] = attrgetter("_schema")
 """The arguments of an operation, with what it writes to."""
 
 parse_to: Callable[..., tuple[Any, ...]] = torch._C._nn._parse_to
-"""The arguments of `Tensor.to`, parsed: device, type, non_blocking, memory format. It knows no *copy*."""
+"""The arguments of `Tensor.to`, parsed: device, type, non_blocking, memory format. It knows no
+*copy*.
+"""
 
 
 def has_decomposition(operation: str) -> bool:

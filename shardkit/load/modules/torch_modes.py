@@ -1,9 +1,10 @@
-"""Weights that come and go beside what a person computes: what torch lets watch that, neither sees nor spoils it.
+"""Weights that come and go beside what a person computes: what torch lets watch that, neither sees
+nor spoils it.
 
-1. A transform of torch.func, or a mode such as that of fake tensors, would put tensors of its own in the place of those that are
-   made while it is on, and these have no memory to read into.
-2. Some keep the weights that they meet: a trace in what it writes down, torch.func.grad for its way back, where it does not ask
-   whether they have changed. They get tensors with memory of their own.
+1. A transform of torch.func, or a mode such as that of fake tensors, would put tensors of its own
+   in the place of those that are made while it is on, and these have no memory to read into.
+2. Some keep the weights that they meet: a trace in what it writes down, torch.func.grad for its way
+   back, where it does not ask whether they have changed. They get tensors with memory of their own.
 3. `torch.compile` is not let into hooks.
 """
 
@@ -45,7 +46,9 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
         with ExitStack() as aside:
             aside.enter_context(no_transforms())
             aside.enter_context(no_modes())
-            if (trace := current_trace()) is not None:  # torch lets none be set below its dispatcher
+            if (
+                trace := current_trace()
+            ) is not None:  # torch lets none be set below its dispatcher
                 aside.callback(set_trace, trace)
                 set_trace(None)
             return function(*args, **kwargs)
@@ -54,7 +57,9 @@ def unseen(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def eager(hook: Callable[_P, _R]) -> Callable[_P, _R]:
-    """*hook*, which `torch.compile` leaves alone. Its compiler takes seconds to import, so that is left to who uses it."""
+    """*hook*, which `torch.compile` leaves alone. Its compiler takes seconds to import, so that is
+    left to who uses it.
+    """
     disabled = cache(lambda: torch.compiler.disable(hook))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @wraps(hook)
@@ -81,7 +86,8 @@ def refuse_trace() -> None:
     """
     if is_tracing():
         raise LoadError(
-            "torch.jit.trace writes down what it meets, and cannot do so with the address of a weight that is used where it lies",
+            "torch.jit.trace writes down what it meets, and cannot do so with the address of a "
+            "weight that is used where it lies",
             hint="trace a model that is in memory: load it with device_map=None",
         )
 

@@ -1,7 +1,8 @@
 """What of a model a checkpoint fills: its weights, each physical one once with all its names.
 
-Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on the meta device. Seats and
-weights are not frozen, though nothing changes them: they are made for every tensor, and a frozen one takes three times as long.
+Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on
+the meta device. Seats and weights are not frozen, though nothing changes them: they are made for
+every tensor, and a frozen one takes three times as long.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class ParameterSlot:
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there."""
-        for table in (own_parameters(self.owner), own_buffers(self.owner)):  # which are no dicts in what torch.jit.script makes
+        for table in (
+            own_parameters(self.owner),
+            own_buffers(self.owner),
+        ):  # which are no dicts in what torch.jit.script makes
             if self.name in table and table[self.name] is not None:
                 return table[self.name]
         return None
@@ -41,7 +45,9 @@ class ParameterSlot:
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
         owner = self.owner
-        if type(owner).__setattr__ is not nn.Module.__setattr__:  # such as that of LSTM, which keeps a list of its own
+        if (
+            type(owner).__setattr__ is not nn.Module.__setattr__
+        ):  # such as that of LSTM, which keeps a list of its own
             setattr(owner, self.name, tensor)
         elif self.name in own_parameters(owner):
             own_parameters(owner)[self.name] = tensor
@@ -55,7 +61,8 @@ class Weight:
 
     Attributes:
         names: all its names in the model's state dict, in its order.
-        tensor: the object that all these names hold; on the meta device as long as nothing is loaded.
+        tensor: the object that all these names hold; on the meta device as long as nothing is
+            loaded.
         is_buffer: whether it is a buffer under each of its names.
         seats: where it is kept; a module that has several names is one place.
     """
@@ -68,11 +75,15 @@ class Weight:
     def tied_to(self, other: Weight) -> Weight:
         """The same with the names and seats of *other* too, which holds the same tensor."""
         seats = tuple(dict.fromkeys((*self.seats, *other.seats)))
-        return Weight((*self.names, *other.names), self.tensor, self.is_buffer and other.is_buffer, seats)
+        return Weight(
+            (*self.names, *other.names), self.tensor, self.is_buffer and other.is_buffer, seats
+        )
 
 
 def weights_of(model: nn.Module) -> Iterator[Weight]:
-    """The parameters and persistent buffers of *model*, each physical one once, in the order of its state dict."""
+    """The parameters and persistent buffers of *model*, each physical one once, in the order of its
+    state dict.
+    """
     return weights_in(named_modules(model))
 
 
@@ -87,14 +98,20 @@ def weights_in(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with all their names, in the order of `Module.named_modules`, which is a generator for each module."""
+    """All modules with all their names, in the order of `Module.named_modules`, which is a
+    generator for each module.
+    """
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
         yield name, module
         if own_modules(module):
             dotted = f"{name}." if name else ""
-            stack += [(dotted + step, child) for step, child in reversed(own_modules(module).items()) if child is not None]
+            stack += [
+                (dotted + step, child)
+                for step, child in reversed(own_modules(module).items())
+                if child is not None
+            ]
 
 
 def unreal_buffers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
@@ -107,7 +124,9 @@ def unreal_buffers(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
 
 
 def extra_states(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[str]:
-    """The keys of what *modules* keep in a state dict beside their tensors, and take back by `set_extra_state`."""
+    """The keys of what *modules* keep in a state dict beside their tensors, and take back by
+    `set_extra_state`.
+    """
     plain = nn.Module.set_extra_state
     for prefix, module in modules:
         if type(module).set_extra_state is not plain:
@@ -128,7 +147,9 @@ def torch_type(dtype: DType) -> torch.dtype | None:
 
 
 def _one_by_one(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Weight]:
-    """What a state dict of *modules* holds, without making one; what is tied comes once for each name."""
+    """What a state dict of *modules* holds, without making one; what is tied comes once for each
+    name.
+    """
     for prefix, module in modules:
         dotted = f"{prefix}." if prefix else ""
         for name, parameter in own_parameters(module).items():

@@ -1,1 +1,3 @@
-"""How fast this machine is, and how long a forward takes: measured bandwidth → predicted seconds."""
+"""How fast this machine is, and how long a forward takes: measured bandwidth → predicted
+seconds.
+"""

@@ -1,8 +1,10 @@
-"""How fast this machine does what a forward is made of: reads of files, copies in memory and to a device, products.
+"""How fast this machine does what a forward is made of: reads of files, copies in memory and to a
+device, products.
 
-1. A probe ends after a bounded number of bytes or a fraction of a second, and all of them take about one second.
-2. Files are read as they stream: rows of large pieces side by side, spread over what streams; past the page cache, or out of it
-   what it has. What was not cached before is not cached afterwards.
+1. A probe ends after a bounded number of bytes or a fraction of a second, and all of them take
+   about one second.
+2. Files are read as they stream: rows of large pieces side by side, spread over what streams; past
+   the page cache, or out of it what it has. What was not cached before is not cached afterwards.
 3. A disk, the memory and a device are measured once in a process, and not before somebody asks.
 """
 
@@ -30,7 +32,8 @@ from shardkit.system.threads import Pool
 
 _READERS = 3  # as many as a stream has
 _READS = 128  # half a gibibyte at most
-_ROW = 16  # reads one behind the other, as of a block: a disk is slower where each is far from the last
+# reads one behind the other, as of a block: a disk is slower where each is far from the last
+_ROW = 16
 _MEMORY = 64 << 20  # what is copied, and what the matrices that are multiplied take
 _ROWS = 256  # from here on, twice the rows take twice the time
 _SECONDS = 0.25  # for each probe
@@ -47,14 +50,17 @@ class Rates:
         copy: copies in main memory.
         link: copies from pinned memory to the device.
         compute: weights that products on the device get through.
-        spread: of those that were measured, by their names: the lowest and the highest of a few rounds.
+        spread: of those that were measured, by their names: the lowest and the highest of a few
+            rounds.
     """
 
     disk: float | None = None
     copy: float | None = None
     link: float | None = None
     compute: float | None = None
-    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False, kw_only=True)
+    spread: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict, hash=False, kw_only=True
+    )
 
     @classmethod
     def measured(cls, **rates: Rate | None) -> Rates:
@@ -65,7 +71,11 @@ class Rates:
 
     def given(self, **rates: float | None) -> Rates:
         """The same, but for *rates*, which are known exactly."""
-        return replace(self, **rates, spread={name: both for name, both in self.spread.items() if name not in rates})
+        return replace(
+            self,
+            **rates,
+            spread={name: both for name, both in self.spread.items() if name not in rates},
+        )
 
     @property
     def slowest(self) -> Rates:
@@ -79,7 +89,9 @@ class Rates:
 
     def __str__(self) -> str:
         named = {"disk": self.disk, "copy": self.copy, "link": self.link, "compute": self.compute}
-        return ", ".join(f"{name} {format_size(int(rate))}/s" for name, rate in named.items() if rate is not None)
+        return ", ".join(
+            f"{name} {format_size(int(rate))}/s" for name, rate in named.items() if rate is not None
+        )
 
 
 class Rate(NamedTuple):
@@ -113,7 +125,9 @@ _PRODUCT = Product(torch.bfloat16, (4096, 4096))
 
 
 def common_product(matrices: Iterable[tuple[torch.dtype, Sequence[int]]]) -> Product:
-    """The one that most of *matrices* take part in; types and shapes that are no matrix are passed over."""
+    """The one that most of *matrices* take part in; types and shapes that are no matrix are passed
+    over.
+    """
     nbytes: Counter[Product] = Counter()
     for dtype, shape in matrices:
         if len(shape) == 2:
@@ -122,7 +136,8 @@ def common_product(matrices: Iterable[tuple[torch.dtype, Sequence[int]]]) -> Pro
 
 
 def rates_for(weights: Iterable[Item], device: torch.device) -> Rates:
-    """The rates at which *weights* are read, and at which *device* gets and uses them, one vector at a time.
+    """The rates at which *weights* are read, and at which *device* gets and uses them, one vector
+    at a time.
 
     Raises:
         FormatError: a file cannot be read.
@@ -144,7 +159,9 @@ def measure(extents: Iterable[Extent], device: torch.device, product: Product) -
     for extent in extents:
         disks.setdefault(_disk_of(extent.path), []).append(extent)
     return Rates.measured(
-        disk=min((_read_rate(_Disk(number, tuple(each))) for number, each in disks.items()), default=None),
+        disk=min(
+            (_read_rate(_Disk(number, tuple(each))) for number, each in disks.items()), default=None
+        ),
         copy=_copy_rate(),
         link=None if device.type == "cpu" else _link_rate(device),
         compute=_compute_rate(device, product),
@@ -170,7 +187,9 @@ class _Disk:
 def _read_rate(disk: _Disk) -> Rate:
     """By as many threads as a stream has, from what of the places there is time for."""
     files, rest = Files(), iter(list(_places(disk.extents)))
-    buffers = [memory_of(private(READ).fill_(0)) for _ in range(_READERS)]  # touched, since fresh memory comes slowly
+    buffers = [
+        memory_of(private(READ).fill_(0)) for _ in range(_READERS)
+    ]  # touched, since fresh memory comes slowly
     try:
         with Pool(_READERS, "shardkit-rate") as pool:
             rounds: list[tuple[int, float]] = []
@@ -181,7 +200,11 @@ def _read_rate(disk: _Disk) -> Rate:
                     break
                 rounds.append((nbytes, time.perf_counter() - begun))
             speeds = [nbytes / seconds for nbytes, seconds in rounds]
-            return Rate(sum(nbytes for nbytes, _ in rounds) / sum(seconds for _, seconds in rounds), min(speeds), max(speeds))
+            return Rate(
+                sum(nbytes for nbytes, _ in rounds) / sum(seconds for _, seconds in rounds),
+                min(speeds),
+                max(speeds),
+            )
     finally:
         files.close()
 
@@ -190,7 +213,9 @@ def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) 
     end = time.perf_counter() + _SECONDS / _ROUNDS
     nbytes = 0
     for place in rest:
-        files.at(place.path).read_sectors(memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes)
+        files.at(place.path).read_sectors(
+            memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes
+        )
         nbytes += place.nbytes
         if time.perf_counter() > end:
             break
@@ -198,7 +223,9 @@ def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) 
 
 
 def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
-    """Places to read at, in rows that are spread evenly over *extents*, each from the begin of a sector on."""
+    """Places to read at, in rows that are spread evenly over *extents*, each from the begin of a
+    sector on.
+    """
     starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, READ)]
     for first in range(0, len(starts), max(_ROW, -(-len(starts) * _ROW // _READS))):
         for extent, at in starts[first : first + _ROW]:
@@ -214,14 +241,18 @@ def _copy_rate() -> Rate:
 
 @cache
 def _link_rate(device: torch.device) -> Rate:
-    pinned = torch.empty(_MEMORY, dtype=torch.uint8, device="cpu", pin_memory=True)  # whatever the default device
+    pinned = torch.empty(
+        _MEMORY, dtype=torch.uint8, device="cpu", pin_memory=True
+    )  # whatever the default device
     target = torch.empty(_MEMORY, dtype=torch.uint8, device=device)
     return _per_second(lambda: target.copy_(pinned, non_blocking=True), device).times(_MEMORY)
 
 
 @cache
 def _compute_rate(device: torch.device, product: Product) -> Rate:
-    """Over several matrices in turn, so that their weights come from memory, as those of a model do."""
+    """Over several matrices in turn, so that their weights come from memory, as those of a model
+    do.
+    """
     dtype = product.dtype if product.dtype in _FLOATS else torch.bfloat16
     outputs, inputs = product.shape
     outputs = max(1, min(outputs, _MEMORY // (2 * inputs * dtype.itemsize)))
@@ -237,7 +268,8 @@ def _compute_rate(device: torch.device, product: Product) -> Rate:
 def _per_second(work: Callable[[], object], device: torch.device | None = None) -> Rate:
     """How often *work* is done in a second, by *device*, if that is none that is waited for anyway.
 
-    The first time is left out, and the median of the others taken: what else the machine does strikes some of them, and hard.
+    The first time is left out, and the median of the others taken: what else the machine does
+    strikes some of them, and hard.
     """
 
     def finish() -> None:

@@ -1,10 +1,14 @@
-"""How long a forward takes, and how many blocks to prefetch: the work of the blocks, and rates → seconds (pure).
+"""How long a forward takes, and how many blocks to prefetch: the work of the blocks, and rates →
+seconds (pure).
 
-1. A forward is a row of steps. The weights of a step go through stages: they are read, copied in main memory, copied to the
-   device, multiplied; those in memory are only multiplied. A stage does one thing at a time, in the order of the steps.
-2. What streams has room in the ring from when it is read until it was multiplied. While there is none, nothing is read.
-3. Forwards follow one another, and the reading for the next begins during the last. What is predicted is one of a long row. If
-   all that streams has room in the ring at once, only the first reads it.
+1. A forward is a row of steps. The weights of a step go through stages: they are read, copied in
+   main memory, copied to the device, multiplied; those in memory are only multiplied. A stage does
+   one thing at a time, in the order of the steps.
+2. What streams has room in the ring from when it is read until it was multiplied. While there is
+   none, nothing is read.
+3. Forwards follow one another, and the reading for the next begins during the last. What is
+   predicted is one of a long row. If all that streams has room in the ring at once, only the first
+   reads it.
 4. Where the user does not choose a depth, the ring holds as many blocks as make a forward faster.
 """
 
@@ -45,7 +49,12 @@ class Step:
 
     def seconds(self, rates: Rates) -> tuple[float, ...]:
         """In each stage."""
-        work = (self.disk, rates.disk), (self.copied, rates.copy), (self.link, rates.link), (self.compute, rates.compute)
+        work = (
+            (self.disk, rates.disk),
+            (self.copied, rates.copy),
+            (self.link, rates.link),
+            (self.compute, rates.compute),
+        )
         return tuple(nbytes / rate if rate else 0.0 for nbytes, rate in work)
 
 
@@ -59,7 +68,11 @@ def step_of(streamed: Sequence[Payload], *, compute: int, linked: bool) -> Step:
     """
     return Step(
         disk=sum(source.nbytes for payload in streamed for source in payload.sources),
-        copied=sum(payload.nbytes for payload in streamed if not isinstance(payload, Extent | PinnedPayload)),
+        copied=sum(
+            payload.nbytes
+            for payload in streamed
+            if not isinstance(payload, Extent | PinnedPayload)
+        ),
         link=sum(payload.nbytes for payload in streamed) if linked else 0,
         compute=compute,
         room=sum(-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in streamed),
@@ -74,7 +87,8 @@ class Prediction:
         seconds: one of many forwards.
         first: the first, for which nothing was read before it began.
         busy: seconds in each of `STAGES`.
-        spread: seconds at the fastest and at the slowest rates that were measured; None where all are known exactly.
+        spread: seconds at the fastest and at the slowest rates that were measured; None where all
+            are known exactly.
     """
 
     seconds: float
@@ -132,7 +146,11 @@ def predict(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
 
 def _predicted(steps: Sequence[Step], rates: Rates, ring: int) -> Prediction:
     line, ends = _Line(ring), [0.0]
-    again = [Step(compute=step.compute) for step in steps] if sum(step.room for step in steps) <= ring else steps
+    again = (
+        [Step(compute=step.compute) for step in steps]
+        if sum(step.room for step in steps) <= ring
+        else steps
+    )
     for number in range(_FORWARDS):
         for step in again if number else steps:
             line.run(step, step.seconds(rates))
@@ -197,33 +215,58 @@ class Depth:
         return f"{self.blocks} blocks: {self.why}"
 
 
-Ring = int | str | Depth | None  # how many blocks, or how much it may take, as in "500MB"; None for as many as pay
+Ring = (
+    int | str | Depth | None
+)  # how many blocks, or how much it may take, as in "500MB"; None for as many as pay
 
 
 def depth_for(steps: Sequence[Step], rates: Rates, room: int) -> Depth:
-    """The depth that pays for forwards of *steps*, within *room* bytes, of which two blocks are taken in any case."""
+    """The depth that pays for forwards of *steps*, within *room* bytes, of which two blocks are
+    taken in any case.
+    """
     sizes = [step.room for step in steps if step.room]
-    deeper = [blocks for blocks in range(LEAST + 1, MOST + 1) if sum(nlargest(blocks, sizes)) <= min(room, sum(sizes) - 1)]
+    deeper = [
+        blocks
+        for blocks in range(LEAST + 1, MOST + 1)
+        if sum(nlargest(blocks, sizes)) <= min(room, sum(sizes) - 1)
+    ]
     return chosen({blocks: seconds_with(blocks, steps, rates) for blocks in (LEAST, *deeper)})
 
 
 def seconds_with(blocks: int, steps: Sequence[Step], rates: Rates) -> float:
     """What a forward takes with a ring of so many *blocks*."""
     stalls = _STALLS.get(blocks, 1.0)
-    slowed = replace(rates, disk=rates.disk and rates.disk / stalls, link=rates.link and rates.link / stalls)
+    slowed = replace(
+        rates, disk=rates.disk and rates.disk / stalls, link=rates.link and rates.link / stalls
+    )
     return predict(steps, slowed, sum(nlargest(blocks, (step.room for step in steps)))).seconds
 
 
 def chosen(seconds: Mapping[int, float]) -> Depth:
     """The least depth that is as fast as any, of those that have *seconds*."""
-    blocks = next(blocks for blocks in sorted(seconds) if seconds[blocks] <= min(seconds.values()) * _ENOUGH)
+    blocks = next(
+        blocks for blocks in sorted(seconds) if seconds[blocks] <= min(seconds.values()) * _ENOUGH
+    )
     if blocks - 1 in seconds:
-        return Depth(blocks, f"with {blocks - 1} a forward would take {seconds[blocks - 1] / seconds[blocks] - 1:.0%} longer")
-    return Depth(blocks, "more would be no faster" if len(seconds) > 1 else "more have no room, or would be all that streams")
+        return Depth(
+            blocks,
+            (
+                f"with {blocks - 1} a forward would take "
+                f"{seconds[blocks - 1] / seconds[blocks] - 1:.0%} longer"
+            ),
+        )
+    return Depth(
+        blocks,
+        "more would be no faster"
+        if len(seconds) > 1
+        else "more have no room, or would be all that streams",
+    )
 
 
 def ring_bytes(sizes: Iterable[int], ring: Ring) -> int:
-    """What a ring takes where blocks of *sizes* stream: as many of the largest, or as much, as *ring* says."""
+    """What a ring takes where blocks of *sizes* stream: as many of the largest, or as much, as
+    *ring* says.
+    """
     match ring:
         case str():
             return min(sum(sizes), parse_size(ring))

@@ -1,8 +1,11 @@
-"""What a forward of a checkpoint would take, if its blocks lay where they are placed: from sizes, names and rates alone.
+"""What a forward of a checkpoint would take, if its blocks lay where they are placed: from sizes,
+names and rates alone.
 
-1. What is on disk or, for an accelerator, on the CPU is brought for each forward, through a ring in the room that is left.
-2. Matrices are multiplied, but for those that are named like tables to look into. How fast is asked of a product of their type
-   and shape, and only of a device that is there. Without that there is no prediction, but what bringing them takes at least.
+1. What is on disk or, for an accelerator, on the CPU is brought for each forward, through a ring in
+   the room that is left.
+2. Matrices are multiplied, but for those that are named like tables to look into. How fast is asked
+   of a product of their type and shape, and only of a device that is there. Without that there is
+   no prediction, but what bringing them takes at least.
 """
 
 from __future__ import annotations
@@ -18,7 +21,16 @@ from shardkit.checkpoint.blocks import BlockEntries
 from shardkit.load.devices.budgets import accelerator
 from shardkit.load.modules.weights import torch_type
 from shardkit.load.performance.bandwidth import Rates, common_product, measure
-from shardkit.load.performance.cost_model import STAGES, Depth, Prediction, Step, depth_for, predict, ring_bytes, step_of
+from shardkit.load.performance.cost_model import (
+    STAGES,
+    Depth,
+    Prediction,
+    Step,
+    depth_for,
+    predict,
+    ring_bytes,
+    step_of,
+)
 
 _TABLE = re.compile(r"emb|wte|wpe")
 
@@ -29,12 +41,14 @@ class Forecast:
 
     Attributes:
         rates: those that were given or measured.
-        least: seconds that bringing the weights takes, whatever is computed meanwhile; None if no rate of it is known.
+        least: seconds that bringing the weights takes, whatever is computed meanwhile; None if no
+            rate of it is known.
         ring: bytes of the memory that blocks stream through.
         depth: how many they are, and why.
         lacking: bytes that it is larger than the room that is left for it.
         predicted: what it takes; None where no rate of computing is known.
-        idle: names of the rates that a forward does not depend on, as nothing is read, copied, sent or multiplied.
+        idle: names of the rates that a forward does not depend on, as nothing is read, copied, sent
+            or multiplied.
     """
 
     rates: Rates
@@ -59,7 +73,9 @@ class Forecast:
         }
 
 
-def forecast(blocks: Sequence[BlockEntries], homes: Mapping[str, str], room: int, rates: Rates, runner: str) -> Forecast:
+def forecast(
+    blocks: Sequence[BlockEntries], homes: Mapping[str, str], room: int, rates: Rates, runner: str
+) -> Forecast:
     """What a forward takes.
 
     Args:
@@ -74,7 +90,11 @@ def forecast(blocks: Sequence[BlockEntries], homes: Mapping[str, str], room: int
     depth = depth_for(steps, rates, room)
     ring = ring_bytes(sizes, depth)
     found = predict(steps, rates, ring)
-    known = [stage for stage, rate in zip(STAGES[:-1], (rates.disk, rates.copy, rates.link), strict=True) if rate]
+    known = [
+        stage
+        for stage, rate in zip(STAGES[:-1], (rates.disk, rates.copy, rates.link), strict=True)
+        if rate
+    ]
     least = max((found.busy[STAGES.index(stage)] for stage in known), default=None)
     lacking = max(0, ring - room)
     work = {
@@ -84,30 +104,47 @@ def forecast(blocks: Sequence[BlockEntries], homes: Mapping[str, str], room: int
         "compute": sum(step.compute for step in steps),
     }
     idle = tuple(name for name, nbytes in work.items() if not nbytes)
-    return Forecast(rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None, idle)
+    return Forecast(
+        rates, least if sizes else 0.0, ring, depth, lacking, found if rates.compute else None, idle
+    )
 
 
-def rates_here(blocks: Sequence[BlockEntries], homes: Mapping[str, str], rows: int, runner: str) -> Rates:
-    """The rates of this machine for what `forecast` is asked of; those of an accelerator that is not here are None.
+def rates_here(
+    blocks: Sequence[BlockEntries], homes: Mapping[str, str], rows: int, runner: str
+) -> Rates:
+    """The rates of this machine for what `forecast` is asked of; those of an accelerator that is
+    not here are None.
 
     Raises:
         FormatError: a file cannot be read.
     """
     device = torch.device("cpu") if runner == "cpu" else accelerator()
     entries = [entry for block in blocks for entry in block.entries]
-    types = ((torch_type(entry.dtype), entry.shape) for entry in entries if not _TABLE.search(entry.name))
+    types = (
+        (torch_type(entry.dtype), entry.shape) for entry in entries if not _TABLE.search(entry.name)
+    )
     product = common_product((dtype, shape) for dtype, shape in types if dtype)
     extents = [
-        source for block in blocks if homes[block.name] == "disk" for entry in block.entries for source in entry.payload.sources
+        source
+        for block in blocks
+        if homes[block.name] == "disk"
+        for entry in block.entries
+        for source in entry.payload.sources
     ]
     found = measure(extents, device or torch.device("cpu"), replace(product, rows=rows))
     return found if device is not None else found.given(compute=None)
 
 
 def _step(block: BlockEntries, home: str, runner: str) -> Step:
-    compute = sum(entry.nbytes for entry in block.entries if len(entry.shape) > 1 and not _TABLE.search(entry.name))
+    compute = sum(
+        entry.nbytes
+        for entry in block.entries
+        if len(entry.shape) > 1 and not _TABLE.search(entry.name)
+    )
     brought = home == "disk" or (home == "cpu" and runner != "cpu")
     if not brought:
         return Step(compute=compute)
-    step = step_of([entry.payload for entry in block.entries], compute=compute, linked=runner != "cpu")
+    step = step_of(
+        [entry.payload for entry in block.entries], compute=compute, linked=runner != "cpu"
+    )
     return step if home == "disk" else replace(step, disk=0, copied=0)

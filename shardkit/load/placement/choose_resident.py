@@ -358,7 +358,9 @@ def _depths(ring: Ring) -> Sequence[int | str]:
 
 
 def _steps(sizes: Sequence[int], kept: Container[int], *, linked: bool) -> list[Step]:
-    """The work of a forward if *kept* stay. It is as if all others were on disk: that is open yet."""
+    """The work of a forward if *kept* stay. It is as if all others were on disk: that is open
+    yet.
+    """
     return [
         Step(compute=nbytes)
         if number in kept

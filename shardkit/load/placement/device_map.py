@@ -1,4 +1,6 @@
-"""Device maps: names of modules and tensors, each with the device that it goes to; "" is the whole model."""
+"""Device maps: names of modules and tensors, each with the device that it goes to; "" is the whole
+model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _LISTED = 8
 
 
 def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
-    """Where the tensor or module *name* goes: what is said of it, or else of the nearest module around it.
+    """Where the tensor or module *name* goes: what is said of it, or else of the nearest module
+    around it.
 
     Raises:
         LoadError: nothing is said of any.
@@ -29,30 +32,40 @@ def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     while around not in device_map:
         if not around:
             raise LoadError(
-                f"the device map says nothing of {shown(name)}", hint='give the rest of the model a device, as in {"": "cpu"}'
+                f"the device map says nothing of {shown(name)}",
+                hint='give the rest of the model a device, as in {"": "cpu"}',
             )
         around = around.rpartition(".")[0]
     return device_map[around]
 
 
 def covers(device_map: Mapping[str, object], name: str) -> bool:
-    """Whether *device_map* gives a device to the tensor or module *name*, or to a module around it."""
+    """Whether *device_map* gives a device to the tensor or module *name*, or to a module around
+    it.
+    """
     return any(prefix in device_map for prefix in prefixes(name))
 
 
 def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
     """What *device_map* says of *module*, by the names that its parts have in it."""
-    own = {name.removeprefix(f"{module}."): device for name, device in device_map.items() if name.startswith(f"{module}.")}
+    own = {
+        name.removeprefix(f"{module}."): device
+        for name, device in device_map.items()
+        if name.startswith(f"{module}.")
+    }
     whole = [device_map[name] for name in ("", module) if name in device_map]
     return {"": whole[-1], **own} if whole else own
 
 
-def reported(device_map: DeviceMap, main: Device, streamed: Iterable[str]) -> dict[str, int | str | torch.device]:
+def reported(
+    device_map: DeviceMap, main: Device, streamed: Iterable[str]
+) -> dict[str, int | str | torch.device]:
     """What a model that *device_map* dispatched reports as its hf_device_map, which libraries read.
 
-    A part that is offloaded is on the device that runs it, as are its buffers and whatever is added to it later; its weights are
-    named one by one, with where they stream from. So an adapter that is loaded into such a part goes to where it is used, and the
-    first device of the map is one that inputs can be moved to.
+    A part that is offloaded is on the device that runs it, as are its buffers and whatever is added
+    to it later; its weights are named one by one, with where they stream from. So an adapter that
+    is loaded into such a part goes to where it is used, and the first device of the map is one that
+    inputs can be moved to.
 
     Args:
         device_map: what was asked for, or chosen.
@@ -61,7 +74,9 @@ def reported(device_map: DeviceMap, main: Device, streamed: Iterable[str]) -> di
     """
     below: dict[str, list[str]] = {}
     for name in streamed:
-        below.setdefault(next(each for each in reversed(list(prefixes(name))) if each in device_map), []).append(name)
+        below.setdefault(
+            next(each for each in reversed(list(prefixes(name))) if each in device_map), []
+        ).append(name)
     made: dict[str, int | str | torch.device] = {}
     for part, device in device_map.items():
         made[part] = main if str(device) in ("cpu", "disk") and str(device) != main else device
@@ -72,7 +87,9 @@ def reported(device_map: DeviceMap, main: Device, streamed: Iterable[str]) -> di
 
 
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
-    """The same map with fewer names: where all names below one have the same device, that one stands for them."""
+    """The same map with fewer names: where all names below one have the same device, that one
+    stands for them.
+    """
     places = [_Place("")]
     for name, device in device_map.items():
         _grow(places, name).device = device
@@ -84,7 +101,8 @@ def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     """Warn of names that are none in *model*, and see that each of its tensors has a device.
 
-    A buffer that no checkpoint holds needs none, as in Accelerate: without one, it is on the main device.
+    A buffer that no checkpoint holds needs none, as in Accelerate: without one, it is on the main
+    device.
 
     Raises:
         LoadError: one has none.
@@ -94,11 +112,18 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     known.update(weights, (name for name, _ in model.named_buffers(remove_duplicate=False)))
     unknown = [name for name in device_map if name not in known]
     if unknown:
-        warnings.warn(f"the model has no part that the device map calls {_listed(unknown)}", UserWarning, stacklevel=2)
+        warnings.warn(
+            f"the model has no part that the device map calls {_listed(unknown)}",
+            UserWarning,
+            stacklevel=2,
+        )
     homeless = [name for name in weights if not covers(device_map, name)]
     if homeless:
         raise LoadError(
-            f"the device map gives no device to {len(homeless)} of the model's tensors: {_listed(homeless)}",
+            (
+                f"the device map gives no device to {len(homeless)} of the model's tensors: "
+                f"{_listed(homeless)}"
+            ),
             hint='give the rest of the model a device, as in {"": "cpu"}',
         )
 
@@ -114,10 +139,15 @@ def refuse_disk(
     """See that nothing lands on disk.
 
     Raises:
-        OverBudget: something does; with what the last device before the disk would need, and what it may hold.
+        OverBudget: something does; with what the last device before the disk would need, and what
+            it may hold.
     """
     sizes = module_sizes(model, dtype, special_dtypes)
-    devices = {name: device_of(name, device_map) for name, _ in named_tensors(model) if covers(device_map, name)}
+    devices = {
+        name: device_of(name, device_map)
+        for name, _ in named_tensors(model)
+        if covers(device_map, name)
+    }
     landed = sum(sizes[name] for name, device in devices.items() if device == "disk")
     if "disk" not in devices.values():
         return
@@ -126,7 +156,8 @@ def refuse_disk(
     available = min(budgets.get(last, 0), needed)
     parts = [name for name, device in device_map.items() if device == "disk"]
     raise OverBudget(
-        f"{format_size(landed)} would land on disk: {_listed(parts)}; {last!r} would have to hold {format_size(needed)}, "
+        f"{format_size(landed)} would land on disk: {_listed(parts)}; {last!r} would have to "
+        f"hold {format_size(needed)}, "
         f"and may hold {format_size(available)}: {format_size(needed - available)} are missing",
         needed=needed,
         available=available,
@@ -155,7 +186,9 @@ class _Place:
     def close(self) -> None:
         """Fill in what is known when it is known of all below."""
         below = self.children.values()
-        devices = {child.shared for child in below} | ({self.device} if self.device is not None else set())
+        devices = {child.shared for child in below} | (
+            {self.device} if self.device is not None else set()
+        )
         self.count = sum(child.count for child in below) + (self.device is not None)
         self.shared = devices.pop() if len(devices) == 1 else None
 
@@ -171,7 +204,9 @@ class _Place:
 
 
 def _grow(places: list[_Place], name: str) -> _Place:
-    """The place called *name*; it and those above it are made, and added to *places*, where they are missing."""
+    """The place called *name*; it and those above it are made, and added to *places*, where they
+    are missing.
+    """
     place = places[0]
     for prefix in list(prefixes(name))[1:] if name else ():
         if prefix not in place.children:

@@ -2,10 +2,11 @@
 
 It means what Accelerate's function of the same name means:
 
-1. Parts are taken in the order of the model, each onto the first device from the current one on that has room for it. A part
-   that has none is split into what stands in it, unless it is a layer; then the next device is the current one, for good.
-2. The first accelerator, and the CPU, keep room for the largest layer among those that are yet to be placed: what lies further
-   down is brought there to be run.
+1. Parts are taken in the order of the model, each onto the first device from the current one on
+   that has room for it. A part that has none is split into what stands in it, unless it is a layer;
+   then the next device is the current one, for good.
+2. The first accelerator, and the CPU, keep room for the largest layer among those that are yet to
+   be placed: what lies further down is brought there to be run.
 3. Parts with tied weights go together; one of them is split if that makes them fit.
 
 `get_balanced_memory` gives the budgets that spread a model evenly over the accelerators.
@@ -23,7 +24,16 @@ from statistics import fmean
 from torch import nn
 
 from shardkit.load.devices.budgets import Device, MaxMemory, get_max_memory
-from shardkit.load.modules.sizes import AnyDType, Largest, Layers, Node, class_names, module_sizes, parts, tied_groups
+from shardkit.load.modules.sizes import (
+    AnyDType,
+    Largest,
+    Layers,
+    Node,
+    class_names,
+    module_sizes,
+    parts,
+    tied_groups,
+)
 from shardkit.load.placement.device_map import clean_device_map, device_of
 from shardkit.sizes import format_size
 
@@ -48,23 +58,31 @@ def infer_auto_device_map(
     Args:
         model: the model.
         max_memory: what each device may hold, as `get_max_memory` takes it.
-        no_split_module_classes: names of classes whose modules stay on one device, such as those with a residual connection.
-        dtype: what floats are cast to when the weights are loaded; None for the types that the model has.
+        no_split_module_classes: names of classes whose modules stay on one device, such as those
+            with a residual connection.
+        dtype: what floats are cast to when the weights are loaded; None for the types that the
+            model has.
         special_dtypes: the types of some tensors, by name, that overrule *dtype*.
-        verbose: log every decision at level INFO, and not at DEBUG, to the logger ``shardkit.load.placement.infer_device_map``.
+        verbose: log every decision at level INFO, and not at DEBUG, to the logger
+            ``shardkit.load.placement.infer_device_map``.
         clean_result: name a module in place of all that is in it where that has one device.
-        offload_buffers: whether the buffers of what lies on CPU or disk lie there too; if not, a warning is given where no
-            accelerator has room for them.
-        fallback_allocation: before a device is left empty, look for a later part that it has room for.
+        offload_buffers: whether the buffers of what lies on CPU or disk lie there too; if not, a
+            warning is given where no accelerator has room for them.
+        fallback_allocation: before a device is left empty, look for a later part that it has room
+            for.
 
     Raises:
         LoadError: a device or a budget cannot be understood.
         BadSize: a size cannot be read.
     """
     budgets = get_max_memory(max_memory)
-    layers = Layers(module_sizes(model, dtype, special_dtypes), class_names(no_split_module_classes))
+    layers = Layers(
+        module_sizes(model, dtype, special_dtypes), class_names(no_split_module_classes)
+    )
     level = logging.INFO if verbose else logging.DEBUG
-    planner = _Planner(budgets, layers, tied_groups(model), fallback_allocation, level, deque(parts("", model)))
+    planner = _Planner(
+        budgets, layers, tied_groups(model), fallback_allocation, level, deque(parts("", model))
+    )
     planner.place_all()
     if not offload_buffers:
         _warn_of_buffers(model, planner)
@@ -80,8 +98,12 @@ class _Planner:
     level: int
     queue: deque[Item]
     placed: dict[str, Device] = field(default_factory=dict)
-    used: dict[Device, int] = field(default_factory=dict)  # bytes placed, and on devices that are done the room kept free
-    devices: list[Device] = field(default_factory=list)  # those that are left, the current one first
+    used: dict[Device, int] = field(
+        default_factory=dict
+    )  # bytes placed, and on devices that are done the room kept free
+    devices: list[Device] = field(
+        default_factory=list
+    )  # those that are left, the current one first
     keepers: tuple[Device, ...] = ()  # those that keep room
     kept: Largest = field(default_factory=Largest)  # the largest layers that are to come
     tried: set[tuple[Device, str]] = field(default_factory=set)
@@ -143,8 +165,12 @@ class _Planner:
             self._see_largest()
 
     def _see_largest(self) -> None:
-        """Find the largest layers again; single tensors count only as long as nothing was split, as in Accelerate."""
-        self.kept = self.layers.largest_of(item for item in self.queue if isinstance(item[1], nn.Module))
+        """Find the largest layers again; single tensors count only as long as nothing was split, as
+        in Accelerate.
+        """
+        self.kept = self.layers.largest_of(
+            item for item in self.queue if isinstance(item[1], nn.Module)
+        )
 
     def _partners(self, name: str, among: Iterable[Item]) -> list[Item]:
         """What else holds weights that are tied to those of *name*."""
@@ -173,7 +199,9 @@ class _Planner:
         self.queue.rotate(at + 1)
 
     def _falls_back(self, item: Item, together: int) -> bool:
-        """Whether there is a later part for a device that would stay empty; it and then *item* are next."""
+        """Whether there is a later part for a device that would stay empty; it and then *item* are
+        next.
+        """
         device = self.devices[0]
         if not self.falls_back or self.used.get(device) or device == "disk":
             return False
@@ -189,7 +217,9 @@ class _Planner:
         waiting = deque(self.queue)
         while waiting:
             name, node = waiting.popleft()
-            together = self._size(name) + sum(self._size(partner) for partner, _ in self._partners(name, waiting))
+            together = self._size(name) + sum(
+                self._size(partner) for partner, _ in self._partners(name, waiting)
+            )
             if together <= room and (self.devices[0], name) not in self.tried:
                 return name, node
             if isinstance(node, nn.Module) and not self.layers.is_whole(node):
@@ -199,7 +229,9 @@ class _Planner:
     def _expose(self, name: str) -> None:
         """Take *name* out of the queue, and so split what is around it."""
         while True:
-            at, item = next((at, item) for at, item in enumerate(self.queue) if _is_in(name, item[0]))
+            at, item = next(
+                (at, item) for at, item in enumerate(self.queue) if _is_in(name, item[0])
+            )
             del self.queue[at]
             if item[0] == name:
                 return
@@ -210,7 +242,12 @@ class _Planner:
         keeps = self.kept.size if device in self.keepers else 0
         if not self.used.get(device):
             needed = format_size(together + keeps)
-            _log.info("%s: nothing fits; %s would need %s there, with the room that is kept free", device, item[0], needed)
+            _log.info(
+                "%s: nothing fits; %s would need %s there, with the room that is kept free",
+                device,
+                item[0],
+                needed,
+            )
         self.used[device] = self.used.get(device, 0) + keeps
         self.queue.appendleft(item)
 
@@ -233,19 +270,32 @@ def _is_in(name: str, module: str) -> bool:
 
 def _warn_of_buffers(model: nn.Module, planner: _Planner) -> None:
     sizes, placed = planner.layers.sizes, planner.placed
-    needed = sum(sizes[name] for name, _ in model.named_buffers() if device_of(name, placed) in ("cpu", "disk"))
-    free = [budget - planner.used.get(device, 0) for device, budget in planner.budgets.items() if device not in ("cpu", "disk")]
+    needed = sum(
+        sizes[name]
+        for name, _ in model.named_buffers()
+        if device_of(name, placed) in ("cpu", "disk")
+    )
+    free = [
+        budget - planner.used.get(device, 0)
+        for device, budget in planner.budgets.items()
+        if device not in ("cpu", "disk")
+    ]
     if needed and free and needed > max(free):
         warnings.warn(
-            f"the buffers of what is offloaded take {format_size(needed)}, and no accelerator has as much left: "
+            f"the buffers of what is offloaded take {format_size(needed)}, and no accelerator "
+            "has as much left: "
             "if memory runs out, try offload_buffers=True",
             UserWarning,
             stacklevel=3,
         )
 
 
-_SHARE_OF_ONE = 0.9  # of an only accelerator, where the user sets no budget: the rest is for activations
-_SLACK = 1.25  # layers by which a budget is larger than an even share, since layers do not come out even
+_SHARE_OF_ONE = (
+    0.9  # of an only accelerator, where the user sets no budget: the rest is for activations
+)
+_SLACK = (
+    1.25  # layers by which a budget is larger than an even share, since layers do not come out even
+)
 
 
 def get_balanced_memory(
@@ -258,16 +308,18 @@ def get_balanced_memory(
 ) -> dict[Device, int]:
     """Budgets for `infer_auto_device_map` with which all accelerators get about as much of *model*.
 
-    The last accelerator keeps its whole budget, so that nothing is left over. An only one gets 90% of what it has free, if
-    *max_memory* is not given.
+    The last accelerator keeps its whole budget, so that nothing is left over. An only one gets 90%
+    of what it has free, if *max_memory* is not given.
 
     Args:
         model: the model, on any device.
         max_memory: what each device may hold at most, as `get_max_memory` takes it.
         no_split_module_classes: names of classes whose modules stay on one device.
-        dtype: what floats are cast to when the weights are loaded; None for the types that the model has.
+        dtype: what floats are cast to when the weights are loaded; None for the types that the
+            model has.
         special_dtypes: the types of some tensors, by name, that overrule *dtype*.
-        low_zero: give the first accelerator only what the others cannot hold; `generate` needs memory there.
+        low_zero: give the first accelerator only what the others cannot hold; `generate` needs
+            memory there.
 
     Raises:
         LoadError: a device or a budget cannot be understood.
@@ -283,7 +335,9 @@ def get_balanced_memory(
     sizes = module_sizes(model, dtype, special_dtypes)
     spares_first = low_zero and usable[0] == accelerators[0]
     sharers = usable[1:] if spares_first else usable
-    share = sizes[""] // len(sharers) + int(_SLACK * _typical_layer(model, sizes, class_names(no_split_module_classes)))
+    share = sizes[""] // len(sharers) + int(
+        _SLACK * _typical_layer(model, sizes, class_names(no_split_module_classes))
+    )
     for device in sharers[:-1]:
         budgets[device] = min(share, budgets[device])
     if spares_first:
@@ -293,11 +347,17 @@ def get_balanced_memory(
 
 
 def _typical_layer(model: nn.Module, sizes: Mapping[str, int], no_split: frozenset[str]) -> int:
-    """The largest module that stays whole, or the mean of the innermost modules with tensors if that is more."""
+    """The largest module that stays whole, or the mean of the innermost modules with tensors if
+    that is more.
+    """
     modules = model.named_modules(remove_duplicate=False)
-    whole = (sizes.get(name, 0) for name, module in modules if name and type(module).__name__ in no_split)
+    whole = (
+        sizes.get(name, 0) for name, module in modules if name and type(module).__name__ in no_split
+    )
     innermost = _innermost(sizes)
-    return max(int(fmean(sizes[name] for name in innermost)) if innermost else 0, max(whole, default=0))
+    return max(
+        int(fmean(sizes[name] for name in innermost)) if innermost else 0, max(whole, default=0)
+    )
 
 
 def _innermost(sizes: Mapping[str, int]) -> list[str]:

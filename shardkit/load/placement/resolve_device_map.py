@@ -1,7 +1,9 @@
-"""Device maps as they are asked for: a dict that is taken as it is, or a word that says how to make one.
+"""Device maps as they are asked for: a dict that is taken as it is, or a word that says how to make
+one.
 
-"auto" and "balanced" spread a model evenly over the accelerators, "balanced_low_0" leaves the first as empty as can be, and
-"sequential" fills one after the other. Where something streams, the first two also choose what does (`choose_residents`).
+"auto" and "balanced" spread a model evenly over the accelerators, "balanced_low_0" leaves the first
+as empty as can be, and "sequential" fills one after the other. Where something streams, the first
+two also choose what does (`choose_residents`).
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class PlacementOptions:
     """What a map is made under.
 
     Attributes:
-        ring: how many blocks the ring has room for, at most where a map is made; or how much it may take, as in "500MB"; None
-            for as many as pay.
+        ring: how many blocks the ring has room for, at most where a map is made; or how much it may
+            take, as in "500MB"; None for as many as pay.
         offload: "never" to refuse the disk.
         max_memory: what each device may hold.
         no_split: names of classes whose modules stay on one device, and stream as one.
@@ -56,24 +58,37 @@ class PlacementOptions:
             LoadError: it is another word.
             OverBudget: what streams has no room to, or would be on disk and may not.
         """
-        found, budgets = self._given(device_map) if isinstance(device_map, Mapping) else self._made(model, device_map)
+        found, budgets = (
+            self._given(device_map)
+            if isinstance(device_map, Mapping)
+            else self._made(model, device_map)
+        )
         if self.offload == "never":
             refuse_disk(model, found.device_map, budgets, dtype=self.dtype)
         return found
 
     def _given(self, device_map: DeviceMap) -> tuple[Residents, Mapping[Device, int]]:
-        return Residents({name: device_key(device) for name, device in device_map.items()}, self.ring), {}
+        return Residents(
+            {name: device_key(device) for name, device in device_map.items()}, self.ring
+        ), {}
 
     def _made(self, model: nn.Module, word: str) -> tuple[Residents, Mapping[Device, int]]:
         """The map that *word* asks for, and the budgets that it keeps."""
         if word not in MODES:
-            raise LoadError(f"{shown(word)} is no device map", hint=f"choose one of {', '.join(MODES)}, or give a dict")
+            raise LoadError(
+                f"{shown(word)} is no device map",
+                hint=f"choose one of {', '.join(MODES)}, or give a dict",
+            )
         budgets: Mapping[Device, int] = get_max_memory(self.max_memory)
         if word != "sequential":
             low_zero = word == "balanced_low_0"
-            budgets = get_balanced_memory(model, self.max_memory, self.no_split, self.dtype, low_zero=low_zero)
+            budgets = get_balanced_memory(
+                model, self.max_memory, self.no_split, self.dtype, low_zero=low_zero
+            )
         limits = cast("MaxMemory", budgets)
-        device_map = infer_auto_device_map(model, limits, self.no_split, self.dtype, offload_buffers=self.offload_buffers)
+        device_map = infer_auto_device_map(
+            model, limits, self.no_split, self.dtype, offload_buffers=self.offload_buffers
+        )
         if word not in ("auto", "balanced"):
             return Residents(device_map, self.ring), budgets
         found = choose_residents(

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a stream did since it was made. Take two, before and after what is to be measured, and `since` tells the rest.
+    """What a stream did since it was made. Take two, before and after what is to be measured, and
+    `since` tells the rest.
 
     Attributes:
-        disk: bytes of files that were read for weights, as they are stored: compressed, or before a cast.
+        disk: bytes of files that were read for weights, as they are stored: compressed, or before a
+            cast.
         memory: bytes of weights that came out of main memory.
         reads: pages that were read, of either kind.
-        reading: seconds in which at least one read was under way; what several do side by side counts once.
+        reading: seconds in which at least one read was under way; what several do side by side
+            counts once.
         waited: seconds that forwards waited for weights, those of all threads together.
         claims: forwards of blocks.
         hits: those of them that found their weights there.
@@ -33,11 +36,15 @@ class Counters:
 
     def since(self, earlier: Counters) -> Counters:
         """What was done after *earlier*."""
-        return Counters(*(getattr(self, name) - getattr(earlier, name) for name in Counters.__slots__))
+        return Counters(
+            *(getattr(self, name) - getattr(earlier, name) for name in Counters.__slots__)
+        )
 
 
 class LiveCounters:
-    """Counts that any thread adds to; each method holds a lock for no longer than an addition takes."""
+    """Counts that any thread adds to; each method holds a lock for no longer than an addition
+    takes.
+    """
 
     def __init__(self) -> None:
         """Nothing was done."""
@@ -47,7 +54,9 @@ class LiveCounters:
         self._begun = 0.0
 
     def inherited(self) -> LiveCounters:
-        """The same for the child of a fork, where nothing is under way; who has the lock may not be there."""
+        """The same for the child of a fork, where nothing is under way; who has the lock may not be
+        there.
+        """
         tally = LiveCounters()
         tally._counts = self._counts
         return tally
@@ -62,13 +71,17 @@ class LiveCounters:
         """A page was read."""
         with self._lock:
             now = self._counts
-            self._counts = replace(now, disk=now.disk + disk, memory=now.memory + memory, reads=now.reads + 1)
+            self._counts = replace(
+                now, disk=now.disk + disk, memory=now.memory + memory, reads=now.reads + 1
+            )
 
     def claimed(self, *, waited: float, hit: bool) -> None:
         """A forward has its weights."""
         with self._lock:
             now = self._counts
-            self._counts = replace(now, waited=now.waited + waited, claims=now.claims + 1, hits=now.hits + hit)
+            self._counts = replace(
+                now, waited=now.waited + waited, claims=now.claims + 1, hits=now.hits + hit
+            )
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -1,8 +1,11 @@
-"""Who has a place in the ring: a page takes it from those that nobody needs now, and of these from who was there the longest.
+"""Who has a place in the ring: a page takes it from those that nobody needs now, and of these from
+who was there the longest.
 
-1. A page that is held, or that a reader is at, keeps its place. So does, for a while, one that nobody came for yet.
+1. A page that is held, or that a reader is at, keeps its place. So does, for a while, one that
+   nobody came for yet.
 2. What is read ahead takes no place from what is read ahead as well; what is needed now does.
-3. A page has a place and a read, or neither. What an interrupt leaves in between, `mend` puts right.
+3. A page has a place and a read, or neither. What an interrupt leaves in between, `mend` puts
+   right.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class SlotTable:
         return self._ring.held + sum(place.nbytes for place in places if not place.in_ring)
 
     def find(self, number: int, *, keep: Collection[int] = ()) -> Slot | None:
-        """A place for the page *number*, taken from pages that nobody holds if need be, but not from those to *keep*.
+        """A place for the page *number*, taken from pages that nobody holds if need be, but not
+        from those to *keep*.
 
         Raises:
             LoadError: there is no memory for the ring.
@@ -53,7 +57,13 @@ class SlotTable:
         """Let the page of *place* be there, as soon as *reading* is over."""
         self._clock += 1
         page = self._pages[place.number]
-        page.place, page.reading, page.used, page.written, page.asked = place, reading, False, False, self._clock
+        page.place, page.reading, page.used, page.written, page.asked = (
+            place,
+            reading,
+            False,
+            False,
+            self._clock,
+        )
 
     def vacate(self, page: Page) -> None:
         """Take the place of *page* back."""
@@ -85,7 +95,9 @@ class SlotTable:
     def _found(self, number: int, may_go: Callable[[Slot], bool]) -> Slot | None:
         busy: set[Slot] = set()
         layout = self._pages[number].layout
-        while found := self._ring.find(number, layout, lambda place: place not in busy and may_go(place)):
+        while found := self._ring.find(
+            number, layout, lambda place: place not in busy and may_go(place)
+        ):
             place, leaving = found
             for each in leaving:
                 page = self._pages[each.number]
@@ -102,4 +114,8 @@ class SlotTable:
         """Whether its page was used, or nobody came for it for long."""
         page = self._pages[place.number]
         long = 4 * max(2, len(keep))
-        return page.idle and place.number not in keep and (page.used or self._clock - page.asked > long)
+        return (
+            page.idle
+            and place.number not in keep
+            and (page.used or self._clock - page.asked > long)
+        )

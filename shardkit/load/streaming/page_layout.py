@@ -1,12 +1,13 @@
 """How the tensors of a page lie in memory, and which reads bring them there (pure).
 
-1. What lies together in a file is read together, gaps of up to `_GAP` along with it. Such a run begins at a multiple of
-   `SECTOR` in memory as in the file, so that it can be read directly; its edges are read along.
-2. Tensors begin at multiples of `ALIGNMENT`. One that would not is moved down to the next when its run is there, or, where
-   another lies in the way, to a room of its own behind the runs.
+1. What lies together in a file is read together, gaps of up to `_GAP` along with it. Such a run
+   begins at a multiple of `SECTOR` in memory as in the file, so that it can be read directly; its
+   edges are read along.
+2. Tensors begin at multiples of `ALIGNMENT`. One that would not is moved down to the next when its
+   run is there, or, where another lies in the way, to a room of its own behind the runs.
 3. What is no plain run of a file, or too little to be read directly, has a room of its own.
-4. Blocks that are alike can differ by a sector, as their runs begin. Their lengths are made equal: in a ring, each must fit
-   exactly where another one was, or nothing is read ahead.
+4. Blocks that are alike can differ by a sector, as their runs begin. Their lengths are made equal:
+   in a ring, each must fit exactly where another one was, or nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -95,9 +96,18 @@ class Layout:
         plan.settle()
         for number, payload in alone.items():
             plan.places[number] = plan.room(payload.nbytes)
-            plan.makings += [DerivedRead(part, plan.places[number] + at) for at, part in _parts(payload)]
+            plan.makings += [
+                DerivedRead(part, plan.places[number] + at) for at, part in _parts(payload)
+            ]
         grain = SECTOR if plan.reads else ALIGNMENT
-        return cls(plan.nbytes, grain, tuple(plan.places), tuple(plan.reads), tuple(plan.makings), tuple(plan.moves))
+        return cls(
+            plan.nbytes,
+            grain,
+            tuple(plan.places),
+            tuple(plan.reads),
+            tuple(plan.makings),
+            tuple(plan.moves),
+        )
 
 
 def evened(layouts: Sequence[Layout]) -> list[Layout]:
@@ -131,7 +141,11 @@ class _Run:
 
 
 def _runs(payloads: Iterable[Payload]) -> Iterator[_Run]:
-    extents = [(number, each) for number, each in enumerate(payloads) if isinstance(each, Extent) and each.nbytes]
+    extents = [
+        (number, each)
+        for number, each in enumerate(payloads)
+        if isinstance(each, Extent) and each.nbytes
+    ]
     run: _Run | None = None
     for number, extent in sorted(extents, key=lambda each: (str(each[1].path), each[1].start)):
         if run is None or not run.takes(extent):
@@ -168,13 +182,17 @@ class _Plan:
         path, base = run.extents[0][1].path, self.nbytes
         for at in range(0, room, READ):
             nbytes = min(READ, room - at)
-            self.reads.append(Read(path, first + at, nbytes, min(nbytes, run.stop - first - at), base + at))
+            self.reads.append(
+                Read(path, first + at, nbytes, min(nbytes, run.stop - first - at), base + at)
+            )
         for number, extent in run.extents:
             self._place(number, base + extent.start - first, extent.nbytes)
         self.nbytes += room
 
     def settle(self) -> None:
-        """Give those that are in each other's way rooms of their own; they leave before the others move."""
+        """Give those that are in each other's way rooms of their own; they leave before the others
+        move.
+        """
         leaving = []
         for number, source, nbytes in self._evicted:
             self.places[number] = self.room(nbytes)

@@ -1,4 +1,6 @@
-"""What streams: pages, how they are read and what is in them, and the order in which a thread needs them. No thread is here."""
+"""What streams: pages, how they are read and what is in them, and the order in which a thread needs
+them. No thread is here.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,19 @@ class Page:
 
     @classmethod
     def of_each(cls, pages: Sequence[Sequence[Piece]], *, apart: bool = False) -> list[Page]:
-        """Pages of one ring, which are nowhere yet; *apart* is whether that is in other than main memory."""
+        """Pages of one ring, which are nowhere yet; *apart* is whether that is in other than main
+        memory.
+        """
         payloads = [[piece.payload for piece in pieces] for pieces in pages]
         layouts = evened([Layout.of(each) for each in payloads])
-        kept = [memory_of_page(each, layout) if apart else None for each, layout in zip(payloads, layouts, strict=True)]
-        return [cls(tuple(pieces), layout, there) for pieces, layout, there in zip(pages, layouts, kept, strict=True)]
+        kept = [
+            memory_of_page(each, layout) if apart else None
+            for each, layout in zip(payloads, layouts, strict=True)
+        ]
+        return [
+            cls(tuple(pieces), layout, there)
+            for pieces, layout, there in zip(pages, layouts, kept, strict=True)
+        ]
 
     def nowhere(self) -> Page:
         """The same page, as it is before it is read."""
@@ -138,13 +148,16 @@ class Page:
         storage, start = memory.untyped_storage(), int(memory.storage_offset())
         for piece, at in zip(self.pieces, self.layout.places, strict=True):
             empty = torch.empty(0, dtype=piece.dtype, device=memory.device)
-            tensor = empty.set_(storage, (start + at) // piece.dtype.itemsize, piece.shape, piece.strides)
+            tensor = empty.set_(
+                storage, (start + at) // piece.dtype.itemsize, piece.shape, piece.strides
+            )
             yield tensor if piece.is_buffer else torch.nn.Parameter(tensor, requires_grad=False)
 
 
 @dataclass(eq=False, slots=True)
 class Inherited:
-    """What a visit held while its process forked, in the child: as before, but of memory that was wiped.
+    """What a visit held while its process forked, in the child: as before, but of memory that was
+    wiped.
 
     Attributes:
         page: what it held.
@@ -202,7 +215,11 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
         files.at(payload.path).read(memory, payload.start)
     elif isinstance(payload, Buffer | PinnedPayload):
         copy(memoryview(payload.memory), memory)
-    elif isinstance(payload, Cast) and isinstance(payload.inner, Extent) and not payload.inner.start % payload.source.itemsize:
+    elif (
+        isinstance(payload, Cast)
+        and isinstance(payload.inner, Extent)
+        and not payload.inner.start % payload.source.itemsize
+    ):
         cast_into(payload, memory, files)
     else:
         read = files.read_once if isinstance(grounds(payload), Extent) else files.read
@@ -219,7 +236,9 @@ class Habit:
         self.expected: set[int] = set()
 
     def onward(self, number: int) -> Iterator[int]:
-        """The pages that are expected after *number*, which is needed now, until they would repeat."""
+        """The pages that are expected after *number*, which is needed now, until they would
+        repeat.
+        """
         if self._last is not None and self._last != number:
             self._next[self._last] = number
         self._last = number

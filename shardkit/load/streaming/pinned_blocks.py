@@ -1,6 +1,8 @@
-"""Weights that stay in main memory and stream from there: each block is one run of memory, which its device copies out of.
+"""Weights that stay in main memory and stream from there: each block is one run of memory, which
+its device copies out of.
 
-A block is read into its memory once, laid out as in the ring, and is sent from there as it lies: no reader touches it again.
+A block is read into its memory once, laid out as in the ring, and is sent from there as it lies: no
+reader touches it again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from shardkit.payloads.payload import Payload
 from shardkit.system.progress import progress
 
 
-def kept_recipes(blocks: Sequence[Sequence[Recipe]], lane: DeviceTransfer) -> list[tuple[Recipe, ...]]:
+def kept_recipes(
+    blocks: Sequence[Sequence[Recipe]], lane: DeviceTransfer
+) -> list[tuple[Recipe, ...]]:
     """Those of the same tensors in memory that *lane* sends from, to which they are read.
 
     Raises:
@@ -29,36 +33,57 @@ def kept_recipes(blocks: Sequence[Sequence[Recipe]], lane: DeviceTransfer) -> li
     laid_out = [[(recipe, *recipe.in_memory) for recipe in block] for block in blocks]
     kept = keep([[payload for _, payload, _ in block] for block in laid_out], lane)
     return [
-        tuple(Recipe(held, recipe.dtype, recipe.shape, strides) for (recipe, _, strides), held in zip(block, there, strict=True))
+        tuple(
+            Recipe(held, recipe.dtype, recipe.shape, strides)
+            for (recipe, _, strides), held in zip(block, there, strict=True)
+        )
         for block, there in zip(laid_out, kept, strict=True)
     ]
 
 
 def keep(blocks: Sequence[Sequence[Payload]], lane: DeviceTransfer) -> list[list[PinnedPayload]]:
-    """Bring *blocks* into memory that *lane* sends from; a bar on the terminal shows how far they are.
+    """Bring *blocks* into memory that *lane* sends from; a bar on the terminal shows how far they
+    are.
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
         LoadError: there is no room.
     """
     kept = [_laid_out(payloads, lane) for payloads in blocks]
-    pairs = [pair for payloads, there in zip(blocks, kept, strict=True) for pair in zip(payloads, there, strict=True)]
+    pairs = [
+        pair
+        for payloads, there in zip(blocks, kept, strict=True)
+        for pair in zip(payloads, there, strict=True)
+    ]
     pairs.sort(key=lambda pair: address(pair[0]))
     with progress("placing weights", sum(payload.nbytes for payload, _ in pairs)) as bar:
-        fill_all(((payload, there.memory) for payload, there in pairs if there.nbytes), on_bytes=bar.add)
+        fill_all(
+            ((payload, there.memory) for payload, there in pairs if there.nbytes), on_bytes=bar.add
+        )
     return kept
 
 
 def memory_of_page(payloads: Sequence[Payload], layout: Layout) -> torch.Tensor | None:
-    """The memory in which *payloads* lie as *layout* wants them, and nothing else lies; None if there is none."""
+    """The memory in which *payloads* lie as *layout* wants them, and nothing else lies; None if
+    there is none.
+    """
     blocks = {payload.block if isinstance(payload, PinnedPayload) else None for payload in payloads}
     block = blocks.pop() if len(blocks) == 1 else None
     starts = tuple(payload.start for payload in payloads if isinstance(payload, PinnedPayload))
-    return block.memory if block is not None and starts == layout.places and len(block.memory) <= layout.nbytes else None
+    return (
+        block.memory
+        if block is not None and starts == layout.places and len(block.memory) <= layout.nbytes
+        else None
+    )
 
 
 def _laid_out(payloads: Sequence[Payload], lane: DeviceTransfer) -> list[PinnedPayload]:
     """Addresses in fresh memory, in which nothing is yet, for as many bytes as *payloads* have."""
-    *starts, nbytes = accumulate((-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in payloads), initial=0)
+    *starts, nbytes = accumulate(
+        (-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in payloads), initial=0
+    )
     block = PinnedBlock(lane.kept(nbytes))
-    return [PinnedPayload(block, start, payload.nbytes) for start, payload in zip(starts, payloads, strict=True)]
+    return [
+        PinnedPayload(block, start, payload.nbytes)
+        for start, payload in zip(starts, payloads, strict=True)
+    ]

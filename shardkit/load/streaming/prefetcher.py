@@ -1,15 +1,21 @@
-"""The ring at work: blocks are read ahead into bounded memory, and held for as long as a forward needs them.
+"""The ring at work: blocks are read ahead into bounded memory, and held for as long as a forward
+needs them.
 
-1. A page is what one block streams. It has a place in the ring or is nowhere, and is held by visits: one for each forward of
-   its block that runs. A page that is held, or is just being read, keeps its place; any other may lose it to one that is needed.
+1. A page is what one block streams. It has a place in the ring or is nowhere, and is held by
+   visits: one for each forward of its block that runs. A page that is held, or is just being read,
+   keeps its place; any other may lose it to one that is needed.
 2. All reads of a page are one: threads that want the same page wait for the same read.
-3. Every wait happens holding nothing: for a place, before anything is held; for a read, which needs nothing but its own place.
-   A thread that holds a page already and needs one more gets a place beside the ring if the ring is full.
-4. What a thread is likely to need next is what it needed next the last time, at first the block behind; it is read ahead as
-   far as the ring goes. A prediction that fails costs a read, never a wrong byte.
-5. In the child of a fork there are no readers, and the ring is empty but for what was held: that is read again.
-6. An interrupt may come between any two calls. What changes the pages is an act; one that did not come to its end is mended
-   at once, or by the next if that was interrupted too. The lock is taken as itself: a `Condition` could leave it behind.
+3. Every wait happens holding nothing: for a place, before anything is held; for a read, which needs
+   nothing but its own place. A thread that holds a page already and needs one more gets a place
+   beside the ring if the ring is full.
+4. What a thread is likely to need next is what it needed next the last time, at first the block
+   behind; it is read ahead as far as the ring goes. A prediction that fails costs a read, never a
+   wrong byte.
+5. In the child of a fork there are no readers, and the ring is empty but for what was held: that is
+   read again.
+6. An interrupt may come between any two calls. What changes the pages is an act; one that did not
+   come to its end is mended at once, or by the next if that was interrupted too. The lock is taken
+   as itself: a `Condition` could leave it behind.
 """
 
 from __future__ import annotations
@@ -52,7 +58,8 @@ class Stream:
         Args:
             pages: what streams, in the order in which it is expected to be needed.
             lane: the way to the device.
-            ring: how many pages, of the largest, the ring has room for, at least two; or how much it may take, as in "500MB".
+            ring: how many pages, of the largest, the ring has room for, at least two; or how much
+                it may take, as in "500MB".
             verify: called after each read; raises if a source is no longer what it was.
 
         Raises:
@@ -79,8 +86,11 @@ class Stream:
         return self._tally.counts
 
     @unseen
-    def claim(self, number: int, visit: Hashable, *, holding: bool = False) -> tuple[torch.Tensor, ...] | None:
-        """The tensors of the page *number*, which stay what they are until *visit* releases it; None if all is closed.
+    def claim(
+        self, number: int, visit: Hashable, *, holding: bool = False
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The tensors of the page *number*, which stay what they are until *visit* releases it;
+        None if all is closed.
 
         Args:
             number: which page.
@@ -94,7 +104,9 @@ class Stream:
         try:
             with self.lock:
                 hit = self._pages[number].there
-                while not self._closed and not self._act(lambda: self._hold(number, visit, holding=holding)):
+                while not self._closed and not self._act(
+                    lambda: self._hold(number, visit, holding=holding)
+                ):
                     self._changed.wait()
                 if self._closed:
                     return None
@@ -110,10 +122,12 @@ class Stream:
             raise
 
     def release(self, number: int, visit: Hashable, *, written: bool = False) -> None:
-        """End the hold of *visit* on the page, if it has one; if it was *written* to, it is read again.
+        """End the hold of *visit* on the page, if it has one; if it was *written* to, it is read
+        again.
 
         Raises:
-            ShardkitError: it was held while the process forked, this is the child, and here it could not be read again.
+            ShardkitError: it was held while the process forked, this is the child, and here it
+                could not be read again.
         """
         with self.lock:
             self._act(lambda: self._end_hold(number, visit, written=written))
@@ -129,11 +143,15 @@ class Stream:
             reading.wait()
 
     def close(self) -> None:
-        """Give back threads and files, once the reads that were begun are over; and the memory, once nothing in it is held."""
+        """Give back threads and files, once the reads that were begun are over; and the memory,
+        once nothing in it is held.
+        """
         with self.lock:
             self._closed = True
             self._act(self._let_go)
-        if not held_here(self._changed):  # as by who runs a finalizer in the middle of something; then they end with the stream
+        if not held_here(
+            self._changed
+        ):  # as by who runs a finalizer in the middle of something; then they end with the stream
             self._readers.close()
         self._files.close()
 
@@ -154,7 +172,9 @@ class Stream:
         self.thread = threading.local()
 
     def _act(self, act: Callable[[], _R]) -> _R:
-        """Do *act*, under the lock, so that the pages are whole afterwards, whatever ends it; see rule 6."""
+        """Do *act*, under the lock, so that the pages are whole afterwards, whatever ends it; see
+        rule 6.
+        """
         if self._torn and not self._acting:
             self._mend()
         outer, self._acting = self._acting, True
@@ -207,14 +227,19 @@ class Stream:
             used = self.lane.issued(page.place.memory)
             page.place.after[used.line] = used
         page.holders.discard(visit)
-        if not page.holders and (self._closed or page.failed or (page.place and not page.place.in_ring)):
+        if not page.holders and (
+            self._closed or page.failed or (page.place and not page.place.in_ring)
+        ):
             self._places.vacate(page)
         self._drop_if_over()
         self._changed.notify_all()
 
     def _read_ahead(self, number: int) -> None:
         habit = self._habit()
-        chain = [number, *self._fitting(habit.onward(number), self.room - self._pages[number].nbytes)]
+        chain = [
+            number,
+            *self._fitting(habit.onward(number), self.room - self._pages[number].nbytes),
+        ]
         for given_up in habit.expected.difference(chain):
             self._pages[given_up].used = True
         habit.expected = set(chain)
@@ -248,9 +273,12 @@ class Stream:
         page = self._pages[place.number]
         assert place.host is not None
         assert place.memory is not None
-        # The memory is named here, because a close takes it from the place, and it must outlive the reads.
+        # The memory is named here, because a close takes it from the place, and it must outlive the
+        # reads.
         finish = partial(self._finish, page, place, place.host, place.memory)
-        if page.kept is not None:  # nothing is read, and to wake a reader takes longer than to send it
+        if (
+            page.kept is not None
+        ):  # nothing is read, and to wake a reader takes longer than to send it
             with torch.inference_mode(False):  # as in a reader
                 self._places.occupy(place, PendingRead.over_with(finish()))
             return
@@ -266,15 +294,21 @@ class Stream:
     def _landed(self) -> None:
         with self.lock:
             if not self._closed:
-                self._act(self._read_on)  # the place of what was read for naught was not to be had before
+                self._act(
+                    self._read_on
+                )  # the place of what was read for naught was not to be had before
             self._changed.notify_all()
 
     def _finish(self, page: Page, place: Slot, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
-        """Bring what was read, or is kept, to the device; what was read in a reader's thread, which holds nothing."""
+        """Bring what was read, or is kept, to the device; what was read in a reader's thread, which
+        holds nothing.
+        """
         if place.memory is None:
             return Done()  # it was taken back, and nobody waits for it
         page.settle(host)
-        sent = self.lane.send(host, memory[: len(host)], tuple(place.after.values()))  # kept memory ends where its page does
+        sent = self.lane.send(
+            host, memory[: len(host)], tuple(place.after.values())
+        )  # kept memory ends where its page does
         place.before, place.after = [sent], {}
         self._tally.read(disk=page.disk, memory=page.memory)
         if page.kept is None:
@@ -283,7 +317,9 @@ class Stream:
         return sent
 
     def _forked(self) -> None:
-        """Begin again in the child of a fork; see rule 5. No lock from before is asked for: who had it may not be there."""
+        """Begin again in the child of a fork; see rule 5. No lock from before is asked for: who had
+        it may not be there.
+        """
         held = self._inherited | {
             visit: Inherited(page, page.place)
             for page in self._pages
@@ -291,7 +327,9 @@ class Stream:
             for visit in page.holders
         }
         if self.lane.apart:
-            never_free(self._places)  # a device is its parent's, and that alone can let go of what is there
+            never_free(
+                self._places
+            )  # a device is its parent's, and that alone can let go of what is there
         thread = self.thread  # which has what this thread holds, and no more what the others did
         self._tally = self._tally.inherited()
         self._begin()

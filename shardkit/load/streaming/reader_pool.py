@@ -1,12 +1,15 @@
-"""Reader threads: what is to be filled waits in one queue, and several of them work on what stands first.
+"""Reader threads: what is to be filled waits in one queue, and several of them work on what stands
+first.
 
-1. A filling is over when all its jobs are. After one that fails no other of it is begun, and the filling fails with the same
-   error, or as stopped where that would end a thread; the reader goes on with the next.
+1. A filling is over when all its jobs are. After one that fails no other of it is begun, and the
+   filling fails with the same error, or as stopped where that would end a thread; the reader goes
+   on with the next.
 2. A filling that no job of was begun can be given up, or brought to the front.
-3. Readers that have nothing to do hold nothing, and end soon. So nobody has to end them before the process can, and there are
-   none left over from what is forgotten.
-4. What a thread that gives them work was interrupted in, the next that does completes. Whoever waits for them does so by a plain
-   lock, which Python takes and guards in one step; an interrupt could leave that of a `Future` or an `Event` behind.
+3. Readers that have nothing to do hold nothing, and end soon. So nobody has to end them before the
+   process can, and there are none left over from what is forgotten.
+4. What a thread that gives them work was interrupted in, the next that does completes. Whoever
+   waits for them does so by a plain lock, which Python takes and guards in one step; an interrupt
+   could leave that of a `Future` or an `Event` behind.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from shardkit.errors import LoadError
 from shardkit.load.devices.transfers import Ticket
 
 _NAME = "shardkit-stream"  # of the threads
-_LONG = 0.05  # seconds for which one that has nothing to do is kept: to start one costs little, but more than to wake it
+# seconds for which one that has nothing to do is kept: to start one costs little, but more than to
+# wake it
+_LONG = 0.05
 
 Job = Callable[[], object]
 
@@ -29,12 +34,15 @@ Job = Callable[[], object]
 class PendingRead:
     """A page on its way into memory."""
 
-    def __init__(self, jobs: Iterable[Job], finish: Callable[[], Ticket], landed: Callable[[], None]) -> None:
+    def __init__(
+        self, jobs: Iterable[Job], finish: Callable[[], Ticket], landed: Callable[[], None]
+    ) -> None:
         """Begin nothing yet.
 
         Args:
             jobs: what is to be done first, side by side.
-            finish: what is done after them, by the thread that does the last of them; its result is that of the filling.
+            finish: what is done after them, by the thread that does the last of them; its result is
+                that of the filling.
             landed: called when it is over, but for one that was given up.
         """
         self._jobs = deque(jobs) or deque([_nothing])
@@ -104,7 +112,9 @@ class PendingRead:
             return self.over
 
     def begin(self) -> Job | None:
-        """The next of its jobs, for the caller to `run`; None if there is none. Only the queue calls this."""
+        """The next of its jobs, for the caller to `run`; None if there is none. Only the queue
+        calls this.
+        """
         with self._lock:
             self._begun = self._begun or bool(self._jobs)
             return self._jobs.popleft() if self._jobs else None
@@ -145,7 +155,9 @@ class Readers:
         """
         self._count = count
         self._busy = busy
-        self._lock = threading.RLock()  # the collector may run a finalizer, which closes, in the middle of anything
+        self._lock = (
+            threading.RLock()
+        )  # the collector may run a finalizer, which closes, in the middle of anything
         self._queue: deque[PendingRead] = deque()
         self._threads: set[threading.Thread] = set()
         self._at_work: set[threading.Thread] = set()
@@ -170,7 +182,9 @@ class Readers:
                 self._queue = deque(sorted(self._queue, key=lambda each: each is not filling))
 
     def close(self) -> None:
-        """Let the threads end when they have done what there is to do, and wait for that; but no reader waits for readers."""
+        """Let the threads end when they have done what there is to do, and wait for that; but no
+        reader waits for readers.
+        """
         with self._lock:
             self._closed = True
             while self._idle:
@@ -181,7 +195,9 @@ class Readers:
 
     def _staff(self) -> None:
         """Let as many threads work as there is work for; under the lock."""
-        wanted = min(self._count, len(self._at_work) + sum(filling.waiting for filling in self._queue))
+        wanted = min(
+            self._count, len(self._at_work) + sum(filling.waiting for filling in self._queue)
+        )
         while len(self._threads) - len(self._idle) < wanted:
             if self._idle:
                 self._idle.pop().release()
@@ -199,7 +215,11 @@ class Readers:
                     while found := self._next():
                         filling, job = found
                         filling.run(job)
-                        del found, filling, job  # what is done is not kept while the next is waited for
+                        del (
+                            found,
+                            filling,
+                            job,
+                        )  # what is done is not kept while the next is waited for
                 if not self._rest(bell):
                     return
         finally:
@@ -220,7 +240,9 @@ class Readers:
             return None
 
     def _rest(self, bell: threading.Lock) -> bool:
-        """Wait for something to do, which somebody rings the *bell* for; False if that takes long, or everything is closed."""
+        """Wait for something to do, which somebody rings the *bell* for; False if that takes long,
+        or everything is closed.
+        """
         with self._lock:
             if self._queue:
                 return True
@@ -259,7 +281,9 @@ def _nothing() -> None:
 
 
 def _error_of(act: Callable[[], object]) -> BaseException | None:
-    """What *act* raises; who keeps that keeps its frames and those that called them, but no memory that they knew."""
+    """What *act* raises; who keeps that keeps its frames and those that called them, but no memory
+    that they knew.
+    """
     try:
         act()
     except BaseException as error:  # noqa: BLE001 - raised again by who waits
@@ -274,7 +298,9 @@ def _error_of(act: Callable[[], object]) -> BaseException | None:
 def _chained(error: BaseException) -> list[BaseException]:
     """*error* and those behind it."""
     found = [error]
-    while (behind := found[-1].__cause__ or found[-1].__context__) is not None and behind not in found:
+    while (
+        behind := found[-1].__cause__ or found[-1].__context__
+    ) is not None and behind not in found:
         found.append(behind)
     return found
 

@@ -1,11 +1,15 @@
-"""The ring: one memory, made once, in which pages of any size get their places one behind the other, round and round.
+"""The ring: one memory, made once, in which pages of any size get their places one behind the
+other, round and round.
 
-1. The next place is sought behind the last one. What lies there was filled the longest ago, so that in a cycle of pages each
-   takes the place of the one that is not needed for the longest time. What must stay is stepped over.
-2. Who takes a place waits for what was issued on the same bytes, and gets the tickets of it with the place.
-3. A tensor belongs to one filling of one place. When the place goes to another page, that counts as a change of it, so that
-   autograd refuses a backward that comes too late.
-4. It has no lock: whoever uses it holds one. Whoever is interrupted says afterwards what it is to `keep`.
+1. The next place is sought behind the last one. What lies there was filled the longest ago, so that
+   in a cycle of pages each takes the place of the one that is not needed for the longest time. What
+   must stay is stepped over.
+2. Who takes a place waits for what was issued on the same bytes, and gets the tickets of it with
+   the place.
+3. A tensor belongs to one filling of one place. When the place goes to another page, that counts as
+   a change of it, so that autograd refuses a backward that comes too late.
+4. It has no lock: whoever uses it holds one. Whoever is interrupted says afterwards what it is to
+   `keep`.
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ class Slot:
         start: where in the ring it begins; -1 for a place beside it.
         nbytes: its length.
         memory: it, on the device.
-        host: the same in main memory: memory itself where that is main memory, or what its page is kept in.
+        host: the same in main memory: memory itself where that is main memory, or what its page is
+            kept in.
         before: what must be done before the host memory changes: copies out of it.
-        after: what must be done before the memory of the device changes: the last that used it of each line of work.
+        after: what must be done before the memory of the device changes: the last that used it of
+            each line of work.
         tensors: those of the page that is there.
     """
 
@@ -62,7 +68,8 @@ class Slot:
 
 
 def room_for(sizes: Iterable[int], ring: int | str) -> int:
-    """The bytes of a ring for pages of these *sizes*: how many of the largest, at least two, or how much, as in "500MB".
+    """The bytes of a ring for pages of these *sizes*: how many of the largest, at least two, or how
+    much, as in "500MB".
 
     Raises:
         OverBudget: one does not fit.
@@ -73,7 +80,10 @@ def room_for(sizes: Iterable[int], ring: int | str) -> int:
     most, largest = parse_size(ring), max(sizes, default=0)
     if largest > most:
         raise OverBudget(
-            f"the largest block takes {format_size(largest)}, and the blocks that stream may take {format_size(most)}",
+            (
+                f"the largest block takes {format_size(largest)}, and the blocks that stream may "
+                f"take {format_size(most)}"
+            ),
             needed=largest,
             available=most,
             hint="allow more memory, or let more classes be split, so that the blocks are smaller",
@@ -99,9 +109,15 @@ class Ring:
         """Bytes of the device's memory that it holds now."""
         return 0 if self._memory is None else len(self._memory)
 
-    def find(self, number: int, layout: Layout, may_go: Callable[[Slot], bool]) -> tuple[Slot, list[Slot]] | None:
-        """A place for the page *number*, and the places that have to go for it; None if too much stays."""
-        stays = sorted((place for place in self._places if not may_go(place)), key=lambda place: place.start)
+    def find(
+        self, number: int, layout: Layout, may_go: Callable[[Slot], bool]
+    ) -> tuple[Slot, list[Slot]] | None:
+        """A place for the page *number*, and the places that have to go for it; None if too much
+        stays.
+        """
+        stays = sorted(
+            (place for place in self._places if not may_go(place)), key=lambda place: place.start
+        )
         start = self._start(layout.nbytes, layout.grain, stays)
         if start is None:
             return None
@@ -113,7 +129,8 @@ class Ring:
 
         Args:
             place: the place.
-            kept: the main memory that its page is kept in, if it is. A ring that takes no others has none of its own.
+            kept: the main memory that its page is kept in, if it is. A ring that takes no others
+                has none of its own.
 
         Raises:
             LoadError: there is no memory for the ring.
@@ -124,13 +141,19 @@ class Ring:
             self._host = self._lane.host(self._memory)
         stop = place.start + place.nbytes
         place.memory = self._memory[place.start : stop]
-        place.host = kept if self._host is None or kept is not None else self._host[place.start : stop]
+        place.host = (
+            kept if self._host is None or kept is not None else self._host[place.start : stop]
+        )
         self._places.append(place)
         for old in self._left:
             if old.overlaps(place):
                 place.before += old.before
                 place.after |= {(id(old), line): ticket for line, ticket in old.after.items()}
-        self._left = [old for old in self._left if not (place.start <= old.start and old.start + old.nbytes <= stop)]
+        self._left = [
+            old
+            for old in self._left
+            if not (place.start <= old.start and old.start + old.nbytes <= stop)
+        ]
         self._cursor = stop
 
     def leave(self, place: Slot) -> None:
@@ -148,13 +171,16 @@ class Ring:
                 self.leave(place)
 
     def beside(self, number: int, layout: Layout, kept: torch.Tensor | None = None) -> Slot:
-        """A place for a page that has memory of its own, and no place in the ring; *kept* is as for `take`.
+        """A place for a page that has memory of its own, and no place in the ring; *kept* is as for
+        `take`.
 
         Raises:
             LoadError: there is no memory for it.
         """
         memory = self._made(layout.nbytes)
-        return Slot(number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept)
+        return Slot(
+            number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept
+        )
 
     def drop(self) -> None:
         """Let go of the memory, which ends with the last tensor in it."""
@@ -162,12 +188,18 @@ class Ring:
         self._left.clear()
 
     def _made(self, nbytes: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # what is made in that mode, others than this thread could not write
+        with torch.inference_mode(
+            False
+        ):  # what is made in that mode, others than this thread could not write
             return self._lane.memory(nbytes)
 
     def _start(self, nbytes: int, grain: int, stays: list[Slot]) -> int | None:
         fitting = [gap for gap in self._gaps(stays) if _up(gap[0], grain) + nbytes <= gap[1]]
-        behind = (max(low, self._cursor) for low, high in fitting if _up(max(low, self._cursor), grain) + nbytes <= high)
+        behind = (
+            max(low, self._cursor)
+            for low, high in fitting
+            if _up(max(low, self._cursor), grain) + nbytes <= high
+        )
         around = (low for low, _ in fitting)
         start = next(behind, None) if fitting else None
         return _up(start if start is not None else next(around), grain) if fitting else None
@@ -177,7 +209,9 @@ class Ring:
         low = 0
         for place in stays:
             yield low, place.start
-            low = max(low, place.start + place.nbytes)  # one without bytes may stand where another begins
+            low = max(
+                low, place.start + place.nbytes
+            )  # one without bytes may stand where another begins
         yield low, self.nbytes
 
 

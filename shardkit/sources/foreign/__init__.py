@@ -1,1 +1,3 @@
-"""What a path is that no format reads, and what to do with it: files and folders of other programs, pieces of a file."""
+"""What a path is that no format reads, and what to do with it: files and folders of other programs,
+pieces of a file.
+"""

@@ -1,4 +1,6 @@
-"""Zip and tar archives that torch did not write: which they are, and what in them is worth unpacking."""
+"""Zip and tar archives that torch did not write: which they are, and what in them is worth
+unpacking.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,18 @@ from shardkit.sources.foreign.kinds import AGAIN, ARRAYS, FILE, NPZ, Kind
 from shardkit.sources.foreign.marks import gunzipped, is_tar
 from shardkit.sources.format import Source
 
-_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".npz", ".msgpack", ".gguf", ".onnx")
+_ENDINGS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".safetensors",
+    ".h5",
+    ".npz",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+)
 _MOST = 64  # members of a tar archive that are listed
 _BLOCK = 512
 _SIZE = re.compile(rb"[0-7]{1,12}")
@@ -26,7 +39,9 @@ def zip_kind(source: Source) -> Kind | None:
         return Kind("begins like a zip archive, and is none", AGAIN)
     steps = {step for name in names for step in name.split("/")}
     if names and all(name.endswith(".npy") for name in names):
-        return Kind("is an archive of NumPy arrays (.npz), which a plugin reads", NPZ, is_weights=True)
+        return Kind(
+            "is an archive of NumPy arrays (.npz), which a plugin reads", NPZ, is_weights=True
+        )
     if "extern_modules" in steps:
         what = "is a torch.package archive, which holds code beside weights"
         return Kind(what, "load it there and save model.state_dict()", is_weights=True)
@@ -37,7 +52,11 @@ def zip_kind(source: Source) -> Kind | None:
         return Kind("is a Keras model (.keras)", f"load it with Keras; {ARRAYS}", is_weights=True)
     if "MAR-INF" in steps:
         return _archive("is a model archive of TorchServe (.mar)", names, f"unzip {FILE}")
-    return _archive(f"is a zip archive of {several(len(names), 'file')} that torch did not write", names, f"unzip {FILE}")
+    return _archive(
+        f"is a zip archive of {several(len(names), 'file')} that torch did not write",
+        names,
+        f"unzip {FILE}",
+    )
 
 
 def tar_kind(source: Source) -> Kind | None:
@@ -49,7 +68,9 @@ def tar_kind(source: Source) -> Kind | None:
         names = _tar_names(lambda at: expanded[at : at + _BLOCK], len(expanded))
     else:
         names = _tar_names(lambda at: source.read(at, _BLOCK), source.size)
-    of_nemo = source.path.suffix == ".nemo" or any("model_config.yaml" in name.split("/") for name in names)
+    of_nemo = source.path.suffix == ".nemo" or any(
+        "model_config.yaml" in name.split("/") for name in names
+    )
     what = "is a NeMo model (.nemo), a tar archive" if of_nemo else "is a tar archive"
     return _archive(f"{what} compressed with gzip" if expanded else what, names, f"tar xf {FILE}")
 
@@ -74,4 +95,8 @@ def _archive(what: str, names: Sequence[str], command: str) -> Kind:
     weights = [name for name in names if name.endswith(_ENDINGS)]
     held = ", ".join(shown(name) for name in (weights or names)[:3]) or "nothing"
     inside = shown(weights[0]) if weights else "what is inside"
-    return Kind(f"{what}; it holds {held}", f"unpack it: {command}; then convert {inside}", is_weights=bool(weights))
+    return Kind(
+        f"{what}; it holds {held}",
+        f"unpack it: {command}; then convert {inside}",
+        is_weights=bool(weights),
+    )

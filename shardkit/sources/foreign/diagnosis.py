@@ -1,7 +1,8 @@
-"""Why a path cannot be read as a checkpoint, and what to do about it: the mistakes that people make most often.
+"""Why a path cannot be read as a checkpoint, and what to do about it: the mistakes that people make
+most often.
 
-`diagnosed` is for what no format recognises, `explained` for what a format recognised and could not read, and `never_alone` for
-what no format is asked about.
+`diagnosed` is for what no format recognises, `explained` for what a format recognised and could not
+read, and `never_alone` for what no format is asked about.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _FOUND_BY_HUB = {"model.safetensors", "pytorch_model.bin"}
 
 
 def never_alone(source: Source) -> FormatError | None:
-    """Why *source* is no complete checkpoint, whatever a format would make of it; None if it may be one."""
+    """Why *source* is no complete checkpoint, whatever a format would make of it; None if it may be
+    one.
+    """
     if source.is_folder:
         names = source.names or ()
         is_model = _FOUND_BY_HUB.intersection(names) or any(".index." in name for name in names)
@@ -27,7 +30,8 @@ def never_alone(source: Source) -> FormatError | None:
         return None
     return FormatError(
         source.path,
-        "is one file of a checkpoint of torch.distributed.checkpoint (FSDP), and only the folder is complete",
+        "is one file of a checkpoint of torch.distributed.checkpoint (FSDP), and only the folder "
+        "is complete",
         hint=joined_by_torch(source.path.parent),
     )
 
@@ -40,7 +44,9 @@ def explained(source: Source, error: FormatError) -> FormatError:
 
 
 def diagnosed(source: Source, also: str = "") -> FormatError:
-    """Why *source* is no checkpoint that can be read, as the error to raise; *also* ends its hint."""
+    """Why *source* is no checkpoint that can be read, as the error to raise; *also* ends its
+    hint.
+    """
     found = kind_of_folder(source) if source.is_folder else _diagnosis(source)
     if isinstance(found, FormatError):
         return found

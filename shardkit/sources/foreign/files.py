@@ -1,4 +1,5 @@
-"""What a file is that no format reads: a table of tests of its content, each with what such a file is and what to do.
+"""What a file is that no format reads: a table of tests of its content, each with what such a file
+is and what to do.
 
 Content decides. A name is looked at only where the content has no mark of its own.
 """
@@ -36,7 +37,10 @@ _WEIGHTS = "give the file or folder with the weights"
 _LLAMA = "take the model's original safetensors or .bin files"
 _RESAVE = "load it where it was made and save it with torch.save"
 _BY_TENSORFLOW = f"tf.train.load_checkpoint reads them; {ARRAYS}"
-_BY_FLAX = f"flax.serialization.msgpack_restore reads it, and flax.traverse_util.flatten_dict flattens it; {ARRAYS}"
+_BY_FLAX = (
+    "flax.serialization.msgpack_restore reads it, and flax.traverse_util.flatten_dict "
+    f"flattens it; {ARRAYS}"
+)
 
 
 def kind_of(source: Source) -> Kind | None:
@@ -48,7 +52,9 @@ def kind_of(source: Source) -> Kind | None:
 
 
 def failed_download(source: Source) -> Kind | None:
-    """What a download or a checkout has left in place of the file *source*; None if it is none of that."""
+    """What a download or a checkout has left in place of the file *source*; None if it is none of
+    that.
+    """
     if not source.size:
         return Kind("is empty: it has no bytes", AGAIN)
     return _pointer(source.head) or _failure(source)
@@ -67,14 +73,30 @@ def _pickle(source: Source) -> Kind | None:
     head = source.head
     if head[:1] != b"\x80" or head[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
         is_old = re.match(rb"\([dl]p\d|c[\w.]+\n\w+\n[(pq]", head)
-        return Kind("is a Python pickle that torch.save did not write", _RESAVE, is_weights=True) if is_old else None
+        return (
+            Kind("is a Python pickle that torch.save did not write", _RESAVE, is_weights=True)
+            if is_old
+            else None
+        )
     if re.search(rb"paddle[\w.]*\.metadata\b", head):
-        return Kind("is the metadata of a distributed checkpoint of Paddle, and holds no weights", "give the folder to Paddle")
+        return Kind(
+            "is the metadata of a distributed checkpoint of Paddle, and holds no weights",
+            "give the folder to Paddle",
+        )
     if b"torch.distributed.checkpoint.metadata" in head:
-        what = "is the metadata of a checkpoint of torch.distributed.checkpoint, and holds no weights"
+        what = (
+            "is the metadata of a checkpoint of torch.distributed.checkpoint, and holds no weights"
+        )
         return Kind(what, joined_by_torch(source.path.parent))
-    if source.path.suffix in (".pdparams", ".pdopt") or b"StructuredToParameterName@@" in head + source.tail:
-        return Kind("is a Paddle checkpoint (.pdparams)", f"load it with paddle.load; {ARRAYS}", is_weights=True)
+    if (
+        source.path.suffix in (".pdparams", ".pdopt")
+        or b"StructuredToParameterName@@" in head + source.tail
+    ):
+        return Kind(
+            "is a Paddle checkpoint (.pdparams)",
+            f"load it with paddle.load; {ARRAYS}",
+            is_weights=True,
+        )
     if b"numpy" in head:
         what = "is a Python pickle with NumPy arrays, which torch.save did not write"
         return Kind(what, f"load it with pickle, if you trust it; {ARRAYS}", is_weights=True)
@@ -85,7 +107,9 @@ def _packed(name: str, command: str) -> tuple[str, str]:
     return f"is compressed with {name}", f"run `{command} {FILE}`, and convert what comes out"
 
 
-def _first(rows: tuple[tuple[Test, str, str], ...], *, is_weights: bool = False) -> Callable[[Source], Kind | None]:
+def _first(
+    rows: tuple[tuple[Test, str, str], ...], *, is_weights: bool = False
+) -> Callable[[Source], Kind | None]:
     """The first kind of *rows* whose test holds."""
     kinds = [(test, Kind(what, advice, is_weights)) for test, what, advice in rows]
     return lambda source: next((kind for test, kind in kinds if test(source)), None)
@@ -95,7 +119,8 @@ def _is_cut_off_relabelled_zip(source: Source) -> bool:
     return re.match(rb"0\d\x03\x04", source.head) is not None and not source.members
 
 
-_GRAPH = rb"\x0a.{1,5}?\x0a[\x01-\x7f][\w/.:-]{1,127}\x12[\x01-\x40][A-Z]\w+"  # a NodeDef: its name, and its operation
+# a NodeDef: its name, and its operation
+_GRAPH = rb"\x0a.{1,5}?\x0a[\x01-\x7f][\w/.:-]{1,127}\x12[\x01-\x40][A-Z]\w+"
 _MARKUP = rb"(\xef\xbb\xbf)?\s*(<\?xml.{,200}?>\s*)?"
 _failure = _first(
     (
@@ -104,15 +129,31 @@ _failure = _first(
             "is an HTML page, as a download saves an error or a login",
             _TOKEN,
         ),
-        (begins_like(_MARKUP + rb"<error\b"), "is an error in XML, as a storage server answers a download", _TOKEN),
+        (
+            begins_like(_MARKUP + rb"<error\b"),
+            "is an error in XML, as a storage server answers a download",
+            _TOKEN,
+        ),
         (is_blank, "begins with nothing but zeros, as a download that was never filled", AGAIN),
     )
 )
 _other = _first(
     (
-        (begins_like(_MARKUP + b"<net name="), "is the text of an OpenVINO model, whose weights lie in a .bin", ORIGIN),
-        (begins_like(rb"(\xef\xbb\xbf)?\s*<\?xml"), "is an XML text and holds no weights", _WEIGHTS),
-        (is_table, "is the index of a TensorFlow checkpoint, whose weights lie in .data files", _BY_TENSORFLOW),
+        (
+            begins_like(_MARKUP + b"<net name="),
+            "is the text of an OpenVINO model, whose weights lie in a .bin",
+            ORIGIN,
+        ),
+        (
+            begins_like(rb"(\xef\xbb\xbf)?\s*<\?xml"),
+            "is an XML text and holds no weights",
+            _WEIGHTS,
+        ),
+        (
+            is_table,
+            "is the index of a TensorFlow checkpoint, whose weights lie in .data files",
+            _BY_TENSORFLOW,
+        ),
         (is_json, "is a JSON text and holds no weights", _WEIGHTS),
     )
 )
@@ -122,27 +163,58 @@ _weights = _first(
         (begins(b"BZh"), *_packed("bzip2", "bunzip2")),
         (begins(b"\xfd7zXZ\0"), *_packed("xz", "unxz")),
         (begins(b"\x04\x22\x4d\x18"), *_packed("lz4", "unlz4")),
-        (begins(b"\x28\xb5\x2f\xfd"), *_packed("zstd more than once", "zstd -d")),  # once would have been seen through
+        (
+            begins(b"\x28\xb5\x2f\xfd"),
+            *_packed("zstd more than once", "zstd -d"),
+        ),  # once would have been seen through
         (begins(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive", f"{_UNPACK}: 7z x {FILE}"),
         (begins(b"Rar!"), "is a RAR archive", f"{_UNPACK}: unrar x {FILE}"),
         (is_old_torch_tar, "is a tar archive of torch before 0.1.10", _RESAVE),
         (begins(b"GGUF"), "is a GGUF file, as llama.cpp uses", _LLAMA),
         (begins(b"lmgg", b"fmgg", b"tjgg"), "is an old GGML file of llama.cpp", _LLAMA),
-        (begins_like(rb"[\x01-\x20]\0\0\0.\0[A-Z][A-Za-z0-9]{2,60}Spec\0"), "is a model of CTranslate2", ORIGIN),
-        (begins(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, as Keras writes", f"load it with Keras or h5py; {ARRAYS}"),
+        (
+            begins_like(rb"[\x01-\x20]\0\0\0.\0[A-Z][A-Za-z0-9]{2,60}Spec\0"),
+            "is a model of CTranslate2",
+            ORIGIN,
+        ),
+        (
+            begins(b"\x89HDF\r\n\x1a\n"),
+            "is an HDF5 file, as Keras writes",
+            f"load it with Keras or h5py; {ARRAYS}",
+        ),
         (begins(b"\x93NUMPY"), "is a NumPy array (.npy), which a plugin reads", NPZ),
         (begins(b"|TZR|"), "is a file of tensorizer", "load it there and save it as safetensors"),
         (has_at_four(b"PTMF"), "is a flatbuffer of PyTorch Mobile (.ptl)", ORIGIN),
-        (has_at_four(b"ET12", b"TFL3"), "is a program for mobile devices (ExecuTorch or TensorFlow Lite)", ORIGIN),
-        (is_saved_model, "looks like a TensorFlow SavedModel", f"load its folder with TensorFlow; {ARRAYS}"),
-        (begins_like(_GRAPH), "looks like a frozen TensorFlow graph (.pb)", f"load it with TensorFlow; {ARRAYS}"),
+        (
+            has_at_four(b"ET12", b"TFL3"),
+            "is a program for mobile devices (ExecuTorch or TensorFlow Lite)",
+            ORIGIN,
+        ),
+        (
+            is_saved_model,
+            "looks like a TensorFlow SavedModel",
+            f"load its folder with TensorFlow; {ARRAYS}",
+        ),
+        (
+            begins_like(_GRAPH),
+            "looks like a frozen TensorFlow graph (.pb)",
+            f"load it with TensorFlow; {ARRAYS}",
+        ),
         (is_core_ml, "looks like a Core ML model (.mlmodel)", ORIGIN),
         (is_onnx, "looks like an ONNX model (a protocol buffer)", ORIGIN),
         (is_flax, "is a MessagePack file of Flax (.msgpack)", _BY_FLAX),
-        (is_paddle_inference, "looks like weights for Paddle Inference (.pdiparams)", "take the .pdparams it was made from"),
+        (
+            is_paddle_inference,
+            "looks like weights for Paddle Inference (.pdiparams)",
+            "take the .pdparams it was made from",
+        ),
         (
             _is_cut_off_relabelled_zip,
-            "begins like an archive of torch.save whose first two bytes GPT-SoVITS has replaced, and is cut off",
+            (
+                "begins like an archive of torch.save whose first two bytes GPT-SoVITS has "
+                "replaced, "
+                "and is cut off"
+            ),
             AGAIN,
         ),
     ),
@@ -151,7 +223,9 @@ _weights = _first(
 _NAMED = (
     (
         re.compile(r".+\.data-\d{5}-of-\d{5}"),
-        Kind("holds weights of a TensorFlow checkpoint, by its name", _BY_TENSORFLOW, is_weights=True),
+        Kind(
+            "holds weights of a TensorFlow checkpoint, by its name", _BY_TENSORFLOW, is_weights=True
+        ),
     ),
     (
         re.compile(r".+\.onnx[._]data"),

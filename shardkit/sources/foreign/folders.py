@@ -1,4 +1,6 @@
-"""What a folder is that no format here reads: other systems' checkpoints, known by the names in them."""
+"""What a folder is that no format here reads: other systems' checkpoints, known by the names in
+them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ _KINDS = (  # the names, of which the folder holds one, and what it is
 
 
 def distributed(source: Source) -> FormatError | None:
-    """Why the folder *source* cannot be read, if torch.distributed.checkpoint or Paddle wrote it."""
+    """Why the folder *source* cannot be read, if torch.distributed.checkpoint or Paddle wrote
+    it.
+    """
     names = source.names or ()
     if not any(name.endswith(".distcp") for name in names):
         return None
@@ -48,7 +52,10 @@ def distributed(source: Source) -> FormatError | None:
             hint="load it with Paddle, and save it with paddle.save",
         )
     if not any(name.endswith(".metadata") for name in names):
-        what = "is a checkpoint of torch.distributed.checkpoint without .metadata: its writing was not finished"
+        what = (
+            "is a checkpoint of torch.distributed.checkpoint without .metadata: its writing "
+            "was not finished"
+        )
         return FormatError(source.path, what, hint="take an earlier checkpoint, or fetch .metadata")
     return FormatError(
         source.path,
@@ -97,5 +104,8 @@ def _head(source: Source, name: str) -> bytes:
 
 def _inside(folder: Path, names: list[str]) -> str:
     if "snapshots" in names and (folder / "snapshots").is_dir():
-        return f"this is an entry of a Hugging Face cache: give one of the folders in {folder / 'snapshots'}"
+        return (
+            "this is an entry of a Hugging Face cache: give one of the folders in "
+            f"{folder / 'snapshots'}"
+        )
     return "give the file or folder with the weights"

@@ -6,7 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = "\0"  # stands for the path in an advice: no name of a file, nor what `shown` makes of one, holds it
+# stands for the path in an advice: no name of a file, nor what `shown` makes of one, holds it
+FILE = "\0"
 AGAIN = "fetch it again"
 ORIGIN = "take the torch checkpoint that it was made from"
 ARRAYS = "save_file of safetensors.numpy writes a dict of its arrays"
@@ -35,4 +36,7 @@ class Kind:
 def joined_by_torch(folder: Path) -> str:
     """How torch makes one file of the distributed checkpoint in *folder*."""
     command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-    return f"if you trust it, let torch make one file of it: {command} {shlex.quote(str(folder))} out.pt; then convert out.pt"
+    return (
+        f"if you trust it, let torch make one file of it: {command} "
+        f"{shlex.quote(str(folder))} out.pt; then convert out.pt"
+    )

@@ -1,4 +1,6 @@
-"""Tests of a file's first and last bytes for forms that no format reads; at most 64 KiB are expanded, and nothing is run."""
+"""Tests of a file's first and last bytes for forms that no format reads; at most 64 KiB are
+expanded, and nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def begins(*magics: bytes) -> Test:
 
 
 def begins_like(pattern: bytes) -> Test:
-    """Whether a regular expression matches at the beginning; case does not matter, and a dot is any byte."""
+    """Whether a regular expression matches at the beginning; case does not matter, and a dot is any
+    byte.
+    """
     compiled = re.compile(pattern, re.IGNORECASE | re.DOTALL)
     return lambda source: compiled.match(source.head)
 
@@ -61,7 +65,9 @@ def is_old_torch_tar(source: Source) -> bool:
     """Whether it is what torch.save wrote before torch 0.1.10."""
     head = source.head
     named = head[:100].rstrip(b"\0").rpartition(b"/")[2] in _OLD_TORCH_TAR
-    return (named or b"\0sys_info\0" in head) and (is_tar(head) or head[100:108].strip(b"\0 ").isdigit())
+    return (named or b"\0sys_info\0" in head) and (
+        is_tar(head) or head[100:108].strip(b"\0 ").isdigit()
+    )
 
 
 def gunzipped(head: bytes) -> bytes:
@@ -85,32 +91,46 @@ def is_table(source: Source) -> bool:
 
 
 def is_paddle_inference(source: Source) -> bool:
-    """Whether it begins with a tensor as Paddle streams it: two versions and the LoD level, all 0, then a protobuf."""
+    """Whether it begins with a tensor as Paddle streams it: two versions and the LoD level, all 0,
+    then a protobuf.
+    """
     head = source.head
     described = int.from_bytes(head[16:20], "little")
     return not any(head[:16]) and 0 < described < 100 and head[20:21] == b"\x08"
 
 
 def is_onnx(source: Source) -> bool:
-    """Whether it begins like a ModelProto: ir_version, then producer_name, graph or opset_import (fields 2, 7 and 8)."""
+    """Whether it begins like a ModelProto: ir_version, then producer_name, graph or opset_import
+    (fields 2, 7 and 8).
+    """
     head = source.head
-    return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+    return (
+        len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+    )
 
 
 def is_saved_model(source: Source) -> bool:
-    """Whether field 2 is a message and takes all of the file, as the graph of a TensorFlow SavedModel does."""
+    """Whether field 2 is a message and takes all of the file, as the graph of a TensorFlow
+    SavedModel does.
+    """
     version, start, nbytes = _second_field(source.head)
-    return version == 1 and source.head[start : start + 1] == b"\x0a" and start + nbytes >= source.size
+    return (
+        version == 1 and source.head[start : start + 1] == b"\x0a" and start + nbytes >= source.size
+    )
 
 
 def is_core_ml(source: Source) -> bool:
-    """Whether field 2 is a message that begins with an input or output: the description of a Core ML model."""
+    """Whether field 2 is a message that begins with an input or output: the description of a Core
+    ML model.
+    """
     version, start, _ = _second_field(source.head)
     return bool(version) and source.head[start : start + 1] in (b"\x0a", b"\x52")
 
 
 def _second_field(head: bytes) -> tuple[int, int, int]:
-    """Of a protobuf whose field 1 is a small version and field 2 has a length: the version, and start and length; or zeros."""
+    """Of a protobuf whose field 1 is a small version and field 2 has a length: the version, and
+    start and length; or zeros.
+    """
     if len(head) < 9 or head[0] != 0x08 or not 0 < head[1] < 0x80 or head[2] != 0x12:
         return 0, 0, 0
     nbytes = 0
@@ -122,7 +142,8 @@ def _second_field(head: bytes) -> tuple[int, int, int]:
 
 
 def is_flax(source: Source) -> bool:
-    """Whether it is a MessagePack map whose first leaf is an array as Flax packs it: an extension of type 1 to 3.
+    """Whether it is a MessagePack map whose first leaf is an array as Flax packs it: an extension
+    of type 1 to 3.
 
     An array of more than a gigabyte is a map with a key of its own.
     """
@@ -141,7 +162,9 @@ def is_flax(source: Source) -> bool:
 
 
 def _first_key(head: bytes, at: int) -> tuple[bytes, int] | None:
-    """The first key of the MessagePack map at byte *at*, and where its value begins; None if there is no such thing."""
+    """The first key of the MessagePack map at byte *at*, and where its value begins; None if there
+    is no such thing.
+    """
     code = head[at] if at < len(head) else 0
     if not (0x81 <= code <= 0x8F or code in (0xDE, 0xDF)):
         return None

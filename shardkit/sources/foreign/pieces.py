@@ -1,7 +1,9 @@
-"""A path that is a part of something, and cannot be read alone: a piece of a split file, an unfinished download or run.
+"""A path that is a part of something, and cannot be read alone: a piece of a split file, an
+unfinished download or run.
 
-Names and neighbours tell, since the content of a part has no mark of its own. They are looked at only where a file cannot be
-read, but for what is never complete alone: a file of torch.distributed.checkpoint, and a folder with the journal of a run.
+Names and neighbours tell, since the content of a part has no mark of its own. They are looked at
+only where a file cannot be read, but for what is never complete alone: a file of
+torch.distributed.checkpoint, and a folder with the journal of a run.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _LOADING = re.compile(r".+\.(incomplete|crdownload|part|download|aria2|tmp)", re
 
 
 def of_a_split_file(path: Path) -> FormatError | None:
-    """Why *path* cannot be read, if its name and those beside it are of pieces as `split` makes them."""
+    """Why *path* cannot be read, if its name and those beside it are of pieces as `split` makes
+    them.
+    """
     piece = _Piece.of(path.name)
     if piece is None:
         return None
@@ -45,7 +49,10 @@ def of_a_split_file(path: Path) -> FormatError | None:
         return FormatError(
             path,
             "looks like one piece of a split file, and other pieces are not beside it",
-            hint=f"fetch the other pieces, and join all of them in their order: cat PIECES > {joined}",
+            hint=(
+                "fetch the other pieces, and join all of them in their order: cat PIECES > "
+                f"{joined}"
+            ),
         )
     return FormatError(
         path,
@@ -67,7 +74,9 @@ def unfinished_download(path: Path) -> FormatError | None:
 
 
 def unfinished_run(folder: Path) -> FormatError | None:
-    """Why *folder* cannot be read, if a run of shardkit prepares its output there, or was stopped while it did."""
+    """Why *folder* cannot be read, if a run of shardkit prepares its output there, or was stopped
+    while it did.
+    """
     try:
         with open(folder / JOURNAL_NAME, "rb") as file:
             written = Written.read(file)
@@ -80,7 +89,11 @@ def unfinished_run(folder: Path) -> FormatError | None:
     source = f"of {shown(written.source)}, " if written.source else ""
     return FormatError(
         folder,
-        f"holds the unfinished output of a run of shardkit: {several(len(written.done), 'file')} complete",
+        (
+            "holds the unfinished output of a run of shardkit: "
+            f"{several(len(written.done), 'file')} "
+            "complete"
+        ),
         hint=(
             f"run the same conversion again ({source}with ",
             output(out),

@@ -1,4 +1,6 @@
-"""Budgets: what users write, what devices have, and how a model is spread; compared with Accelerate."""
+"""Budgets: what users write, what devices have, and how a model is spread; compared with
+Accelerate.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def _quiet() -> Iterator[None]:
     ("said", "meant"),
     [
         ({0: 10, "cpu": 5}, {0: 10, "cpu": 5}),
-        ({"disk": 7, "cpu": "1GiB", 2: "2GB", 0: "500MB"}, {0: 500_000_000, 2: 2_000_000_000, "cpu": GIB, "disk": 7}),
+        (
+            {"disk": 7, "cpu": "1GiB", 2: "2GB", 0: "500MB"},
+            {0: 500_000_000, 2: 2_000_000_000, "cpu": GIB, "disk": 7},
+        ),
         ({"cpu": "1.5GB", 1: 0}, {1: 0, "cpu": 1_500_000_000}),
         ({"mps": "3KB"}, {"mps": 3000}),
     ],
@@ -67,7 +72,9 @@ def test_budgets_are_read_that_accelerate_refuses(said: Any, meant: dict[object,
 @pytest.mark.parametrize("size", ["10gb", "10Gb", "10GB"])
 def test_a_lower_case_b_is_no_bit(size: str) -> None:
     assert get_max_memory({0: size, "cpu": 0})[0] == 10**10
-    assert theirs.get_max_memory({0: size, "cpu": 0})[0] == (10**10 if size == "10GB" else 10**10 // 8)
+    assert theirs.get_max_memory({0: size, "cpu": 0})[0] == (
+        10**10 if size == "10GB" else 10**10 // 8
+    )
 
 
 def test_a_cpu_that_is_left_out_has_what_is_available() -> None:
@@ -127,9 +134,13 @@ def test_this_machine_has_a_cpu() -> None:
 
 
 class Machine:
-    """A machine with accelerators that have so many bytes free, taken by torch, and used of those; None does not answer."""
+    """A machine with accelerators that have so many bytes free, taken by torch, and used of those;
+    None does not answer.
+    """
 
-    def __init__(self, *devices: tuple[int, int, int] | None, kind: str = "cuda", integrated: bool = False) -> None:
+    def __init__(
+        self, *devices: tuple[int, int, int] | None, kind: str = "cuda", integrated: bool = False
+    ) -> None:
         self.devices, self.kind, self.is_integrated = devices, kind, integrated
 
     def mem_get_info(self, index: int) -> tuple[int, int]:
@@ -164,7 +175,9 @@ class Machine:
     ],
     ids=["two", "one is busy", "integrated", "xpu", "mps"],
 )
-def test_what_a_machine_has_is_found(monkeypatch: pytest.MonkeyPatch, machine: Machine, there: dict[object, int]) -> None:
+def test_what_a_machine_has_is_found(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, there: dict[object, int]
+) -> None:
     machine.install(monkeypatch)
     assert get_max_memory() == there
 
@@ -177,7 +190,9 @@ def test_what_is_left_out_has_no_budget_but_for_the_cpu(monkeypatch: pytest.Monk
     assert infer_auto_device_map(layers(), {1: 10**6, "cpu": 0}) == {"": 1}
 
 
-def test_on_one_accelerator_some_room_is_left_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_one_accelerator_some_room_is_left_for_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Machine((1000, 0, 0)).install(monkeypatch)
     assert get_balanced_memory(nn.Linear(2, 2)) == {0: 900, "cpu": 7}
     assert get_balanced_memory(nn.Linear(2, 2), {0: 1000, "cpu": 7}) == {0: 1000, "cpu": 7}
@@ -197,10 +212,14 @@ def layers() -> nn.Module:
     return nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)) for _ in range(12)])
 
 
-@pytest.mark.parametrize("build", [layers, lambda: nn.Linear(10, 10), lambda: nn.TransformerEncoderLayer(8, 2, 16)])
+@pytest.mark.parametrize(
+    "build", [layers, lambda: nn.Linear(10, 10), lambda: nn.TransformerEncoderLayer(8, 2, 16)]
+)
 @pytest.mark.parametrize("low_zero", [False, True])
 @pytest.mark.parametrize("classes", [None, "Sequential", ["Linear", "BatchNorm1d"], {"Sequential"}])
-def test_models_are_spread_as_by_accelerate(build: Callable[[], nn.Module], low_zero: bool, classes: Any) -> None:
+def test_models_are_spread_as_by_accelerate(
+    build: Callable[[], nn.Module], low_zero: bool, classes: Any
+) -> None:
     model = build()
     total = module_sizes(model)[""]
     for count in range(4):
@@ -227,7 +246,10 @@ def test_a_first_accelerator_without_budget_needs_no_sparing() -> None:
     model = layers()
     said: Budgets = {0: 0, 1: 9000, 2: 9000, "cpu": 0}
     assert get_balanced_memory(model, said, low_zero=True) == get_balanced_memory(model, said)
-    assert theirs.get_balanced_memory(model, dict(said), low_zero=True)[1] > get_balanced_memory(model, said)[1]
+    assert (
+        theirs.get_balanced_memory(model, dict(said), low_zero=True)[1]
+        > get_balanced_memory(model, said)[1]
+    )
 
 
 def test_the_disk_is_no_accelerator() -> None:
@@ -241,6 +263,8 @@ def test_the_slack_is_that_of_the_largest_block_and_not_of_the_first() -> None:
     model = Uneven()
     said: Budgets = {0: 10**6, 1: 10**6, "cpu": 0}
     half = module_sizes(model)[""] // 2
-    mean = (400 + 3600 + 8 * 400) // 10  # of the innermost modules, which is more than the first block
+    mean = (
+        400 + 3600 + 8 * 400
+    ) // 10  # of the innermost modules, which is more than the first block
     assert get_balanced_memory(model, said, "Sequential")[0] == half + int(1.25 * 3600)
     assert theirs.get_balanced_memory(model, dict(said), "Sequential")[0] == half + int(1.25 * mean)

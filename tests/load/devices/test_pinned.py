@@ -1,4 +1,6 @@
-"""Pinned memory of exact size: pinned once, let go once, and plain memory where it cannot be pinned."""
+"""Pinned memory of exact size: pinned once, let go once, and plain memory where it cannot be
+pinned.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,17 @@ def pinned(request: pytest.FixtureRequest) -> Pinned:
     return made
 
 
-def test_memory_is_pinned_in_exactly_the_size_that_is_asked_for(runtime: Runtime, pinned: Pinned) -> None:
+def test_memory_is_pinned_in_exactly_the_size_that_is_asked_for(
+    runtime: Runtime, pinned: Pinned
+) -> None:
     memory = pinned(NBYTES, CUDA)
     assert runtime.calls == [("pin", memory.data_ptr(), NBYTES)]
     assert memory.data_ptr() % mmap.PAGESIZE == 0
-    assert (memory.dtype, memory.shape, len(memory.untyped_storage())) == (torch.uint8, (NBYTES,), NBYTES)
+    assert (memory.dtype, memory.shape, len(memory.untyped_storage())) == (
+        torch.uint8,
+        (NBYTES,),
+        NBYTES,
+    )
 
 
 def test_no_more_is_mapped_than_the_pages_that_it_needs(
@@ -84,7 +92,9 @@ def test_no_more_is_mapped_than_the_pages_that_it_needs(
     assert [-(-nbytes // mmap.PAGESIZE) for nbytes in mapped] == [6]
 
 
-def test_it_is_let_go_with_the_last_tensor_in_it_when_no_copy_is_under_way(runtime: Runtime, pinned: Pinned) -> None:
+def test_it_is_let_go_with_the_last_tensor_in_it_when_no_copy_is_under_way(
+    runtime: Runtime, pinned: Pinned
+) -> None:
     memory = pinned(NBYTES, CUDA)
     address, part = memory.data_ptr(), memory[100:200].fill_(7)
     del memory
@@ -102,7 +112,9 @@ def test_what_cannot_be_pinned_is_plain_memory_and_told(
     runtime.code = 2
     started: list[object] = []
     monkeypatch.setattr("shardkit.load.devices.pinned._forget_failure", started.append)
-    with pytest.warns(UserWarning, match=r"20\.7 kB of main memory cannot be pinned \(CUDA error 2\)"):
+    with pytest.warns(
+        UserWarning, match=r"20\.7 kB of main memory cannot be pinned \(CUDA error 2\)"
+    ):
         memory = pinned(NBYTES, CUDA)
     assert memory.fill_(3).sum() == 3 * NBYTES
     assert started == [CUDA]

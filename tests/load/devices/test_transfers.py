@@ -1,4 +1,6 @@
-"""The seam to a device: the CPU needs no copy, and an accelerator gets copies that nobody needs to wait for."""
+"""The seam to a device: the CPU needs no copy, and an accelerator gets copies that nobody needs to
+wait for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import torch
 
 from accelerators import KIND, device, needs_one
 from shardkit.errors import LoadError
-from shardkit.load.devices.transfers import AcceleratorTransfer, CpuTransfer, DeviceTransfer, _issuing_on, lane_to
+from shardkit.load.devices.transfers import (
+    AcceleratorTransfer,
+    CpuTransfer,
+    DeviceTransfer,
+    _issuing_on,
+    lane_to,
+)
 
 
 @pytest.fixture(params=[pytest.param(f"{KIND}:0", id="accelerator", marks=needs_one)])
@@ -35,7 +43,9 @@ def test_a_device_that_has_no_streams_is_refused(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("Backend doesn't support create a new Stream.")
 
     monkeypatch.setattr(torch, "Stream", refusing)
-    with pytest.raises(LoadError, match=r"weights cannot stream to mps.*Backend doesn't support") as told:
+    with pytest.raises(
+        LoadError, match=r"weights cannot stream to mps.*Backend doesn't support"
+    ) as told:
         lane_to(torch.device("mps"))
     assert "cpu" in (told.value.hint or "")
 
@@ -67,7 +77,11 @@ def test_threads_send_side_by_side_and_go_on_where_they_were(lane: DeviceTransfe
     right: list[bool] = []
 
     def run(value: int) -> None:
-        stream, host, memory = torch.accelerator.current_stream(), lane.kept(1 << 20).fill_(value), lane.memory(1 << 20)
+        stream, host, memory = (
+            torch.accelerator.current_stream(),
+            lane.kept(1 << 20).fill_(value),
+            lane.memory(1 << 20),
+        )
         for _ in range(100):
             lane.send(host, memory, [lane.issued(memory)]).precede()
         right.append(bool((memory == value).all()) and torch.accelerator.current_stream() == stream)
@@ -80,7 +94,9 @@ def test_threads_send_side_by_side_and_go_on_where_they_were(lane: DeviceTransfe
     assert right == [True] * 4
 
 
-@pytest.mark.skipif(not hasattr(torch.Stream, "__enter__"), reason="a stream is no context before torch 2.7")
+@pytest.mark.skipif(
+    not hasattr(torch.Stream, "__enter__"), reason="a stream is no context before torch 2.7"
+)
 def test_each_context_of_a_stream_is_an_object_of_its_own() -> None:
     stream = torch.Stream(stream_id=3, device_index=0, device_type=0)
     first, second = _issuing_on(stream), _issuing_on(stream)
@@ -88,11 +104,16 @@ def test_each_context_of_a_stream_is_an_object_of_its_own() -> None:
     assert first == second == stream
 
 
-def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(lane: DeviceTransfer) -> None:
+def test_memory_that_is_taken_is_not_written_while_what_was_there_is_read(
+    lane: DeviceTransfer,
+) -> None:
     size = 1024
     zeros = lane.kept(4 * size * size).zero_()
     for _ in range(10):
-        ones, busy = torch.ones(size, size, device=KIND), torch.full((size, size), 1e-3, device=KIND)
+        ones, busy = (
+            torch.ones(size, size, device=KIND),
+            torch.full((size, size), 1e-3, device=KIND),
+        )
         for _ in range(10):
             busy = busy @ busy
         total = ones.sum()  # when all before is done
@@ -117,7 +138,9 @@ def test_memory_that_is_let_go_is_not_given_away_while_it_is_written(lane: Devic
 
 
 @pytest.mark.parametrize("nbytes", [192, (1 << 20) + 64, (65 << 20) + 4096])
-def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(nbytes: int, lane: DeviceTransfer) -> None:
+def test_kept_memory_is_pinned_in_exact_size_until_nobody_has_it(
+    nbytes: int, lane: DeviceTransfer
+) -> None:
     kept, there = lane.kept(nbytes), lane.memory(nbytes)
     mine = torch.arange(nbytes).to(torch.uint8)
     assert kept.is_pinned()

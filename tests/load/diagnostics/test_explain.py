@@ -1,4 +1,6 @@
-"""explain: every weight told once, with the true reason; and what forwards took, beside what they should."""
+"""explain: every weight told once, with the true reason; and what forwards took, beside what they
+should.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from torch import nn
 
 import shardkit
 from late_lane import LateLane
-from shardkit.load import close, disk_offload, dispatch_model, explain, init_empty_weights, load_checkpoint_and_dispatch
+from shardkit.load import (
+    close,
+    disk_offload,
+    dispatch_model,
+    explain,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+)
 from shardkit.load.devices.transfers import Timestamp
 from shardkit.load.diagnostics.explanation import Explanation, Part
 from shardkit.load.dispatch.attach import DispatchConfig, arrange
@@ -37,7 +46,10 @@ IDS = torch.arange(5)
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = (
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )
         self.register_buffer("scale", torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +80,9 @@ class Toy(nn.Module):
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "toy.safetensors"
-    save_file({name: tensor for name, tensor in Toy().state_dict().items() if name != "head.weight"}, path)
+    save_file(
+        {name: tensor for name, tensor in Toy().state_dict().items() if name != "head.weight"}, path
+    )
     return path
 
 
@@ -79,7 +93,9 @@ def loaded(file: Path) -> Any:
     def load(device_map: Any, **options: Any) -> Toy:
         with init_empty_weights():
             model = Toy().eval()
-        models.append(load_checkpoint_and_dispatch(model, options.pop("file", file), device_map, **options))
+        models.append(
+            load_checkpoint_and_dispatch(model, options.pop("file", file), device_map, **options)
+        )
         return models[-1]
 
     yield load
@@ -108,15 +124,22 @@ def test_each_part_has_its_place_and_its_reason(loaded: Load) -> None:
         *((name, "cpu", "a buffer") for name in layers),
     }
     assert sum(part.nbytes for part in told.parts) == module_sizes(Toy())[""]
-    assert told.held == {"disk": told.read["disk"], "cpu": module_sizes(Toy())[""] - told.read["disk"]}
+    assert told.held == {
+        "disk": told.read["disk"],
+        "cpu": module_sizes(Toy())[""] - told.read["disk"],
+    }
 
 
 def test_a_chosen_map_says_what_fits_and_what_has_no_room(loaded: Load) -> None:
     model: Any = loaded("auto", max_memory={"cpu": 150_000})
     told = explain(model, rates=RATES)
     on_disk = [name for name, device in model.hf_device_map.items() if device == "disk"]
-    assert streamed(told) == [*dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in on_disk)]
-    assert {why for _, place, why in reasons(told) if place == "disk"} == {"no room beside what stays"}
+    assert streamed(told) == [
+        *dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in on_disk)
+    ]
+    assert {why for _, place, why in reasons(told) if place == "disk"} == {
+        "no room beside what stays"
+    }
     assert ("layers.2", "cpu", "fits") in reasons(told)
 
 
@@ -126,7 +149,9 @@ def test_a_map_that_is_given_says_so(loaded: Load) -> None:
     assert streamed(told) == ["layers.3"]
 
 
-def test_a_model_in_which_nothing_streams_needs_no_rates(monkeypatch: pytest.MonkeyPatch, loaded: Load) -> None:
+def test_a_model_in_which_nothing_streams_needs_no_rates(
+    monkeypatch: pytest.MonkeyPatch, loaded: Load
+) -> None:
     monkeypatch.setattr("shardkit.load.diagnostics.explain.measure", None)
     for model in (Toy(), loaded({"": "cpu"})):
         told = explain(model)
@@ -147,7 +172,9 @@ def test_a_model_without_a_map_is_explained_too(tmp_path: Path) -> None:
 def test_what_two_blocks_share_says_so(tmp_path: Path) -> None:
     model = Toy().eval()
     model.layers[1].up = model.layers[0].up
-    told = explain(dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "offload"), rates=RATES)
+    told = explain(
+        dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "offload"), rates=RATES
+    )
     assert ("layers.0", "cpu", "several blocks share it") in reasons(told)
     close(model)
 
@@ -163,7 +190,9 @@ def test_a_forward_is_predicted_from_rates_that_are_given(loaded: Load) -> None:
     layers = LAYERS * 2 * WIDTH * WIDTH * 4
     assert told.read == {"disk": layers + 2 * WIDTH * 4, "memory": 0}
     assert told.predicted is not None
-    assert told.predicted.busy == pytest.approx((told.read["disk"] / 1e6, 0, 0, (layers + 16 * WIDTH * 4) / 1e9))
+    assert told.predicted.busy == pytest.approx(
+        (told.read["disk"] / 1e6, 0, 0, (layers + 16 * WIDTH * 4) / 1e9)
+    )
     assert told.predicted.limit == "disk"
     assert told.predicted.seconds == pytest.approx(told.read["disk"] / 1e6, rel=0.01)
     assert told.ring == 4 * 2 * WIDTH * WIDTH * 4
@@ -204,7 +233,9 @@ def test_forwards_of_one_size_are_measured_after_the_first(loaded: Load) -> None
     assert explain(model, rates=RATES, rows=5).rows == 5
 
 
-def test_a_copy_has_a_clock_of_its_own_and_forwards_that_fail_do_not_disturb_it(loaded: Load) -> None:
+def test_a_copy_has_a_clock_of_its_own_and_forwards_that_fail_do_not_disturb_it(
+    loaded: Load,
+) -> None:
     model = loaded({"": "disk"})
     model(IDS)
     model(IDS)
@@ -218,7 +249,9 @@ def test_a_copy_has_a_clock_of_its_own_and_forwards_that_fail_do_not_disturb_it(
     assert measured.forwards == 3
 
 
-def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(loaded: Load, file: Path, tmp_path: Path) -> None:
+def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(
+    loaded: Load, file: Path, tmp_path: Path
+) -> None:
     cast = explain(loaded({"": "disk"}, dtype="bfloat16"), rates=RATES)
     assert sum(part.cast for part in cast.parts) == cast.read["disk"] // 2
     assert [sentence for sentence in cast.advice if "offload-prep --dtype" in sentence]
@@ -226,7 +259,11 @@ def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(loaded: Lo
     torch.save(content, tmp_path / "toy.bin")
     plain = explain(loaded({"": "disk"}, file=tmp_path / "toy.bin"), rates=RATES)
     assert plain.advice == ()
-    weights = [entry for entry in shardkit.open(file).tensors if entry.name.endswith(("up.weight", "down.weight"))]
+    weights = [
+        entry
+        for entry in shardkit.open(file).tensors
+        if entry.name.endswith(("up.weight", "down.weight"))
+    ]
     starts = [weight.payload.sources[0].start for weight in weights]
     askew = explain(loaded({"": "cpu", "layers": "disk"}), rates=RATES)
     assert sum(part.askew for part in askew.parts) == sum(start % 64 > 0 for start in starts)
@@ -243,7 +280,9 @@ def test_weights_that_no_file_has_are_told_from_those_on_disk() -> None:
     arrange(model, DispatchConfig({"": "disk"}, torch.device("cpu")))
     model.hf_device_map = {"": "disk"}  # type: ignore[assignment]  # an attribute that no module declares
     told = explain(model, rates=RATES)
-    assert ("norm", "cpu", "no file has it: it was computed when the model was made") in reasons(told)
+    assert ("norm", "cpu", "no file has it: it was computed when the model was made") in reasons(
+        told
+    )
     assert told.read == {"disk": 0, "memory": LAYERS * 2 * WIDTH * WIDTH * 4 + 2 * WIDTH * 4}
     close(model)
 
@@ -281,10 +320,19 @@ def test_names_that_differ_in_a_number_are_one(numbers: range, printed: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("place", "runs_on", "twin"), [("disk", "cpu", 0), ("disk", "cuda:0", 100), ("cpu", "cuda:0", 0)], ids=str
+    ("place", "runs_on", "twin"),
+    [("disk", "cpu", 0), ("disk", "cuda:0", 100), ("cpu", "cuda:0", 0)],
+    ids=str,
 )
-def test_the_ring_has_a_twin_in_main_memory_where_a_device_gets_weights_from_disk(place: str, runs_on: str, twin: int) -> None:
-    told = Explanation("Toy", (Part("h.0", place, runs_on, 50, "the map says so", Step(room=64)),), ring=100, depths=("2, why",))
+def test_the_ring_has_a_twin_in_main_memory_where_a_device_gets_weights_from_disk(
+    place: str, runs_on: str, twin: int
+) -> None:
+    told = Explanation(
+        "Toy",
+        (Part("h.0", place, runs_on, 50, "the map says so", Step(room=64)),),
+        ring=100,
+        depths=("2, why",),
+    )
     assert told.host_ring == told.as_dict()["host_ring"] == twin
     assert (str(told).count("its twin, for what is on disk") == 1) == bool(twin)
 
@@ -295,7 +343,9 @@ def test_what_is_hidden_is_told_by_waiting_or_where_a_forward_is_only_issued_by_
 ) -> None:
     part = Part("h.0", "cpu", runs_on, 50, "the map says so", Step(link=50, room=64))
     measured = Series(1, forwards=2, seconds=4.4, counts=Counters(reading=4.0, waited=3.0))
-    told = Explanation("Toy", (part,), predicted=Prediction(2.0, 2.0, (0.0, 0.0, 2.0, 1.0)), measured=measured)
+    told = Explanation(
+        "Toy", (part,), predicted=Prediction(2.0, 2.0, (0.0, 0.0, 2.0, 1.0)), measured=measured
+    )
     assert told.hidden == pytest.approx(hidden)
 
 
@@ -366,7 +416,9 @@ def test_a_forward_takes_what_its_device_takes_and_is_not_waited_for() -> None:
     stream.close()
 
 
-def test_rates_are_measured_when_nothing_is_being_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_measured_when_nothing_is_being_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with init_empty_weights():
         empty = Toy()
     model = load_checkpoint_and_dispatch(empty, file, {"": "disk"}, ring=3)

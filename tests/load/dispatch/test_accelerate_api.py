@@ -1,4 +1,6 @@
-"""Models are dispatched as they are asked to be, or it is said why not; and where Accelerate is wrong we are right."""
+"""Models are dispatched as they are asked to be, or it is said why not; and where Accelerate is
+wrong we are right.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shardkit.errors import LoadError, OverBudget
-from shardkit.load.dispatch.accelerate_api import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardkit.load.dispatch.accelerate_api import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+)
 from shardkit.load.dispatch.attachments import attachments, close
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.lazy.streamed_weight import Streamed
@@ -63,7 +70,9 @@ def test_accelerate_gives_such_a_buffer_its_initial_value(tmp_path: Path) -> Non
     with accelerate.init_empty_weights():
         theirs = Untied().eval()
     file = str(tmp_path / "norm.safetensors")
-    theirs = accelerate.load_checkpoint_and_dispatch(theirs, file, devices, offload_folder=str(tmp_path / "x"))
+    theirs = accelerate.load_checkpoint_and_dispatch(
+        theirs, file, devices, offload_folder=str(tmp_path / "x")
+    )
     with init_empty_weights():
         ours = Untied().eval()
     ours = load_checkpoint_and_dispatch(ours, file, devices)
@@ -71,7 +80,9 @@ def test_accelerate_gives_such_a_buffer_its_initial_value(tmp_path: Path) -> Non
     assert torch.equal(ours(x), right(x))
 
 
-def test_a_map_that_is_all_disk_works_where_accelerate_asks_safetensors_for_a_device_called_disk(tmp_path: Path) -> None:
+def test_a_map_that_is_all_disk_works_where_accelerate_asks_safetensors_for_a_device_called_disk(
+    tmp_path: Path,
+) -> None:
     accelerate = pytest.importorskip("accelerate")
     torch.manual_seed(0)
     right = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -79,8 +90,12 @@ def test_a_map_that_is_all_disk_works_where_accelerate_asks_safetensors_for_a_de
     x = torch.randn(2, 4)
     devices, file = {"0": "disk", "1": "disk"}, str(tmp_path / "model.safetensors")
     with pytest.raises(Exception, match="disk is invalid"):
-        accelerate.load_checkpoint_and_dispatch(copy.deepcopy(right), file, devices, offload_folder=str(tmp_path / "x"))
-    assert torch.equal(load_checkpoint_and_dispatch(copy.deepcopy(right), file, devices)(x), right(x))
+        accelerate.load_checkpoint_and_dispatch(
+            copy.deepcopy(right), file, devices, offload_folder=str(tmp_path / "x")
+        )
+    assert torch.equal(
+        load_checkpoint_and_dispatch(copy.deepcopy(right), file, devices)(x), right(x)
+    )
 
 
 def test_a_parameter_may_be_called_as_quantisers_call_theirs(tmp_path: Path) -> None:
@@ -101,7 +116,9 @@ class Failing(nn.Linear):
         raise ValueError("on purpose")
 
 
-def test_accelerate_leaves_weights_in_memory_after_an_exception_and_we_do_not(tmp_path: Path) -> None:
+def test_accelerate_leaves_weights_in_memory_after_an_exception_and_we_do_not(
+    tmp_path: Path,
+) -> None:
     accelerate = pytest.importorskip("accelerate")
     devices, x = {"0": "cpu", "1": "disk"}, torch.ones(1, 4)
     theirs, ours = (nn.Sequential(nn.Linear(4, 4), Failing(4, 4)) for _ in range(2))
@@ -125,7 +142,9 @@ def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Pa
     resident = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
     save_file(resident.state_dict(), tmp_path / "model.safetensors")
     begun, x = (open_files(), threading.active_count()), torch.ones(1, WIDTH)
-    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), tmp_path / "model.safetensors", {"": "disk"}, ring=2)
+    model = load_checkpoint_and_dispatch(
+        copy.deepcopy(resident), tmp_path / "model.safetensors", {"": "disk"}, ring=2
+    )
     stream = next(pager.stream for *_, pager in attachments(model) if isinstance(pager, Pager))
     seen = []
     with torch.no_grad():
@@ -135,7 +154,9 @@ def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Pa
             if number % 100 == 99:
                 gc.collect()
                 seen.append((open_files(), stream.nbytes, len(gc.get_objects())))
-                assert threading.active_count() <= begun[1] + _READERS  # which start when there is work for one more
+                assert (
+                    threading.active_count() <= begun[1] + _READERS
+                )  # which start when there is work for one more
     first, last = seen[0], seen[-1]  # of which the first may hold what tests before left behind
     assert last[0] <= first[0]
     assert last[1] == first[1] <= stream.room
@@ -144,7 +165,10 @@ def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Pa
     del model, stream
     gc.collect()
     end = time.monotonic() + 200
-    while (open_files(), threading.active_count()) > begun and time.monotonic() < end:  # threads end by themselves
+    while (
+        open_files(),
+        threading.active_count(),
+    ) > begun and time.monotonic() < end:  # threads end by themselves
         time.sleep(0.01)
     assert open_files() <= begun[0]
     assert threading.active_count() <= begun[1]
@@ -152,7 +176,9 @@ def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Pa
 
 def test_a_ring_may_be_so_many_bytes(file: Path, expected: torch.Tensor) -> None:
     largest = 4 * (4 * WIDTH + 4 * WIDTH * WIDTH + 3 * WIDTH) + 64
-    model = load_checkpoint_and_dispatch(Toy().eval(), file, {"": "disk"}, no_split_module_classes=["Block"], ring=str(largest))
+    model = load_checkpoint_and_dispatch(
+        Toy().eval(), file, {"": "disk"}, no_split_module_classes=["Block"], ring=str(largest)
+    )
     with torch.no_grad():
         assert torch.equal(model(IDS), expected)
         assert torch.equal(model(IDS), expected)
@@ -163,20 +189,30 @@ def test_a_block_that_does_not_fit_is_told_before_the_model_is_touched(file: Pat
     with init_empty_weights(include_buffers=True):
         model = Toy()
     with pytest.raises(OverBudget, match="the largest block takes"):
-        load_checkpoint_and_dispatch(model, file, {"": "disk"}, no_split_module_classes=["Block"], ring="1KB")
+        load_checkpoint_and_dispatch(
+            model, file, {"": "disk"}, no_split_module_classes=["Block"], ring="1KB"
+        )
     assert all(weight.is_meta for weight in model.parameters())
     assert not list(attachments(model))
 
 
-def test_a_word_makes_the_map_and_the_disk_may_be_refused(file: Path, expected: torch.Tensor) -> None:
+def test_a_word_makes_the_map_and_the_disk_may_be_refused(
+    file: Path, expected: torch.Tensor
+) -> None:
     for word in ("auto", "balanced", "balanced_low_0", "sequential"):
-        model = load_checkpoint_and_dispatch(empty(), file, word, max_memory={"cpu": 30_000}, no_split_module_classes=["Block"])
+        model = load_checkpoint_and_dispatch(
+            empty(), file, word, max_memory={"cpu": 30_000}, no_split_module_classes=["Block"]
+        )
         assert "disk" in model.hf_device_map.values()  # type: ignore[operator]  # a dict
         assert torch.equal(model(IDS), expected)
     with pytest.raises(OverBudget, match="would land on disk"):
-        load_checkpoint_and_dispatch(empty(), file, "auto", max_memory={"cpu": 30_000}, offload="never")
+        load_checkpoint_and_dispatch(
+            empty(), file, "auto", max_memory={"cpu": 30_000}, offload="never"
+        )
     with pytest.raises(OverBudget, match="on disk"):
-        load_checkpoint_and_dispatch(empty(), file, {"": "cpu", "layers.2": "disk"}, offload="never")
+        load_checkpoint_and_dispatch(
+            empty(), file, {"": "cpu", "layers.2": "disk"}, offload="never"
+        )
     with pytest.raises(LoadError, match="'best' is no device map"):
         load_checkpoint_and_dispatch(empty(), file, "best")
     with pytest.raises(LoadError, match="no device"):
@@ -192,7 +228,9 @@ def test_arguments_without_a_meaning_are_not_taken_in_silence(file: Path, tmp_pa
         loaded(file, "cpu", full_state_dict=False)
 
 
-def test_without_a_map_weights_are_loaded_and_nothing_is_attached(file: Path, expected: torch.Tensor) -> None:
+def test_without_a_map_weights_are_loaded_and_nothing_is_attached(
+    file: Path, expected: torch.Tensor
+) -> None:
     model = load_checkpoint_and_dispatch(empty(), file)
     assert torch.equal(model(IDS), expected)
     assert not list(attachments(model))
@@ -204,14 +242,18 @@ def test_hooks_where_all_is_on_one_device_only_by_force(file: Path) -> None:
     assert list(attachments(loaded(file, "cpu", "cpu", force_hooks=True)))
 
 
-def test_a_folder_of_another_model_is_refused_where_accelerate_computes_with_it(resident: Toy, tmp_path: Path) -> None:
+def test_a_folder_of_another_model_is_refused_where_accelerate_computes_with_it(
+    resident: Toy, tmp_path: Path
+) -> None:
     accelerate = pytest.importorskip("accelerate")
     torch.manual_seed(1)
     one, two = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
     expected = two(x)
     accelerate.disk_offload(copy.deepcopy(one), tmp_path / "theirs")
-    assert not torch.equal(accelerate.disk_offload(copy.deepcopy(two), tmp_path / "theirs")(x), expected)
+    assert not torch.equal(
+        accelerate.disk_offload(copy.deepcopy(two), tmp_path / "theirs")(x), expected
+    )
     disk_offload(copy.deepcopy(one), tmp_path / "ours")
     with pytest.raises(LoadError, match="another model"):
         disk_offload(copy.deepcopy(two), tmp_path / "ours")

@@ -1,4 +1,6 @@
-"""However a forward, a load, a checkpoint or a model comes to its end, nothing is left behind, and what goes on is right."""
+"""However a forward, a load, a checkpoint or a model comes to its end, nothing is left behind, and
+what goes on is right.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,31 @@ from torch import nn
 
 from accelerators import RUNNERS
 from shardkit.errors import LoadError, Mismatch
-from shardkit.load.dispatch.accelerate_api import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardkit.load.dispatch.accelerate_api import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+)
 from shardkit.load.dispatch.attachments import attachments, close, remove_hooks
 from shardkit.load.hooks.device_moves import Mover, RoundTrip
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.modules.init_empty import init_empty_weights
-from toys import IDS, MAPS, WIDTH, Toy, held, layer, loaded, logits, resident_on, run_on, saved, streamed, trained
+from toys import (
+    IDS,
+    MAPS,
+    WIDTH,
+    Toy,
+    held,
+    layer,
+    loaded,
+    logits,
+    resident_on,
+    run_on,
+    saved,
+    streamed,
+    trained,
+)
 
 Load = Callable[..., Toy]
 
@@ -86,7 +107,9 @@ def test_what_is_raised_in_a_forward_leaves_nothing_resident(
     assert held(model) <= 2 * 4 * (2 * 2 * WIDTH * WIDTH + 5 * WIDTH + 64)
 
 
-def test_what_an_interrupt_leaves_held_is_let_go_when_its_thread_ends_or_by_closing(load: Load) -> None:
+def test_what_an_interrupt_leaves_held_is_let_go_when_its_thread_ends_or_by_closing(
+    load: Load,
+) -> None:
     model = load(ring=2)
     addresses = streamed(model)
 
@@ -125,7 +148,12 @@ def overwritten(file: Path) -> None:
         opened.write(b"\0\0\0\0")
 
 
-CHANGES = [replaced, overwritten, lambda file: file.unlink(), lambda file: os.truncate(file, file.stat().st_size - 8)]
+CHANGES = [
+    replaced,
+    overwritten,
+    lambda file: file.unlink(),
+    lambda file: os.truncate(file, file.stat().st_size - 8),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=["replaced", "overwritten", "removed", "cut"])
@@ -141,7 +169,9 @@ def test_a_file_that_changes_is_told_by_name(
     assert torch.equal(resident(IDS), expected)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_touched(file: Path, device: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_touched(
+    file: Path, device: str, tmp_path: Path
+) -> None:
     with init_empty_weights():
         model = Toy()
         layer(model, 9).up = nn.Linear(WIDTH, 3)
@@ -150,19 +180,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_touched(fi
     assert set(caught.value.wrong_shape) == {"layers.9.up.weight", "layers.9.up.bias"}
     assert all(tensor.is_meta for tensor in model.parameters())
     state = trained().state_dict()
-    tensors = {name: tensor for name, tensor in state.items() if name not in ("layers.3.up.bias", "head.weight")}
+    tensors = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in ("layers.3.up.bias", "head.weight")
+    }
     save_file(tensors, tmp_path / "part.safetensors")
     with pytest.raises(Mismatch, match=r"layers\.3\.up\.bias"):
         loaded(tmp_path / "part.safetensors", device)
     with pytest.raises(Mismatch), warnings.catch_warnings():
-        load_checkpoint_and_dispatch(trained(), tmp_path / "part.safetensors", run_on(MAPS["disk"], device), strict=True)
+        load_checkpoint_and_dispatch(
+            trained(), tmp_path / "part.safetensors", run_on(MAPS["disk"], device), strict=True
+        )
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "part.safetensors"]
 
 
 # Models.
 
 
-def test_closing_gives_everything_back_and_the_model_still_runs(load: Load, expected: torch.Tensor) -> None:
+def test_closing_gives_everything_back_and_the_model_still_runs(
+    load: Load, expected: torch.Tensor
+) -> None:
     model = load()
     model(IDS)
     streams = {each.stream for _, _, _, each in attachments(model) if isinstance(each, Pager)}
@@ -170,7 +208,10 @@ def test_closing_gives_everything_back_and_the_model_still_runs(load: Load, expe
     twin = copy.deepcopy(model)
     close(model)
     assert sum(stream.nbytes for stream in streams) == 0
-    assert {type(each) for _, _, _, each in attachments(model)} | {Mover} == {Mover, RoundTrip}  # inputs still come there
+    assert {type(each) for _, _, _, each in attachments(model)} | {Mover} == {
+        Mover,
+        RoundTrip,
+    }  # inputs still come there
     assert torch.equal(model(IDS), expected)
     assert torch.equal(twin(IDS), expected)
     close(model)
@@ -179,7 +220,9 @@ def test_closing_gives_everything_back_and_the_model_still_runs(load: Load, expe
 def test_threads_of_reading_end_with_the_model(load: Load) -> None:
     seen: set[threading.Thread] = set()
     model, before = load(), set(threading.enumerate())  # of which some may be about to end
-    model.before = lambda number: seen.update(threading.enumerate())  # as they may when there is nothing to read for a while
+    model.before = lambda number: seen.update(
+        threading.enumerate()
+    )  # as they may when there is nothing to read for a while
     model(IDS)
     started = {thread for thread in seen - before if thread.name.startswith("shardkit-stream")}
     assert started
@@ -194,7 +237,9 @@ Offload = Callable[[Toy, str | None, Path], Toy]
 OFFLOADS: dict[str, Offload] = {
     "cpu": lambda model, device, folder: cpu_offload(model, device),
     "disk": lambda model, device, folder: disk_offload(model, folder, device),
-    "dispatch": lambda model, device, folder: dispatch_model(model, run_on(MAPS["half"], device or "cpu"), offload_dir=folder),
+    "dispatch": lambda model, device, folder: dispatch_model(
+        model, run_on(MAPS["half"], device or "cpu"), offload_dir=folder
+    ),
 }
 
 
@@ -210,7 +255,10 @@ def test_what_was_in_memory_is_there_again_when_hooks_are_removed(
     assert not list(attachments(model))
     assert {model.get_parameter(name).device.type for name in layers} <= {"cpu"}
     assert all(weight.requires_grad for weight in model.parameters())
-    assert all(torch.equal(tensor.cpu(), same.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor.cpu(), same.state_dict()[name])
+        for name, tensor in model.state_dict().items()
+    )
     assert torch.equal(logits(model.to(device)), expected)
 
 

@@ -1,4 +1,6 @@
-"""Models of Transformers over CPU and disk: logits and generated tokens are those of the resident model, bit for bit."""
+"""Models of Transformers over CPU and disk: logits and generated tokens are those of the resident
+model, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DEVICE_MAPS: dict[str, Callable[[nn.Module], dict[str, str]]] = {
 
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_logits_and_tokens_are_those_of_the_resident_model(kind: str, device_map: str, tmp_path: Path) -> None:
+def test_logits_and_tokens_are_those_of_the_resident_model(
+    kind: str, device_map: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     resident = MODELS[kind]().eval()
     torch.save(resident.state_dict(), tmp_path / "model.bin")
@@ -31,7 +35,9 @@ def test_logits_and_tokens_are_those_of_the_resident_model(kind: str, device_map
         model = MODELS[kind]().eval()
     chosen = DEVICE_MAPS[device_map](model)
     load_checkpoint_and_dispatch(model, tmp_path / "model.bin", chosen, ring=2)
-    assert any(isinstance(weight, Streamed) for weight in model.parameters()) == ("disk" in chosen.values())
+    assert any(isinstance(weight, Streamed) for weight in model.parameters()) == (
+        "disk" in chosen.values()
+    )
     for _ in range(2):
         assert torch.equal(logits(model), logits(resident))
     twin = copy.deepcopy(model)

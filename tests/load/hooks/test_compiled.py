@@ -1,4 +1,6 @@
-"""Models that stream and are compiled, by the compiler that torch takes by itself and by one that any device has."""
+"""Models that stream and are compiled, by the compiler that torch takes by itself and by one that
+any device has.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_computes_what_the_resident_one_does(backend: str, device: str, tmp_path: Path) -> None:
+def test_a_compiled_model_computes_what_the_resident_one_does(
+    backend: str, device: str, tmp_path: Path
+) -> None:
     model, same = loaded(saved(trained(), tmp_path), device, ring=2), resident_on(device)
     model.order = same.order = [0, 1]
     compiled = torch.compile(model, backend=backend)

@@ -1,4 +1,6 @@
-"""Inputs and outputs go where they are needed; what need not move is left alone. The meta device stands for an accelerator."""
+"""Inputs and outputs go where they are needed; what need not move is left alone. The meta device
+stands for an accelerator.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_a_key_that_is_skipped_stays() -> None:
 
 
 def test_outputs_of_model_libraries_keep_their_type() -> None:
-    outputs = pytest.importorskip("transformers").modeling_outputs.BaseModelOutput(last_hidden_state=torch.ones(1))
+    outputs = pytest.importorskip("transformers").modeling_outputs.BaseModelOutput(
+        last_hidden_state=torch.ones(1)
+    )
     there = moved(outputs, META)
     assert type(there) is type(outputs)
     assert there.last_hidden_state.is_meta
@@ -68,7 +72,9 @@ def test_the_first_tensor_is_found_in_any_depth() -> None:
 
 
 class Doubling(nn.Module):
-    def forward(self, x: torch.Tensor, *, past: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, *, past: list[torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         assert x.is_meta
         assert past is None or not past[0].is_meta
         if len(x) == 3:
@@ -94,6 +100,8 @@ def test_a_model_gives_its_output_where_its_input_was() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_is_compiled_by_torch_jit_takes_no_hooks_and_is_passed_over() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    model = nn.Sequential(
+        nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    )
     attach_movers(model, lambda _: META, META)
     assert [bool(module._forward_pre_hooks) for module in model] == [True, False]

@@ -1,4 +1,6 @@
-"""Gradients and weights that stream: torch takes the path that it takes in memory, and what is not trained is never silent."""
+"""Gradients and weights that stream: torch takes the path that it takes in memory, and what is not
+trained is never silent.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def resident() -> nn.Sequential:
 
 def dispatched(model: nn.Module, folder: Path, device_map: dict[str, str]) -> nn.Module:
     torch.save(model.state_dict(), folder / "model.pt")
-    return load_checkpoint_and_dispatch(copy.deepcopy(model), folder / "model.pt", device_map, ring=2)
+    return load_checkpoint_and_dispatch(
+        copy.deepcopy(model), folder / "model.pt", device_map, ring=2
+    )
 
 
 # A weight that streams is asked to train.
@@ -49,16 +53,23 @@ ASKED: dict[str, Callable[[nn.Module], object]] = {
     "a weight": lambda m: m.get_parameter("0.weight").requires_grad_(),
     "a weight, by its attribute": lambda m: _set(m.get_parameter("0.weight")),
     "a hook": lambda m: _hooked(m.get_parameter("0.weight"), "register_hook"),
-    "a hook behind": lambda m: _hooked(m.get_parameter("0.weight"), "register_post_accumulate_grad_hook"),
+    "a hook behind": lambda m: _hooked(
+        m.get_parameter("0.weight"), "register_post_accumulate_grad_hook"
+    ),
     "its gradient kept": lambda m: m.get_parameter("0.weight").retain_grad(),
 }
 
 
 @pytest.mark.parametrize("device_map", [DISK, SPLIT], ids=["disk", "split"])
 @pytest.mark.parametrize("name", ASKED)
-def test_a_weight_that_streams_refuses_to_be_trained(name: str, device_map: dict[str, str], tmp_path: Path) -> None:
+def test_a_weight_that_streams_refuses_to_be_trained(
+    name: str, device_map: dict[str, str], tmp_path: Path
+) -> None:
     model = dispatched(resident(), tmp_path, device_map)
-    with pytest.raises(NotTrained, match=r"'0\.weight' streams, and (cannot be trained|no gradient of it is computed)") as caught:
+    with pytest.raises(
+        NotTrained,
+        match=r"'0\.weight' streams, and (cannot be trained|no gradient of it is computed)",
+    ) as caught:
         ASKED[name](model)
     assert isinstance(caught.value, LoadError)
     assert "adapter" in str(caught.value.hint)
@@ -85,13 +96,17 @@ def test_a_gradient_that_is_given_trains_the_weight(tmp_path: Path) -> None:
         assert torch.equal(model(X), same(X))
 
 
-def test_an_optimizer_takes_weights_that_stream_and_trains_those_that_have_gradients(tmp_path: Path) -> None:
+def test_an_optimizer_takes_weights_that_stream_and_trains_those_that_have_gradients(
+    tmp_path: Path,
+) -> None:
     model, same = dispatched(resident(), tmp_path, SPLIT), resident()
     for each in (model, same):
         for number in "012":
             each.get_submodule(number).requires_grad_(False)
         optimizer = torch.optim.AdamW(each.get_submodule("4").parameters(), lr=0.1)
-        optimizer.add_param_group({"params": [p for name, p in each.named_parameters() if not name.startswith("4")]})
+        optimizer.add_param_group(
+            {"params": [p for name, p in each.named_parameters() if not name.startswith("4")]}
+        )
         for _ in range(3):
             torch.autograd.backward(each(X).square().sum())
             optimizer.step()
@@ -101,7 +116,10 @@ def test_an_optimizer_takes_weights_that_stream_and_trains_those_that_have_gradi
 
 
 def test_a_weight_that_was_written_can_be_trained(tmp_path: Path) -> None:
-    model, same = dispatched(resident(), tmp_path, DISK).requires_grad_(False), resident().requires_grad_(False)
+    model, same = (
+        dispatched(resident(), tmp_path, DISK).requires_grad_(False),
+        resident().requires_grad_(False),
+    )
     for each in (model, same):
         last = each.get_submodule("4")
         with torch.no_grad():
@@ -118,7 +136,10 @@ def test_a_weight_that_was_written_can_be_trained(tmp_path: Path) -> None:
 
 
 def test_a_parameter_of_a_weight_that_streams_trains_it_as_in_memory(tmp_path: Path) -> None:
-    model, same = dispatched(resident(), tmp_path, DISK).requires_grad_(False), resident().requires_grad_(False)
+    model, same = (
+        dispatched(resident(), tmp_path, DISK).requires_grad_(False),
+        resident().requires_grad_(False),
+    )
     for each in (model, same):
         streamed = each.get_parameter("4.weight")
         layer = each.get_submodule("4")
@@ -134,7 +155,10 @@ def test_a_parameter_of_a_weight_that_streams_trains_it_as_in_memory(tmp_path: P
 
 
 def test_a_deep_copy_of_a_module_can_be_trained(tmp_path: Path) -> None:
-    model, same = dispatched(resident(), tmp_path, DISK).requires_grad_(False), resident().requires_grad_(False)
+    model, same = (
+        dispatched(resident(), tmp_path, DISK).requires_grad_(False),
+        resident().requires_grad_(False),
+    )
     heads = []
     for each in (model, same):
         head = copy.deepcopy(each.get_submodule("4")).requires_grad_(True)
@@ -160,7 +184,9 @@ def losses(model: nn.Module) -> None:
 
 def test_a_loop_over_all_weights_warns_once_of_those_that_are_not_trained(tmp_path: Path) -> None:
     model = dispatched(resident(), tmp_path, SPLIT).train()
-    sentence = r"^'0\.weight' and 5 more weights stream and are not trained: .*requires_grad_\(False\)"
+    sentence = (
+        r"^'0\.weight' and 5 more weights stream and are not trained: .*requires_grad_\(False\)"
+    )
     with pytest.warns(UserWarning, match=sentence) as told:
         losses(model)
     assert len(told) == 1
@@ -168,7 +194,9 @@ def test_a_loop_over_all_weights_warns_once_of_those_that_are_not_trained(tmp_pa
     losses(model)  # where a second warning would be an error
 
 
-def test_no_warning_where_weights_that_stream_are_frozen_or_nothing_is_trained(tmp_path: Path) -> None:
+def test_no_warning_where_weights_that_stream_are_frozen_or_nothing_is_trained(
+    tmp_path: Path,
+) -> None:
     model = dispatched(resident(), tmp_path, SPLIT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -183,16 +211,23 @@ def test_no_warning_where_weights_that_stream_are_frozen_or_nothing_is_trained(t
 
 
 @pytest.mark.parametrize("device_map", [DISK, SPLIT], ids=["disk", "split"])
-def test_a_backward_through_blocks_that_are_gone_names_them(device_map: dict[str, str], tmp_path: Path) -> None:
+def test_a_backward_through_blocks_that_are_gone_names_them(
+    device_map: dict[str, str], tmp_path: Path
+) -> None:
     model, x = dispatched(resident(), tmp_path, device_map), X.clone().requires_grad_()
-    sentence = r"backward needs '\d\.weight': they stream|backward needs '\d\.weight' and \d more: they stream"
+    sentence = (
+        r"backward needs '\d\.weight': they stream|backward needs '\d\.weight' and \d "
+        r"more: they stream"
+    )
     with pytest.raises(NotTrained, match=sentence):
         torch.autograd.backward(model(x).sum())
     with torch.no_grad():
         assert torch.equal(model(X), resident()(X))
 
 
-def test_a_backward_whose_blocks_are_still_there_or_run_again_gives_the_gradients(tmp_path: Path) -> None:
+def test_a_backward_whose_blocks_are_still_there_or_run_again_gives_the_gradients(
+    tmp_path: Path,
+) -> None:
     model, same = dispatched(resident(), tmp_path, DISK), resident()
     gradients = []
     for each in (model, same):
@@ -211,7 +246,9 @@ def test_a_backward_whose_blocks_are_still_there_or_run_again_gives_the_gradient
 
 
 class Adapted(nn.Module):
-    """A block whose own weights no backward needs: it trains only what is added to their product with a constant."""
+    """A block whose own weights no backward needs: it trains only what is added to their product
+    with a constant.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +263,11 @@ class Adapted(nn.Module):
 def test_a_backward_that_needs_no_weights_of_a_block_is_not_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     same = nn.Sequential(*(Adapted() for _ in range(5))).eval()
-    maps = {f"{number}.{part}": where for number in range(5) for part, where in (("base", "disk"), ("added", "cpu"))}
+    maps = {
+        f"{number}.{part}": where
+        for number in range(5)
+        for part, where in (("base", "disk"), ("added", "cpu"))
+    }
     model = dispatched(same, tmp_path, maps)
     for each in (model, same):
         for number in range(5):
@@ -257,7 +298,9 @@ def attended(model: nn.Module) -> torch.Tensor:
     torch.manual_seed(1)
     x = torch.randn(2, 5, 16)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    found: torch.Tensor = model.get_submodule("0")(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    found: torch.Tensor = model.get_submodule("0")(
+        x, x, x, key_padding_mask=mask, need_weights=False
+    )[0]
     return found
 
 
@@ -275,8 +318,14 @@ def decoded(model: nn.Module) -> torch.Tensor:
 
 PATHS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Tensor]]] = {
     "encoder": (encoder, masked),
-    "encoder layer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)), masked),
-    "decoder": (lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 2), decoded),
+    "encoder layer": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)),
+        masked,
+    ),
+    "decoder": (
+        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32, batch_first=True), 2),
+        decoded,
+    ),
     "attention": (lambda: nn.Sequential(nn.MultiheadAttention(16, 4, batch_first=True)), attended),
     "lstm": (lambda: nn.Sequential(nn.LSTM(16, 8, num_layers=2, bidirectional=True)), ran),
     "lstm, projected": (lambda: nn.Sequential(nn.LSTM(16, 8, proj_size=4)), ran),
@@ -288,7 +337,9 @@ PATHS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Tens
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
 @pytest.mark.parametrize("frozen", [False, True], ids=["learned", "frozen"])
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", PATHS)
 def test_torch_takes_the_path_that_it_takes_in_memory(
     name: str, mode: Callable[[], torch.no_grad], frozen: bool, tmp_path: Path
@@ -301,10 +352,12 @@ def test_torch_takes_the_path_that_it_takes_in_memory(
         expected = run(same)
         for _ in range(2):
             found = run(model)
-            # Sums may be in another order where C++ looks at the flag while gradients are on, or for a fused kernel, which torch
-            # does not use for a layer that has hooks.
+            # Sums may be in another order where C++ looks at the flag while gradients are on, or
+            # for a fused kernel, which torch does not use for a layer that has hooks.
             near = expected.requires_grad or name == "encoder layer"
-            assert torch.equal(found, expected) or (near and torch.allclose(found, expected, rtol=0, atol=2e-6))
+            assert torch.equal(found, expected) or (
+                near and torch.allclose(found, expected, rtol=0, atol=2e-6)
+            )
     assert not any(each.requires_grad for each in model.parameters())
 
 

@@ -1,4 +1,6 @@
-"""What is loaded into a model that streams is loaded whole or not at all; a file that changed while it is in use is an error."""
+"""What is loaded into a model that streams is loaded whole or not at all; a file that changed while
+it is in use is an error.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,38 @@ def model(tmp_path: Path) -> Toy:
 def other() -> dict[str, torch.Tensor]:
     """The weights of another model of the kind."""
     torch.manual_seed(5)
-    made = {name: torch.rand_like(each) if each.is_floating_point() else each for name, each in Toy().state_dict().items()}
+    made = {
+        name: torch.rand_like(each) if each.is_floating_point() else each
+        for name, each in Toy().state_dict().items()
+    }
     return made | {"head.weight": made["embed.weight"]}  # which is tied
 
 
 def inside(part: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What *state* has of *part*, by the names that it has there."""
     prefix = f"{part}." if part else ""
-    return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)
+    }
 
 
 def state_of(module: nn.Module) -> dict[str, bytes]:
-    return {name: values(each.read() if isinstance(each, Paged) else each) for name, each in module.state_dict().items()}
+    return {
+        name: values(each.read() if isinstance(each, Paged) else each)
+        for name, each in module.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("part", ["", "layers", "layers.1", "layers.3.up"])
-def test_what_would_be_copied_into_streamed_weights_is_refused_and_changes_nothing(part: str, strict: bool, model: Toy) -> None:
+def test_what_would_be_copied_into_streamed_weights_is_refused_and_changes_nothing(
+    part: str, strict: bool, model: Toy
+) -> None:
     module, before = model.get_submodule(part), state_of(model)
     given = inside(part, other())
-    with pytest.raises(LoadError, match=r"load_state_dict would copy into .*, which stream") as refused:
+    with pytest.raises(
+        LoadError, match=r"load_state_dict would copy into .*, which stream"
+    ) as refused:
         module.load_state_dict(given, strict=strict)
     assert "assign=True" in (refused.value.hint or "")
     assert state_of(model) == before
@@ -64,12 +78,17 @@ def test_a_copy_refuses_it_too(model: Toy) -> None:
 
 
 @pytest.mark.parametrize("part", ["", "layers.1"])
-def test_with_assign_the_given_weights_take_the_place_of_those_that_stream(part: str, model: Toy) -> None:
+def test_with_assign_the_given_weights_take_the_place_of_those_that_stream(
+    part: str, model: Toy
+) -> None:
     same = copy.deepcopy(trained())
     given = inside(part, other())
     for each in (model, same):
         each.get_submodule(part).load_state_dict(given, assign=True)
-    assert streamed(model) == ({name for name in same.state_dict() if name.startswith("layers.3") and part} & streamed(model))
+    assert streamed(model) == (
+        {name for name in same.state_dict() if name.startswith("layers.3") and part}
+        & streamed(model)
+    )
     assert torch.equal(logits(model), logits(same))
     assert state_of(model) == state_of(same)
 
@@ -102,7 +121,9 @@ def stored(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_torch_save_over_the_file_that_streams_is_an_error_that_names_the_file(suffix: str, tmp_path: Path) -> None:
+def test_torch_save_over_the_file_that_streams_is_an_error_that_names_the_file(
+    suffix: str, tmp_path: Path
+) -> None:
     path = stored(tmp_path, suffix)
     model = loaded(path, "cpu", MAP)
     with pytest.raises(LoadError, match=rf"model{suffix} changed since it was opened") as refused:
@@ -127,7 +148,9 @@ READS: dict[str, Callable[[Paged], object]] = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_weight_is_not_read_from_a_file_that_changed(change: str, read: Callable[[Paged], object], tmp_path: Path) -> None:
+def test_a_weight_is_not_read_from_a_file_that_changed(
+    change: str, read: Callable[[Paged], object], tmp_path: Path
+) -> None:
     path = stored(tmp_path, ".safetensors")
     path.with_name("other").write_bytes(path.read_bytes())
     weight = tensors(path)["layers.1.up.weight"]
@@ -145,7 +168,9 @@ def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None:
         weight.read()
 
 
-def test_a_streamed_weight_is_not_read_from_another_file_between_forwards(model: Toy, tmp_path: Path) -> None:
+def test_a_streamed_weight_is_not_read_from_another_file_between_forwards(
+    model: Toy, tmp_path: Path
+) -> None:
     [path] = list(tmp_path.iterdir())
     logits(model)
     os.utime(path, ns=(1, 1))

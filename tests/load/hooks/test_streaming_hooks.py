@@ -1,4 +1,6 @@
-"""Hooks that page blocks in and out: nested, recursive, interrupted, in threads, and on a device whose copies come late."""
+"""Hooks that page blocks in and out: nested, recursive, interrupted, in threads, and on a device
+whose copies come late.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +195,12 @@ def test_a_close_in_the_middle_of_a_forward_lets_it_end_and_leaves_no_thread(fil
     model[3].register_forward_pre_hook(lambda *_: close(model))
     assert torch.equal(model(X), expected)
     assert away(model)
-    assert not {thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")} - before
+    assert (
+        not {
+            thread for thread in threading.enumerate() if thread.name.startswith("shardkit-stream")
+        }
+        - before
+    )
 
 
 def test_what_was_dispatched_is_freed_when_nobody_has_it(file: Path) -> None:
@@ -215,7 +222,9 @@ def test_a_hook_is_hidden_from_the_compiler_only_once_it_is_there() -> None:
     assert "torch._dynamo" in sys.modules
 
 
-def test_a_model_is_right_on_a_device_whose_copies_come_late(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_right_on_a_device_whose_copies_come_late(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lane = LateLane()
     monkeypatch.setattr(attach, "lane_to", lambda device: lane)
     model, same = streaming(file), nn.Sequential(*blocks())

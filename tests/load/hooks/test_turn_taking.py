@@ -1,4 +1,6 @@
-"""Whole models that take turns on a device. The meta device, which is easily told from the CPU, cannot come back from it."""
+"""Whole models that take turns on a device. The meta device, which is easily told from the CPU,
+cannot come back from it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
-def test_where_torch_is_made_for_a_device_that_is_not_there_the_cpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_is_made_for_a_device_that_is_not_there_the_cpu_runs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     model, _ = cpu_offload_with_hook(nn.Linear(2, 2))
     assert model(torch.ones(1, 2)).device.type == "cpu"

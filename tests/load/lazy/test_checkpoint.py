@@ -1,4 +1,6 @@
-"""`shardkit.load.tensors` is a torch.load, but safe and lazy: it gives the same, and reads nothing before it is used."""
+"""`shardkit.load.tensors` is a torch.load, but safe and lazy: it gives the same, and reads nothing
+before it is used.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,20 @@ def described(found: Mapping[str, torch.Tensor]) -> list[dict[str, object]]:
         {
             "name": name,
             "dtype": paged.stored.code,
-            "shape": [*paged.shape[:-1], paged.shape[-1] * paged.stored.packed] if paged.ndim else [],
+            "shape": [*paged.shape[:-1], paged.shape[-1] * paged.stored.packed]
+            if paged.ndim
+            else [],
             "sha256": hashlib.sha256(values(paged.read())).hexdigest(),
         }
         for name, paged in items
     ]
 
 
-WHOLE = [name for name, holds in MANIFEST.items() if name != "zip-others.pt" and len({t["name"] for t in holds["tensors"]}) > 0]
+WHOLE = [
+    name
+    for name, holds in MANIFEST.items()
+    if name != "zip-others.pt" and len({t["name"] for t in holds["tensors"]}) > 0
+]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -97,7 +105,10 @@ def test_the_root_may_be_chosen(tmp_path: Path) -> None:
 
 def test_ties_are_one_object(tmp_path: Path) -> None:
     weight = torch.ones(4, 2)
-    torch.save({"a": weight, "b": weight, "c": weight[:2], "d": weight.t(), "e": weight.clone()}, tmp_path / "tied.pt")
+    torch.save(
+        {"a": weight, "b": weight, "c": weight[:2], "d": weight.t(), "e": weight.clone()},
+        tmp_path / "tied.pt",
+    )
     found = tensors(tmp_path / "tied.pt")
     assert found["a"] is found["b"]
     assert len({id(found[name]) for name in "acde"}) == 4
@@ -153,7 +164,9 @@ def test_a_slice_is_the_address_of_its_own_bytes(tmp_path: Path) -> None:
 
 
 def model() -> nn.Module:
-    tied = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 11, bias=False))
+    tied = nn.Sequential(
+        nn.Embedding(11, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 11, bias=False)
+    )
     tied[3].weight = tied[0].weight
     return tied.eval()
 
@@ -163,13 +176,18 @@ def model() -> nn.Module:
 def test_a_module_takes_it_as_its_state(suffix: str, assign: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source, target = model(), model()
-    source.load_state_dict({name: torch.rand(t.shape).to(t.dtype) for name, t in source.state_dict().items()})
+    source.load_state_dict(
+        {name: torch.rand(t.shape).to(t.dtype) for name, t in source.state_dict().items()}
+    )
     path = tmp_path / f"model.{suffix}"
     if suffix == "safetensors":
         save_file({name: t.clone() for name, t in source.state_dict().items()}, path)
     else:
         torch.save(source.state_dict(), path, _use_new_zipfile_serialization=suffix == "pt")
-    assert str(target.load_state_dict(tensors(path), assign=assign)) == "<All keys matched successfully>"
+    assert (
+        str(target.load_state_dict(tensors(path), assign=assign))
+        == "<All keys matched successfully>"
+    )
     kinds = {type(each) for each in target.state_dict().values()}
     assert kinds == ({Paged} if assign else {torch.Tensor})
     ids = torch.arange(11)
@@ -197,7 +215,9 @@ def test_large_weights_are_read_once_into_their_place(tmp_path: Path) -> None:
     module.weight.data.zero_()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     module.load_state_dict(tensors(tmp_path / "large.safetensors"))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (
+        1 if sys.platform == "darwin" else 1024
+    )
     assert grown < 64 << 20, f"{grown:,} bytes beside the 128 MB of the weight"
     assert bool((module.weight == 1).all())
 
@@ -206,7 +226,10 @@ def test_threads_get_the_same_objects(tmp_path: Path) -> None:
     torch.save({str(i): torch.ones(2) * i for i in range(500)}, tmp_path / "many.pt")
     found = tensors(tmp_path / "many.pt")
     seen: list[dict[str, int]] = []
-    threads = [threading.Thread(target=lambda: seen.append({name: id(found[name]) for name in found})) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: seen.append({name: id(found[name]) for name in found}))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,6 @@
-"""A Paged is its tensor: the same shapes, strides and values, whatever is done with it, and no byte read before it is used."""
+"""A Paged is its tensor: the same shapes, strides and values, whatever is done with it, and no byte
+read before it is used.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ RECORDED: dict[str, Callable[[torch.Tensor], object]] = {
     "cat inside": lambda t: torch.cat([t, t], dim=1),
     "cat of windows": lambda t: torch.cat([t[:, :1], t[:, 3:]], dim=1),
     "cat of turned": lambda t: torch.cat([t.transpose(0, 1), t.transpose(0, 1)], dim=-1),
-    "cat of channels last": lambda t: torch.cat([t[None].contiguous(memory_format=torch.channels_last)] * 2, 1),
+    "cat of channels last": lambda t: torch.cat(
+        [t[None].contiguous(memory_format=torch.channels_last)] * 2, 1
+    ),
     "cat with nothing": lambda t: torch.cat([t, t[:0]]),
     "hstack": lambda t: torch.hstack([t, t]),
     "transpose": lambda t: t.transpose(0, 2),
@@ -161,11 +165,15 @@ RECORDED: dict[str, Callable[[torch.Tensor], object]] = {
     "data": lambda t: t.data,
     "pad by nothing": lambda t: F.pad(t, (0, 0)),
     "rotary order": lambda t: t.view(3, 2, 2, 6).transpose(1, 2).reshape(3, 4, 6),
-    "a window of a window, turned and cast": lambda t: t[1:, ::2].permute(2, 1, 0)[1:4].to(torch.bfloat16)[:, 1].contiguous(),
+    "a window of a window, turned and cast": lambda t: (
+        t[1:, ::2].permute(2, 1, 0)[1:4].to(torch.bfloat16)[:, 1].contiguous()
+    ),
 }
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_only_moves_elements_is_recorded(name: str, mode: Callable[[], torch.no_grad]) -> None:
     weight = random((3, 4, 6))
@@ -183,7 +191,9 @@ COPIED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "clone": lambda t: t.clone(),
     "clone by torch": torch.clone,
     "clone of turned": lambda t: t.transpose(0, 1).clone(),
-    "clone made contiguous": lambda t: t.transpose(0, 1).clone(memory_format=torch.contiguous_format),
+    "clone made contiguous": lambda t: t.transpose(0, 1).clone(
+        memory_format=torch.contiguous_format
+    ),
     "clone of a cast": lambda t: t.half().clone(),
     "clone of joined windows": lambda t: torch.cat([t[:, :1], t[:, 3:]], dim=1).clone(),
     "clone of data": lambda t: t.data.clone(),
@@ -203,22 +213,34 @@ COPIED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", COPIED)
-def test_a_copy_is_an_ordinary_tensor_that_can_be_written(name: str, mode: Callable[[], torch.no_grad]) -> None:
+def test_a_copy_is_an_ordinary_tensor_that_can_be_written(
+    name: str, mode: Callable[[], torch.no_grad]
+) -> None:
     weight = random((3, 4, 6))
     with mode():
         lazy = address(weight)
         found, expected = COPIED[name](lazy), COPIED[name](weight)
     assert type(found) is torch.Tensor
-    assert (found.dtype, found.device, found.stride()) == (expected.dtype, expected.device, expected.stride())
+    assert (found.dtype, found.device, found.stride()) == (
+        expected.dtype,
+        expected.device,
+        expected.stride(),
+    )
     assert raw(found) == raw(expected)
     found.zero_()
     assert torch.equal(lazy, weight)
 
 
 def test_a_gradient_flows_through_a_copy() -> None:
-    for make in (torch.clone, lambda t: t.to(torch.float64, copy=True), lambda t: t.clone(memory_format=torch.contiguous_format)):
+    for make in (
+        torch.clone,
+        lambda t: t.to(torch.float64, copy=True),
+        lambda t: t.clone(memory_format=torch.contiguous_format),
+    ):
         parameter = nn.Parameter(address(random((4, 6))))
         torch.autograd.backward(make(parameter).sum())
         assert parameter.grad is not None
@@ -243,7 +265,9 @@ STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 7), st.integers(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(STEP, max_size=6))
-def test_any_row_of_steps_gives_what_torch_gives_and_reads_nothing(steps: list[tuple[str, int, int]]) -> None:
+def test_any_row_of_steps_gives_what_torch_gives_and_reads_nothing(
+    steps: list[tuple[str, int, int]],
+) -> None:
     weight = random((2, 3, 4))
     tensors = [weight, address(weight), poisoned(weight)]
     for name, a, b in steps:
@@ -292,9 +316,13 @@ COMPUTED: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", COMPUTED)
-def test_what_computes_reads_and_gives_what_the_tensor_gives(name: str, mode: Callable[[], torch.no_grad]) -> None:
+def test_what_computes_reads_and_gives_what_the_tensor_gives(
+    name: str, mode: Callable[[], torch.no_grad]
+) -> None:
     weight = random((4, 6))
     with mode():
         found, expected = COMPUTED[name](address(weight)), COMPUTED[name](weight)
@@ -317,9 +345,13 @@ COMPLEX: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", COMPLEX)
-def test_complex_weights_are_conjugated_and_taken_apart(name: str, mode: Callable[[], torch.no_grad]) -> None:
+def test_complex_weights_are_conjugated_and_taken_apart(
+    name: str, mode: Callable[[], torch.no_grad]
+) -> None:
     weight = torch.complex(random((3, 4)), random((3, 4)).flip(0))
     with mode():
         found, expected = COMPLEX[name](address(weight)), COMPLEX[name](weight)
@@ -377,29 +409,61 @@ def test_a_slice_reads_only_what_it_needs() -> None:
 
 QUESTIONS: dict[str, Callable[[torch.Tensor], object]] = {
     "shape": lambda t: (t.shape, t.size(0), t.numel(), t.ndim, t.nbytes, t.element_size(), len(t)),
-    "strides": lambda t: (t.stride(), t.storage_offset(), t.is_contiguous(), t.is_contiguous(memory_format=torch.channels_last)),
-    "type": lambda t: (t.dtype, t.device, t.layout, t.is_floating_point(), t.is_complex(), t.is_signed(), t.is_cuda, t.is_meta),
+    "strides": lambda t: (
+        t.stride(),
+        t.storage_offset(),
+        t.is_contiguous(),
+        t.is_contiguous(memory_format=torch.channels_last),
+    ),
+    "type": lambda t: (
+        t.dtype,
+        t.device,
+        t.layout,
+        t.is_floating_point(),
+        t.is_complex(),
+        t.is_signed(),
+        t.is_cuda,
+        t.is_meta,
+    ),
     "gradient": lambda t: (t.requires_grad, t.is_leaf, t.grad, t.grad_fn),
     "bits": lambda t: (t.is_conj(), t.is_neg(), t.is_sparse, t.is_quantized, t.is_pinned()),
-    "like": lambda t: (torch.empty_like(t).stride(), torch.zeros_like(t).sum(), torch.ones_like(t, dtype=torch.int8).dtype),
+    "like": lambda t: (
+        torch.empty_like(t).stride(),
+        torch.zeros_like(t).sum(),
+        torch.ones_like(t, dtype=torch.int8).dtype,
+    ),
     "like, elsewhere": lambda t: torch.empty_like(t, device="meta").device,
-    "new": lambda t: (t.new_zeros(3).dtype, t.new_empty(2, device="meta").device, t.new_full((2,), 5).sum()),
+    "new": lambda t: (
+        t.new_zeros(3).dtype,
+        t.new_empty(2, device="meta").device,
+        t.new_full((2,), 5).sum(),
+    ),
     "random like": lambda t: (torch.rand_like(t).shape, torch.randn_like(t).dtype),
     "meta": lambda t: (t.to("meta").device, t.to("meta").shape, type(t.to("meta"))),
     "compatible": lambda t: torch._has_compatible_shallow_copy_type(t, t),
 }
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_questions_are_answered_without_reading(name: str, mode: Callable[[], torch.no_grad]) -> None:
+def test_questions_are_answered_without_reading(
+    name: str, mode: Callable[[], torch.no_grad]
+) -> None:
     with mode():
         assert QUESTIONS[name](poisoned(random((2, 3)))) == QUESTIONS[name](random((2, 3)).clone())
 
 
 def test_printing_and_comparing_identity_read_nothing(tmp_path: Path) -> None:
-    paged = Paged.of(TensorEntry(("w",), BY_CODE["BF16"], (4, 2), Extent(tmp_path / "w.bin", 0, 16)))
-    assert repr(paged) == f"{paged}" == f"Paged(torch.bfloat16, [4, 2], device='cpu', 16 B of {tmp_path / 'w.bin'}, not read)"
+    paged = Paged.of(
+        TensorEntry(("w",), BY_CODE["BF16"], (4, 2), Extent(tmp_path / "w.bin", 0, 16))
+    )
+    assert (
+        repr(paged)
+        == f"{paged}"
+        == f"Paged(torch.bfloat16, [4, 2], device='cpu', 16 B of {tmp_path / 'w.bin'}, not read)"
+    )
     assert "Literal" not in repr(address(random((2,))))
     assert len({paged, paged}) == 1
 
@@ -426,13 +490,18 @@ def test_every_type_torch_has_comes_through(dtype: DType, shape: tuple[int, ...]
 
 
 def _word(dtype: DType) -> torch.dtype:
-    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[dtype.itemsize]
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[
+        dtype.itemsize
+    ]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "sentence"), [("F6_E2M3", (4,), "has no such type"), ("F4", (2, 3), "no whole bytes|has no such type")]
+    ("dtype", "shape", "sentence"),
+    [("F6_E2M3", (4,), "has no such type"), ("F4", (2, 3), "no whole bytes|has no such type")],
 )
-def test_what_torch_has_no_tensor_for_is_refused(dtype: str, shape: tuple[int, ...], sentence: str) -> None:
+def test_what_torch_has_no_tensor_for_is_refused(
+    dtype: str, shape: tuple[int, ...], sentence: str
+) -> None:
     with pytest.raises(LoadError, match=sentence):
         Paged.of(TensorEntry(("w",), BY_CODE[dtype], shape, Poisoned(BY_CODE[dtype].nbytes(shape))))
 
@@ -487,12 +556,19 @@ print(grown - value.nbytes)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units, or not at all")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="peak memory is told in other units, or not at all"
+)
 @pytest.mark.parametrize("way", ["plain", "cast", "turned", "joined"])
 def test_reading_needs_little_beside_the_tensor(way: str, tmp_path: Path) -> None:
     with open(tmp_path / "w", "wb") as file:
         file.truncate(96 << 20)
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "w", way], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "w", way],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) < 64 << 20
 
 
@@ -504,7 +580,9 @@ def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
         paged.sum()
 
 
-def test_what_is_copied_from_it_goes_straight_into_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_copied_from_it_goes_straight_into_the_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = random((40, 50))
     for target in (torch.empty(40, 50), torch.empty(40, 50, dtype=torch.bfloat16)):
         paged = address(weight)
@@ -550,7 +628,9 @@ def test_a_paged_cannot_be_written(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
-@pytest.mark.parametrize("ask", [lambda t: t.storage(), lambda t: t.is_shared(), lambda t: t.share_memory_()])
+@pytest.mark.parametrize(
+    "ask", [lambda t: t.storage(), lambda t: t.is_shared(), lambda t: t.share_memory_()]
+)
 def test_memory_that_is_not_there_is_not_shared(ask: Callable[[torch.Tensor], object]) -> None:
     with pytest.raises(LoadError, match="has no memory"):
         ask(poisoned(random((2, 3))))
@@ -623,7 +703,9 @@ def test_autocast_gives_what_it_gives_for_memory(dtype: torch.dtype) -> None:
 
 def test_a_module_is_cast_without_reading() -> None:
     module = nn.Linear(6, 4)
-    module.load_state_dict({"weight": poisoned(module.weight), "bias": poisoned(module.bias)}, assign=True)
+    module.load_state_dict(
+        {"weight": poisoned(module.weight), "bias": poisoned(module.bias)}, assign=True
+    )
     module.half().to("cpu", torch.bfloat16)
     assert type(module.weight) is Paged
     assert module.weight.dtype is torch.bfloat16
@@ -642,7 +724,9 @@ def test_other_data_may_be_given_to_a_parameter() -> None:
 
 def test_copies_are_other_objects_with_the_same_recipe_and_attributes() -> None:
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4))
-    module[0].weight = module[1].weight = nn.Parameter(poisoned(random((4, 6))), requires_grad=False)
+    module[0].weight = module[1].weight = nn.Parameter(
+        poisoned(random((4, 6))), requires_grad=False
+    )
     vars(module[0].weight)["mark"] = "a library's own"
     copied = copy.deepcopy(module)
     assert copied[0].weight is copied[1].weight is not module[0].weight
@@ -662,13 +746,17 @@ def test_an_lstm_runs_from_paged_weights() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module.load_state_dict(state, assign=True)
-        assert torch.allclose(module(x)[0], expected)  # oneDNN's kernels are for memory only, and another order of sums
+        assert torch.allclose(
+            module(x)[0], expected
+        )  # oneDNN's kernels are for memory only, and another order of sums
 
 
 def test_torch_compile_leaves_it_alone() -> None:
     module, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.LayerNorm(4)), random((3, 6))
     expected = module(x)
-    module.load_state_dict({name: address(tensor) for name, tensor in module.state_dict().items()}, assign=True)
+    module.load_state_dict(
+        {name: address(tensor) for name, tensor in module.state_dict().items()}, assign=True
+    )
     compiled = torch.compile(module, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), expected)
@@ -703,7 +791,9 @@ def test_it_is_freed_when_nobody_has_it() -> None:
     gc.collect()
     before = sum(type(each) is Paged for each in gc.get_objects())
     module = nn.Linear(6, 4)
-    module.load_state_dict({"weight": address(random((4, 6))), "bias": address(random((4,)))}, assign=True)
+    module.load_state_dict(
+        {"weight": address(random((4, 6))), "bias": address(random((4,)))}, assign=True
+    )
     module(random((1, 6)))
     del module
     gc.collect()

@@ -1,4 +1,6 @@
-"""What saves tensors through pointers gets them: of lazy tensors too, without holding them, and never other bytes than theirs."""
+"""What saves tensors through pointers gets them: of lazy tensors too, without holding them, and
+never other bytes than theirs.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,16 @@ from truth import values
 
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    named = {"wide": torch.rand(3, 5, dtype=torch.float64), "half": torch.rand(6, 4).half(), "odd": torch.arange(7).byte()}
-    return named | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "flags": torch.tensor([True, False])}
+    named = {
+        "wide": torch.rand(3, 5, dtype=torch.float64),
+        "half": torch.rand(6, 4).half(),
+        "odd": torch.arange(7).byte(),
+    }
+    return named | {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+    }
 
 
 def in_bytes(named: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
@@ -70,12 +80,20 @@ def test_a_pointer_leads_to_the_values(name: str, suffix: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_safetensors_saves_lazy_tensors_as_it_saves_their_values(suffix: str, tmp_path: Path) -> None:
+def test_safetensors_saves_lazy_tensors_as_it_saves_their_values(
+    suffix: str, tmp_path: Path
+) -> None:
     lazy = tensors(stored(tmp_path, suffix))
     named = {name: lazy[name] for name in state()} | {"cast": lazy["half"].float()}
     save_file(named, tmp_path / "lazy.safetensors", metadata={"format": "pt"})
-    save_file(state() | {"cast": state()["half"].float()}, tmp_path / "same.safetensors", metadata={"format": "pt"})
-    assert (tmp_path / "lazy.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+    save_file(
+        state() | {"cast": state()["half"].float()},
+        tmp_path / "same.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert (tmp_path / "lazy.safetensors").read_bytes() == (
+        tmp_path / "same.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -87,11 +105,15 @@ def test_ties_are_found_by_their_storages(dtype: torch.dtype, tmp_path: Path) ->
     lazy.load_state_dict(tensors(tmp_path / "tied.pt"), assign=True)
     save_model(lazy.to(dtype), str(tmp_path / "lazy.safetensors"))
     save_model(tied.to(dtype), str(tmp_path / "same.safetensors"))
-    assert (tmp_path / "lazy.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+    assert (tmp_path / "lazy.safetensors").read_bytes() == (
+        tmp_path / "same.safetensors"
+    ).read_bytes()
 
 
 def test_what_is_asked_for_to_find_ties_reads_nothing() -> None:
-    lazy = Paged.of(TensorEntry(("w",), BY_CODE["U8"], (8,), Concat((Literal(b"1234"), Literal(b"5678")))))
+    lazy = Paged.of(
+        TensorEntry(("w",), BY_CODE["U8"], (8,), Concat((Literal(b"1234"), Literal(b"5678"))))
+    )
     place = lazy.untyped_storage().data_ptr()
     assert ctypes.string_at(place, 8) == bytes(8)
     assert lazy.data_ptr() == place
@@ -123,10 +145,16 @@ def open_files() -> int:
 
 
 def test_many_casts_share_few_temporary_files(tmp_path: Path) -> None:
-    save_file({f"{number}": torch.full((9,), float(number)) for number in range(200)}, tmp_path / "w.safetensors")
+    save_file(
+        {f"{number}": torch.full((9,), float(number)) for number in range(200)},
+        tmp_path / "w.safetensors",
+    )
     lazy = {name: each.double() for name, each in tensors(tmp_path / "w.safetensors").items()}
     before = open_files()
-    assert all(content(each) == values(torch.full((9,), float(name)).double()) for name, each in lazy.items())
+    assert all(
+        content(each) == values(torch.full((9,), float(name)).double())
+        for name, each in lazy.items()
+    )
     assert open_files() <= before + 3
 
 
@@ -135,10 +163,13 @@ def test_a_file_that_is_replaced_while_it_is_saved_is_read_as_it_was(tmp_path: P
     lazy = tensors(path)
     named = {name: lazy[name] for name in state()} | {"cast": lazy["half"].float()}
     for each in named.values():
-        each.untyped_storage()  # as who looks for ties among all weights, and then writes them file by file
+        # as who looks for ties among all weights, and then writes them file by file
+        each.untyped_storage()
     save_file({"other": torch.zeros(100)}, path)
     save_file(named, tmp_path / "out.safetensors")
-    assert in_bytes(load_file(tmp_path / "out.safetensors")) == in_bytes(state() | {"cast": state()["half"].float()})
+    assert in_bytes(load_file(tmp_path / "out.safetensors")) == in_bytes(
+        state() | {"cast": state()["half"].float()}
+    )
 
 
 def test_a_model_can_be_saved_over_its_own_file(tmp_path: Path) -> None:
@@ -158,7 +189,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("asked", [True, False], ids=["asked before", "not asked before"])
 @pytest.mark.parametrize("name", ["itself", "a cast"])
-def test_a_file_that_was_written_to_is_an_error_that_names_it(name: str, asked: bool, change: str, tmp_path: Path) -> None:
+def test_a_file_that_was_written_to_is_an_error_that_names_it(
+    name: str, asked: bool, change: str, tmp_path: Path
+) -> None:
     path = stored(tmp_path, ".safetensors")
     lazy = DERIVED[name](tensors(path)["half"])
     if asked:
@@ -194,12 +227,17 @@ def test_a_disk_without_room_is_a_sentence_that_says_what_to_do(tmp_path: Path) 
     code = (
         "import resource, signal, sys; from shardkit.load import tensors; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "weight = tensors(sys.argv[1])['w'].half(); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+        "weight = tensors(sys.argv[1])['w'].half(); resource.setrlimit(resource.RLIMIT_FSIZE, "
+        "(1000, 1000)); "
         "from shardkit.errors import NoRoom\n"
         "try: weight.data_ptr()\n"
         "except NoRoom as error: print(error, error.hint)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "w.safetensors")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w.safetensors")],
+        capture_output=True,
+        text=True,
+    )
     assert "cannot be written: File too large" in done.stdout, done.stderr
     assert "TMPDIR" in done.stdout
 
@@ -213,7 +251,11 @@ def test_a_child_writes_to_other_temporary_files_than_its_parent(tmp_path: Path)
     child = os.fork()
     if not child:
         zeros = lazy["b"].half()
-        os._exit(not (content(zeros) == bytes(2000) and content(first) == values(torch.ones(1000).half())))
+        os._exit(
+            not (
+                content(zeros) == bytes(2000) and content(first) == values(torch.ones(1000).half())
+            )
+        )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     second = lazy["a"].bfloat16()
     assert content(second) == values(torch.ones(1000).bfloat16())

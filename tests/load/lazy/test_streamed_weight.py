@@ -1,4 +1,6 @@
-"""A weight that streams, outside its block: what is copied from it is ordinary, and what is written to it stays written."""
+"""A weight that streams, outside its block: what is copied from it is ordinary, and what is written
+to it stays written.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ import torch
 from torch import nn
 
 from shardkit.errors import LoadError, OverBudget, ReadOnly
-from shardkit.load import close, dispatch_model, load_checkpoint_and_dispatch, remove_hooks, save, tensors
+from shardkit.load import (
+    close,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+    remove_hooks,
+    save,
+    tensors,
+)
 from shardkit.load.lazy import backing
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.streamed_weight import Streamed
@@ -30,7 +39,9 @@ def resident() -> nn.Sequential:
 
 def streaming(folder: Path, dtype: str | None = None) -> nn.Sequential:
     torch.save(resident().state_dict(), folder / "model.pt")
-    return load_checkpoint_and_dispatch(resident(), folder / "model.pt", {"": "disk"}, ring=2, dtype=dtype)
+    return load_checkpoint_and_dispatch(
+        resident(), folder / "model.pt", {"": "disk"}, ring=2, dtype=dtype
+    )
 
 
 def weight_of(model: nn.Module) -> nn.Parameter:
@@ -48,7 +59,9 @@ COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "type_as": lambda w: w.type_as(torch.empty(0, dtype=torch.float16)),
     "like another, copied": lambda w: w.to(torch.empty(0), copy=True),
     "to a type, not waiting, copied": lambda w: w.to(torch.float32, True, True),
-    "to a device and a type, copied": lambda w: w.to("cpu", torch.float64, non_blocking=True, copy=True),
+    "to a device and a type, copied": lambda w: w.to(
+        "cpu", torch.float64, non_blocking=True, copy=True
+    ),
     "to an order, copied": lambda w: w[None, None].to(copy=True, memory_format=torch.channels_last),
     "cat": lambda w: torch.cat([w, w]),
     "stack": lambda w: torch.stack([w, w]),
@@ -71,15 +84,22 @@ TAKES: dict[str, Callable[[nn.Parameter], torch.Tensor]] = {
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 @pytest.mark.parametrize("taken", TAKES)
 @pytest.mark.parametrize("name", COPIES)
 def test_whatever_torch_calls_a_copy_can_be_written(
-    name: str, taken: str, mode: Callable[[], contextlib.AbstractContextManager[None]], tmp_path: Path
+    name: str,
+    taken: str,
+    mode: Callable[[], contextlib.AbstractContextManager[None]],
+    tmp_path: Path,
 ) -> None:
     model = streaming(tmp_path)
     with mode():
-        found, expected = (COPIES[name](TAKES[taken](weight_of(each))) for each in (model, resident()))
+        found, expected = (
+            COPIES[name](TAKES[taken](weight_of(each))) for each in (model, resident())
+        )
     assert isinstance(found, Paged) == is_address(found) == (name in LAZY)
     assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
     assert torch.equal(found, expected)
@@ -96,7 +116,10 @@ def test_a_deep_copy_of_a_weight_is_what_it_is_in_memory(tmp_path: Path) -> None
     found = copy.deepcopy(weight_of(model))
     assert type(found) is nn.Parameter
     assert found.requires_grad
-    for container in (copy.deepcopy(dict(model.named_parameters())), copy.deepcopy(model.state_dict())):
+    for container in (
+        copy.deepcopy(dict(model.named_parameters())),
+        copy.deepcopy(model.state_dict()),
+    ):
         assert not any(isinstance(each, Paged) for each in container.values())
         assert torch.equal(container["2.weight"], weight_of(resident()))
 
@@ -124,7 +147,9 @@ def test_a_clone_may_be_the_data_of_another_weight(tmp_path: Path) -> None:
     assert torch.equal(layer(X), X @ weight_of(resident()).t())
 
 
-def test_a_module_is_cast_and_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_is_cast_and_reads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, casts = streaming(tmp_path), ("half", "bfloat16", "double", "float")
     with monkeypatch.context() as patched:
         patched.setattr("shardkit.load.lazy.paged.read_into", lambda *_: pytest.fail("read"))
@@ -185,11 +210,16 @@ WRITES: dict[str, Write] = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("name", WRITES)
 def test_a_written_weight_is_in_memory_and_the_others_stream(
-    name: str, warm: bool, mode: Callable[[], contextlib.AbstractContextManager[None]], tmp_path: Path
+    name: str,
+    warm: bool,
+    mode: Callable[[], contextlib.AbstractContextManager[None]],
+    tmp_path: Path,
 ) -> None:
     model, same = streaming(tmp_path), resident()
     if warm:
@@ -279,19 +309,26 @@ SHAPES: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_would_change_the_shape_of_a_weight_is_refused(name: str, written: bool, tmp_path: Path) -> None:
+def test_what_would_change_the_shape_of_a_weight_is_refused(
+    name: str, written: bool, tmp_path: Path
+) -> None:
     model = streaming(tmp_path)
     with torch.no_grad():
         weight, view = weight_of(model), weight_of(model).detach()
         if written:
             weight.add_(0)
         for each in (weight, view):
-            with pytest.raises(ReadOnly, match=r"would (change the shape|replace the memory) of '2\.weight', which streams"):
+            with pytest.raises(
+                ReadOnly,
+                match=r"would (change the shape|replace the memory) of '2\.weight', which streams",
+            ):
                 SHAPES[name](each)
     assert torch.equal(model(X), resident()(X))
 
 
-def test_a_weight_that_does_not_fit_into_memory_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_does_not_fit_into_memory_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = streaming(tmp_path)
     monkeypatch.setattr(backing, "free_memory", lambda device: 100)
     writes: list[Write] = [lambda w: w.add_(1), lambda w: w.data.mul_(2)]
@@ -330,12 +367,16 @@ def test_what_a_forward_writes_to_its_own_weights_stays_written(
         return nn.Sequential(*(Counting() for _ in range(4))).eval()
 
     torch.save(build().state_dict(), tmp_path / "model.pt")
-    model = load_checkpoint_and_dispatch(build(), tmp_path / "model.pt", {"": "disk"}, ring=2, offload_buffers=True)
+    model = load_checkpoint_and_dispatch(
+        build(), tmp_path / "model.pt", {"": "disk"}, ring=2, offload_buffers=True
+    )
     twin, same, x = copy.deepcopy(model), build(), torch.ones(4)
     with mode():
         for _ in range(3):
             assert torch.equal(model(x), same(x))
-        assert torch.equal(twin(x), build()(x))  # which shares the stream, and finds nothing of that in it
+        assert torch.equal(
+            twin(x), build()(x)
+        )  # which shares the stream, and finds nothing of that in it
     assert torch.equal(model[2].get_buffer("count"), torch.full((1,), 3.0))
 
 
@@ -383,7 +424,9 @@ OF_WRITTEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "ones": torch.ones_like,
     "full": lambda w: torch.full_like(w, 3),
     "random": lambda w: torch.rand_like(w) + torch.randn_like(w),
-    "new": lambda w: torch.cat([w.new_zeros(2), w.new_ones(2), w.new_full((2,), 3), w.new_empty(2).fill_(4)]),
+    "new": lambda w: torch.cat(
+        [w.new_zeros(2), w.new_ones(2), w.new_full((2,), 3), w.new_empty(2).fill_(4)]
+    ),
     "new with strides": lambda w: w.new_empty_strided((2, 3), (1, 2)).fill_(5),
     "copied from": lambda w: torch.zeros_like(w).copy_(w),
     "flattened": lambda w: w.flatten(),
@@ -391,7 +434,9 @@ OF_WRITTEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 @pytest.mark.parametrize("of", ["weight", "join"])
 @pytest.mark.parametrize("name", OF_WRITTEN)
 def test_what_was_written_is_copied_and_cast_like_any_tensor(
@@ -424,9 +469,13 @@ def test_a_model_is_cast_after_a_weight_was_written(dtype: torch.dtype, tmp_path
 
 def test_a_parametrization_is_refused_with_what_it_would_do_and_what_to_do(tmp_path: Path) -> None:
     model = streaming(tmp_path)
-    with pytest.raises(ReadOnly, match=r"set_ would replace the memory of '2\.weight', which streams") as refused:
+    with pytest.raises(
+        ReadOnly, match=r"set_ would replace the memory of '2\.weight', which streams"
+    ) as refused:
         nn.utils.parametrizations.spectral_norm(model[2])
     assert "device_map" in str(refused.value.hint)
-    mixed = load_checkpoint_and_dispatch(resident(), tmp_path / "model.pt", {"": "disk", "2": "cpu"}, ring=2)
+    mixed = load_checkpoint_and_dispatch(
+        resident(), tmp_path / "model.pt", {"": "disk", "2": "cpu"}, ring=2
+    )
     nn.utils.parametrizations.spectral_norm(mixed.get_submodule("2"))  # as the hint says
     assert mixed(X).shape == X.shape

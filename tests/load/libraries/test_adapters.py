@@ -1,4 +1,6 @@
-"""What libraries do with a model that streams: adapters go to where they are used, and inputs to where the model runs."""
+"""What libraries do with a model that streams: adapters go to where they are used, and inputs to
+where the model runs.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,20 @@ from shardkit.load import close, from_pretrained, infer_auto_device_map, save
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.placement.device_map import device_of, reported
 
-peft: Any = pytest.importorskip("peft", reason="its adapters are loaded here")  # Any: as below, half typed
+peft: Any = pytest.importorskip(
+    "peft", reason="its adapters are loaded here"
+)  # Any: as below, half typed
 transformers: Any = pytest.importorskip("transformers", reason="its models are adapted here")
 pytestmark = [
-    pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT asks Transformers in words that it will drop one day
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),  # where several adapters are wanted
+    pytest.mark.skipif(
+        not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning"
+    ),  # PEFT asks Transformers in words that it will drop one day
+    pytest.mark.filterwarnings(
+        "ignore:Already found a `peft_config` attribute:UserWarning"
+    ),  # where several adapters are wanted
 ]
 
 LAYERS = 3
@@ -37,7 +47,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-REST = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+REST = {
+    "model.embed_tokens": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
 PLACES: dict[str, dict[str, Any]] = {
     "disk": {"device_map": {"": "disk"}},
     "layers on disk": {"device_map": {"model.layers": "disk", **REST}},
@@ -59,7 +74,9 @@ def resident(tmp_path: Path) -> Any:
 def adapter(model: Any, folder: Path, seed: int = 7) -> Path:
     """Save an adapter of *model* that is as good as trained."""
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
     return folder
 
@@ -72,14 +89,18 @@ def logits(model: Any) -> torch.Tensor:
 
 LOADERS: dict[str, Callable[[Any, Path], Any]] = {
     "load_adapter": lambda model, folder: model.load_adapter(folder) and model,
-    "load_adapter, lean": lambda model, folder: model.load_adapter(folder, low_cpu_mem_usage=True) and model,
+    "load_adapter, lean": lambda model, folder: (
+        model.load_adapter(folder, low_cpu_mem_usage=True) and model
+    ),
     "PeftModel": lambda model, folder: peft.PeftModel.from_pretrained(model, folder).eval(),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_adapter_is_loaded_as_into_a_model_in_memory(loader: str, place: str, resident: Any, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_as_into_a_model_in_memory(
+    loader: str, place: str, resident: Any, tmp_path: Path
+) -> None:
     saved, load = adapter(resident, tmp_path / "adapter"), LOADERS[loader]
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     streamed = {name for name, each in ours.named_parameters() if isinstance(each, Streamed)}
@@ -89,7 +110,10 @@ def test_an_adapter_is_loaded_as_into_a_model_in_memory(loader: str, place: str,
     adapters = {name: each for name, each in theirs.named_parameters() if "lora_" in name}
     assert len(adapters) == 2 * 2 * LAYERS
     found = dict(ours.named_parameters())
-    assert all(torch.equal(found[name], each) and not isinstance(found[name], Streamed) for name, each in adapters.items())
+    assert all(
+        torch.equal(found[name], each) and not isinstance(found[name], Streamed)
+        for name, each in adapters.items()
+    )
     assert sum(isinstance(each, Streamed) for each in found.values()) == len(streamed)
     assert torch.equal(logits(ours), logits(theirs))
     assert not torch.equal(logits(ours), bare)
@@ -97,13 +121,18 @@ def test_an_adapter_is_loaded_as_into_a_model_in_memory(loader: str, place: str,
 
 @pytest.mark.parametrize("place", PLACES)
 def test_several_adapters_are_loaded_and_chosen(place: str, resident: Any, tmp_path: Path) -> None:
-    folders = {name: adapter(resident, tmp_path / name, seed) for seed, name in enumerate(("first", "second"))}
+    folders = {
+        name: adapter(resident, tmp_path / name, seed)
+        for seed, name in enumerate(("first", "second"))
+    }
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     bare, seen = logits(ours), []
     for model in (ours, resident):
         for name, folder in folders.items():
             model.load_adapter(folder, adapter_name=name)
-        torch.manual_seed(9)  # what follows is the way of add_adapter, which asks for the newest PEFT
+        torch.manual_seed(
+            9
+        )  # what follows is the way of add_adapter, which asks for the newest PEFT
         config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
         peft.inject_adapter_in_model(config, model, "third")
     for name in (*folders, "third"):
@@ -112,7 +141,9 @@ def test_several_adapters_are_loaded_and_chosen(place: str, resident: Any, tmp_p
         seen.append(logits(ours))
         assert torch.equal(seen[-1], logits(resident))
     assert len({tuple(each.flatten().tolist()) for each in [*seen, bare]}) == 4
-    assert isinstance(ours.get_parameter("lm_head.weight"), Streamed) == (place not in ("cpu", "one layer on disk"))
+    assert isinstance(ours.get_parameter("lm_head.weight"), Streamed) == (
+        place not in ("cpu", "one layer on disk")
+    )
 
 
 def choose(model: Any, name: str) -> None:
@@ -125,7 +156,9 @@ def choose(model: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_adapters_are_added_and_saved_by_transformers(place: str, resident: Any, tmp_path: Path) -> None:
+def test_adapters_are_added_and_saved_by_transformers(
+    place: str, resident: Any, tmp_path: Path
+) -> None:
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
@@ -133,17 +166,24 @@ def test_adapters_are_added_and_saved_by_transformers(place: str, resident: Any,
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     for model in (ours, resident):
         torch.manual_seed(9)
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), adapter_name="own")
+        model.add_adapter(
+            peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False),
+            adapter_name="own",
+        )
         model.set_adapter("own")
     assert torch.equal(logits(ours), logits(resident))
     ours.save_pretrained(tmp_path / "ours")
     resident.save_pretrained(tmp_path / "theirs")
-    written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("ours", "theirs")]
+    written = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("ours", "theirs")
+    ]
     assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_transformers_pipeline_takes_a_loaded_model(place: str, resident: Any, tmp_path: Path) -> None:
+def test_a_transformers_pipeline_takes_a_loaded_model(
+    place: str, resident: Any, tmp_path: Path
+) -> None:
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     answers = [asked(model) for model in (ours, resident)]
     assert answers[0] == answers[1]
@@ -153,9 +193,13 @@ def test_a_transformers_pipeline_takes_a_loaded_model(place: str, resident: Any,
 def asked(model: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
+    words = Tokenizer(
+        models.WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2", unk_token="w0")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w2", unk_token="w0"
+    )
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     assert pipe.device == model.device == torch.device("cpu")
     return pipe(["w5 w9 w33 w7", "w4"], max_new_tokens=4, do_sample=False)
@@ -165,17 +209,26 @@ def asked(model: Any) -> Any:
 def test_a_trainer_evaluates_it(place: str, resident: Any, tmp_path: Path) -> None:
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 3
-    options = transformers.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True, disable_tqdm=True)
-    losses = [transformers.Trainer(model, options, eval_dataset=rows).evaluate()["eval_loss"] for model in (ours, resident)]
+    options = transformers.TrainingArguments(
+        str(tmp_path / "run"), report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    losses = [
+        transformers.Trainer(model, options, eval_dataset=rows).evaluate()["eval_loss"]
+        for model in (ours, resident)
+    ]
     assert losses[0] == losses[1]
     close(ours)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_map_that_is_reported_can_be_asked_for_again(place: str, resident: Any, tmp_path: Path) -> None:
+def test_the_map_that_is_reported_can_be_asked_for_again(
+    place: str, resident: Any, tmp_path: Path
+) -> None:
     ours = from_pretrained(tmp_path / "base", **PLACES[place])
     again = from_pretrained(tmp_path / "base", device_map=ours.hf_device_map)
-    kinds = [{name: type(each) for name, each in model.named_parameters()} for model in (ours, again)]
+    kinds = [
+        {name: type(each) for name, each in model.named_parameters()} for model in (ours, again)
+    ]
     assert kinds[0] == kinds[1]
     assert again.hf_device_map == ours.hf_device_map
     close(ours)
@@ -185,11 +238,31 @@ def test_the_map_that_is_reported_can_be_asked_for_again(place: str, resident: A
 REPORTED: dict[str, tuple[dict[str, Any], Any, list[str], dict[str, Any]]] = {
     "nothing streams": ({"": 0}, 0, [], {"": 0}),
     "all on disk": ({"": "disk"}, "cpu", ["a.w"], {"": "cpu", "a.w": "disk"}),
-    "on disk, run there": ({"a": "disk", "b": 1}, 1, ["a.w", "a.b"], {"a": 1, "a.w": "disk", "a.b": "disk", "b": 1}),
+    "on disk, run there": (
+        {"a": "disk", "b": 1},
+        1,
+        ["a.w", "a.b"],
+        {"a": 1, "a.w": "disk", "a.b": "disk", "b": 1},
+    ),
     "in main memory, run there": ({"a": 0, "b": "cpu"}, 0, ["b.w"], {"a": 0, "b": 0, "b.w": "cpu"}),
-    "in main memory, run here": ({"a": "cpu", "b": "disk"}, "cpu", ["b.w"], {"a": "cpu", "b": "cpu", "b.w": "disk"}),
-    "a weight first": ({"w": "disk", "a": "cpu"}, "cpu", ["w"], {"": "cpu", "w": "disk", "a": "cpu"}),
-    "a part inside": ({"a": "disk", "a.c": "cpu"}, "cpu", ["a.w"], {"a": "cpu", "a.w": "disk", "a.c": "cpu"}),
+    "in main memory, run here": (
+        {"a": "cpu", "b": "disk"},
+        "cpu",
+        ["b.w"],
+        {"a": "cpu", "b": "cpu", "b.w": "disk"},
+    ),
+    "a weight first": (
+        {"w": "disk", "a": "cpu"},
+        "cpu",
+        ["w"],
+        {"": "cpu", "w": "disk", "a": "cpu"},
+    ),
+    "a part inside": (
+        {"a": "disk", "a.c": "cpu"},
+        "cpu",
+        ["a.w"],
+        {"a": "cpu", "a.w": "disk", "a.c": "cpu"},
+    ),
     "a device": ({"": torch.device("cpu")}, "cpu", [], {"": torch.device("cpu")}),
 }
 
@@ -200,22 +273,36 @@ def test_a_part_is_reported_where_it_runs_and_its_weights_where_they_stream_from
     found = reported(asked_for, main, streamed)
     assert list(found.items()) == list(expected.items())
     keys: Any = found
-    assert {weight: device_of(weight, keys) for weight in streamed} == {w: device_of(w, asked_for) for w in streamed}
+    assert {weight: device_of(weight, keys) for weight in streamed} == {
+        w: device_of(w, asked_for) for w in streamed
+    }
     assert next(iter(found.values())) != "disk"
 
 
 def test_a_map_of_ours_is_not_changed_by_what_is_reported(resident: Any) -> None:
     given = infer_auto_device_map(resident, {"cpu": "60KB"})
     before = dict(given)
-    reported(given, "cpu", [name for name, _ in resident.named_parameters() if device_of(name, given) == "disk"])
+    reported(
+        given,
+        "cpu",
+        [name for name, _ in resident.named_parameters() if device_of(name, given) == "disk"],
+    )
     assert given == before
 
 
 ADAPTED: dict[str, Callable[[Any], Any]] = {
-    "PeftModel": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])),
-    "its base": lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])).base_model.model,
-    "injected": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["v_proj"]), model),
-    "of an embedding": lambda model: peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["embed_tokens"]), model),
+    "PeftModel": lambda model: peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["v_proj"])
+    ),
+    "its base": lambda model: (
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"])).base_model.model
+    ),
+    "injected": lambda model: peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["v_proj"]), model
+    ),
+    "of an embedding": lambda model: peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["embed_tokens"]), model
+    ),
     "whole layers": lambda model: peft.inject_adapter_in_model(
         peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]), model
     ),

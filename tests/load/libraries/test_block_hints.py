@@ -17,12 +17,19 @@ from shardkit.load import no_split_pattern, recorded_order
 
 transformers = peer("transformers")
 
-SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_local_experts": 3}
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_local_experts": 3,
+}
 SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def saved(folder: Path, kind: str) -> Path:
-    config = getattr(transformers, kind.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Config")(**SMALL)
+    config = getattr(
+        transformers, kind.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Config"
+    )(**SMALL)
     getattr(transformers, kind)(config).save_pretrained(folder)
     return folder
 
@@ -50,7 +57,9 @@ def test_the_class_of_a_model_of_diffusers_says_it_as_well(tmp_path: Path) -> No
         "attention_head_dim": 4,
         "norm_num_groups": 4,
     }
-    diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes).save_pretrained(tmp_path / "model")
+    diffusers.UNet2DConditionModel(
+        down_block_types=down, up_block_types=up, **sizes
+    ).save_pretrained(tmp_path / "model")
     pattern = no_split_pattern(tmp_path / "model")
     assert pattern.search("down_blocks.1.resnets.0")
     assert not pattern.search("down_blocks.1")
@@ -65,12 +74,19 @@ def test_a_folder_that_names_no_class_is_a_sentence(tmp_path: Path) -> None:
         no_split_pattern(tmp_path)
 
 
-def test_a_class_that_says_nothing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_says_nothing_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = saved(tmp_path / "model", "LlamaForCausalLM")
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", [])
-    with pytest.raises(LoadError, match="LlamaForCausalLM does not say what must not be split") as caught:
+    with pytest.raises(
+        LoadError, match="LlamaForCausalLM does not say what must not be split"
+    ) as caught:
         no_split_pattern(source)
-    assert caught.value.hint == "give a pattern with blocks=, or none, and blocks are inferred from tensor names"
+    assert (
+        caught.value.hint
+        == "give a pattern with blocks=, or none, and blocks are inferred from tensor names"
+    )
 
 
 class Backwards(nn.Module):

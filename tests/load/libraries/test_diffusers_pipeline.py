@@ -1,4 +1,6 @@
-"""A pipeline of Diffusers from its folder, in one line: the images that Diffusers makes of aligned weights, bit for bit."""
+"""A pipeline of Diffusers from its folder, in one line: the images that Diffusers makes of aligned
+weights, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +30,50 @@ diffusers: Any = pytest.importorskip("diffusers", reason="its pipelines are load
 huggingface_hub: Any = pytest.importorskip("huggingface_hub")
 transformers: Any = pytest.importorskip("transformers", reason="its encoders are parts of them")
 pytestmark = [
-    pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
+    pytest.mark.skipif(
+        not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"
+    ),
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),  # it warns of what it will drop one day
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning:diffusers"
+    ),  # it warns of what it will drop one day
 ]
 
-BLOCKS: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+BLOCKS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 WORDS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 
 
 def tokenizer(folder: Path) -> Any:  # Any, here and below: neither library types its models
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(WORDS)}))
+    (folder / "vocab.json").write_text(
+        json.dumps({word: number for number, word in enumerate(WORDS)})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
 
 
 def text_encoder() -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends: dict[str, Any] = {"bos_token_id": len(WORDS) - 2, "eos_token_id": len(WORDS) - 1, "pad_token_id": len(WORDS) - 1}
-    config = transformers.CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=16, **sizes, **ends)
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ends: dict[str, Any] = {
+        "bos_token_id": len(WORDS) - 2,
+        "eos_token_id": len(WORDS) - 1,
+        "pad_token_id": len(WORDS) - 1,
+    }
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(WORDS), max_position_embeddings=16, **sizes, **ends
+    )
     return transformers.CLIPTextModel(config)
 
 
@@ -59,11 +84,17 @@ def stable_diffusion(folder: Path) -> Any:
     return diffusers.StableDiffusionPipeline(
         tokenizer=tokenizer(folder / "words"),
         text_encoder=text_encoder(),
-        unet=diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes, **BLOCKS),
-        vae=diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **BLOCKS
+        unet=diffusers.UNet2DConditionModel(
+            down_block_types=down, up_block_types=up, **sizes, **BLOCKS
         ),
-        scheduler=diffusers.DDIMScheduler(num_train_timesteps=20, steps_offset=1, clip_sample=False),
+        vae=diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            **BLOCKS,
+        ),
+        scheduler=diffusers.DDIMScheduler(
+            num_train_timesteps=20, steps_offset=1, clip_sample=False
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -72,15 +103,21 @@ def stable_diffusion(folder: Path) -> Any:
 
 def ddpm(folder: Path) -> Any:
     down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-    unet = diffusers.UNet2DModel(sample_size=8, down_block_types=down, up_block_types=up, attention_head_dim=4, **BLOCKS)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, down_block_types=down, up_block_types=up, attention_head_dim=4, **BLOCKS
+    )
     return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=10))
 
 
 def images(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    given: dict[str, Any] = {"prompt": "a cat", "height": 16, "width": 16} if hasattr(pipe, "tokenizer") else {}
+    given: dict[str, Any] = (
+        {"prompt": "a cat", "height": 16, "width": 16} if hasattr(pipe, "tokenizer") else {}
+    )
     generator = torch.Generator().manual_seed(1)
-    return torch.as_tensor(pipe(**given, num_inference_steps=3, generator=generator, output_type="np").images)
+    return torch.as_tensor(
+        pipe(**given, num_inference_steps=3, generator=generator, output_type="np").images
+    )
 
 
 PIPELINES: dict[str, Callable[[Path], Any]] = {"stable diffusion": stable_diffusion, "ddpm": ddpm}
@@ -120,17 +157,30 @@ def streaming(pipe: Any) -> set[str]:
     """The parts of *pipe* that stream."""
     parts: Mapping[str, Any] = pipe.components
     models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    return {name for name, model in models.items() if any(isinstance(weight, Streamed) for weight in model.parameters())}
+    return {
+        name
+        for name, model in models.items()
+        if any(isinstance(weight, Streamed) for weight in model.parameters())
+    }
 
 
-@pytest.mark.parametrize("device_map", [*DEVICE_MAPS, *(pytest.param(each, marks=needs_one) for each in WITH_ACCELERATOR)])
+@pytest.mark.parametrize(
+    "device_map",
+    [*DEVICE_MAPS, *(pytest.param(each, marks=needs_one) for each in WITH_ACCELERATOR)],
+)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_images_are_those_of_the_pipeline_that_diffusers_loads(name: str, device_map: str, folder: Path) -> None:
+def test_images_are_those_of_the_pipeline_that_diffusers_loads(
+    name: str, device_map: str, folder: Path
+) -> None:
     theirs, asked = saved(folder, PIPELINES[name]), (DEVICE_MAPS | WITH_ACCELERATOR)[device_map]
     ours = from_pretrained(folder, asked, ring=2)
     assert type(ours) is type(theirs)
-    assert {name: type(part) for name, part in ours.components.items()} == {n: type(p) for n, p in theirs.components.items()}
-    assert ("unet" in streaming(ours)) == (device_map not in ("none", "cpu", "all there", "unet there"))
+    assert {name: type(part) for name, part in ours.components.items()} == {
+        n: type(p) for n, p in theirs.components.items()
+    }
+    assert ("unet" in streaming(ours)) == (
+        device_map not in ("none", "cpu", "all there", "unet there")
+    )
     assert ours.hf_device_map == ({"": "cpu"} if device_map == "cpu" else asked)
     theirs.to(ours.device)
     for _ in range(2):
@@ -139,7 +189,9 @@ def test_images_are_those_of_the_pipeline_that_diffusers_loads(name: str, device
     assert torch.equal(images(ours), images(theirs))
 
 
-def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ring(folder: Path) -> None:
+def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ring(
+    folder: Path,
+) -> None:
     saved(folder)
     pipe = from_pretrained(folder, {"": "cpu", "unet": "disk", "text_encoder": "disk"}, ring=2)
     for _ in range(2):
@@ -147,13 +199,21 @@ def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ri
     told = explain(pipe, rates=Rates(disk=1e9, compute=1e9))
     assert isinstance(told, PipelineExplanation)
     assert set(told.models) == {"text_encoder", "unet", "vae"}
-    assert {name for name, each in told.models.items() if each.predicted} == streaming(pipe) == {"text_encoder", "unet"}
+    assert (
+        {name for name, each in told.models.items() if each.predicted}
+        == streaming(pipe)
+        == {"text_encoder", "unet"}
+    )
     assert told.ring == told.models["unet"].ring == told.models["text_encoder"].ring
     assert {part.why for part in told.models["vae"].parts} == {"the map says so"}
-    assert {part.place for part in told.models["unet"].parts if part.why == "the map says so"} == {"disk"}
+    assert {part.place for part in told.models["unet"].parts if part.why == "the map says so"} == {
+        "disk"
+    }
     measured = told.models["unet"].measured
     assert measured is not None
-    assert measured.forwards == 5  # of two images with three steps each, of which the first does not count
+    assert (
+        measured.forwards == 5
+    )  # of two images with three steps each, of which the first does not count
     document = json.loads(json.dumps(told.as_dict(), allow_nan=False))
     assert list(document) == ["pipeline", "ring", "models"]
     lines = str(told).splitlines()
@@ -181,7 +241,9 @@ def test_its_models_stream_through_one_ring(folder: Path) -> None:
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     attached = [each for model in models for *_, each in attachments(model)]
     assert len({each.stream for each in attached if isinstance(each, Pager)}) == 1
-    assert len([each for each in attached if isinstance(each, Sources)]) == len(models)  # files are looked at for each
+    assert len([each for each in attached if isinstance(each, Sources)]) == len(
+        models
+    )  # files are looked at for each
     assert len({each for each in attached if isinstance(each, RoundTrip)}) == len(models)
 
 
@@ -210,13 +272,17 @@ def test_what_is_given_for_a_part_is_taken_as_it_is(folder: Path) -> None:
 
 def test_a_type_is_given_to_all_models(folder: Path) -> None:
     saved(folder)
-    theirs = aligned(diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
+    theirs = aligned(
+        diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    )
     ours = from_pretrained(folder, "disk", torch_dtype=torch.bfloat16, use_safetensors=True)
     assert {ours.unet.dtype, ours.vae.dtype, ours.text_encoder.dtype} == {torch.bfloat16}
     assert torch.equal(images(ours), images(theirs))
 
 
-def test_a_variant_is_for_the_models_that_have_it_and_their_types_are_as_stored(folder: Path) -> None:
+def test_a_variant_is_for_the_models_that_have_it_and_their_types_are_as_stored(
+    folder: Path,
+) -> None:
     saved(folder)
     torch.manual_seed(1)
     other = stable_diffusion(folder.parent / "other-parts").to(torch.float16)
@@ -224,17 +290,30 @@ def test_a_variant_is_for_the_models_that_have_it_and_their_types_are_as_stored(
     other.text_encoder.save_pretrained(folder / "text_encoder", variant="fp16")
     edit(folder / "text_encoder" / "config.json", dtype="float32", torch_dtype="float32")
     ours = from_pretrained(folder, "disk", variant="fp16")
-    assert (ours.unet.dtype, ours.text_encoder.dtype, ours.vae.dtype) == (torch.float16, torch.float16, torch.float32)
+    assert (ours.unet.dtype, ours.text_encoder.dtype, ours.vae.dtype) == (
+        torch.float16,
+        torch.float16,
+        torch.float32,
+    )
     assert torch.equal(ours.unet.conv_in.weight.read(), other.unet.conv_in.weight)
-    theirs = aligned(diffusers.DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32))
-    assert torch.equal(images(from_pretrained(folder, "disk", "float32", variant="fp16")), images(theirs))
+    theirs = aligned(
+        diffusers.DiffusionPipeline.from_pretrained(
+            folder, variant="fp16", torch_dtype=torch.float32
+        )
+    )
+    assert torch.equal(
+        images(from_pretrained(folder, "disk", "float32", variant="fp16")), images(theirs)
+    )
     with pytest.raises(LoadError, match="`variant=int8`"):
         from_pretrained(folder, variant="int8")
 
 
 def test_one_of_its_models_is_loaded_alone_by_its_folder(folder: Path) -> None:
     theirs = saved(folder)
-    unet, encoder = from_pretrained(folder, "disk", subfolder="unet"), from_pretrained(folder, "disk", subfolder="text_encoder")
+    unet, encoder = (
+        from_pretrained(folder, "disk", subfolder="unet"),
+        from_pretrained(folder, "disk", subfolder="text_encoder"),
+    )
     assert (type(unet), type(encoder)) == (type(theirs.unet), type(theirs.text_encoder))
     theirs.unet, theirs.text_encoder, reference = unet, encoder, images(theirs)
     assert torch.equal(images(theirs), reference)
@@ -260,7 +339,9 @@ def test_what_is_told_is_told_by_the_names_of_the_models(folder: Path) -> None:
     assert pipe.config._name_or_path == str(folder)
 
 
-def test_a_pipeline_in_the_cache_of_the_hub_is_found_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_in_the_cache_of_the_hub_is_found_by_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = saved(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder.parent / "hub"))
     monkeypatch.setattr("socket.socket.connect", None)
@@ -311,34 +392,48 @@ def with_part_of_any_module(folder: Path) -> None:
     edit(folder / "model_index.json", unet=["antigravity", "Odd"])
 
 
-@pytest.mark.parametrize("spoil", [of_own_class, with_own_part, with_part_of_a_known_name, with_part_of_any_module])
+@pytest.mark.parametrize(
+    "spoil", [of_own_class, with_own_part, with_part_of_a_known_name, with_part_of_any_module]
+)
 def test_code_that_is_not_trusted_does_not_run(
     spoil: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(folder, ddpm)
     spoil(folder)
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
-    with pytest.raises(LoadError, match="asks for code that is neither of Diffusers nor of Transformers") as refused:
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules")
+    )
+    with pytest.raises(
+        LoadError, match="asks for code that is neither of Diffusers nor of Transformers"
+    ) as refused:
         from_pretrained(folder)
     assert refused.value.hint is not None
     assert "trust_remote_code=True" in refused.value.hint
     assert not (folder.parent / "modules").exists()
 
 
-def test_a_pipeline_of_code_that_is_trusted_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_of_code_that_is_trusted_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = saved(folder, ddpm)
     of_own_class(folder)
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules")
+    )
     monkeypatch.syspath_prepend(folder.parent / "modules")
     ours = from_pretrained(folder, "disk", trust_remote_code=True)
     assert streaming(ours) == {"unet"}
     assert torch.equal(images(ours), images(theirs) * 2)
 
 
-def test_a_model_of_code_that_is_trusted_is_read_and_stays_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_code_that_is_trusted_is_read_and_stays_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = saved(folder, ddpm)
     with_own_part(folder)
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules")
+    )
     monkeypatch.syspath_prepend(folder.parent / "modules")
     with pytest.warns(UserWarning, match=r"in memory, and not streamed.*: 'unet\.conv_in\.weight'"):
         ours = from_pretrained(folder, "disk", trust_remote_code=True)
@@ -347,24 +442,43 @@ def test_a_model_of_code_that_is_trusted_is_read_and_stays_in_memory(folder: Pat
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / "vae" / "config.json").unlink(), r"vae has no config\.json"),
-    "no weights": (lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae.* holds no weights"),
+    "no config": (
+        lambda folder: (folder / "vae" / "config.json").unlink(),
+        r"vae has no config\.json",
+    ),
+    "no weights": (
+        lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+        "vae.* holds no weights",
+    ),
     "no class": (
         lambda folder: edit(folder / "model_index.json", _class_name="NoPipeline"),
         "Diffusers .* makes no pipeline of it",
     ),
-    "no such model": (lambda folder: edit(folder / "model_index.json", unet=["diffusers", "UNet9"]), "makes no pipeline of it"),
-    "no scheduler": (lambda folder: edit(folder / "model_index.json", scheduler=[None, None]), "makes no pipeline of it"),
-    "broken index": (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index\.json is no JSON"),
+    "no such model": (
+        lambda folder: edit(folder / "model_index.json", unet=["diffusers", "UNet9"]),
+        "makes no pipeline of it",
+    ),
+    "no scheduler": (
+        lambda folder: edit(folder / "model_index.json", scheduler=[None, None]),
+        "makes no pipeline of it",
+    ),
+    "broken index": (
+        lambda folder: (folder / "model_index.json").write_text("{"),
+        r"model_index\.json is no JSON",
+    ),
     "quantised": (
-        lambda folder: edit(folder / "unet" / "config.json", quantization_config={"quant_method": "gguf"}),
+        lambda folder: edit(
+            folder / "unet" / "config.json", quantization_config={"quant_method": "gguf"}
+        ),
         "unet is quantised with 'gguf'",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_holds_no_such_pipeline_is_refused_with_a_sentence(fault: str, folder: Path) -> None:
+def test_a_folder_that_holds_no_such_pipeline_is_refused_with_a_sentence(
+    fault: str, folder: Path
+) -> None:
     spoil, sentence = FAULTS[fault]
     saved(folder)
     spoil(folder)
@@ -373,18 +487,27 @@ def test_a_folder_that_holds_no_such_pipeline_is_refused_with_a_sentence(fault: 
 
 
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
-def test_a_lora_is_loaded_and_taken_off_as_from_a_pipeline_in_memory(device_map: str, folder: Path, tmp_path: Path) -> None:
+def test_a_lora_is_loaded_and_taken_off_as_from_a_pipeline_in_memory(
+    device_map: str, folder: Path, tmp_path: Path
+) -> None:
     peft: Any = pytest.importorskip("peft", reason="Diffusers loads adapters by it")
     theirs = saved(folder)
     ours = from_pretrained(folder, DEVICE_MAPS[device_map], ring=2)
     bare = images(ours)
     torch.manual_seed(3)
     adapted = type(theirs.unet).from_pretrained(folder / "unet")
-    adapted.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    theirs.save_lora_weights(tmp_path / "lora", unet_lora_layers=peft.get_peft_model_state_dict(adapted))
+    adapted.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    theirs.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers=peft.get_peft_model_state_dict(adapted)
+    )
     for pipe in (ours, theirs):
         pipe.load_lora_weights(tmp_path / "lora")
-    found = [{name: each for name, each in pipe.unet.state_dict().items() if "lora_" in name} for pipe in (ours, theirs)]
+    found = [
+        {name: each for name, each in pipe.unet.state_dict().items() if "lora_" in name}
+        for pipe in (ours, theirs)
+    ]
     assert found[0]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], each) for name, each in found[1].items())

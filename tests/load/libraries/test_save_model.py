@@ -1,4 +1,6 @@
-"""A model is written as it is, from memory and from addresses alike, and the peers' readers read it bit for bit."""
+"""A model is written as it is, from memory and from addresses alike, and the peers' readers read it
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,18 @@ transformers = peer("transformers")
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
-    tied = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 11, bias=False))
+    tied = nn.Sequential(
+        nn.Embedding(11, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 11, bias=False)
+    )
     tied[3].weight = tied[0].weight
     return tied
 
 
 def state_of(module: nn.Module) -> dict[str, bytes]:
-    return {name: values(t.read() if isinstance(t, Paged) else t) for name, t in module.state_dict().items()}
+    return {
+        name: values(t.read() if isinstance(t, Paged) else t)
+        for name, t in module.state_dict().items()
+    }
 
 
 def paged(source: nn.Module, folder: Path) -> nn.Module:
@@ -63,12 +70,22 @@ def test_a_model_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
     report = save(source, tmp_path / "out", max_shard=800)
     assert report.shards > 1
     assert report.aliases == {"3.weight": "0.weight"}
-    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(source)
-    stored = {name: t for shard in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(shard).items()}
-    assert {name: values(t) for name, t in stored.items()} | {"3.weight": values(stored["0.weight"])} == state_of(source)
+    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(
+        source
+    )
+    stored = {
+        name: t
+        for shard in (tmp_path / "out").glob("*.safetensors")
+        for name, t in load_file(shard).items()
+    }
+    assert {name: values(t) for name, t in stored.items()} | {
+        "3.weight": values(stored["0.weight"])
+    } == state_of(source)
 
 
-def test_torch_saves_what_is_at_an_address_and_refuses_the_hooks_of_a_model_with_a_sentence(tmp_path: Path) -> None:
+def test_torch_saves_what_is_at_an_address_and_refuses_the_hooks_of_a_model_with_a_sentence(
+    tmp_path: Path,
+) -> None:
     torch.save(model().state_dict(), tmp_path / "source.pt")
     with init_empty_weights():
         target = model().eval()
@@ -83,42 +100,74 @@ def test_torch_saves_what_is_at_an_address_and_refuses_the_hooks_of_a_model_with
     torch.save(target, tmp_path / "model.pt")
     (tmp_path / "source.pt").unlink()
     assert {name: values(t) for name, t in torch.load(tmp_path / "state.pt").items()} == expected
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)  # a whole module, written by this test
+    loaded = torch.load(
+        tmp_path / "model.pt", weights_only=False
+    )  # a whole module, written by this test
     assert {type(each) for each in loaded.parameters()} == {nn.Parameter}
     assert state_of(loaded) == expected
 
 
 def test_weights_that_share_memory_and_are_no_ties_are_all_written(tmp_path: Path) -> None:
     module, memory = nn.Module(), torch.arange(12.0)
-    for name, view in {"all": memory, "rows": memory[4:8], "turned": memory.view(3, 4).t(), "same": memory[4:8]}.items():
+    for name, view in {
+        "all": memory,
+        "rows": memory[4:8],
+        "turned": memory.view(3, 4).t(),
+        "same": memory[4:8],
+    }.items():
         module.register_buffer(name, view)
     report = save(module, tmp_path / "out")
     assert report.aliases == {"same": "rows"}
-    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(module)
+    assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(
+        module
+    )
 
 
 def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
     report = save(model(), tmp_path / "out", max_shard=None)
     assert report.shards == 1
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() | {"3.weight"} == model().state_dict().keys()
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys() | {"3.weight"}
+        == model().state_dict().keys()
+    )
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def llama(**more: Any) -> Any:  # Any, here and below: neither library types its models
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=48, **more))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, intermediate_size=48, **more)
+    )
 
 
 def qwen_moe() -> Any:
-    experts = {"moe_intermediate_size": 16, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    experts = {
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+    }
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts))
 
 
 def unet() -> Any:
-    sizes: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    return diffusers.UNet2DModel(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **sizes)
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return diffusers.UNet2DModel(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **sizes
+    )
 
 
 LIBRARY_MODELS: dict[str, Callable[[], Any]] = {
@@ -131,7 +180,9 @@ LIBRARY_MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, None], ids=["streamed", "in memory"])
 @pytest.mark.parametrize("name", LIBRARY_MODELS)
-def test_the_library_of_a_model_loads_what_was_written(name: str, device_map: Any, tmp_path: Path) -> None:
+def test_the_library_of_a_model_loads_what_was_written(
+    name: str, device_map: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     theirs = LIBRARY_MODELS[name]().eval()
     if name != "unet":
@@ -146,21 +197,33 @@ def test_the_library_of_a_model_loads_what_was_written(name: str, device_map: An
     if name != "unet":
         assert loaded.generation_config.max_new_tokens == 7
     type(theirs).from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "again")
-    beside = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.suffix == ".json"}
+    beside = {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "again").iterdir()
+        if path.suffix == ".json"
+    }
     assert {each: (tmp_path / "ours" / each).read_bytes() for each in beside} == beside
-    stored = {each for shard in (tmp_path / "theirs").glob("*.safetensors") for each in load_file(shard)}
-    assert {each for shard in (tmp_path / "ours").glob("*.safetensors") for each in load_file(shard)} == stored
+    stored = {
+        each for shard in (tmp_path / "theirs").glob("*.safetensors") for each in load_file(shard)
+    }
+    assert {
+        each for shard in (tmp_path / "ours").glob("*.safetensors") for each in load_file(shard)
+    } == stored
     assert state_of(from_pretrained(tmp_path / "ours", device_map)) == state_of(ours)
     close(ours)
 
 
-def test_equal_weights_that_the_configuration_does_not_tie_are_written_under_both_names(tmp_path: Path) -> None:
+def test_equal_weights_that_the_configuration_does_not_tie_are_written_under_both_names(
+    tmp_path: Path,
+) -> None:
     tied = llama(tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
     shardkit.convert(tmp_path / "tied", tmp_path / "both")
     ours = llama()
     state = dict(tensors(tmp_path / "both"))
-    ours.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, assign=True)
+    ours.load_state_dict(
+        state | {"lm_head.weight": state["model.embed_tokens.weight"]}, assign=True
+    )
     assert not save(ours, tmp_path / "out").aliases
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert state_of(loaded) == state_of(tied)
@@ -219,11 +282,15 @@ def test_a_model_that_streams_from_disk_is_written_without_being_read(tmp_path: 
     torch.save(source.state_dict(), tmp_path / "source.pt")
     with init_empty_weights():
         empty = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
-    streamed = load_checkpoint_and_dispatch(empty, tmp_path / "source.pt", device_map={"0": "cpu", "1": "disk"})
+    streamed = load_checkpoint_and_dispatch(
+        empty, tmp_path / "source.pt", device_map={"0": "cpu", "1": "disk"}
+    )
     try:
         report = save(streamed, tmp_path / "out")
         assert report.tensors == 4
-        assert {name: values(t.read()) for name, t in tensors(tmp_path / "out").items()} == state_of(source)
+        assert {
+            name: values(t.read()) for name, t in tensors(tmp_path / "out").items()
+        } == state_of(source)
         assert torch.equal(streamed(torch.ones(2, 6)), source(torch.ones(2, 6)))
     finally:
         close(streamed)

@@ -1,4 +1,6 @@
-"""Models that stream are saved by their own libraries: the files are those of a model in memory, and no weight is held for it."""
+"""Models that stream are saved by their own libraries: the files are those of a model in memory,
+and no weight is held for it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,29 @@ from safetensors.torch import load_file
 
 from libraries import peer
 from shardkit.errors import LoadError
-from shardkit.load import close, dispatch_model, from_pretrained, init_empty_weights, load_checkpoint_and_dispatch, save
+from shardkit.load import (
+    close,
+    dispatch_model,
+    from_pretrained,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    save,
+)
 from shardkit.load.lazy.streamed_weight import Streamed
 from truth import values
 
-accelerate: Any = peer("accelerate")  # Any, here and below: these libraries leave their models half typed
+accelerate: Any = peer(
+    "accelerate"
+)  # Any, here and below: these libraries leave their models half typed
 diffusers: Any = peer("diffusers")
 transformers: Any = pytest.importorskip("transformers", reason="its models are saved here")
 pytestmark = [
-    pytest.mark.skipif(not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"),
-    pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning"),
+    pytest.mark.skipif(
+        not transformers.__version__.startswith("5."), reason="from_pretrained needs Transformers 5"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore:Attempting to save a model with offloaded modules:UserWarning"
+    ),
 ]
 
 SIZES: dict[str, Any] = {
@@ -43,7 +58,12 @@ def llama(**more: Any) -> Any:
 
 
 def qwen_moe() -> Any:
-    experts = {"moe_intermediate_size": 16, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    experts = {
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts))
 
 
@@ -68,17 +88,27 @@ def saved(make: Callable[[], Any], folder: Path) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {name: values(each) for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
+    return {
+        name: values(each)
+        for path in folder.glob("*.safetensors")
+        for name, each in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("device_map", [DISK, MIXED, None], ids=["disk", "mixed", "in memory"])
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_writes_the_files_of_the_model_in_memory(name: str, device_map: Any, dtype: str, tmp_path: Path) -> None:
+def test_transformers_writes_the_files_of_the_model_in_memory(
+    name: str, device_map: Any, dtype: str, tmp_path: Path
+) -> None:
     kind = type(saved(MODELS[name], tmp_path / "source"))
     kind.from_pretrained(tmp_path / "source", dtype=dtype).save_pretrained(tmp_path / "theirs")
     ours = from_pretrained(tmp_path / "source", device_map, dtype)
@@ -88,11 +118,15 @@ def test_transformers_writes_the_files_of_the_model_in_memory(name: str, device_
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_shards_are_cut_as_transformers_cuts_those_of_its_own_offloaded_models(name: str, tmp_path: Path) -> None:
+def test_shards_are_cut_as_transformers_cuts_those_of_its_own_offloaded_models(
+    name: str, tmp_path: Path
+) -> None:
     kind = type(saved(MODELS[name], tmp_path / "source"))
     theirs = kind.from_pretrained(tmp_path / "source")
     theirs.save_pretrained(tmp_path / "in memory", max_shard_size="30KB")
-    theirs.hf_device_map = {"": "disk"}  # by which it tells an offloaded model; its weights are here all the same
+    theirs.hf_device_map = {
+        "": "disk"
+    }  # by which it tells an offloaded model; its weights are here all the same
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     ours = from_pretrained(tmp_path / "source", DISK)
     ours.save_pretrained(tmp_path / "ours", max_shard_size="30KB")
@@ -114,23 +148,40 @@ def test_a_model_is_saved_over_the_folder_that_it_streams_from(shard: str, tmp_p
     close(ours)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"safe_serialization": False}], ids=["one", "shards", "bin"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": "20KB"}, {"safe_serialization": False}],
+    ids=["one", "shards", "bin"],
+)
 def test_accelerate_writes_the_files_of_the_model_in_memory(options: Any, tmp_path: Path) -> None:
     kind = type(saved(lambda: llama(tie_word_embeddings=True), tmp_path / "source"))
     ours = from_pretrained(tmp_path / "source", DISK)
     accelerate.Accelerator().save_model(ours, tmp_path / "ours", **options)
-    accelerate.Accelerator().save_model(kind.from_pretrained(tmp_path / "source"), tmp_path / "theirs", **options)
+    accelerate.Accelerator().save_model(
+        kind.from_pretrained(tmp_path / "source"), tmp_path / "theirs", **options
+    )
     assert files(tmp_path / "ours") == files(tmp_path / "theirs")
     close(ours)
 
 
 def unet() -> Any:
-    sizes: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    return diffusers.UNet2DModel(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **sizes)
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return diffusers.UNet2DModel(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **sizes
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "10KB"}, {"safe_serialization": False}], ids=["one", "shards", "bin"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": "10KB"}, {"safe_serialization": False}],
+    ids=["one", "shards", "bin"],
+)
 def test_diffusers_writes_the_files_of_the_model_in_memory(options: Any, tmp_path: Path) -> None:
     kind = type(saved(unet, tmp_path / "source"))
     ours = from_pretrained(tmp_path / "source", DISK)
@@ -150,7 +201,11 @@ def test_diffusers_writes_the_files_of_a_pipeline_in_memory(tmp_path: Path) -> N
     diffusers.DDPMPipeline.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "theirs")
     ours_files, their_files = files(tmp_path / "ours"), files(tmp_path / "theirs")
     assert ours_files.keys() == their_files.keys()
-    assert all(ours_files[name] == their_files[name] for name in ours_files if name.endswith(".safetensors"))
+    assert all(
+        ours_files[name] == their_files[name]
+        for name in ours_files
+        if name.endswith(".safetensors")
+    )
     close(ours)
 
 
@@ -160,10 +215,20 @@ def test_a_sentence_transformer_is_saved_with_all_of_its_modules(tmp_path: Path)
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
     from tokenizers import Tokenizer, models
 
-    sizes = {"vocab_size": 9, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     saved(lambda: transformers.BertModel(transformers.BertConfig(**sizes)), tmp_path / "bert")
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(9)}, unk_token="w0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(tmp_path / "bert")
+    words = Tokenizer(
+        models.WordLevel({f"w{number}": number for number in range(9)}, unk_token="w0")
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(
+        tmp_path / "bert"
+    )
     parts = [Transformer(str(tmp_path / "bert")), Pooling(32), Dense(32, 16)]
     SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(tmp_path / "theirs"))
     ours = SentenceTransformer(str(tmp_path / "theirs"), device="cpu")
@@ -175,7 +240,11 @@ def test_a_sentence_transformer_is_saved_with_all_of_its_modules(tmp_path: Path)
     ours.save_pretrained(str(tmp_path / "ours"))
     ours_files, their_files = files(tmp_path / "ours"), files(tmp_path / "theirs")
     assert ours_files.keys() == their_files.keys()
-    assert all(ours_files[name] == their_files[name] for name in ours_files if name.endswith(".safetensors"))
+    assert all(
+        ours_files[name] == their_files[name]
+        for name in ours_files
+        if name.endswith(".safetensors")
+    )
     close(ours)
 
 
@@ -208,18 +277,36 @@ model.save_pretrained(out)
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is there on Linux")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_large_model_is_saved_in_the_memory_of_a_few_weights(dtype: str, tmp_path: Path) -> None:
-    sizes = SIZES | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8}
-    saved(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), tmp_path / "source")
+    sizes = SIZES | {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
+    saved(
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
+        tmp_path / "source",
+    )
     nbytes = (tmp_path / "source" / "model.safetensors").stat().st_size
     grows = 48 << 20
     assert nbytes > 300_000_000
     done = subprocess.run(
-        [sys.executable, "-c", SAVE, str(tmp_path / "source"), str(tmp_path / "out"), dtype, str(grows)],
+        [
+            sys.executable,
+            "-c",
+            SAVE,
+            str(tmp_path / "source"),
+            str(tmp_path / "out"),
+            dtype,
+            str(grows),
+        ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype).state_dict()
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "source", dtype=dtype
+    ).state_dict()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], each) for name, each in theirs.items())
 

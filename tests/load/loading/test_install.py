@@ -25,8 +25,12 @@ Load = Callable[[nn.Module, Path], object]
 
 LOADERS: dict[str, Load] = {
     "load_checkpoint_in_model": load_checkpoint_in_model,
-    "load_checkpoint_and_dispatch": lambda model, path: load_checkpoint_and_dispatch(model, path, {"0": "cpu", "1": "disk"}),
-    "dispatch_model": lambda model, path: dispatch_model(model, {"0": "cpu", "1": "disk"}, offload_dir=path.parent),
+    "load_checkpoint_and_dispatch": lambda model, path: load_checkpoint_and_dispatch(
+        model, path, {"0": "cpu", "1": "disk"}
+    ),
+    "dispatch_model": lambda model, path: dispatch_model(
+        model, {"0": "cpu", "1": "disk"}, offload_dir=path.parent
+    ),
 }
 
 
@@ -53,7 +57,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def file_in(folder: Path) -> Path:
-    save_file(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).state_dict(), folder / "model.safetensors")
+    save_file(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).state_dict(), folder / "model.safetensors"
+    )
     return folder / "model.safetensors"
 
 
@@ -66,7 +72,9 @@ def empty() -> nn.Module:
 def test_a_bar_shows_each_byte_that_is_placed_once(name: str, seen: Seen, tmp_path: Path) -> None:
     LOADERS[name](empty(), file_in(tmp_path))
     placed = (2 if name == "load_checkpoint_in_model" else 1) * (8 * 8 + 8) * 4
-    assert [(label, nbytes, sum(steps)) for label, nbytes, steps in seen if nbytes] == [("placing weights", placed, placed)]
+    assert [(label, nbytes, sum(steps)) for label, nbytes, steps in seen if nbytes] == [
+        ("placing weights", placed, placed)
+    ]
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -78,7 +86,9 @@ def test_a_terminal_shows_nothing_that_is_over_at_once(
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_goes_to_another_device_takes_little_main_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_to_another_device_takes_little_main_memory_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     staged: list[int] = []
 
     def counted(items: Iterable[Item], **options: object) -> list[torch.Tensor]:

@@ -1,4 +1,6 @@
-"""A checkpoint comes into a model as its own library loads it, bit for bit, or the model stays as it was."""
+"""A checkpoint comes into a model as its own library loads it, bit for bit, or the model stays as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from shardkit.load.modules.init_empty import init_empty_weights
 
 
 class Net(nn.Module):
-    """Every kind of weight in one: ties, buffers of both kinds, a scalar, an empty tensor, integers."""
+    """Every kind of weight in one: ties, buffers of both kinds, a scalar, an empty tensor,
+    integers.
+    """
 
     def __init__(self, *, width: int = 4) -> None:
         super().__init__()
@@ -52,7 +56,11 @@ def trained() -> Net:
     net = Net().eval()
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
-            tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.randint(0, 9, tensor.shape))
+            tensor.copy_(
+                torch.randn(tensor.shape)
+                if tensor.is_floating_point()
+                else torch.randint(0, 9, tensor.shape)
+            )
         net.get_buffer("norm.running_var").abs_()
         net.get_buffer("scratch").fill_(1)
     return net
@@ -66,25 +74,38 @@ def empty() -> Net:
 def save_sharded(state: dict[str, torch.Tensor], folder: Path) -> None:
     folder.mkdir()
     names = list(state)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, inside in files.items():
         save_file({name: state[name].clone() for name in inside}, folder / file)
     weight_map = {name: file for file, inside in files.items() for name in inside}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map, "metadata": {}})
+    )
 
 
 SAVERS: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
     "zip": torch.save,
     "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
-    "safetensors": lambda state, path: save_file({name: each.clone() for name, each in state.items()}, path),
+    "safetensors": lambda state, path: save_file(
+        {name: each.clone() for name, each in state.items()}, path
+    ),
     "index": save_sharded,
-    "nested": lambda state, path: torch.save({"epoch": 3, "state_dict": state, "optimizer": {"state": {}}}, path),
+    "nested": lambda state, path: torch.save(
+        {"epoch": 3, "state_dict": state, "optimizer": {"state": {}}}, path
+    ),
 }
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether they are alike bit by bit, wherever they are."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.detach().cpu(), b.detach().cpu())
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.detach().cpu(), b.detach().cpu())
+    )
 
 
 def assert_same_state(model: nn.Module, wanted: nn.Module) -> None:
@@ -112,7 +133,10 @@ DEVICE_MAPS: list[Any] = [
     {"": "cpu"},
     {"embed": "disk", "": "cpu", "norm": "disk"},
     {"": "disk"},
-    *(pytest.param(each, marks=needs_one) for each in ({"": 0}, {"embed": "disk", "": 0, "norm": "cpu", "head": 0})),
+    *(
+        pytest.param(each, marks=needs_one)
+        for each in ({"": 0}, {"embed": "disk", "": 0, "norm": "cpu", "head": 0})
+    ),
 ]
 
 
@@ -135,7 +159,9 @@ def test_every_kind_of_checkpoint_comes_bit_for_bit_into_every_model(
         return  # nothing moves inputs, and another device computes other bits
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        assert torch.equal(aligned(model)(ids), wanted(ids))  # what is mapped lies where it lies in the file
+        assert torch.equal(
+            aligned(model)(ids), wanted(ids)
+        )  # what is mapped lies where it lies in the file
 
 
 def test_nothing_stays_on_meta_and_what_is_resident_is_aligned(checkpoint: Path) -> None:
@@ -146,7 +172,9 @@ def test_nothing_stays_on_meta_and_what_is_resident_is_aligned(checkpoint: Path)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in model.parameters())
 
 
-def test_a_real_model_keeps_its_parameters_and_an_optimizer_its_hold_on_them(checkpoint: Path) -> None:
+def test_a_real_model_keeps_its_parameters_and_an_optimizer_its_hold_on_them(
+    checkpoint: Path,
+) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = dict(model.named_parameters())
@@ -167,11 +195,17 @@ def test_what_a_parameter_is_stays(tmp_path: Path) -> None:
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "x.safetensors")
     load(model, tmp_path / "x.safetensors")
     assert isinstance(model.weight, Marked)
-    assert (model.weight.loader, model.weight.requires_grad, model.bias.requires_grad) == ("mine", False, True)
+    assert (model.weight.loader, model.weight.requires_grad, model.bias.requires_grad) == (
+        "mine",
+        False,
+        True,
+    )
     assert type(model.bias) is nn.Parameter
 
 
-def test_weights_on_disk_are_read_when_they_are_used_and_buffers_are_not_unless_asked(checkpoint: Path) -> None:
+def test_weights_on_disk_are_read_when_they_are_used_and_buffers_are_not_unless_asked(
+    checkpoint: Path,
+) -> None:
     model = empty()
     load(model, checkpoint, device_map={"": "disk"})
     assert all(isinstance(parameter.data, Paged) for parameter in model.parameters())
@@ -185,10 +219,14 @@ def test_weights_on_disk_are_read_when_they_are_used_and_buffers_are_not_unless_
 
 @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", "bf16", torch.float64])
 @pytest.mark.parametrize("device", TIERS)
-def test_floats_are_cast_and_integers_kept_on_every_tier(checkpoint: Path, dtype: Any, device: str | int) -> None:
+def test_floats_are_cast_and_integers_kept_on_every_tier(
+    checkpoint: Path, dtype: Any, device: str | int
+) -> None:
     model = empty()
     load(model, checkpoint, dtype=dtype, device_map={"": device})
-    wanted = trained().to({"float16": torch.float16, torch.float64: torch.float64}.get(dtype, torch.bfloat16))
+    wanted = trained().to(
+        {"float16": torch.float16, torch.float64: torch.float64}.get(dtype, torch.bfloat16)
+    )
     assert_same_state(model, wanted)
     assert model.steps.dtype == torch.int64
 
@@ -212,9 +250,13 @@ def test_a_shape_that_differs_is_found_before_anything_is_touched(
     state = trained().state_dict() | {"norm.bias": torch.zeros(5)}
     torch.save(state, tmp_path / "net.bin")
     model = skeleton()
-    before = {name: (id(tensor), tensor.is_meta or tensor.clone()) for name, tensor in _all(model).items()}
+    before = {
+        name: (id(tensor), tensor.is_meta or tensor.clone()) for name, tensor in _all(model).items()
+    }
     with pytest.raises(
-        Mismatch, match=r"net\.bin does not fit the model: of another shape: 'norm\.bias' \(\[5\] there, \[4\] here\)"
+        Mismatch,
+        match=r"net\.bin does not fit the model: of another shape: 'norm\.bias' \(\[5\] there, "
+        r"\[4\] here\)",
     ):
         load(model, tmp_path / "net.bin", device_map={"": device})
     _assert_untouched(model, before)
@@ -237,8 +279,12 @@ def test_a_load_that_fails_while_it_reads_leaves_the_model_and_the_folder_as_the
 ) -> None:
     truncated = checkpoint.read_bytes()
     opened = shardkit.open(checkpoint)
-    monkeypatch.setattr("shardkit.load.lazy.checkpoint.open_checkpoint", lambda *args, **kwargs: opened)
-    monkeypatch.setattr("shardkit.load.loading.install._STAGED", 1)  # so that some weights are on an accelerator when one cannot be read
+    monkeypatch.setattr(
+        "shardkit.load.lazy.checkpoint.open_checkpoint", lambda *args, **kwargs: opened
+    )
+    monkeypatch.setattr(
+        "shardkit.load.loading.install._STAGED", 1
+    )  # so that some weights are on an accelerator when one cannot be read
     checkpoint.write_bytes(truncated[: len(truncated) // 2])
     model = Net()
     before = {name: (id(tensor), tensor.clone()) for name, tensor in _all(model).items()}
@@ -249,9 +295,13 @@ def test_a_load_that_fails_while_it_reads_leaves_the_model_and_the_folder_as_the
     assert (set(os.listdir(tmp_path)), threading.active_count(), allocated()) == left
 
 
-def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_noticed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = shardkit.open(checkpoint)
-    monkeypatch.setattr("shardkit.load.lazy.checkpoint.open_checkpoint", lambda *args, **kwargs: opened)
+    monkeypatch.setattr(
+        "shardkit.load.lazy.checkpoint.open_checkpoint", lambda *args, **kwargs: opened
+    )
     os.utime(checkpoint, ns=(1, 1))
     with pytest.raises(LoadError, match="changed while it was read"):
         load(Net(), checkpoint)
@@ -259,7 +309,9 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(checkpoint: Path, monke
 
 @pytest.mark.parametrize("device", IN_MEMORY)
 @pytest.mark.parametrize("saver", ["zip", "safetensors", "legacy"])
-def test_overwriting_the_checkpoint_does_not_change_what_is_resident(tmp_path: Path, saver: str, device: str | int) -> None:
+def test_overwriting_the_checkpoint_does_not_change_what_is_resident(
+    tmp_path: Path, saver: str, device: str | int
+) -> None:
     SAVERS[saver](trained().state_dict(), tmp_path / "net")
     model = empty()
     load(model, tmp_path / "net", device_map={"": device})
@@ -269,7 +321,9 @@ def test_overwriting_the_checkpoint_does_not_change_what_is_resident(tmp_path: P
 
 
 @pytest.mark.parametrize("device", TIERS)
-def test_missing_names_are_told_and_kept_and_strict_refuses_them(device: str | int, tmp_path: Path) -> None:
+def test_missing_names_are_told_and_kept_and_strict_refuses_them(
+    device: str | int, tmp_path: Path
+) -> None:
     state = trained().state_dict()
     del state["norm.bias"]
     torch.save(state | {"more": torch.zeros(1)}, tmp_path / "net.bin")
@@ -286,13 +340,19 @@ def test_missing_names_are_told_and_kept_and_strict_refuses_them(device: str | i
         load(empty(), tmp_path / "net.bin", device_map={"": device})
 
 
-def test_arguments_without_a_meaning_are_not_accepted_in_silence(checkpoint: Path, tmp_path: Path) -> None:
+def test_arguments_without_a_meaning_are_not_accepted_in_silence(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     with pytest.warns(UserWarning, match="offload_folder has no meaning here"):
         load_checkpoint_in_model(empty(), checkpoint, {"": "disk"}, tmp_path / "offload")
     with pytest.warns(UserWarning, match="offload_state_dict has no meaning here"):
         load_checkpoint_in_model(empty(), checkpoint, offload_state_dict=True)
     assert not (tmp_path / "offload").exists()
-    for refused in ({"offload_8bit_bnb": True}, {"full_state_dict": False}, {"broadcast_from_rank0": True}):
+    for refused in (
+        {"offload_8bit_bnb": True},
+        {"full_state_dict": False},
+        {"broadcast_from_rank0": True},
+    ):
         with pytest.raises(LoadError, match=next(iter(refused))):
             load(empty(), checkpoint, **refused)
 
@@ -304,11 +364,15 @@ def test_arguments_without_a_meaning_are_not_accepted_in_silence(checkpoint: Pat
         ({"embed": "cpu"}, "gives no device to"),
         ({"": "quantum"}, "is no device"),
         pytest.param(
-            {"": 0}, "no accelerator 0", marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+            {"": 0},
+            "no accelerator 0",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
         ),
     ],
 )
-def test_a_device_map_that_cannot_be_met_is_refused(checkpoint: Path, device_map: Any, sentence: str) -> None:
+def test_a_device_map_that_cannot_be_met_is_refused(
+    checkpoint: Path, device_map: Any, sentence: str
+) -> None:
     model = empty()
     with pytest.raises(LoadError, match=sentence):
         load(model, checkpoint, device_map=device_map)
@@ -334,7 +398,10 @@ def test_what_is_mapped_shares_the_file_and_what_cannot_be_is_said(tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_checkpoint_in_model(model, tmp_path / "zip", mmap=True)
-    with pytest.warns(UserWarning, match="read into memory, since they do not lie in a file as they are in memory: 'scale'"):
+    with pytest.warns(
+        UserWarning,
+        match="read into memory, since they do not lie in a file as they are in memory: 'scale'",
+    ):
         load_checkpoint_in_model(empty(), tmp_path / "zip", mmap=True, dtype="bf16")
     with torch.no_grad():
         model.embed.weight.zero_()
@@ -362,7 +429,9 @@ class Counting(nn.Module):
         self.count = state
 
 
-def test_extra_state_is_given_back_if_it_is_a_tensor_and_told_if_it_is_an_object(tmp_path: Path) -> None:
+def test_extra_state_is_given_back_if_it_is_a_tensor_and_told_if_it_is_an_object(
+    tmp_path: Path,
+) -> None:
     counting, counted = Counting(), Counting()
     model, twin = nn.Sequential(counting), nn.Sequential(counted)
     counting.count = torch.tensor([7.0, 8.0])
@@ -386,8 +455,12 @@ def test_lazy_modules_take_the_shapes_of_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(lazy(torch.ones(1, 3)), linear(torch.ones(1, 3)))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), lambda: nn.GRU(3, 2)])
-def test_modules_that_keep_their_weights_elsewhere_see_the_new_ones(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), lambda: nn.GRU(3, 2)]
+)
+def test_modules_that_keep_their_weights_elsewhere_see_the_new_ones(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
     torch.manual_seed(0)
     wanted = make()
     torch.save(wanted.state_dict(), tmp_path / "x.pt")

@@ -49,7 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 @pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
 @pytest.mark.parametrize(("device", "stays"), [("cpu", NBYTES), ("disk", NBYTES // 2)])
-def test_a_load_takes_the_memory_of_what_stays(name: str, device: str, stays: int, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder / name), device], capture_output=True, text=True)
+def test_a_load_takes_the_memory_of_what_stays(
+    name: str, device: str, stays: int, folder: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder / name), device], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert stays <= int(done.stdout) <= stays + BESIDE

@@ -1,4 +1,6 @@
-"""What of a checkpoint goes where in a model is found before a byte moves, and so is all that is wrong with it."""
+"""What of a checkpoint goes where in a model is found before a byte moves, and so is all that is
+wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def entry(name: str, shape: Sequence[int], code: str = "F32", fill: int = 0) -> 
 def entries_of(model: nn.Module, *, without: tuple[str, ...] = ()) -> dict[str, TensorEntry]:
     """What a checkpoint of *model* would hold."""
     return {
-        name: entry(name, weight.tensor.shape, BY_TORCH[str(weight.tensor.dtype)[6:]].code, number % 256)
+        name: entry(
+            name, weight.tensor.shape, BY_TORCH[str(weight.tensor.dtype)[6:]].code, number % 256
+        )
         for number, weight in enumerate(weights_of(model))
         for name in weight.names
         if name not in without
@@ -89,7 +93,11 @@ def test_every_name_of_a_state_dict_is_a_name_of_one_home(make: Callable[[], nn.
     assignment = assign(model, entries_of(model), strict=True)
     names = [name for home in assignment.homes for name in home.names]
     assert sorted(names) == sorted(model.state_dict())
-    assert (assignment.missing, assignment.unexpected, assignment.notes) == ((), (), assignment.notes)
+    assert (assignment.missing, assignment.unexpected, assignment.notes) == (
+        (),
+        (),
+        assignment.notes,
+    )
     for home in assignment.homes:
         tensor = model.state_dict()[home.name]
         assert (home.shape, home.dtype) == (tuple(tensor.shape), tensor.dtype)
@@ -106,7 +114,10 @@ def test_weights_stand_in_the_order_of_the_state_dict_with_all_their_names() -> 
 def test_a_module_that_stands_at_two_places_is_one() -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": shared, "b": shared})
-    assert [weight.names for weight in weights_of(model)] == [("a.weight", "b.weight"), ("a.bias", "b.bias")]
+    assert [weight.names for weight in weights_of(model)] == [
+        ("a.weight", "b.weight"),
+        ("a.bias", "b.bias"),
+    ]
 
 
 def test_a_parameter_that_is_a_buffer_elsewhere_is_no_buffer() -> None:
@@ -181,8 +192,12 @@ def test_types_are_those_of_accelerate(
     assert isinstance(home.payload, Cast) == (torch_type(BY_CODE[stored]) != becomes)
 
 
-@pytest.mark.parametrize(("asked", "noted"), [(None, True), (torch.bfloat16, True), (torch.float8_e4m3fn, False)])
-def test_codes_of_8_bits_do_not_become_wide_floats_without_a_word(asked: torch.dtype | None, noted: bool) -> None:
+@pytest.mark.parametrize(
+    ("asked", "noted"), [(None, True), (torch.bfloat16, True), (torch.float8_e4m3fn, False)]
+)
+def test_codes_of_8_bits_do_not_become_wide_floats_without_a_word(
+    asked: torch.dtype | None, noted: bool
+) -> None:
     model = nn.Linear(2, 2)
     entries = {"weight": entry("weight", (2, 2), "F8_E4M3"), "bias": entry("bias", (2,))}
     notes = assign(model, entries, dtype=asked).notes
@@ -190,7 +205,9 @@ def test_codes_of_8_bits_do_not_become_wide_floats_without_a_word(asked: torch.d
 
 
 def test_modules_that_stay_in_fp32_are_told_by_whole_steps_of_their_names() -> None:
-    model = nn.ModuleDict({"wo": nn.Linear(1, 1), "wo2": nn.Linear(1, 1), "x": nn.ModuleDict({"wo": nn.Linear(1, 1)})})
+    model = nn.ModuleDict(
+        {"wo": nn.Linear(1, 1), "wo2": nn.Linear(1, 1), "x": nn.ModuleDict({"wo": nn.Linear(1, 1)})}
+    )
     entries = entries_of(model)
     for dtype in (torch.float16, torch.bfloat16):
         homes = by_name(assign(model, entries, dtype=dtype, keep_in_fp32=["wo"]))
@@ -217,8 +234,10 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert error.unexpected == ("other",)
     assert error.wrong_shape == {"0.bias": ((3,), (2,)), "1.weight": ((4,), (2, 2))}
     assert str(error) == (
-        "x.bin does not fit the model: of another shape: '0.bias' ([3] there, [2] here), '1.weight' ([4] there, [2, 2] here); "
-        "of a type that torch cannot make: '1.bias' (F4 as float32); missing: '2.bias'; not in the model: 'other'"
+        "x.bin does not fit the model: of another shape: '0.bias' ([3] there, [2] here), "
+        "'1.weight' ([4] there, [2, 2] here); "
+        "of a type that torch cannot make: '1.bias' (F4 as float32); missing: '2.bias'; not in "
+        "the model: 'other'"
     )
 
 
@@ -228,9 +247,13 @@ def test_a_shape_that_differs_is_an_error_even_where_nothing_is_strict() -> None
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_scalar_may_be_a_tensor_of_one_element_as_before_torch_0_4(shape: tuple[int, ...]) -> None:
+def test_a_scalar_may_be_a_tensor_of_one_element_as_before_torch_0_4(
+    shape: tuple[int, ...],
+) -> None:
     model = nn.BatchNorm1d(2)
-    entries = entries_of(model) | {"num_batches_tracked": entry("num_batches_tracked", shape, "I64")}
+    entries = entries_of(model) | {
+        "num_batches_tracked": entry("num_batches_tracked", shape, "I64")
+    }
     assert by_name(assign(model, entries))["num_batches_tracked"].shape == ()
 
 
@@ -306,7 +329,10 @@ def test_a_prefix_is_said_and_not_guessed() -> None:
 @pytest.mark.parametrize("name", ["SCBlock", "SCB", "weight_format", "module"])
 def test_a_name_says_nothing_of_what_a_tensor_is_for(name: str) -> None:
     model = nn.ModuleDict({name: nn.Linear(2, 2)})
-    assert set(by_name(assign(model, entries_of(model), strict=True))) == {f"{name}.weight", f"{name}.bias"}
+    assert set(by_name(assign(model, entries_of(model), strict=True))) == {
+        f"{name}.weight",
+        f"{name}.bias",
+    }
 
 
 def test_extra_state_is_matched_and_missed_like_a_weight() -> None:
@@ -315,7 +341,9 @@ def test_extra_state_is_matched_and_missed_like_a_weight() -> None:
     assignment = assign(model, entries, strict=True)
     assert list(assignment.extra) == ["a._extra_state"]
     assert assign(model, {"a.weight": entries["a.weight"]}).missing == ("a._extra_state",)
-    assert assign(nn.Linear(2, 2), entries_of(nn.Linear(2, 2)) | {"_extra_state": entries["a.weight"]}).unexpected
+    assert assign(
+        nn.Linear(2, 2), entries_of(nn.Linear(2, 2)) | {"_extra_state": entries["a.weight"]}
+    ).unexpected
 
 
 def test_a_lazy_parameter_takes_the_shape_of_the_checkpoint() -> None:

@@ -80,7 +80,9 @@ def test_a_flipped_bit_is_named_and_the_model_is_not_touched(load: Load, folder:
     with pytest.raises(Malformed, match=rf"{shard.name}: 1\.weight: bytes \[") as caught:
         load(model, folder, verify=True)
     assert "fetch it again" in str(caught.value.hint)
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in kept.state_dict().items())
+    assert all(
+        torch.equal(model.state_dict()[name], value) for name, value in kept.state_dict().items()
+    )
     load(model, folder)  # nobody asked
 
 
@@ -94,7 +96,9 @@ def test_a_flipped_bit_in_a_zip_file_is_told_by_its_crc(load: Load, source: Path
 
 @by_any_door
 @pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
-def test_a_flipped_bit_in_a_prepared_folder_is_told_by_its_block(load: Load, whole: bool, source: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_prepared_folder_is_told_by_its_block(
+    load: Load, whole: bool, source: Path, tmp_path: Path
+) -> None:
     shardkit.offload_prep(source, tmp_path / "prepared")
     shard = tmp_path / "prepared" / "model.safetensors"
     checkpoint = shard.parent if whole else shard
@@ -120,10 +124,14 @@ def test_what_is_compressed_is_verified_too(load: Load, source: Path, tmp_path: 
 
 
 @by_any_door
-def test_what_carries_no_checksums_cannot_be_verified_and_that_is_an_error(load: Load, folder: Path, tmp_path: Path) -> None:
+def test_what_carries_no_checksums_cannot_be_verified_and_that_is_an_error(
+    load: Load, folder: Path, tmp_path: Path
+) -> None:
     (folder / MANIFEST_NAME).unlink()
     model = empty()
-    with pytest.raises(LoadError, match=r"model-.*cannot be verified: it carries no checksums") as caught:
+    with pytest.raises(
+        LoadError, match=r"model-.*cannot be verified: it carries no checksums"
+    ) as caught:
         load(model, folder, verify=True)
     assert "--checksum sha256" in str(caught.value.hint)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -167,8 +175,13 @@ def test_a_manifest_that_is_none_is_told(folder: Path) -> None:
 
 def test_a_manifest_of_gigabytes_is_not_read(folder: Path) -> None:
     os.truncate(folder / MANIFEST_NAME, 1 << 33)
-    for look in (shardkit.verify, lambda path: load_checkpoint_in_model(empty(), path, verify=True)):
-        with pytest.raises(LimitExceeded, match=r"the manifest takes 8,589,934,592 bytes") as caught:
+    for look in (
+        shardkit.verify,
+        lambda path: load_checkpoint_in_model(empty(), path, verify=True),
+    ):
+        with pytest.raises(
+            LimitExceeded, match=r"the manifest takes 8,589,934,592 bytes"
+        ) as caught:
             look(folder)
         assert caught.value.limit == "header_bytes"
 

@@ -25,7 +25,9 @@ from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Literal, Payload, Swapped, read_all
 
 SIZE = 40 << 20
-linux_only = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory")
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of random bytes that begins as no run of equal bytes does."""
     path = tmp_path_factory.mktemp("memory") / "weights"
     path.write_bytes(
-        torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+        torch.randint(
+            0, 256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        .numpy()
+        .tobytes()
     )
     return path
 
@@ -77,13 +83,20 @@ def test_memory_that_there_is_not_is_refused_with_a_sentence() -> None:
         aligned(10**18)
 
 
-@given(st.lists(st.tuples(st.integers(0, SIZE - 70_000), st.integers(0, 70_000)), max_size=40), st.integers(1, 5))
+@given(
+    st.lists(st.tuples(st.integers(0, SIZE - 70_000), st.integers(0, 70_000)), max_size=40),
+    st.integers(1, 5),
+)
 @settings(max_examples=30)
-def test_any_extents_in_any_order_are_read_as_they_are(file: Path, ranges: list[tuple[int, int]], workers: int) -> None:
+def test_any_extents_in_any_order_are_read_as_they_are(
+    file: Path, ranges: list[tuple[int, int]], workers: int
+) -> None:
     extents = [Extent(file, start, nbytes) for start, nbytes in ranges]
     counted: list[int] = []
     tensors = materialise(map(as_bytes, extents), workers=workers, on_bytes=counted.append)
-    assert [bytes_of(tensor) for tensor in tensors] == [bytes(read_all(extent)) for extent in extents]
+    assert [bytes_of(tensor) for tensor in tensors] == [
+        bytes(read_all(extent)) for extent in extents
+    ]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
     assert sum(counted) == sum(extent.nbytes for extent in extents)
 
@@ -105,8 +118,14 @@ def test_large_small_and_derived_tensors_come_in_one_go(file: Path) -> None:
 def test_each_tensor_is_a_storage_of_its_own_with_its_type_and_shape(file: Path) -> None:
     items = [(Extent(file, 64 * i, 48), torch.float32, (3, 4)) for i in range(5)]
     for tensor in materialise(items):
-        assert (tensor.dtype, tensor.shape, tensor.untyped_storage().nbytes()) == (torch.float32, (3, 4), 48)
-    scalar, empty = materialise([(Literal(b"\1"), torch.bool, ()), (Literal(b""), torch.float16, (0, 7))])
+        assert (tensor.dtype, tensor.shape, tensor.untyped_storage().nbytes()) == (
+            torch.float32,
+            (3, 4),
+            48,
+        )
+    scalar, empty = materialise(
+        [(Literal(b"\1"), torch.bool, ()), (Literal(b""), torch.float16, (0, 7))]
+    )
     assert bool(scalar) is True
     assert scalar.shape == ()
     assert (empty.dtype, empty.shape) == (torch.float16, (0, 7))
@@ -132,7 +151,8 @@ def test_memory_goes_when_the_last_tensor_goes_and_not_with_rounding(file: Path)
     items = [as_bytes(Extent(file, (1 << 20) * i, (1 << 20) - 64)) for i in range(40)]
     before = resident()
     tensors = materialise(items)
-    # 16 MB for threads and the chunks of the allocator: huge pages that rounded up each tensor would take 40 MB.
+    # 16 MB for threads and the chunks of the allocator: huge pages that rounded up each tensor
+    # would take 40 MB.
     assert resident() - before < SIZE + (16 << 20)
     del tensors
     assert resident() - before < 16 << 20
@@ -162,7 +182,9 @@ def test_an_interrupt_ends_the_reading(file: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        materialise([as_bytes(Extent(file, (9 << 20) * i, 9 << 20)) for i in range(4)], on_bytes=interrupt)
+        materialise(
+            [as_bytes(Extent(file, (9 << 20) * i, 9 << 20)) for i in range(4)], on_bytes=interrupt
+        )
     assert len(calls) == 1
 
 
@@ -190,7 +212,10 @@ def test_a_mapped_tensor_shares_the_file_and_keeps_its_changes_to_itself(tmp_pat
 
 
 def test_only_plain_runs_of_files_are_mapped(file: Path) -> None:
-    assert mapped([as_bytes(Literal(b"abc")), as_bytes(Swapped(Extent(file, 0, 4), 2))]) == [None, None]
+    assert mapped([as_bytes(Literal(b"abc")), as_bytes(Swapped(Extent(file, 0, 4), 2))]) == [
+        None,
+        None,
+    ]
 
 
 def test_a_file_that_is_too_short_is_not_mapped(tmp_path: Path) -> None:
@@ -207,7 +232,11 @@ def huge_bytes(tensor: torch.Tensor) -> int:
     for block in blocks:
         bounds = re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", block, re.MULTILINE)
         if bounds and int(bounds[1], 16) <= tensor.data_ptr() < int(bounds[2], 16):
-            return 1024 * next(int(line.split()[1]) for line in block.splitlines() if line.startswith("AnonHugePages"))
+            return 1024 * next(
+                int(line.split()[1])
+                for line in block.splitlines()
+                if line.startswith("AnonHugePages")
+            )
     raise AssertionError("the system knows nothing of this memory")
 
 

@@ -1,4 +1,6 @@
-"""Open files: direct reads where they are possible, the page cache where it has the bytes, and one open for ever."""
+"""Open files: direct reads where they are possible, the page cache where it has the bytes, and one
+open for ever.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_the_end_of_the_file_may_lie_inside_the_last_sector(path: Path) -> None:
     assert sectors(OpenFile(path), NBYTES, 100) == CONTENT[NBYTES:]
 
 
-def test_a_file_system_that_refuses_is_not_asked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_refuses_is_not_asked_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = OpenFile(path)
     direct = file._direct
     if direct is None:
@@ -116,7 +120,9 @@ def test_a_disk_that_fails_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_read_that_gives_less_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = OpenFile(path)
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda file, buffers, start: preadv(file, [buffers[0][: 3 * SECTOR]], start))
+    monkeypatch.setattr(
+        os, "preadv", lambda file, buffers, start: preadv(file, [buffers[0][: 3 * SECTOR]], start)
+    )
     assert sectors(file) == CONTENT[:NBYTES]
 
 
@@ -129,7 +135,9 @@ def test_a_file_that_became_shorter_is_told(path: Path) -> None:
         file.read(memoryview(bytearray(100)), 0)
 
 
-def test_a_file_is_opened_once_and_closed_when_nobody_has_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_opened_once_and_closed_when_nobody_has_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed: list[int] = []
     close = os.close
 

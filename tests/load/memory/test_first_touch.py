@@ -1,4 +1,6 @@
-"""Fresh memory gets its pages in few requests, each page once, and the kind of page that comes faster."""
+"""Fresh memory gets its pages in few requests, each page once, and the kind of page that comes
+faster.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PAGE = 4096
 
 
 class System:
-    """A kernel that takes as long for each kind of page as it is told, and a clock that it moves."""
+    """A kernel that takes as long for each kind of page as it is told, and a clock that it
+    moves.
+    """
 
     def __init__(self, huge: int = 1, small: int = 4, *, populates: bool = True) -> None:
         self.costs = {True: huge, False: small}
@@ -39,7 +43,9 @@ class System:
         if advice != POPULATE:
             self.kinds.append((start, start + nbytes, advice == HUGE_ADVICE))
             return True
-        huge = next((huge for first, last, huge in reversed(self.kinds) if first <= start < last), False)
+        huge = next(
+            (huge for first, last, huge in reversed(self.kinds) if first <= start < last), False
+        )
         self.asked.append((start, nbytes, huge))
         self.now += nbytes * self.costs[huge]
         return self.populates
@@ -50,7 +56,9 @@ class System:
     @property
     def share(self) -> float:
         """Of the bytes that were asked for, those in huge pages."""
-        return sum(nbytes for _, nbytes, huge in self.asked if huge) / sum(nbytes for _, nbytes, _ in self.asked)
+        return sum(nbytes for _, nbytes, huge in self.asked if huge) / sum(
+            nbytes for _, nbytes, _ in self.asked
+        )
 
 
 def brought(system: System, nbytes: int, cuts: list[int]) -> int:
@@ -66,12 +74,20 @@ def brought(system: System, nbytes: int, cuts: list[int]) -> int:
 
 @settings(deadline=None)
 @given(st.integers(1, 6 * HUGE + 5), st.lists(st.integers(0, 6 * HUGE), max_size=5))
-def test_every_page_is_asked_for_and_no_huge_one_twice_or_beyond_the_end(nbytes: int, cuts: list[int]) -> None:
+def test_every_page_is_asked_for_and_no_huge_one_twice_or_beyond_the_end(
+    nbytes: int, cuts: list[int]
+) -> None:
     system = System()
     start = brought(system, nbytes, sorted({cut for cut in cuts if 0 < cut < nbytes}))
-    there = {page for at, length, _ in system.asked for page in range(at // PAGE, -(-(at + length) // PAGE))}
+    there = {
+        page
+        for at, length, _ in system.asked
+        for page in range(at // PAGE, -(-(at + length) // PAGE))
+    }
     assert there == set(range(start // PAGE, -(-(start + nbytes) // PAGE)))
-    whole = [(at, at + length - HUGE + 1) for at, length, _ in system.asked if not (at - start) % HUGE]
+    whole = [
+        (at, at + length - HUGE + 1) for at, length, _ in system.asked if not (at - start) % HUGE
+    ]
     large = [place for first, last in whole for place in range(first, last, HUGE)]
     assert len(large) == len(set(large))
     assert all(at + length <= start + nbytes for at, length, huge in system.asked if huge)
@@ -146,7 +162,11 @@ def turned(path: Path, folder: Path) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts page faults so")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("make", "most"), [(plain, 1.25), (compressed, 2.5), (turned, 2.5)], ids=["plain", "zstd", "turned"])
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(plain, 1.25), (compressed, 2.5), (turned, 2.5)],
+    ids=["plain", "zstd", "turned"],
+)
 def test_a_load_touches_little_memory_beside_the_weights(
     make: Callable[[Path, Path], Path], most: float, dtype: str, tmp_path: Path
 ) -> None:
@@ -154,7 +174,9 @@ def test_a_load_touches_little_memory_beside_the_weights(
     weights = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     save_file({f"l{i}.weight": weights + i for i in range(8)}, tmp_path / "model.safetensors")
     path = make(tmp_path / "model.safetensors", tmp_path)
-    done = subprocess.run([sys.executable, "-c", LOAD, str(path), dtype], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path), dtype], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     faults, nbytes = json.loads(done.stdout)
     assert faults <= most * nbytes / PAGE + 2000

@@ -1,4 +1,6 @@
-"""Models without weights: what is meta and what is not, ties, classes, threads, and what Accelerate does in the same place."""
+"""Models without weights: what is meta and what is not, ties, classes, threads, and what Accelerate
+does in the same place.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,12 @@ class Tied(nn.Module):
 def llama() -> Any:  # Any, here and below: of a library without types
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=50
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=50,
         )
     )
 
@@ -62,7 +69,9 @@ def t5() -> Any:
 
 
 def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=8))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=8)
+    )
 
 
 def bert() -> Any:
@@ -93,8 +102,14 @@ MODELS: list[Callable[[], nn.Module]] = [
 
 def portrait(model: nn.Module) -> dict[str, tuple[object, ...]]:
     """What can be said of each tensor but its value."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: (each.device, each.shape, each.dtype, each.requires_grad, type(each)) for name, each in tensors}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {
+        name: (each.device, each.shape, each.dtype, each.requires_grad, type(each))
+        for name, each in tensors
+    }
 
 
 @pytest.mark.parametrize("build", MODELS)
@@ -112,7 +127,9 @@ def test_with_buffers_all_is_meta_that_a_checkpoint_holds(build: Callable[[], nn
         ours = build()
     kept = ours.state_dict(keep_vars=True)
     assert all(tensor.device == META for tensor in kept.values())
-    assert not [name for name, buffer in ours.named_buffers() if name not in kept and buffer.device == META]
+    assert not [
+        name for name, buffer in ours.named_buffers() if name not in kept and buffer.device == META
+    ]
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_lost_by_accelerate_and_not_by_us() -> None:
@@ -188,9 +205,19 @@ def test_parametrised_modules_are_meta_in_all_their_parts() -> None:
 
 
 def test_nothing_of_torch_is_replaced() -> None:
-    before = nn.Module.register_parameter, nn.Module.register_buffer, nn.Module.__setattr__, torch.empty
+    before = (
+        nn.Module.register_parameter,
+        nn.Module.register_buffer,
+        nn.Module.__setattr__,
+        torch.empty,
+    )
     with init_empty_weights(include_buffers=True):
-        assert (nn.Module.register_parameter, nn.Module.register_buffer, nn.Module.__setattr__, torch.empty) == before
+        assert (
+            nn.Module.register_parameter,
+            nn.Module.register_buffer,
+            nn.Module.__setattr__,
+            torch.empty,
+        ) == before
     assert nn.Linear(2, 2).weight.device.type == "cpu"
 
 

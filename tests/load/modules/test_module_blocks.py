@@ -37,7 +37,9 @@ class Model(nn.Module):
 def cut_by(model: nn.Module, device_map: dict[str, Hashable], whole: set[str] = frozenset()) -> Cut:  # type: ignore[assignment]  # empty
     def target(weight: Weight) -> Hashable:
         name = weight.names[0]
-        nearest = max((key for key in device_map if not key or f"{name}.".startswith(f"{key}.")), key=len)
+        nearest = max(
+            (key for key in device_map if not key or f"{name}.".startswith(f"{key}.")), key=len
+        )
         return device_map[nearest]
 
     return cut(model, list(weights_of(model)), target=target, whole=whole)
@@ -57,7 +59,13 @@ CASTS: list[tuple[dict[str, Hashable], set[str], list[str]]] = [
     (
         {"": "disk"},
         {"Expert"},
-        ["embed", *(f"{layer}.{part}" for layer in LAYERS for part in PARTS), "tail.0", "tail.2.0", "head"],
+        [
+            "embed",
+            *(f"{layer}.{part}" for layer in LAYERS for part in PARTS),
+            "tail.0",
+            "tail.2.0",
+            "head",
+        ],
     ),
     ({"": "disk"}, {"Sequential"}, ["embed", *LAYERS, "tail", "head"]),
     ({"": "disk"}, {"Model"}, [""]),
@@ -68,11 +76,22 @@ CASTS: list[tuple[dict[str, Hashable], set[str], list[str]]] = [
 CASTS[6] = (
     CASTS[6][0],
     set(),
-    ["embed", *LAYERS[:3], "layers.3.experts.0", "layers.3.experts.1", *LAYERS[4:], "tail.0", "tail.2.0", "head"],
+    [
+        "embed",
+        *LAYERS[:3],
+        "layers.3.experts.0",
+        "layers.3.experts.1",
+        *LAYERS[4:],
+        "tail.0",
+        "tail.2.0",
+        "head",
+    ],
 )
 
 
-@pytest.mark.parametrize(("device_map", "whole", "expected"), CASTS, ids=[str(number) for number in range(len(CASTS))])
+@pytest.mark.parametrize(
+    ("device_map", "whole", "expected"), CASTS, ids=[str(number) for number in range(len(CASTS))]
+)
 def test_the_classes_that_stay_whole_and_the_map_make_the_blocks(
     device_map: dict[str, Hashable], whole: set[str], expected: list[str]
 ) -> None:
@@ -80,7 +99,9 @@ def test_the_classes_that_stay_whole_and_the_map_make_the_blocks(
 
 
 @pytest.mark.parametrize(("device_map", "whole"), [case[:2] for case in CASTS])
-def test_every_weight_is_in_one_block_or_stays(device_map: dict[str, Hashable], whole: set[str]) -> None:
+def test_every_weight_is_in_one_block_or_stays(
+    device_map: dict[str, Hashable], whole: set[str]
+) -> None:
     model = Model()
     found = cut_by(model, device_map, whole)
     counted = [weight.names[0] for block in found.blocks for weight in block.weights]
@@ -105,7 +126,10 @@ def test_ties_stay_and_a_module_with_two_names_is_no_tie() -> None:
     model.layers.append(model.layers[3])
     found = cut_by(model, {"": "disk"})
     assert names(found) == [*LAYERS, "tail.0", "tail.2.0"]
-    assert [weight.names for weight in found.resident] == [("bias",), ("embed.weight", "head.weight")]
+    assert [weight.names for weight in found.resident] == [
+        ("bias",),
+        ("embed.weight", "head.weight"),
+    ]
 
 
 def test_what_two_blocks_share_stays() -> None:

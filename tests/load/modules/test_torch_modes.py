@@ -1,4 +1,6 @@
-"""What watches a forward, and what torch chooses kernels by, is as in memory; and nobody keeps what others are read into."""
+"""What watches a forward, and what torch chooses kernels by, is as in memory; and nobody keeps what
+others are read into.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ WATCHES: dict[str, Watch] = {
     "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
     "jacobian": lambda model, x: torch.func.jacrev(model)(x),
     "forward mode": lambda model, x: torch.func.jvp(model, (x,), (x,))[1],
-    "vmap of grad": lambda model, x: torch.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x),
+    "vmap of grad": lambda model, x: torch.vmap(
+        torch.func.grad(lambda row: model(row).square().sum())
+    )(x),
     "trace": traced,
     "graph": lambda model, x: make_fx(model)(x)(x),
     "fake": faked,
@@ -55,9 +59,13 @@ def layers(folder: Path) -> nn.Sequential:
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("watch", WATCHES)
-def test_what_watches_a_forward_gets_what_it_gets_of_a_model_in_memory(watch: str, warm: bool, tmp_path: Path) -> None:
+def test_what_watches_a_forward_gets_what_it_gets_of_a_model_in_memory(
+    watch: str, warm: bool, tmp_path: Path
+) -> None:
     resident, x = layers(tmp_path), torch.randn(2, 4)
-    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), tmp_path / "model.pt", {"": "disk"}, ring=2)
+    model = load_checkpoint_and_dispatch(
+        copy.deepcopy(resident), tmp_path / "model.pt", {"": "disk"}, ring=2
+    )
     if warm:
         model(x)
     expected, found = WATCHES[watch](resident, x), WATCHES[watch](model, x)
@@ -76,7 +84,9 @@ def test_an_address_in_a_trace_is_refused(tmp_path: Path) -> None:
 
 
 class Turned(nn.Linear):
-    """Whose input is no plain matrix: what torch does with it depends on whether the weight asks for a gradient."""
+    """Whose input is no plain matrix: what torch does with it depends on whether the weight asks
+    for a gradient.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.transpose(0, 1))
@@ -90,7 +100,9 @@ def test_without_gradients_a_weight_gets_the_kernels_that_it_gets_in_memory(
     torch.manual_seed(0)
     resident = nn.Sequential(*(Turned(56, 56) for _ in range(8))).requires_grad_(learned)
     torch.save(resident.state_dict(), tmp_path / "model.pt")
-    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), tmp_path / "model.pt", {"": "disk"})
+    model = load_checkpoint_and_dispatch(
+        copy.deepcopy(resident), tmp_path / "model.pt", {"": "disk"}
+    )
     x = torch.randn(2, 6, 56)
     with mode():
         assert torch.equal(model(x), resident(x))
@@ -98,11 +110,17 @@ def test_without_gradients_a_weight_gets_the_kernels_that_it_gets_in_memory(
     assert not model(x).requires_grad
 
 
-@pytest.mark.parametrize("device_map", [None, {"": "disk"}, {"0": "cpu", "1": "disk", "2": "disk"}], ids=str)
+@pytest.mark.parametrize(
+    "device_map", [None, {"": "disk"}, {"0": "cpu", "1": "disk", "2": "disk"}], ids=str
+)
 @pytest.mark.parametrize("is_empty", [False, True])
-def test_what_is_compiled_by_torch_jit_stays_in_memory(device_map: dict[str, str] | None, is_empty: bool, tmp_path: Path) -> None:
+def test_what_is_compiled_by_torch_jit_stays_in_memory(
+    device_map: dict[str, str] | None, is_empty: bool, tmp_path: Path
+) -> None:
     def build() -> nn.Sequential:
-        return nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
+        return nn.Sequential(
+            nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+        )
 
     torch.manual_seed(0)
     resident, x = build(), torch.randn(2, 4)
@@ -119,9 +137,13 @@ def test_what_is_compiled_by_torch_jit_stays_in_memory(device_map: dict[str, str
 READS: dict[str, Callable[[nn.Sequential, torch.Tensor], torch.Tensor]] = {
     "a weight": lambda model, x: nn.functional.linear(x, model.get_parameter("1.weight")),
     "a view": lambda model, x: x @ model.get_parameter("1.weight").T[:, 1:],
-    "a stack": lambda model, x: torch.stack([model.get_parameter("1.weight"), model.get_parameter("2.weight")]) @ x.T,
+    "a stack": lambda model, x: (
+        torch.stack([model.get_parameter("1.weight"), model.get_parameter("2.weight")]) @ x.T
+    ),
     "a copy": lambda model, x: torch.zeros(4, 4).copy_(model.get_parameter("1.weight")) + x[0],
-    "a clone that is written": lambda model, x: model.get_parameter("1.weight").detach().clone().add_(1) + x[0],
+    "a clone that is written": lambda model, x: (
+        model.get_parameter("1.weight").detach().clone().add_(1) + x[0]
+    ),
     "a cast": lambda model, x: model.get_parameter("1.weight").double() + x[0],
     "a new tensor": lambda model, x: model.get_parameter("1.weight").new_zeros(4).add_(1) + x[0],
     "a module": lambda model, x: model[1](x),
@@ -145,7 +167,9 @@ def run_twice(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
     return torch.stack([graph(x), graph(x)])
 
 
-OUTSIDE: dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]] = {
+OUTSIDE: dict[
+    str, Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
+] = {
     "graph": run_twice,
     "graph of functions": lambda function, x: run_twice(torch.func.functionalize(function), x),
     "linearize": linearized,
@@ -161,7 +185,9 @@ def opened(state: str, resident: nn.Sequential, folder: Path) -> nn.Sequential:
         model = copy.deepcopy(resident)
         model.load_state_dict(tensors(folder / "model.pt"), assign=True)
         return model.requires_grad_(False)
-    model = load_checkpoint_and_dispatch(copy.deepcopy(resident), folder / "model.pt", {"": "disk"}, ring=2)
+    model = load_checkpoint_and_dispatch(
+        copy.deepcopy(resident), folder / "model.pt", {"": "disk"}, ring=2
+    )
     assert isinstance(model, nn.Sequential)
     if state == "written":
         with torch.no_grad():
@@ -172,11 +198,15 @@ def opened(state: str, resident: nn.Sequential, folder: Path) -> nn.Sequential:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # linearize, of constants in its own graphs
+@pytest.mark.filterwarnings(
+    "ignore:Attempted to insert a get_attr Node:UserWarning"
+)  # linearize, of constants in its own graphs
 @pytest.mark.parametrize("state", ["streams", "closed", "written", "addresses"])
 @pytest.mark.parametrize("watch", OUTSIDE)
 @pytest.mark.parametrize("read", READS)
-def test_what_watches_a_weight_that_is_read_by_itself_gets_its_values(read: str, watch: str, state: str, tmp_path: Path) -> None:
+def test_what_watches_a_weight_that_is_read_by_itself_gets_its_values(
+    read: str, watch: str, state: str, tmp_path: Path
+) -> None:
     resident, x = layers(tmp_path).requires_grad_(False), torch.randn(2, 4)
     model = opened(state, resident, tmp_path)
     expected = OUTSIDE[watch](lambda x: READS[read](resident, x), x)
@@ -188,9 +218,13 @@ def test_fake_tensors_meet_a_weight_that_is_read_by_itself(state: str, tmp_path:
     resident, x = layers(tmp_path), torch.randn(2, 4)
     model = opened(state, resident, tmp_path)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert nn.functional.linear(mode.from_tensor(x), model.get_parameter("1.weight")).shape == (2, 4)
+        assert nn.functional.linear(mode.from_tensor(x), model.get_parameter("1.weight")).shape == (
+            2,
+            4,
+        )
     assert torch.equal(
-        nn.functional.linear(x, model.get_parameter("1.weight")), nn.functional.linear(x, resident.get_parameter("1.weight"))
+        nn.functional.linear(x, model.get_parameter("1.weight")),
+        nn.functional.linear(x, resident.get_parameter("1.weight")),
     )
 
 

@@ -1,4 +1,6 @@
-"""Rates: bounded, measured once, and of what is asked for; how fast this machine is is nobody's promise."""
+"""Rates: bounded, measured once, and of what is asked for; how fast this machine is is nobody's
+promise.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,18 @@ def test_places_stand_in_rows_that_are_spread_over_what_streams_and_bounded(tmp_
     places = list(bandwidth._places([big]))
     assert sum(place.nbytes for place in places) <= 1 << 29
     assert max(place.nbytes for place in places) == READ
-    assert all(place.start % 4096 == 0 and place.start <= place.start + place.nbytes <= 5000 + big.nbytes for place in places)
+    assert all(
+        place.start % 4096 == 0 and place.start <= place.start + place.nbytes <= 5000 + big.nbytes
+        for place in places
+    )
     assert places[0].start < 10_000
     assert places[-1].start > 0.85 * big.nbytes
-    assert sum(one.start + one.nbytes == other.start for one, other in pairwise(places)) > 0.9 * len(places)
-    small = list(bandwidth._places([Extent(tmp_path / "a", 4097, 10), Extent(tmp_path / "b", 0, 5000)]))
+    assert sum(
+        one.start + one.nbytes == other.start for one, other in pairwise(places)
+    ) > 0.9 * len(places)
+    small = list(
+        bandwidth._places([Extent(tmp_path / "a", 4097, 10), Extent(tmp_path / "b", 0, 5000)])
+    )
     assert [(place.start, place.nbytes) for place in small] == [(4096, 11), (0, 5000)]
 
 
@@ -64,7 +73,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         measure([Extent(tmp_path / "gone", 0, 10)], CPU, PRODUCT)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float64], ids=str
+)
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_products_of_any_type_and_size_are_measured(dtype: torch.dtype, rows: int) -> None:
     found = measure([], CPU, Product(dtype, (300, 200), rows)).compute

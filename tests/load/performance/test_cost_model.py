@@ -26,9 +26,19 @@ def resident(nbytes: int) -> Step:
     [
         ([resident(100)] * 4, 0, 4.0, "compute"),
         ([streamed(100)] * 4, 200, 40.0, "disk"),
-        ([streamed(100)] * 4, 100, 44.0, "disk"),  # one block has room: nothing is read while it is computed
+        (
+            [streamed(100)] * 4,
+            100,
+            44.0,
+            "disk",
+        ),  # one block has room: nothing is read while it is computed
         ([streamed(100), resident(900)] * 4, 200, 40.0, "disk"),
-        ([streamed(100)] * 4 + [resident(900)] * 4, 200, 58.0, "disk"),  # two are read behind 36 s, the others one by one
+        (
+            [streamed(100)] * 4 + [resident(900)] * 4,
+            200,
+            58.0,
+            "disk",
+        ),  # two are read behind 36 s, the others one by one
         ([streamed(100), resident(1900)] * 4, 200, 80.0, "compute"),
         ([Step(disk=100, copied=1000, compute=100, room=100)] * 4, 300, 80.0, "copy"),
         ([Step(link=100, compute=100, room=100)] * 4, 300, 20.0, "link"),
@@ -71,9 +81,15 @@ def test_what_there_is_no_rate_of_limits_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("busy", "seconds", "hidden"),
-    [((40.0, 0.0, 0.0, 80.0), 80.0, 1.0), ((40.0, 0.0, 0.0, 10.0), 40.0, 0.25), ((40.0, 0.0, 0.0, 10.0), 50.0, 0.0)],
+    [
+        ((40.0, 0.0, 0.0, 80.0), 80.0, 1.0),
+        ((40.0, 0.0, 0.0, 10.0), 40.0, 0.25),
+        ((40.0, 0.0, 0.0, 10.0), 50.0, 0.0),
+    ],
 )
-def test_reading_is_hidden_while_the_model_computes(busy: tuple[float, ...], seconds: float, hidden: float) -> None:
+def test_reading_is_hidden_while_the_model_computes(
+    busy: tuple[float, ...], seconds: float, hidden: float
+) -> None:
     assert Prediction(seconds, seconds, busy).hidden == pytest.approx(hidden)
     assert Prediction(1.0, 1.0, (0.0, 0.0, 0.0, 1.0)).hidden == 1
 
@@ -85,7 +101,9 @@ rates = st.builds(Rates, speeds, speeds, speeds, speeds)
 
 
 @given(steps, rates, st.integers(0, 200))
-def test_no_stage_is_beaten_and_no_stage_waits_for_nothing(steps: list[Step], rates: Rates, ring: int) -> None:
+def test_no_stage_is_beaten_and_no_stage_waits_for_nothing(
+    steps: list[Step], rates: Rates, ring: int
+) -> None:
     found = predict(steps, rates, ring)
     assert max(found.busy) <= found.seconds <= sum(found.busy) * 1.000001
     assert found.seconds <= found.first * 1.000001
@@ -94,7 +112,9 @@ def test_no_stage_is_beaten_and_no_stage_waits_for_nothing(steps: list[Step], ra
 
 
 @given(steps, rates, st.integers(0, 200), st.integers(0, 200))
-def test_a_larger_ring_and_a_faster_machine_are_never_slower(steps: list[Step], rates: Rates, ring: int, more: int) -> None:
+def test_a_larger_ring_and_a_faster_machine_are_never_slower(
+    steps: list[Step], rates: Rates, ring: int, more: int
+) -> None:
     found = predict(steps, rates, ring)
     speeds = (rates.disk, rates.copy, rates.link, rates.compute)
     faster = Rates(*(None if each is None else each * 2 for each in speeds))
@@ -110,7 +130,9 @@ def test_residents_that_are_spread_hide_at_least_as_much_as_the_first_ones(
     chosen = spread([100] * count, 100 * kept)
     evenly = [resident(100) if number in chosen else streamed(100) for number in range(count)]
     bunched = [resident(100) if number < kept else streamed(100) for number in range(count)]
-    assert predict(evenly, machine, ring).seconds <= predict(bunched, machine, ring).seconds * 1.000001
+    assert (
+        predict(evenly, machine, ring).seconds <= predict(bunched, machine, ring).seconds * 1.000001
+    )
 
 
 def test_a_prediction_at_measured_rates_says_how_far_it_may_be_off() -> None:
@@ -118,7 +140,9 @@ def test_a_prediction_at_measured_rates_says_how_far_it_may_be_off() -> None:
     measured = Rates.measured(disk=Rate(10, 8, 20), compute=Rate(100, 50, 200))
     found = predict(steps, measured, 200)
     assert found.seconds == predict(steps, Rates(disk=10, compute=100), 200).seconds
-    assert found.spread == tuple(predict(steps, Rates(disk=d, compute=c), 200).seconds for d, c in ((20, 200), (8, 50)))
+    assert found.spread == tuple(
+        predict(steps, Rates(disk=d, compute=c), 200).seconds for d, c in ((20, 200), (8, 50))
+    )
     assert str(found) == f"{found.seconds:.3g} s ({found.spread[0]:.3g} to {found.spread[1]:.3g})"
     exact = measured.given(disk=10, compute=100)
     assert exact == Rates(disk=10, compute=100)

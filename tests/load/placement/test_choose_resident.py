@@ -1,4 +1,6 @@
-"""Which blocks stay: budgets are kept, no fewer bytes stay than with a greedy map, and what streams is spread."""
+"""Which blocks stay: budgets are kept, no fewer bytes stay than with a greedy map, and what streams
+is spread.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,18 @@ RING = 4
 class Layer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.act, self.down = nn.Linear(16, width, bias=False), nn.ReLU(), nn.Linear(width, 16, bias=False)
+        self.up, self.act, self.down = (
+            nn.Linear(16, width, bias=False),
+            nn.ReLU(),
+            nn.Linear(width, 16, bias=False),
+        )
         self.register_buffer("scale", torch.ones(16))
 
 
 class Toy(nn.Module):
-    """An embedding, blocks of given widths (128 bytes for each), a norm, and a head that may be tied to the embedding."""
+    """An embedding, blocks of given widths (128 bytes for each), a norm, and a head that may be
+    tied to the embedding.
+    """
 
     def __init__(self, widths: Sequence[int], *, words: int = 64, tied: bool = False) -> None:
         super().__init__()
@@ -54,13 +62,19 @@ def toy(widths: Sequence[int], *, words: int = 64, tied: bool = False) -> Toy:
 
 
 def chosen(
-    model: nn.Module, budgets: dict[Device, int], *, whole: Sequence[str] = ("Layer",), ring: int | str = RING
+    model: nn.Module,
+    budgets: dict[Device, int],
+    *,
+    whole: Sequence[str] = ("Layer",),
+    ring: int | str = RING,
 ) -> Residents:
     greedy = infer_auto_device_map(model, budgets, whole, offload_buffers=True)  # type: ignore[arg-type]  # invariant keys
     return choose_residents(model, greedy, budgets, ring=ring, whole=whole)
 
 
-def streaming(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> tuple[ModuleBlock, ...]:
+def streaming(
+    model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]
+) -> tuple[ModuleBlock, ...]:
     runner = runner_of(device_map)
 
     def target(weight: Weight) -> Device | None:
@@ -77,11 +91,17 @@ def runner_of(device_map: Mapping[str, Device]) -> Device:
 def pages(model: nn.Module, device_map: Mapping[str, Device], whole: Collection[str]) -> list[int]:
     sizes = module_sizes(model)
     blocks = streaming(model, device_map, whole)
-    return [sum(-(-sizes[weight.names[0]] // 64) * 64 for weight in block.weights) for block in blocks]
+    return [
+        sum(-(-sizes[weight.names[0]] // 64) * 64 for weight in block.weights) for block in blocks
+    ]
 
 
-def holding(model: nn.Module, device_map: Mapping[str, Device], ring: Ring, whole: Collection[str]) -> Counter[Device]:
-    """What each device holds once the model is dispatched: weights, and the ring, which has a twin on the CPU for the disk."""
+def holding(
+    model: nn.Module, device_map: Mapping[str, Device], ring: Ring, whole: Collection[str]
+) -> Counter[Device]:
+    """What each device holds once the model is dispatched: weights, and the ring, which has a twin
+    on the CPU for the disk.
+    """
     blocks, runner = streaming(model, device_map, whole), runner_of(device_map)
     away = {name for block in blocks for weight in block.weights for name in weight.names}
     sizes, held = module_sizes(model), Counter[Device]()
@@ -95,7 +115,10 @@ def holding(model: nn.Module, device_map: Mapping[str, Device], ring: Ring, whol
 
 
 models = st.builds(
-    toy, st.lists(st.sampled_from([3, 8, 8, 8, 8, 40]), max_size=10), words=st.integers(1, 200), tied=st.booleans()
+    toy,
+    st.lists(st.sampled_from([3, 8, 8, 8, 8, 40]), max_size=10),
+    words=st.integers(1, 200),
+    tied=st.booleans(),
 )
 sizes = st.integers(0, 40 * KB)
 machines = st.one_of(
@@ -118,7 +141,10 @@ def test_budgets_are_kept_and_everything_is_placed_once(
     if isinstance(ring, str) and max(pages(model, device_map, whole), default=0) > parse_size(ring):
         return  # which is refused when the model is arranged
     held = holding(model, device_map, depth, whole)
-    assert all(held[device] <= budgets[device] for device in budgets if held[device]), (device_map, held)
+    assert all(held[device] <= budgets[device] for device in budgets if held[device]), (
+        device_map,
+        held,
+    )
 
 
 @given(models, machines, wholes, st.integers(2, 5))
@@ -133,10 +159,16 @@ def test_no_fewer_bytes_stay_than_with_the_greedy_map_where_that_keeps_the_budge
 
 
 def test_what_streams_is_spread_over_the_model() -> None:
-    model = toy([8] * 10)  # blocks of 1 KiB, with buffers of 64 bytes beside them; an embedding and a head of 4 KiB each
+    model = toy(
+        [8] * 10
+        # blocks of 1 KiB, with buffers of 64 bytes beside them; an embedding and a head of 4 KiB
+        # each
+    )
     others = 2 * 4 * KB + 2 * 64 + 10 * 64
     device_map, ring = chosen(model, {"cpu": others + 7 * KB}, ring=2)
-    assert [name for name, device in device_map.items() if device == "disk"] == [f"layers.{number}" for number in (0, 2, 4, 6, 8)]
+    assert [name for name, device in device_map.items() if device == "disk"] == [
+        f"layers.{number}" for number in (0, 2, 4, 6, 8)
+    ]
     assert ring == 2
 
 
@@ -160,13 +192,17 @@ def test_a_ring_gets_fewer_blocks_where_there_is_not_room_for_as_many() -> None:
 
 def test_what_comes_from_disk_needs_a_ring_in_main_memory_too() -> None:
     model = toy([8] * 10, words=1)
-    with pytest.raises(OverBudget, match=r"device 'cpu' may hold 1\.00 kB, and needs 2\.05 kB .* way from disk") as caught:
+    with pytest.raises(
+        OverBudget, match=r"device 'cpu' may hold 1\.00 kB, and needs 2\.05 kB .* way from disk"
+    ) as caught:
         chosen(model, {0: 6 * KB, "cpu": 1000})
     assert (caught.value.needed, caught.value.available) == (2 * KB, 1000)
     device_map, ring = chosen(model, {0: 6 * KB, "cpu": 5 * KB}, ring=2)
     held = holding(model, device_map, ring, ("Layer",))
     assert held["cpu"] <= 5 * KB < held["cpu"] + KB
-    assert chosen(model, {0: 6 * KB, "cpu": 100 * KB}).device_map.keys() >= {"layers.0"}  # nothing is on disk, and no ring there
+    assert chosen(model, {0: 6 * KB, "cpu": 100 * KB}).device_map.keys() >= {
+        "layers.0"
+    }  # nothing is on disk, and no ring there
 
 
 def test_tied_weights_stay_together_with_what_runs_them() -> None:
@@ -174,28 +210,38 @@ def test_tied_weights_stay_together_with_what_runs_them() -> None:
     device_map, _ = chosen(model, {0: 9 * KB, "cpu": 4 * KB})
     assert device_map["embedding"] == device_map["head"] == 0
     assert Counter(device_map.values())["cpu"] > 0 < Counter(device_map.values())["disk"]
-    assert next(iter(device for device in device_map.values() if device not in ("cpu", "disk"))) == 0
+    assert (
+        next(iter(device for device in device_map.values() if device not in ("cpu", "disk"))) == 0
+    )
 
 
 def test_what_another_accelerator_holds_stays_there() -> None:
     model = toy([8] * 10)
     budgets: dict[Device, int] = {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}
-    greedy = infer_auto_device_map(model, {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}, ["Layer"], offload_buffers=True)
+    greedy = infer_auto_device_map(
+        model, {0: 10 * KB, 1: 3 * KB, "cpu": 100 * KB}, ["Layer"], offload_buffers=True
+    )
     device_map, _ = choose_residents(model, greedy, budgets, ring=RING, whole=["Layer"])
     on_second = [name for name, _ in named_tensors(model) if device_of(name, greedy) == 1]
     assert on_second
-    assert [name for name, _ in named_tensors(model) if device_of(name, device_map) == 1] == on_second
+    assert [
+        name for name, _ in named_tensors(model) if device_of(name, device_map) == 1
+    ] == on_second
 
 
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(0, 500))
-def test_spread_keeps_to_the_room_and_no_fewer_bytes_than_the_first_that_fit(sizes: list[int], room: int) -> None:
+def test_spread_keeps_to_the_room_and_no_fewer_bytes_than_the_first_that_fit(
+    sizes: list[int], room: int
+) -> None:
     kept = sum(sizes[number] for number in spread(sizes, room))
     prefixes = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
     assert max(total for total in prefixes if total <= room) <= kept <= room
 
 
 @given(st.integers(1, 60), st.integers(0, 60))
-def test_between_equal_blocks_that_stream_lie_almost_equally_many_that_stay(count: int, room: int) -> None:
+def test_between_equal_blocks_that_stream_lie_almost_equally_many_that_stay(
+    count: int, room: int
+) -> None:
     kept = spread([1] * count, room)
     assert len(kept) == min(count, room)
     streamed = [number for number in range(count) if number not in kept]
@@ -206,6 +252,9 @@ def test_between_equal_blocks_that_stream_lie_almost_equally_many_that_stay(coun
 def test_a_ring_may_be_given_in_bytes() -> None:
     model = toy([8] * 10, words=1)
     device_map, ring = chosen(model, {"cpu": 14 * 64 + 8 * KB}, ring="3KB")
-    assert (ring, Counter(device_map[f"layers.{number}"] for number in range(10))["disk"]) == ("3KB", 5)
+    assert (ring, Counter(device_map[f"layers.{number}"] for number in range(10))["disk"]) == (
+        "3KB",
+        5,
+    )
     with pytest.raises(OverBudget, match="room for 3KB of blocks at a time"):
         chosen(model, {"cpu": 14 * 64 + 2 * KB}, ring="3KB")

@@ -1,4 +1,6 @@
-"""Device maps: the same as Accelerate's wherever Accelerate is right, and right where it is not; each test runs both."""
+"""Device maps: the same as Accelerate's wherever Accelerate is right, and right where it is not;
+each test runs both.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def _quiet() -> Iterator[None]:
 
 
 class ForTest(nn.Module):
-    """The model of Accelerate's own tests: 64, 72 and 160 bytes or so in three parts, with a buffer."""
+    """The model of Accelerate's own tests: 64, 72 and 160 bytes or so in three parts, with a
+    buffer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +71,9 @@ class Group(nn.Module):
 
 
 def grown(seed: int, *, ties: bool) -> tuple[random.Random, nn.Module]:
-    """A model with layers, bare parameters, buffers, empty modules and, if asked for, tied weights here and there."""
+    """A model with layers, bare parameters, buffers, empty modules and, if asked for, tied weights
+    here and there.
+    """
     draw = random.Random(seed)
     linears: list[nn.Linear] = []
 
@@ -105,7 +111,9 @@ def budgets_for(draw: random.Random, total: int) -> Budgets:
     return budgets | {"cpu": draw.randint(0, total + 10)}
 
 
-def accelerates(model: nn.Module, budgets: Budgets, *arguments: Any, **options: Any) -> dict[str, object]:
+def accelerates(
+    model: nn.Module, budgets: Budgets, *arguments: Any, **options: Any
+) -> dict[str, object]:
     """The map that Accelerate makes, which would change the budgets that it is given."""
     return dict(theirs.infer_auto_device_map(model, dict(budgets), *arguments, **options))
 
@@ -123,7 +131,12 @@ def test_maps_of_models_without_ties_are_accelerates(part: int) -> None:
             "offload_buffers": True,
         }
         ours = infer_auto_device_map(model, budgets, classes, **options)
-        assert ours == accelerates(model, budgets, classes, **options), (seed, budgets, classes, options)
+        assert ours == accelerates(model, budgets, classes, **options), (
+            seed,
+            budgets,
+            classes,
+            options,
+        )
 
 
 def test_maps_of_models_with_ties_are_accelerates_where_a_part_is_tied_once() -> None:
@@ -133,14 +146,16 @@ def test_maps_of_models_with_ties_are_accelerates_where_a_part_is_tied_once() ->
         groups = tied_groups(model)
         budgets = budgets_for(draw, module_sizes(model)[""])
         tied = [name for group in groups for name in group]
-        if not groups or any(len({name.split(".")[0] for name in group}) < len(group) for group in groups):
+        if not groups or any(
+            len({name.split(".")[0] for name in group}) < len(group) for group in groups
+        ):
             continue  # ties within one part: Accelerate counts that part twice
         if len({name.split(".")[0] for name in tied}) < len(tied):
             continue
         compared += 1
-        assert infer_auto_device_map(model, budgets, offload_buffers=True) == accelerates(model, budgets, offload_buffers=True), (
-            seed
-        )
+        assert infer_auto_device_map(model, budgets, offload_buffers=True) == accelerates(
+            model, budgets, offload_buffers=True
+        ), seed
     assert compared > 20
 
 
@@ -148,21 +163,39 @@ def tiny(kind: str) -> nn.Module:
     small: dict[str, Any] = {"vocab_size": 100}
     match kind:
         case "llama" | "llama tied":
-            small |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-            config: Any = transformers.LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=kind == "llama tied")
+            small |= {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+            }
+            config: Any = transformers.LlamaConfig(
+                **small, num_key_value_heads=2, tie_word_embeddings=kind == "llama tied"
+            )
             make: Any = transformers.LlamaForCausalLM
         case "t5":
-            config = transformers.T5Config(**small, d_model=32, d_ff=64, num_layers=3, num_heads=4, d_kv=8)
+            config = transformers.T5Config(
+                **small, d_model=32, d_ff=64, num_layers=3, num_heads=4, d_kv=8
+            )
             make = transformers.T5ForConditionalGeneration
         case "gpt2":
-            config = transformers.GPT2Config(**small, n_embd=32, n_layer=4, n_head=4, n_positions=16)
+            config = transformers.GPT2Config(
+                **small, n_embd=32, n_layer=4, n_head=4, n_positions=16
+            )
             make = transformers.GPT2LMHeadModel
         case "mixtral":
-            small |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+            small |= {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+            }
             config = transformers.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)
             make = transformers.MixtralForCausalLM
         case _:
-            config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+            config = transformers.ViTConfig(
+                hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
+            )
             make = transformers.ViTForImageClassification
     with init_empty_weights():
         model: nn.Module = make(config)
@@ -185,7 +218,10 @@ def test_maps_of_transformers_are_accelerates(kind: str) -> None:
             ]
             for budgets in cases:
                 ours = infer_auto_device_map(model, budgets, classes, offload_buffers=True)
-                assert ours == accelerates(model, budgets, classes, offload_buffers=True), (budgets, classes)
+                assert ours == accelerates(model, budgets, classes, offload_buffers=True), (
+                    budgets,
+                    classes,
+                )
 
 
 # Accelerate's own table: the model, the budgets, options, the map.
@@ -193,7 +229,12 @@ OWN: list[tuple[Callable[[], nn.Module], Budgets, dict[str, Any], dict[str, obje
     (ForTest, {0: 200, 1: 200}, {}, {"linear1": 0, "batchnorm": 1, "linear2": 1}),
     (ForTest, {0: 200, 1: 172, 2: 200}, {}, {"linear1": 0, "batchnorm": 1, "linear2": 1}),
     (ForTest, {0: 200, 1: 32, 2: 200}, {}, {"linear1": 0, "batchnorm": 2, "linear2": 2}),
-    (Nested, {0: 200, 1: 200, 2: 200, "cpu": 1000}, {"no_split_module_classes": ["ForTest"]}, {"": "cpu"}),
+    (
+        Nested,
+        {0: 200, 1: 200, 2: 200, "cpu": 1000},
+        {"no_split_module_classes": ["ForTest"]},
+        {"": "cpu"},
+    ),
     (lambda: Pair(tied=True), {0: 399, "cpu": 1000}, {}, {"": "cpu"}),
     (lambda: Pair(tied=True), {0: 400, "cpu": 1000}, {}, {"": 0}),
 ]
@@ -201,7 +242,10 @@ OWN: list[tuple[Callable[[], nn.Module], Budgets, dict[str, Any], dict[str, obje
 
 @pytest.mark.parametrize(("build", "budgets", "options", "expected"), OWN)
 def test_small_models_are_placed_as_by_accelerate(
-    build: Callable[[], nn.Module], budgets: Budgets, options: dict[str, Any], expected: dict[str, object]
+    build: Callable[[], nn.Module],
+    budgets: Budgets,
+    options: dict[str, Any],
+    expected: dict[str, object],
 ) -> None:
     with_cpu = {"cpu": 0, **budgets}
     model = build()
@@ -221,7 +265,12 @@ def test_an_upcast_is_counted() -> None:
     model = nn.Sequential(*[nn.Linear(100, 100, bias=False, dtype=torch.float16) for _ in range(4)])
     budgets: Budgets = {"cpu": 100_000}
     assert accelerates(model, budgets, dtype=torch.float32) == {"": "cpu"}  # it takes 160,000
-    assert infer_auto_device_map(model, budgets, dtype=torch.float32) == {"0": "cpu", "1": "disk", "2": "disk", "3": "disk"}
+    assert infer_auto_device_map(model, budgets, dtype=torch.float32) == {
+        "0": "cpu",
+        "1": "disk",
+        "2": "disk",
+        "3": "disk",
+    }
 
 
 @pytest.mark.parametrize(
@@ -239,7 +288,9 @@ def test_an_upcast_is_counted() -> None:
     ],
     ids=str,
 )
-def test_sizes_are_true(dtype: torch.dtype, target: torch.dtype | None, right: int, accelerates_size: int) -> None:
+def test_sizes_are_true(
+    dtype: torch.dtype, target: torch.dtype | None, right: int, accelerates_size: int
+) -> None:
     model = nn.Module()
     model.register_buffer("weight", torch.empty(100, dtype=dtype, device="meta"))
     assert module_sizes(model, target) == {"": right, "weight": right}
@@ -274,8 +325,12 @@ def test_lazy_parameters_have_no_size_yet() -> None:
 
 
 def test_parts_that_share_a_piece_of_a_name_are_not_tied() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
-    model[2].weight = model.get_parameter("1.0.weight")  # in this name Accelerate finds the module "0"
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
+    )
+    model[2].weight = model.get_parameter(
+        "1.0.weight"
+    )  # in this name Accelerate finds the module "0"
     budgets: Budgets = {0: 700, "cpu": 10_000}
     assert infer_auto_device_map(model, budgets) == {"0": 0, "1": "cpu", "2": "cpu"}
     with pytest.raises(IndexError):
@@ -299,7 +354,12 @@ def test_a_tied_parameter_that_stands_bare_is_placed() -> None:
     model.second.weight, model.second.inner = model.first.weight, nn.Linear(50, 50)
     model.third = nn.Linear(50, 50)
     budgets: Budgets = {0: 11_000, "cpu": 100_000}
-    assert infer_auto_device_map(model, budgets) == {"first": 0, "second.weight": 0, "second.inner": "cpu", "third": "cpu"}
+    assert infer_auto_device_map(model, budgets) == {
+        "first": 0,
+        "second.weight": 0,
+        "second.inner": "cpu",
+        "third": "cpu",
+    }
     with pytest.raises(IndexError):
         accelerates(model, budgets)
 
@@ -307,7 +367,11 @@ def test_a_tied_parameter_that_stands_bare_is_placed() -> None:
 def test_the_buffers_of_a_part_that_is_split_have_a_device() -> None:
     model = nn.Module()
     model.part = nn.Module()
-    model.part.first, model.part.second, model.part.third = nn.Linear(4, 4), nn.Linear(50, 50), nn.Linear(50, 50)
+    model.part.first, model.part.second, model.part.third = (
+        nn.Linear(4, 4),
+        nn.Linear(50, 50),
+        nn.Linear(50, 50),
+    )
     model.part.register_buffer("table", torch.ones(10))
     budgets: Budgets = {0: 11_000, "cpu": 100}
     ours = infer_auto_device_map(model, budgets, offload_buffers=True)
@@ -322,7 +386,12 @@ def test_a_module_with_two_names_has_a_device_under_both() -> None:
     model.again = model.first
     model.second, model.third = nn.Linear(50, 50), nn.Linear(50, 50)
     budgets: Budgets = {0: 11_000, "cpu": 100}
-    assert infer_auto_device_map(model, budgets) == {"first": 0, "again": 0, "second": "disk", "third": "disk"}
+    assert infer_auto_device_map(model, budgets) == {
+        "first": 0,
+        "again": 0,
+        "second": "disk",
+        "third": "disk",
+    }
     with pytest.raises(IndexError):
         accelerates(model, budgets)
 

@@ -1,7 +1,8 @@
-"""What holds of every device map, whatever the model and the budgets; and that it is Accelerate's wherever Accelerate is right.
+"""What holds of every device map, whatever the model and the budgets; and that it is Accelerate's
+wherever Accelerate is right.
 
-Where it is not, it is one of these, which `test_placement` shows one by one: ties, buffers of a part that is split, sizes of
-what becomes wider, names that begin alike.
+Where it is not, it is one of these, which `test_placement` shows one by one: ties, buffers of a
+part that is split, sizes of what becomes wider, names that begin alike.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ theirs = peer("accelerate.utils")
 Budgets = dict[Any, Any]  # as a user writes them
 CLASSES = st.sampled_from([(), ("Block",), ("Group",), ("Block", "Group", "Linear")])
 PLAIN = (torch.float32,)
-MIXED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool)
+MIXED = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.int8,
+    torch.bool,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,8 +55,12 @@ class Group(nn.Module):
 
 
 @st.composite
-def models(draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ...] = PLAIN) -> nn.Module:
-    """Blocks and groups of each other, of layers, and of bare tensors; with *ties*, some weights are an earlier layer's."""
+def models(
+    draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ...] = PLAIN
+) -> nn.Module:
+    """Blocks and groups of each other, of layers, and of bare tensors; with *ties*, some weights
+    are an earlier layer's.
+    """
     linears: list[nn.Linear] = []
     count = iter(range(10**6))
 
@@ -55,7 +68,11 @@ def models(draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ..
         return torch.empty(draw(st.integers(1, 40)), dtype=draw(st.sampled_from(dtypes)))
 
     def linear() -> nn.Linear:
-        made = nn.Linear(draw(st.integers(1, 9)), draw(st.integers(1, 9)), dtype=draw(st.sampled_from(dtypes[:4])))
+        made = nn.Linear(
+            draw(st.integers(1, 9)),
+            draw(st.integers(1, 9)),
+            dtype=draw(st.sampled_from(dtypes[:4])),
+        )
         if ties and linears and draw(st.integers(0, 3)) == 0:
             made.weight = draw(st.sampled_from(linears)).weight
         linears.append(made)
@@ -64,9 +81,12 @@ def models(draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ..
     def grown(depth: int) -> nn.Module:
         module = draw(st.sampled_from([Block, Group]))()
         for _ in range(draw(st.integers(1, 4))):
-            # Names that differ in more than their ends, because Accelerate looks for a name inside of others.
+            # Names that differ in more than their ends, because Accelerate looks for a name inside
+            # of others.
             name = f"part{next(count):04}"
-            match draw(st.sampled_from(["module", "linear", "norm", "parameter", "buffer", "nothing"])):
+            match draw(
+                st.sampled_from(["module", "linear", "norm", "parameter", "buffer", "nothing"])
+            ):
                 case "module" if depth < 3:
                     module.add_module(name, grown(depth + 1))
                 case "norm":
@@ -89,7 +109,11 @@ def models(draw: st.DrawFn, *, ties: bool = False, dtypes: tuple[torch.dtype, ..
 def budgets_for(draw: st.DrawFn, model: nn.Module, least: int = 0) -> Budgets:
     total = module_sizes(model)[""]
     room = st.integers(least, max(least, total + 10))
-    return {**{number: draw(room) for number in range(draw(st.integers(0, 3)))}, "cpu": draw(room), "disk": 10 * total}
+    return {
+        **{number: draw(room) for number in range(draw(st.integers(0, 3)))},
+        "cpu": draw(room),
+        "disk": 10 * total,
+    }
 
 
 def held(model: nn.Module, device_map: dict[Any, Any], sizes: dict[str, int]) -> Counter[Any]:
@@ -147,13 +171,21 @@ def test_every_tensor_has_one_device_which_has_room_for_it(data: st.DataObject) 
     classes = data.draw(CLASSES)
     fallback = data.draw(st.booleans())
     written = dict(budgets)
-    made = infer_auto_device_map(model, budgets, classes, dtype, fallback_allocation=fallback, offload_buffers=True)
+    made = infer_auto_device_map(
+        model, budgets, classes, dtype, fallback_allocation=fallback, offload_buffers=True
+    )
     assert budgets == written
     check_device_map(model, made)
     bytes_on = held(model, made, module_sizes(model, dtype))
     assert all(bytes_on[device] <= budget for device, budget in budgets.items() if device != "disk")
     plain = infer_auto_device_map(
-        model, budgets, classes, dtype, fallback_allocation=fallback, offload_buffers=True, clean_result=False
+        model,
+        budgets,
+        classes,
+        dtype,
+        fallback_allocation=fallback,
+        offload_buffers=True,
+        clean_result=False,
     )
     names = list(model.state_dict())
     assert [device_of(name, made) for name in names] == [device_of(name, plain) for name in names]
@@ -176,7 +208,9 @@ def test_what_is_tied_or_must_stay_whole_is_on_one_device(data: st.DataObject) -
 
 
 @given(st.data())
-def test_devices_are_filled_in_their_order_and_keep_room_for_what_is_brought_to_them(data: st.DataObject) -> None:
+def test_devices_are_filled_in_their_order_and_keep_room_for_what_is_brought_to_them(
+    data: st.DataObject,
+) -> None:
     model = data.draw(models(dtypes=MIXED))
     budgets = data.draw(budgets_for(model))
     classes = data.draw(CLASSES)
@@ -188,8 +222,16 @@ def test_devices_are_filled_in_their_order_and_keep_room_for_what_is_brought_to_
     sizes = module_sizes(model)
     bytes_on = held(model, made, sizes)
     layers = Layers(sizes, frozenset(classes))
-    whole = [name for name, module in model.named_modules() if name and layers.is_whole(module) and sizes.get(name)]
+    whole = [
+        name
+        for name, module in model.named_modules()
+        if name and layers.is_whole(module) and sizes.get(name)
+    ]
     for keeper in {order[0], "cpu"}:
-        later = [sizes[name] for name in whole if order.index(device_of(name, made)) > order.index(keeper)]
+        later = [
+            sizes[name]
+            for name in whole
+            if order.index(device_of(name, made)) > order.index(keeper)
+        ]
         if bytes_on[keeper]:
             assert bytes_on[keeper] + max(later, default=0) <= budgets[keeper]

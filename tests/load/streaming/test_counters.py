@@ -1,4 +1,6 @@
-"""Counts: what is added is there, from however many threads, and reads side by side take their time once."""
+"""Counts: what is added is there, from however many threads, and reads side by side take their time
+once.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_nothing_is_lost_between_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert tally.counts == Counters(disk=4000, memory=8000, reads=4000, waited=2000.0, claims=4000, hits=4000)
+    assert tally.counts == Counters(
+        disk=4000, memory=8000, reads=4000, waited=2000.0, claims=4000, hits=4000
+    )
 
 
 def test_the_difference_is_what_was_done_between() -> None:

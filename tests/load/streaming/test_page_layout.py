@@ -1,4 +1,6 @@
-"""Layouts: whatever lies how in which file, each tensor comes to an aligned place, whole, by reads that may be direct."""
+"""Layouts: whatever lies how in which file, each tensor comes to an aligned place, whole, by reads
+that may be direct.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def filled(payloads: list[Payload]) -> tuple[Layout, bytes]:
     """What a page of *payloads* has in memory when it was read."""
-    [page] = Page.of_each([[Piece(payload, torch.uint8, (payload.nbytes,), (1,), is_buffer=True) for payload in payloads]])
+    [page] = Page.of_each(
+        [
+            [
+                Piece(payload, torch.uint8, (payload.nbytes,), (1,), is_buffer=True)
+                for payload in payloads
+            ]
+        ]
+    )
     host = private(page.nbytes)
     for job in page.jobs(Files(), host):
         job()
@@ -53,10 +62,14 @@ CASES = {
     "one run that is aligned": Case(((SECTOR, MiB),), 1, 0, 0),
     "several reads of one run": Case(((0, 9 * MiB),), 3, 0, 0),
     "tensors that touch": Case(((64, MiB), (64 + MiB, MiB)), 1, 0, 0),
-    "gaps that are read along": Case(((64, MiB), (MiB + 1024, MiB), (2 * MiB + 2048, 128)), 1, 0, 0),
+    "gaps that are read along": Case(
+        ((64, MiB), (MiB + 1024, MiB), (2 * MiB + 2048, 128)), 1, 0, 0
+    ),
     "a gap that is not": Case(((0, MiB), (3 * MiB, MiB)), 2, 0, 0),
     "off by eight": Case(((8, MiB), (8 + MiB, MiB)), 1, 0, 2),
-    "off by one after a tensor of one byte": Case(((64, MiB), (64 + MiB, 1), (65 + MiB, MiB), (65 + 2 * MiB, MiB)), 1, 0, 2),
+    "off by one after a tensor of one byte": Case(
+        ((64, MiB), (64 + MiB, 1), (65 + MiB, MiB), (65 + 2 * MiB, MiB)), 1, 0, 2
+    ),
     "the same bytes twice": Case(((0, MiB), (0, MiB)), 2, 0, 0),
     "backwards": Case(((3 * MiB, MiB), (2 * MiB, MiB), (MiB, MiB)), 1, 0, 0),
     "too small to be direct": Case(((0, 100), (100, 1000), (5000, 3)), 0, 3, 0),
@@ -70,16 +83,26 @@ CASES = {
 def test_every_tensor_comes_to_an_aligned_place(file: Path, case: Case) -> None:
     payloads: list[Payload] = [Extent(file, start, nbytes) for start, nbytes in case.extents]
     layout, memory = filled(payloads)
-    assert (len(layout.reads), len(layout.makings), len(layout.moves)) == (case.reads, case.makings, case.moves)
+    assert (len(layout.reads), len(layout.makings), len(layout.moves)) == (
+        case.reads,
+        case.makings,
+        case.moves,
+    )
     for payload, place in zip(payloads, layout.places, strict=True):
         assert place % ALIGNMENT == 0
         assert memory[place : place + payload.nbytes] == read_all(payload)
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3 * MiB), st.one_of(st.integers(0, 300), st.integers(0, MiB))), max_size=12), st.booleans()
+    st.lists(
+        st.tuples(st.integers(0, 3 * MiB), st.one_of(st.integers(0, 300), st.integers(0, MiB))),
+        max_size=12,
+    ),
+    st.booleans(),
 )
-def test_tensors_lie_apart_and_reads_are_of_whole_sectors(extents: list[tuple[int, int]], chained: bool) -> None:
+def test_tensors_lie_apart_and_reads_are_of_whole_sectors(
+    extents: list[tuple[int, int]], chained: bool
+) -> None:
     at, payloads = 0, []
     for start, nbytes in extents:
         payloads.append(Extent(Path("weights"), at if chained else start, nbytes))
@@ -89,7 +112,9 @@ def test_tensors_lie_apart_and_reads_are_of_whole_sectors(extents: list[tuple[in
         assert read.start % SECTOR == read.nbytes % SECTOR == read.at % SECTOR == 0
         assert 0 < read.needed <= read.nbytes <= READ
     taken = sorted(
-        (place, place + payload.nbytes) for payload, place in zip(payloads, layout.places, strict=True) if payload.nbytes
+        (place, place + payload.nbytes)
+        for payload, place in zip(payloads, layout.places, strict=True)
+        if payload.nbytes
     )
     assert all(stop <= start for (_, stop), (start, _) in pairwise(taken))
     assert all(stop <= layout.nbytes for _, stop in taken)

@@ -1,4 +1,6 @@
-"""The CPU tier of an accelerator: read once into memory of exact size, and sent from there, with nothing in between."""
+"""The CPU tier of an accelerator: read once into memory of exact size, and sent from there, with
+nothing in between.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from late_lane import LateLane
 from shardkit import load
 from shardkit.dtypes import BY_CODE
 from shardkit.errors import FormatError, LoadError
-from shardkit.load import close, cpu_offload, dispatch_model, explain, load_checkpoint_and_dispatch, remove_hooks, save
+from shardkit.load import (
+    close,
+    cpu_offload,
+    dispatch_model,
+    explain,
+    load_checkpoint_and_dispatch,
+    remove_hooks,
+    save,
+)
 from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
 from shardkit.load.dispatch import attach
 from shardkit.load.dispatch.attach import DispatchConfig
@@ -50,7 +60,13 @@ X = torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
 
 @pytest.fixture
 def bytes_of_file(tmp_path: Path) -> tuple[Path, bytes]:
-    content = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy().tobytes()
+    content = (
+        torch.randint(
+            0, 256, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
+        .numpy()
+        .tobytes()
+    )
     (tmp_path / "weights").write_bytes(content)
     return tmp_path / "weights", content
 
@@ -59,20 +75,30 @@ def test_blocks_are_read_into_memory_of_their_own_size(bytes_of_file: tuple[Path
     path, content = bytes_of_file
     payloads: list[list[Payload]] = [
         [Extent(path, 3, 700_001), Extent(path, 800_000, 64), Buffer(b"123")],
-        [Swapped(Extent(path, 16, 4096), 2), Cast(Extent(path, 0, 128), BY_CODE["BF16"], BY_CODE["F32"]), Extent(path, 9, 0)],
+        [
+            Swapped(Extent(path, 16, 4096), 2),
+            Cast(Extent(path, 0, 128), BY_CODE["BF16"], BY_CODE["F32"]),
+            Extent(path, 9, 0),
+        ],
     ]
     lane = LateLane()
     kept = keep(payloads, lane)
-    assert [[read_all(each) for each in block] for block in kept] == [[read_all(each) for each in block] for block in payloads]
+    assert [[read_all(each) for each in block] for block in kept] == [
+        [read_all(each) for each in block] for block in payloads
+    ]
     assert [len(block[0].block.memory) for block in kept] == [700_032 + 64 + 64, 4096 + 256]
     assert lane.kept_bytes == 700_160 + 4352
     assert bytes(kept[0][0].memory) == content[3:700_004]
     assert (lane.bytes, lane.host_bytes, kept[0][0].sources) == (0, 0, ())
 
 
-def test_kept_weights_are_cut_compared_and_pickled_like_any_other(bytes_of_file: tuple[Path, bytes]) -> None:
+def test_kept_weights_are_cut_compared_and_pickled_like_any_other(
+    bytes_of_file: tuple[Path, bytes],
+) -> None:
     path, content = bytes_of_file
-    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer())
+    ((first, second), (third,)) = keep(
+        [[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer()
+    )
     assert first == first.narrow(0, 100) != second != third
     assert len({first, first.narrow(0, 100), second, third}) == 3
     assert read_all(first.narrow(10, 20)) == content[10:30]
@@ -90,9 +116,13 @@ def test_a_block_that_cannot_be_read_is_told_and_its_memory_is_gone(tmp_path: Pa
         keep([[Extent(tmp_path / "missing", 0, 200)]], lane)
 
 
-def test_only_what_lies_as_its_page_wants_it_is_sent_as_it_lies(bytes_of_file: tuple[Path, bytes]) -> None:
+def test_only_what_lies_as_its_page_wants_it_is_sent_as_it_lies(
+    bytes_of_file: tuple[Path, bytes],
+) -> None:
     path, _ = bytes_of_file
-    ((first, second), (third,)) = keep([[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer())
+    ((first, second), (third,)) = keep(
+        [[Extent(path, 0, 100), Extent(path, 0, 100)], [Extent(path, 0, 100)]], CpuTransfer()
+    )
 
     def found(*payloads: Payload) -> bool:
         return memory_of_page(payloads, Layout.of(payloads)) is not None
@@ -106,10 +136,14 @@ def test_only_what_lies_as_its_page_wants_it_is_sent_as_it_lies(bytes_of_file: t
     assert not found()
 
 
-def pages_of(path: Path, lane: DeviceTransfer, *, kept: list[int], count: int = 8, nbytes: int = 4096) -> list[list[Piece]]:
+def pages_of(
+    path: Path, lane: DeviceTransfer, *, kept: list[int], count: int = 8, nbytes: int = 4096
+) -> list[list[Piece]]:
     """Pages of one tensor, those with the numbers *kept* in memory."""
     stored: list[Payload] = [Extent(path, number * nbytes, nbytes) for number in range(count)]
-    payloads = [keep([[each]], lane)[0][0] if number in kept else each for number, each in enumerate(stored)]
+    payloads = [
+        keep([[each]], lane)[0][0] if number in kept else each for number, each in enumerate(stored)
+    ]
     return [[Piece(each, torch.uint8, (nbytes,), (1,))] for each in payloads]
 
 
@@ -123,7 +157,11 @@ def lane(request: pytest.FixtureRequest) -> DeviceTransfer:
 @pytest.mark.parametrize("kept", [[*range(8)], [0, 2, 4, 6], [7], []], ids=str)
 @pytest.mark.parametrize("ring", [2, 3, 8])
 def test_kept_pages_and_others_share_a_ring_in_any_order(
-    bytes_of_file: tuple[Path, bytes], lane: DeviceTransfer, order: list[int], kept: list[int], ring: int
+    bytes_of_file: tuple[Path, bytes],
+    lane: DeviceTransfer,
+    order: list[int],
+    kept: list[int],
+    ring: int,
 ) -> None:
     path, content = bytes_of_file
     stream = Stream(pages_of(path, lane, kept=kept), lane, ring=ring)
@@ -139,7 +177,9 @@ def test_kept_pages_and_others_share_a_ring_in_any_order(
     assert stream.nbytes == 0
 
 
-def test_a_ring_of_kept_pages_has_no_main_memory_and_sends_each_from_where_it_lies(bytes_of_file: tuple[Path, bytes]) -> None:
+def test_a_ring_of_kept_pages_has_no_main_memory_and_sends_each_from_where_it_lies(
+    bytes_of_file: tuple[Path, bytes],
+) -> None:
     path, _ = bytes_of_file
     lane = LateLane()
     pages = pages_of(path, lane, kept=[*range(8)])
@@ -147,13 +187,19 @@ def test_a_ring_of_kept_pages_has_no_main_memory_and_sends_each_from_where_it_li
     for number in [*range(8)] * 2:
         stream.claim(number, "visit")
         stream.release(number, "visit")
-    own = {payload.block.memory.data_ptr() for [piece] in pages if isinstance(payload := piece.payload, PinnedPayload)}
+    own = {
+        payload.block.memory.data_ptr()
+        for [piece] in pages
+        if isinstance(payload := piece.payload, PinnedPayload)
+    }
     assert {address for address, _ in lane.sent} == own
     assert {nbytes for _, nbytes in lane.sent} == {4096}
     assert (lane.host_bytes, lane.kept_bytes, lane.bytes) == (0, 8 * 4096, 2 * 4096)
 
 
-def test_a_thread_that_holds_kept_pages_gets_more_beside_the_ring(bytes_of_file: tuple[Path, bytes]) -> None:
+def test_a_thread_that_holds_kept_pages_gets_more_beside_the_ring(
+    bytes_of_file: tuple[Path, bytes],
+) -> None:
     path, content = bytes_of_file
     lane = LateLane()
     stream = Stream(pages_of(path, lane, kept=[*range(8)]), lane, ring=2)
@@ -194,7 +240,11 @@ def test_an_interrupt_between_any_two_calls_leaves_kept_pages_that_can_be_used(
     assert stream.nbytes == 0
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference_mode", "default device"])
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, lambda: torch.device("meta")],
+    ids=["inference_mode", "default device"],
+)
 def test_what_the_thread_that_asks_is_in_makes_no_other_weights(
     mode: Callable[[], AbstractContextManager[object]], bytes_of_file: tuple[Path, bytes]
 ) -> None:
@@ -228,11 +278,15 @@ def test_threads_share_kept_pages_and_others(bytes_of_file: tuple[Path, bytes]) 
     right: list[bool] = []
 
     def run(seed: int) -> None:
-        for number in torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist() * 25:
+        for number in (
+            torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist() * 25
+        ):
             visit = object()
             tensors = stream.claim(number, visit)
             assert tensors is not None
-            right.append(bytes(memory_of(tensors[0])) == content[number * 4096 : (number + 1) * 4096])
+            right.append(
+                bytes(memory_of(tensors[0])) == content[number * 4096 : (number + 1) * 4096]
+            )
             stream.release(number, visit)
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
@@ -256,7 +310,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> LateLane:
-    """The CPU as if it were an accelerator, with memory of its own, so that what the map sends to the CPU streams."""
+    """The CPU as if it were an accelerator, with memory of its own, so that what the map sends to
+    the CPU streams.
+    """
     lane = LateLane()
 
     def streams(wish: DispatchConfig, weight: Weight) -> Hashable:
@@ -279,12 +335,17 @@ def recipes_of(model: nn.Module) -> list[Payload]:
 
 
 @torch.no_grad()
-def test_a_checkpoint_is_read_once_into_kept_memory_and_runs_from_there(file: Path, device: LateLane) -> None:
+def test_a_checkpoint_is_read_once_into_kept_memory_and_runs_from_there(
+    file: Path, device: LateLane
+) -> None:
     expected, model = blocks()(X), loaded(file, {"": "cpu"})
     for _ in range(3):
         assert torch.equal(model(X), expected)
     assert (device.kept_bytes, device.host_bytes, device.bytes) == (LAYERS * BLOCK, 0, 2 * BLOCK)
-    assert len({payload.block for payload in recipes_of(model) if isinstance(payload, PinnedPayload)}) == LAYERS
+    assert (
+        len({payload.block for payload in recipes_of(model) if isinstance(payload, PinnedPayload)})
+        == LAYERS
+    )
     told = explain(model, rates=Rates(link=1e9))
     assert {part.place for part in told.parts} == {"cpu"}
     assert told.read == {"disk": 0, "memory": LAYERS * BLOCK}
@@ -315,7 +376,9 @@ def test_kept_weights_do_not_change_when_the_file_does(file: Path, device: LateL
 
 
 @torch.no_grad()
-def test_a_file_that_changes_is_told_where_some_of_it_streams_from_disk(file: Path, device: LateLane) -> None:
+def test_a_file_that_changes_is_told_where_some_of_it_streams_from_disk(
+    file: Path, device: LateLane
+) -> None:
     model = loaded(file, {"": "cpu", "1": "disk"})
     model(X)
     os.utime(file, ns=(1, 1))
@@ -366,7 +429,11 @@ def test_a_model_in_memory_moves_into_kept_memory_block_by_block(
         return kept(nbytes)
 
     monkeypatch.setattr(device, "kept", counting)
-    model = cpu_offload(model, "cpu") if how == "cpu_offload" else dispatch_model(model, {"": "cpu"}, "cpu")
+    model = (
+        cpu_offload(model, "cpu")
+        if how == "cpu_offload"
+        else dispatch_model(model, {"": "cpu"}, "cpu")
+    )
     assert there == [2 * left for left in range(LAYERS, 0, -1)]
     assert torch.equal(model(X), expected)
     assert (device.kept_bytes, device.host_bytes) == (LAYERS * BLOCK, 0)
@@ -397,7 +464,9 @@ def test_addresses_are_read_into_kept_memory_and_nowhere_else(
 
 
 @torch.no_grad()
-def test_a_model_that_is_dispatched_again_keeps_the_memory_that_it_has(file: Path, device: LateLane) -> None:
+def test_a_model_that_is_dispatched_again_keeps_the_memory_that_it_has(
+    file: Path, device: LateLane
+) -> None:
     expected, model = blocks()(X), loaded(file, {"": "cpu"})
     dispatch_model(model, {"": "cpu"}, "cpu")
     assert torch.equal(model(X), expected)
@@ -409,7 +478,11 @@ def test_a_model_that_is_dispatched_again_keeps_the_memory_that_it_has(file: Pat
 def test_kept_memory_is_gone_with_the_model(file: Path, device: LateLane) -> None:
     model = loaded(file, {"": "cpu"})
     model(X)
-    blocks_of = [weakref.ref(payload.block.memory) for payload in recipes_of(model) if isinstance(payload, PinnedPayload)]
+    blocks_of = [
+        weakref.ref(payload.block.memory)
+        for payload in recipes_of(model)
+        if isinstance(payload, PinnedPayload)
+    ]
     pagers = [each for *_, each in attachments(model) if isinstance(each, Pager)]
     close(model)
     assert all(each() is not None for each in blocks_of)
@@ -420,21 +493,29 @@ def test_kept_memory_is_gone_with_the_model(file: Path, device: LateLane) -> Non
 
 
 @torch.no_grad()
-def test_without_hooks_a_checkpoint_that_was_kept_is_in_memory_like_any_other(file: Path, device: LateLane) -> None:
+def test_without_hooks_a_checkpoint_that_was_kept_is_in_memory_like_any_other(
+    file: Path, device: LateLane
+) -> None:
     expected, model = blocks()(X), loaded(file, {"": "cpu", "2": "disk"})
     model(X)
     remove_hooks(model)
-    assert {name.split(".")[0] for name, each in model.named_parameters() if isinstance(each, Streamed)} == {"2"}
+    assert {
+        name.split(".")[0] for name, each in model.named_parameters() if isinstance(each, Streamed)
+    } == {"2"}
     assert all(each.requires_grad for each in model.parameters() if not isinstance(each, Streamed))
     assert torch.equal(model(X), expected)
 
 
 @torch.no_grad()
-def test_a_model_whose_weights_are_kept_can_be_saved_and_copied(file: Path, device: LateLane, tmp_path: Path) -> None:
+def test_a_model_whose_weights_are_kept_can_be_saved_and_copied(
+    file: Path, device: LateLane, tmp_path: Path
+) -> None:
     expected, model = blocks()(X), loaded(file, {"": "cpu", "2": "disk"})
     twin = copy.deepcopy(model)
     save(model, tmp_path / "saved")
-    again = load_checkpoint_and_dispatch(blocks(seed=1), tmp_path / "saved", {"": "disk"}, strict=True)
+    again = load_checkpoint_and_dispatch(
+        blocks(seed=1), tmp_path / "saved", {"": "disk"}, strict=True
+    )
     for each in (twin, again, model):
         assert torch.equal(each(X), expected)
     assert device.kept_bytes == (LAYERS - 1) * BLOCK

@@ -1,4 +1,6 @@
-"""The ring: bounded, shared, never stuck, and right with a device whose memory is separate and whose copies come late."""
+"""The ring: bounded, shared, never stuck, and right with a device whose memory is separate and
+whose copies come late.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +64,20 @@ def use(stream: Stream, number: int) -> None:
     stream.release(number, visit)
 
 
-ORDERS = [list(range(8)) * 3, [0, 3, 1, 7, 7, 2] * 3, [7, 6, 5, 4, 3, 2, 1, 0] * 2, [0, 1, 2, 0, 5, 2] * 4, [4] * 5]
+ORDERS = [
+    list(range(8)) * 3,
+    [0, 3, 1, 7, 7, 2] * 3,
+    [7, 6, 5, 4, 3, 2, 1, 0] * 2,
+    [0, 1, 2, 0, 5, 2] * 4,
+    [4] * 5,
+]
 
 
 @pytest.mark.parametrize("ring", [2, 3, 8, 20])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_pages_are_what_they_should_be_in_any_order(file: Path, lane: DeviceTransfer, order: list[int], ring: int) -> None:
+def test_pages_are_what_they_should_be_in_any_order(
+    file: Path, lane: DeviceTransfer, order: list[int], ring: int
+) -> None:
     stream = streaming(file, lane, ring=ring)
     for number in order:
         use(stream, number)
@@ -144,7 +154,9 @@ def test_threads_that_want_the_same_page_share_one_read(file: Path) -> None:
     stream, payloads = counted(file)
     payloads[5].go.clear()
     got: list[object] = []
-    threads = [threading.Thread(target=lambda: got.append(stream.claim(5, object()))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: got.append(stream.claim(5, object()))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     assert eventually(lambda: payloads[5].reads == 1)
@@ -235,11 +247,16 @@ def test_a_parameter_belongs_to_one_page_and_one_slot(file: Path) -> None:
         assert tensors is not None
         assert isinstance(tensors[0], torch.nn.Parameter)
         kept.append(tensors)
-        assert seen.setdefault(id(tensors[0]), (number, tensors[0].data_ptr())) == (number, tensors[0].data_ptr())
+        assert seen.setdefault(id(tensors[0]), (number, tensors[0].data_ptr())) == (
+            number,
+            tensors[0].data_ptr(),
+        )
         stream.release(number, "visit")
 
 
-def test_memory_made_in_inference_mode_is_no_inference_tensor(file: Path, lane: DeviceTransfer) -> None:
+def test_memory_made_in_inference_mode_is_no_inference_tensor(
+    file: Path, lane: DeviceTransfer
+) -> None:
     stream = streaming(file, lane)
     with torch.inference_mode():
         tensors = stream.claim(0, "visit")
@@ -353,7 +370,9 @@ class WatchedLane(LateLane):
 @forks
 @threaded
 @pytest.mark.usefixtures("one_thread")
-def test_the_child_of_a_fork_lets_go_of_nothing_that_is_on_the_device_of_its_parent(file: Path) -> None:
+def test_the_child_of_a_fork_lets_go_of_nothing_that_is_on_the_device_of_its_parent(
+    file: Path,
+) -> None:
     lane = WatchedLane()
     streams = [streaming(file, lane)]
     for number in range(3):
@@ -380,22 +399,33 @@ LARGE = (300 << 10) + 40
 
 @pytest.fixture(params=[0, 8, 4096])
 def large(request: pytest.FixtureRequest, tmp_path: Path) -> list[list[Piece]]:
-    """Six pages of two tensors, large enough to be read directly, that begin somewhere in a file."""
+    """Six pages of two tensors, large enough to be read directly, that begin somewhere in a
+    file.
+    """
     path, head = tmp_path / "large", int(request.param)
-    values = [torch.full((LARGE,), number, dtype=torch.uint8).numpy().tobytes() for number in range(12)]
+    values = [
+        torch.full((LARGE,), number, dtype=torch.uint8).numpy().tobytes() for number in range(12)
+    ]
     path.write_bytes(bytes(head) + b"".join(values))
-    pieces = [Piece(Extent(path, head + number * LARGE, LARGE), torch.uint8, (LARGE,), (1,)) for number in range(12)]
+    pieces = [
+        Piece(Extent(path, head + number * LARGE, LARGE), torch.uint8, (LARGE,), (1,))
+        for number in range(12)
+    ]
     return [pieces[number : number + 2] for number in range(0, 12, 2)]
 
 
 @pytest.mark.parametrize("order", [[*range(6)] * 4, [5, 0, 3, 3, 1] * 4], ids=str)
-def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[Piece]], lane: DeviceTransfer, order: list[int]) -> None:
+def test_large_pages_are_read_past_the_cache_and_are_the_same(
+    large: list[list[Piece]], lane: DeviceTransfer, order: list[int]
+) -> None:
     stream = Stream(large, lane, ring=2)
     for number in order:
         tensors = stream.claim(number, "visit")
         assert tensors is not None
         for tensor, expected in zip(tensors, (2 * number, 2 * number + 1), strict=True):
-            assert tensor.data_ptr() % 64 == 0 or isinstance(lane, LateLane)  # whose memory begins anywhere
+            assert tensor.data_ptr() % 64 == 0 or isinstance(
+                lane, LateLane
+            )  # whose memory begins anywhere
             assert torch.equal(tensor, torch.full((LARGE,), expected, dtype=torch.uint8))
         stream.release(number, "visit")
     assert stream.nbytes <= stream.room
@@ -404,13 +434,19 @@ def test_large_pages_are_read_past_the_cache_and_are_the_same(large: list[list[P
 def test_a_ring_of_bytes_holds_as_many_pages_as_fit(file: Path) -> None:
     assert Stream([page(file, 0)], CpuTransfer(), ring="1MB").room == PAGE  # all that there is
     payloads = [Counted(Extent(file, number * PAGE, PAGE)) for number in range(8)]
-    stream = Stream([[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads], CpuTransfer(), ring=f"{3 * PAGE + 100}")
+    stream = Stream(
+        [[Piece(each, torch.float32, (ELEMENTS,), (1,))] for each in payloads],
+        CpuTransfer(),
+        ring=f"{3 * PAGE + 100}",
+    )
     use(stream, 0)
     assert eventually(lambda: [payload.reads for payload in payloads] == [1, 1, 1, 0, 0, 0, 0, 0])
     assert stream.nbytes == stream.room == 3 * PAGE + 100
 
 
-def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, lane: DeviceTransfer) -> None:
+def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(
+    file: Path, lane: DeviceTransfer
+) -> None:
     stream = Stream([page(file, number) for number in range(8)], lane, ring=f"{PAGE}")
     for number in [*range(8), 3, 3, 0]:
         use(stream, number)
@@ -418,13 +454,19 @@ def test_a_ring_of_one_page_reads_what_is_needed_when_it_is_needed(file: Path, l
 
 
 def test_a_page_that_does_not_fit_is_told_with_the_numbers(file: Path) -> None:
-    with pytest.raises(OverBudget, match=r"largest block takes 4\.10 kB.* may take 4\.00 kB") as told:
+    with pytest.raises(
+        OverBudget, match=r"largest block takes 4\.10 kB.* may take 4\.00 kB"
+    ) as told:
         Stream([page(file, number) for number in range(8)], CpuTransfer(), ring="4KB")
     assert (told.value.needed, told.value.available) == (PAGE, 4000)
 
 
-@pytest.mark.parametrize("fault", [SystemExit, KeyboardInterrupt, MemoryError], ids=lambda fault: fault.__name__)
-def test_a_reader_that_is_stopped_is_told_and_replaced(file: Path, fault: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "fault", [SystemExit, KeyboardInterrupt, MemoryError], ids=lambda fault: fault.__name__
+)
+def test_a_reader_that_is_stopped_is_told_and_replaced(
+    file: Path, fault: type[BaseException]
+) -> None:
     stream, payloads = counted(file)
     chunks = payloads[3].chunks
 
@@ -474,7 +516,9 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         payload.go.clear()
     thread = threading.Thread(target=use, args=(stream, 0))  # and the others behind it
     thread.start()
-    assert eventually(lambda: sum(payload.reads for payload in payloads) == _READERS)  # all are busy, and held up
+    assert eventually(
+        lambda: sum(payload.reads for payload in payloads) == _READERS
+    )  # all are busy, and held up
     needed = threading.Thread(target=use, args=(stream, 7))
     needed.start()
     assert eventually(lambda: len(stream._pages[7].holders) == 1)
@@ -487,7 +531,9 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         each.join(200)
 
 
-def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: Path, lane: DeviceTransfer) -> None:
+def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(
+    file: Path, lane: DeviceTransfer
+) -> None:
     stream = streaming(file, lane)
     order = [0, 3, 1, 7, 7, 2]
 
@@ -507,7 +553,9 @@ def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(file: 
     assert stream.nbytes == 0
 
 
-def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(file: Path, lane: DeviceTransfer) -> None:
+def test_a_close_that_is_interrupted_between_any_two_calls_can_be_repeated(
+    file: Path, lane: DeviceTransfer
+) -> None:
     moment, goes_on = 0, True
     while goes_on:
         stream = streaming(file, lane, ring=4)
@@ -548,7 +596,9 @@ def closing(stream: Stream) -> threading.Thread:
 
 
 @pytest.mark.usefixtures("no_readers")
-def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(file: Path) -> None:
+def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(
+    file: Path,
+) -> None:
     parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * _READERS)]
     behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * _READERS * READ,), (1,))]
     stream = Stream([page(file, 0), behind], CpuTransfer())
@@ -569,12 +619,17 @@ def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_
     assert sum(part.reads for part in parts) == _READERS
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is counted as Linux does"
+)
 def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_path: Path) -> None:
     nbytes = 16 << 20
     with open(tmp_path / "large", "wb") as large:
         large.truncate(4 * nbytes)
-    pieces = [Piece(Extent(tmp_path / "large", at, nbytes), torch.uint8, (nbytes,), (1,)) for at in range(0, 4 * nbytes, nbytes)]
+    pieces = [
+        Piece(Extent(tmp_path / "large", at, nbytes), torch.uint8, (nbytes,), (1,))
+        for at in range(0, 4 * nbytes, nbytes)
+    ]
     memory = 0
     for lap in range(4):
         stream = Stream([[piece] for piece in pieces], CpuTransfer(), ring=4)
@@ -585,9 +640,13 @@ def test_the_memory_is_back_when_a_close_in_the_middle_of_a_read_returns(tmp_pat
         assert anonymous_memory() - memory < nbytes // 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is counted as Linux does"
+)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["as it lies", "cast"])
-def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     nbytes = 16 << 20
     path = tmp_path / "short"
     path.write_bytes(bytes(nbytes + 4096))
@@ -608,7 +667,9 @@ def test_the_memory_is_back_after_a_close_though_the_error_of_a_read_is_kept(dty
 
 def anonymous_memory() -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    return 1024 * next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")
+    )
 
 
 @pytest.mark.usefixtures("no_readers")
@@ -654,7 +715,9 @@ def test_a_close_in_the_middle_of_something_else_of_its_thread_waits_for_nobody(
 @forks
 @threaded
 @pytest.mark.usefixtures("one_thread")
-def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_there(file: Path) -> None:
+def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_there(
+    file: Path,
+) -> None:
     stream, payloads = counted(file)
     payloads[1].go.clear()
     use(stream, 0)
@@ -670,9 +733,14 @@ def test_what_was_closed_is_closed_in_the_child_of_a_fork_and_may_be_closed_ther
     assert in_a_child(lambda: stream.claim(0, "visit") is None)
 
 
-def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(file: Path, lane: DeviceTransfer) -> None:
+def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(
+    file: Path, lane: DeviceTransfer
+) -> None:
     stream = streaming(file, lane, ring=8)
     for _ in range(50):
         for number in range(8):
             use(stream, number)
-    assert all(place is not None and len(place.after) <= 1 for place in (page.place for page in stream._pages))
+    assert all(
+        place is not None and len(place.after) <= 1
+        for place in (page.place for page in stream._pages)
+    )

@@ -1,4 +1,6 @@
-"""Reader threads: as many as there is work for, in the order of the queue, and none where there is none."""
+"""Reader threads: as many as there is work for, in the order of the queue, and none where there is
+none.
+"""
 
 from __future__ import annotations
 

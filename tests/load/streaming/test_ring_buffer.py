@@ -14,18 +14,25 @@ from shardkit.load.streaming.page_layout import Layout, evened
 from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.payloads.payload import Extent
 
-LAYER = (1 << 20) + 1000  # no multiple of a sector, so that each layer begins at another place of one
+LAYER = (
+    1 << 20
+) + 1000  # no multiple of a sector, so that each layer begins at another place of one
 
 
 def layers(count: int, head: int) -> list[Layout]:
     """Layouts of as many layers as *count*, one behind the other in a file, and of a head."""
     sizes = [LAYER] * count + [head]
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    return [Layout.of([Extent(Path("weights"), start, nbytes)]) for start, nbytes in zip(starts, sizes, strict=True)]
+    return [
+        Layout.of([Extent(Path("weights"), start, nbytes)])
+        for start, nbytes in zip(starts, sizes, strict=True)
+    ]
 
 
 @given(st.integers(2, 9), st.integers(2, 6), st.integers(0, 3 * LAYER))
-def test_in_a_ring_of_any_depth_as_many_blocks_have_a_place_as_it_is_deep(count: int, depth: int, head: int) -> None:
+def test_in_a_ring_of_any_depth_as_many_blocks_have_a_place_as_it_is_deep(
+    count: int, depth: int, head: int
+) -> None:
     layouts = evened(layers(count, head))
     ring = Ring(CpuTransfer(), room_for([layout.nbytes for layout in layouts], depth))
     held: list[Slot] = []
@@ -46,7 +53,11 @@ def test_lengths_are_evened_upwards_by_less_than_a_hundredth(sizes: list[int]) -
 
 
 def test_a_block_without_bytes_between_two_others_makes_no_room() -> None:
-    ring, full, empty = Ring(CpuTransfer(), 200), Layout(100, 1, (), (), (), ()), Layout(0, 1, (), (), (), ())
+    ring, full, empty = (
+        Ring(CpuTransfer(), 200),
+        Layout(100, 1, (), (), (), ()),
+        Layout(0, 1, (), (), (), ()),
+    )
     first, *_ = [taken(ring, number, full) for number in range(2)]
     ring.leave(first)
     taken(ring, 2, full)

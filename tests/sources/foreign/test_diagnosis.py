@@ -49,11 +49,21 @@ def array(name: str) -> bytes:
 
 
 def ctranslate2(spec: str) -> bytes:
-    return struct.pack("<IH", 6, len(spec) + 1) + spec.encode() + b"\0" + struct.pack("<II", 3, 100) + bytes(100)
+    return (
+        struct.pack("<IH", 6, len(spec) + 1)
+        + spec.encode()
+        + b"\0"
+        + struct.pack("<II", 3, 100)
+        + bytes(100)
+    )
 
 
-# flax.serialization.to_bytes({"params": {"Dense_0": {"kernel": jnp.ones((3, 4))}}}), but for the values
-FLAX = b"\x81\xa6params\x81\xa7Dense_0\x81\xa6kernel\xc7>\x01\x93\x92\x03\x04\xa7float32\xc40" + bytes(48)
+# flax.serialization.to_bytes({"params": {"Dense_0": {"kernel": jnp.ones((3, 4))}}}), but for the
+# values
+FLAX = (
+    b"\x81\xa6params\x81\xa7Dense_0\x81\xa6kernel\xc7>\x01\x93\x92\x03\x04\xa7float32\xc40"
+    + bytes(48)
+)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4370000000\n"
 CASES: dict[str, tuple[bytes, str, str]] = {
     "nothing": (b"", "is empty", "fetch it again"),
@@ -73,8 +83,16 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "is the text of an OpenVINO model",
         "made from",
     ),
-    "XML": (b'<?xml version="1.0" encoding="utf-8"?><a/>', "is an XML text and holds no", "give the file"),
-    "gzip": (gzip.compress(b"x" * 99), "is compressed with gzip", "run `gunzip model.bin`, and convert"),
+    "XML": (
+        b'<?xml version="1.0" encoding="utf-8"?><a/>',
+        "is an XML text and holds no",
+        "give the file",
+    ),
+    "gzip": (
+        gzip.compress(b"x" * 99),
+        "is compressed with gzip",
+        "run `gunzip model.bin`, and convert",
+    ),
     "a tar archive in gzip": (
         gzip.compress(tarred(["a.txt", "b/model.pt"])),
         "is a tar archive compressed with gzip; it holds 'b/model.pt'",
@@ -92,20 +110,36 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     ),
     "bzip2": (b"BZh91AY&SY" + bytes(30), "is compressed with bzip2", "bunzip2"),
     "xz": (b"\xfd7zXZ\0" + bytes(30), "is compressed with xz", "unxz"),
-    "zstd within zstd": (zstandard.compress(b"x" * 99), "is compressed with zstd more than once", "zstd -d"),
+    "zstd within zstd": (
+        zstandard.compress(b"x" * 99),
+        "is compressed with zstd more than once",
+        "zstd -d",
+    ),
     "a 7-Zip archive": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7-Zip archive", "7z x model.bin"),
     "a RAR archive": (b"Rar!\x1a\7\1\0" + bytes(30), "is a RAR archive", "unrar x model.bin"),
-    "JSON": (json.dumps({"architectures": ["Llama"]}).encode(), "is a JSON text and holds no weights", "give the file"),
+    "JSON": (
+        json.dumps({"architectures": ["Llama"]}).encode(),
+        "is a JSON text and holds no weights",
+        "give the file",
+    ),
     "GGUF": (b"GGUF" + bytes(60), "is a GGUF file", "original"),
     "CTranslate2": (ctranslate2("TransformerSpec"), "is a model of CTranslate2", "made from"),
-    "CTranslate2 of another kind": (ctranslate2("WhisperSpec"), "is a model of CTranslate2", "made from"),
+    "CTranslate2 of another kind": (
+        ctranslate2("WhisperSpec"),
+        "is a model of CTranslate2",
+        "made from",
+    ),
     "an ordinary zip archive": (
         zipped(["a.txt", "b/c.txt"]),
         "is a zip archive of 2 files that torch did not write",
         "unpack it",
     ),
     "an empty zip archive": (zipped([]), "is a zip archive of 0 files", "unpack it"),
-    "a zip archive of one file": (zipped(["a"]), "is a zip archive of 1 file that torch", "unpack it"),
+    "a zip archive of one file": (
+        zipped(["a"]),
+        "is a zip archive of 1 file that torch",
+        "unpack it",
+    ),
     "a zip archive with a checkpoint in it": (
         zipped(["data", "policy.pth", "version"]),
         "it holds 'policy.pth'",
@@ -121,9 +155,21 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "is a Keras model (.keras)",
         "save_file",
     ),
-    "an archive of torch.export": (zipped(["m/archive_format", "m/data/weights/weight_0"]), "torch.export (.pt2)", "torch.save"),
-    "a torch.package archive": (zipped(["m/.data/extern_modules", "m/a.py"]), "is a torch.package archive", "state_dict"),
-    "one that packs a data.pkl": (zipped(["m/.data/extern_modules", "m/m/data.pkl"]), "is a torch.package archive", "state_dict"),
+    "an archive of torch.export": (
+        zipped(["m/archive_format", "m/data/weights/weight_0"]),
+        "torch.export (.pt2)",
+        "torch.save",
+    ),
+    "a torch.package archive": (
+        zipped(["m/.data/extern_modules", "m/a.py"]),
+        "is a torch.package archive",
+        "state_dict",
+    ),
+    "one that packs a data.pkl": (
+        zipped(["m/.data/extern_modules", "m/m/data.pkl"]),
+        "is a torch.package archive",
+        "state_dict",
+    ),
     "npz": (array("npz"), "is an archive of NumPy arrays (.npz)", "pip install shardkit-npz"),
     "npy": (array("npy"), "is a NumPy array (.npy)", "pip install shardkit-npz"),
     "a flatbuffer of PyTorch Mobile": (
@@ -131,15 +177,27 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "is a flatbuffer of PyTorch Mobile (.ptl)",
         "made from",
     ),
-    "TensorFlow Lite": (b"\x1c\0\0\0TFL3" + bytes(60), "is a program for mobile devices", "made from"),
-    "MessagePack of Flax": (FLAX, "is a MessagePack file of Flax", "flax.serialization.msgpack_restore"),
+    "TensorFlow Lite": (
+        b"\x1c\0\0\0TFL3" + bytes(60),
+        "is a program for mobile devices",
+        "made from",
+    ),
+    "MessagePack of Flax": (
+        FLAX,
+        "is a MessagePack file of Flax",
+        "flax.serialization.msgpack_restore",
+    ),
     "MessagePack of Flax with a large array": (
         b"\x81\xa6kernel\x83\xd9\x19__msgpack_chunked_array__\xc3",
         "is a MessagePack file of Flax",
         "save_file",
     ),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "is an HDF5 file", "safetensors"),
-    "ONNX": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(60), "looks like an ONNX model", "made from"),
+    "ONNX": (
+        b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(60),
+        "looks like an ONNX model",
+        "made from",
+    ),
     "ONNX of no producer": (
         b'\x08\x0e:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n',
         "looks like an ONNX model",
@@ -181,7 +239,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "is a Python pickle that torch.save did not write",
         "torch.save",
     ),
-    "a pickle of protocol 4": (pickle.dumps([1.0] * 99, protocol=4), "is a Python pickle that", "torch.save"),
+    "a pickle of protocol 4": (
+        pickle.dumps([1.0] * 99, protocol=4),
+        "is a Python pickle that",
+        "torch.save",
+    ),
     "a pickle of protocol 0": (
         pickle.dumps({"a": [1, 2]}, protocol=0),
         "is a Python pickle that torch.save did not write",
@@ -193,7 +255,9 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "save_file",
     ),
     "a Paddle checkpoint": (
-        pickle.dumps({"w": ("linear_0.w_0", np.ones(3)), "StructuredToParameterName@@": {}}, protocol=4),
+        pickle.dumps(
+            {"w": ("linear_0.w_0", np.ones(3)), "StructuredToParameterName@@": {}}, protocol=4
+        ),
         "is a Paddle checkpoint (.pdparams)",
         "paddle.load",
     ),
@@ -237,7 +301,9 @@ def test_a_file_that_is_no_checkpoint_is_named(content: bytes, sentence: str, ad
 
 
 @pytest.mark.parametrize(("content", "sentence", "advice"), CASES.values(), ids=CASES)
-def test_no_format_of_ours_claims_it(content: bytes, sentence: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_format_of_ours_claims_it(
+    content: bytes, sentence: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert advice
     own = tuple(each for each in registry.formats() if each.is_own)
     monkeypatch.setattr(registry, "formats", lambda: own)  # a plugin may well claim one
@@ -250,4 +316,6 @@ def test_no_format_of_ours_claims_it(content: bytes, sentence: str, advice: str,
 def test_every_first_byte_gives_a_sentence() -> None:
     for first in range(256):
         for rest in (b"", b"\0", b"\x08\x12:B{<PK", bytes(4096), b"a" * 300):
-            assert diagnosed(Source(Path("x"), Literal(bytes([first]) + rest), limits=Limits())).hint
+            assert diagnosed(
+                Source(Path("x"), Literal(bytes([first]) + rest), limits=Limits())
+            ).hint

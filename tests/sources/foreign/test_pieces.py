@@ -1,4 +1,6 @@
-"""What is a part of something: pieces of a split file, files of a distributed checkpoint, unfinished downloads and runs."""
+"""What is a part of something: pieces of a split file, files of a distributed checkpoint,
+unfinished downloads and runs.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def test_an_unfinished_download_is_named(suffix: str, tmp_path: Path) -> None:
 @pytest.fixture
 def distributed(tmp_path: Path) -> Path:
     """What torch.distributed.checkpoint writes."""
-    return distributed_of({"model": {"w": torch.ones(6), "v": torch.ones(8)}, "step": 3}, tmp_path / "dcp")
+    return distributed_of(
+        {"model": {"w": torch.ones(6), "v": torch.ones(8)}, "step": 3}, tmp_path / "dcp"
+    )
 
 
 def distributed_of(state: dict[str, object], folder: Path) -> Path:
@@ -166,7 +170,9 @@ def distributed_of(state: dict[str, object], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["", "__0_0.distcp", ".metadata"])
-def test_a_distributed_checkpoint_is_named_and_not_called_damaged(name: str, distributed: Path) -> None:
+def test_a_distributed_checkpoint_is_named_and_not_called_damaged(
+    name: str, distributed: Path
+) -> None:
     with pytest.raises(FormatError, match=r"torch\.distributed\.checkpoint") as caught:
         shardkit.open(distributed / name)
     assert "damaged" not in f"{caught.value} {caught.value.hint}"
@@ -178,7 +184,9 @@ def test_what_is_advised_for_a_distributed_checkpoint_works(distributed: Path) -
         shardkit.open(distributed)
     command = str(caught.value.hint).partition(": ")[2].partition(";")[0].split()
     assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], cwd=distributed.parent, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command[1:]], cwd=distributed.parent, check=True, capture_output=True
+    )
     assert set(shardkit.open(distributed.parent / "out.pt")) == {"model.w", "model.v"}
 
 
@@ -192,7 +200,9 @@ def test_a_file_of_one_tensor_is_no_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_distributed_checkpoint_beside_a_file_of_torch_is_still_one(distributed: Path) -> None:
-    torch.save({"iteration": 3, "rng": torch.zeros(4)}, distributed / "common.pt")  # as Megatron writes it
+    torch.save(
+        {"iteration": 3, "rng": torch.zeros(4)}, distributed / "common.pt"
+    )  # as Megatron writes it
     with pytest.raises(FormatError, match=r"is a checkpoint of torch\.distributed\.checkpoint"):
         shardkit.open(distributed)
     save_file(WEIGHTS, distributed / "model.safetensors")
@@ -207,7 +217,9 @@ def test_a_distributed_checkpoint_without_its_metadata_is_unfinished(distributed
 
 def test_its_file_is_known_by_its_content_too(distributed: Path, tmp_path: Path) -> None:
     shutil.copy(distributed / "__0_0.distcp", tmp_path / "renamed.bin")
-    with pytest.raises(FormatError, match="holds several zip archives one behind the other") as caught:
+    with pytest.raises(
+        FormatError, match="holds several zip archives one behind the other"
+    ) as caught:
         shardkit.open(tmp_path / "renamed.bin")
     assert ".distcp" in str(caught.value.hint)
 
@@ -242,8 +254,14 @@ def test_an_unfinished_run_is_known_and_says_how_to_resume(
     folder = partial(tmp_path, *done)
     with pytest.raises(FormatError) as caught:
         shardkit.open(folder)
-    assert str(caught.value) == f"{folder}: holds the unfinished output of a run of shardkit: {said} complete"
-    again = f"run the same conversion again (of '{tmp_path / 'big.bin'}', with out='{tmp_path / 'out'}'): it resumes"
+    assert (
+        str(caught.value)
+        == f"{folder}: holds the unfinished output of a run of shardkit: {said} complete"
+    )
+    again = (
+        f"run the same conversion again (of '{tmp_path / 'big.bin'}', with "
+        f"out='{tmp_path / 'out'}'): it resumes"
+    )
     assert caught.value.hint == f"{again}; or delete this folder"
     shardkit.convert(tmp_path / "big.bin", tmp_path / "out")
     assert not folder.exists()
@@ -293,7 +311,11 @@ FOREIGN_FOLDERS = {
         "'model.ckpt-5.data-00000-of-00001' holds weights of a TensorFlow checkpoint",
         "tf.train.load_checkpoint",
     ),
-    "a SavedModel": ({"saved_model.pb": b"\x08\x01\x12\0"}, "is a TensorFlow SavedModel", "TensorFlow"),
+    "a SavedModel": (
+        {"saved_model.pb": b"\x08\x01\x12\0"},
+        "is a TensorFlow SavedModel",
+        "TensorFlow",
+    ),
     "a checkpoint of Orbax": (
         {"_METADATA": b"{}", "manifest.ocdbt": b"\x0c\xdb\x3a\x2a", "_sharding": b"{}"},
         "is a checkpoint of Orbax (JAX)",
@@ -301,15 +323,24 @@ FOREIGN_FOLDERS = {
     ),
     "a Zarr store": ({".zgroup": b"{}"}, "is a Zarr store", "zarr"),
     "a distributed checkpoint of Paddle": (
-        {"0_0.distcp": b"\x80\x04", "0.metadata": b"\x80\x04paddle.distributed.flex_checkpoint.metadata"},
+        {
+            "0_0.distcp": b"\x80\x04",
+            "0.metadata": b"\x80\x04paddle.distributed.flex_checkpoint.metadata",
+        },
         "is a distributed checkpoint of Paddle",
         "paddle.save",
     ),
-    "a folder with nothing in it": ({}, "holds no weights; it holds nothing", "give the file or folder"),
+    "a folder with nothing in it": (
+        {},
+        "holds no weights; it holds nothing",
+        "give the file or folder",
+    ),
 }
 
 
-@pytest.mark.parametrize(("files", "sentence", "advice"), FOREIGN_FOLDERS.values(), ids=FOREIGN_FOLDERS)
+@pytest.mark.parametrize(
+    ("files", "sentence", "advice"), FOREIGN_FOLDERS.values(), ids=FOREIGN_FOLDERS
+)
 def test_a_folder_of_what_is_not_read_is_named(
     files: dict[str, bytes], sentence: str, advice: str, tmp_path: Path
 ) -> None:
@@ -329,7 +360,9 @@ def test_an_archive_whose_first_bytes_were_overwritten_is_read_and_said(
     version: bytes, tmp_path: Path
 ) -> None:
     archive = io.BytesIO()
-    torch.save({"weight": WEIGHTS, "info": "3e_12s"}, archive)  # as GPT-SoVITS does, in process_ckpt.py
+    torch.save(
+        {"weight": WEIGHTS, "info": "3e_12s"}, archive
+    )  # as GPT-SoVITS does, in process_ckpt.py
     (tmp_path / "voice.pth").write_bytes(version + archive.getvalue()[2:])
     checkpoint = shardkit.open(tmp_path / "voice.pth")
     assert checkpoint["weight.w"].read() == WEIGHTS["w"].numpy().tobytes()
@@ -352,7 +385,10 @@ def test_what_torch_mobile_reads_without_code_has_advice_of_its_own(tmp_path: Pa
         warnings.simplefilter("ignore")
         module = torch.jit.script(torch.nn.Linear(3, 4))
         module._save_for_lite_interpreter(str(tmp_path / "m.ptl"))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    with zipfile.ZipFile(tmp_path / "m.ptl") as whole, zipfile.ZipFile(tmp_path / "bare.ptl", "w") as bare:
+    with (
+        zipfile.ZipFile(tmp_path / "m.ptl") as whole,
+        zipfile.ZipFile(tmp_path / "bare.ptl", "w") as bare,
+    ):
         for name in whole.namelist():
             if "/code/" not in name:
                 bare.writestr(name, whole.read(name))

@@ -1,7 +1,8 @@
 """The header of a .npy file: bytes ↔ what it says, without any I/O.
 
-Six bytes of magic, two of version, the length of the header (2 bytes in version 1, else 4), and a Python dictionary of three
-keys, padded with spaces so that the data is aligned to 64 (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
+Six bytes of magic, two of version, the length of the header (2 bytes in version 1, else 4), and a
+Python dictionary of three keys, padded with spaces so that the data is aligned to 64
+(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.plugin import BY_CODE, DType, Malformed, OtherKind, TensorEntry, Unwritable, option, shown
+from shardkit.plugin import (
+    BY_CODE,
+    DType,
+    Malformed,
+    OtherKind,
+    TensorEntry,
+    Unwritable,
+    option,
+    shown,
+)
 from shardkit_npz.literals import Literal, parse_dict
 
 MAGIC = b"\x93NUMPY"
@@ -21,7 +31,17 @@ _MOST_AXES = 32  # numpy 1 knows no more
 _ELSEWHERE = ("leave it out with ", option("exclude"), ", or write .safetensors")
 _ALIGNMENT = 64
 _FIXED = {1: 10, 2: 12, 3: 12}  # magic, version and length
-_DESCRS = {"b1": "BOOL", "i1": "I8", "u1": "U8", "i2": "I16", "u2": "U16", "i4": "I32", "u4": "U32", "i8": "I64", "u8": "U64"}
+_DESCRS = {
+    "b1": "BOOL",
+    "i1": "I8",
+    "u1": "U8",
+    "i2": "I16",
+    "u2": "U16",
+    "i4": "I32",
+    "u4": "U32",
+    "i8": "I64",
+    "u8": "U64",
+}
 _DESCRS |= {"f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64", "c16": "C128"}
 _DTYPES = {descr: BY_CODE[code] for descr, code in _DESCRS.items()}
 _DESCR_OF = {dtype: descr for descr, dtype in _DTYPES.items()}
@@ -57,24 +77,39 @@ class Header:
 
 
 def parse(path: Path, where: str, peek: Peek) -> Header:
-    """The header of the array *where* in the file *path*; *peek* gives so many of its first bytes, or fewer if there are no more.
+    """The header of the array *where* in the file *path*; *peek* gives so many of its first bytes,
+    or fewer if there are no more.
 
     Raises:
         Malformed: it breaks a rule of the format.
     """
     start = peek(12)
     if start[:6] != MAGIC:
-        raise Malformed(path, f"must begin with {shown(MAGIC)}, found {shown(start[:6])}", where=where)
+        raise Malformed(
+            path, f"must begin with {shown(MAGIC)}, found {shown(start[:6])}", where=where
+        )
     fixed = _FIXED.get(start[6] if len(start) == 12 else 0)
     if fixed is None:
-        message = f"is of version {start[6]}, and 1 to 3 are known" if len(start) == 12 else "ends within the header"
+        message = (
+            f"is of version {start[6]}, and 1 to 3 are known"
+            if len(start) == 12
+            else "ends within the header"
+        )
         raise Malformed(path, message, where=where)
     nbytes = fixed + int.from_bytes(start[8:fixed], "little")
     if nbytes > _LONGEST:
-        raise Malformed(path, f"the header takes {nbytes:,} bytes, and no array needs more than {_LONGEST:,}", where=where)
+        raise Malformed(
+            path,
+            f"the header takes {nbytes:,} bytes, and no array needs more than {_LONGEST:,}",
+            where=where,
+        )
     content = peek(nbytes)
     if len(content) < nbytes:
-        raise Malformed(path, f"the header takes {nbytes:,} bytes, and the file ends after {len(content):,}", where=where)
+        raise Malformed(
+            path,
+            f"the header takes {nbytes:,} bytes, and the file ends after {len(content):,}",
+            where=where,
+        )
     try:
         fields = parse_dict(content[fixed:].decode("utf-8" if start[6] == 3 else "latin-1"))
         return _header(nbytes, fields)
@@ -90,23 +125,46 @@ def dump(entry: TensorEntry) -> bytes:
     """
     descr = _DESCR_OF.get(entry.dtype)
     if descr is None:
-        hint = ("cast it, as in ", option("dtype", "fp32")) if entry.dtype.kind == "float" else _ELSEWHERE
-        raise Unwritable(f"tensor {shown(entry.name)} is {entry.dtype.code}, and numpy has no such type", hint=hint)
+        hint = (
+            ("cast it, as in ", option("dtype", "fp32"))
+            if entry.dtype.kind == "float"
+            else _ELSEWHERE
+        )
+        raise Unwritable(
+            f"tensor {shown(entry.name)} is {entry.dtype.code}, and numpy has no such type",
+            hint=hint,
+        )
     if len(entry.shape) > _MOST_AXES:
-        message = f"tensor {shown(entry.name)} has {len(entry.shape)} axes, and numpy knows {_MOST_AXES} at most"
+        message = (
+            f"tensor {shown(entry.name)} has {len(entry.shape)} axes, and numpy knows "
+            f"{_MOST_AXES} at most"
+        )
         raise Unwritable(message, hint=_ELSEWHERE)
     order = "|" if entry.dtype.itemsize == 1 else "<"
-    text = f"{{'descr': '{order}{descr}', 'fortran_order': False, 'shape': {entry.shape}, }}".encode()
+    text = (
+        f"{{'descr': '{order}{descr}', 'fortran_order': False, 'shape': {entry.shape}, }}".encode()
+    )
     text += b" " * (-(_FIXED[1] + len(text) + 1) % _ALIGNMENT) + b"\n"
     return MAGIC + b"\1\0" + len(text).to_bytes(2, "little") + text
 
 
 def _header(nbytes: int, fields: dict[str, Literal]) -> Header:
     match fields:
-        case {"descr": descr, "fortran_order": bool(is_fortran), "shape": list(shape)} if len(fields) == 3:
+        case {"descr": descr, "fortran_order": bool(is_fortran), "shape": list(shape)} if (
+            len(fields) == 3
+        ):
             lengths = tuple(_length(length) for length in shape)
-            return Header(nbytes, _dtype(descr), lengths, is_fortran, isinstance(descr, str) and descr.startswith(">"))
-    raise ValueError(f"it must say descr, fortran_order and shape, found {', '.join(map(shown, fields)) or 'nothing'}")
+            return Header(
+                nbytes,
+                _dtype(descr),
+                lengths,
+                is_fortran,
+                isinstance(descr, str) and descr.startswith(">"),
+            )
+    raise ValueError(
+        "it must say descr, fortran_order and shape, found "
+        f"{', '.join(map(shown, fields)) or 'nothing'}"
+    )
 
 
 def _length(length: Literal) -> int:
@@ -134,6 +192,11 @@ def _foreign(descr: str) -> Foreign:
             return Foreign(OtherKind.OBJECT, "array of dates or times")
         case "V":
             return Foreign(
-                OtherKind.UNKNOWN_TENSOR, f"untyped elements of {shown(descr[2:])} bytes (so ml_dtypes leaves bfloat16 and fp8)"
+                OtherKind.UNKNOWN_TENSOR,
+                (
+                    f"untyped elements of {shown(descr[2:])} bytes (so ml_dtypes leaves bfloat16 "
+                    "and "
+                    "fp8)"
+                ),
             )
     return Foreign(OtherKind.UNKNOWN_TENSOR, f"numpy type {shown(descr)}")

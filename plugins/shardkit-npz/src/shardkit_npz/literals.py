@@ -1,7 +1,8 @@
 """The Python literals that headers of .npy files are made of, read without Python's own parser.
 
-A header is text from a stranger, and `ast.literal_eval` answers some texts with a MemoryError, a RecursionError or a crash.
-Here nesting is bounded, and there is nothing but a dictionary of texts, numbers, words and sequences of these.
+A header is text from a stranger, and `ast.literal_eval` answers some texts with a MemoryError, a
+RecursionError or a crash. Here nesting is bounded, and there is nothing but a dictionary of texts,
+numbers, words and sequences of these.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _Tokens = Iterator[Literal | _Mark]
 
 
 def parse_dict(text: str) -> dict[str, Literal]:
-    """The dictionary that *text* writes; tuples come as lists, and escapes in texts stay as they are.
+    """The dictionary that *text* writes; tuples come as lists, and escapes in texts stay as they
+    are.
 
     Raises:
         ValueError: it is no such dictionary, or nested more than 32 deep.
@@ -92,7 +94,9 @@ def _value(tokens: _Tokens, token: Literal | _Mark, depth: int) -> Literal:
         return token
     if token not in _CLOSING or depth == _DEEPEST:
         raise ValueError(
-            f"it is nested more than {_DEEPEST} deep" if token in _CLOSING else f"{token or 'its end'!r} stands for a value"
+            f"it is nested more than {_DEEPEST} deep"
+            if token in _CLOSING
+            else f"{token or 'its end'!r} stands for a value"
         )
     return list(_values(tokens, _CLOSING[token], depth + 1))
 

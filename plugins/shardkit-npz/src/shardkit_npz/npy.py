@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shardkit.plugin import Checkpoint, Format, Literal, Other, Part, Source, TensorEntry, Unwritable, option, renaming, shown
+from shardkit.plugin import (
+    Checkpoint,
+    Format,
+    Literal,
+    Other,
+    Part,
+    Source,
+    TensorEntry,
+    Unwritable,
+    option,
+    renaming,
+    shown,
+)
 from shardkit_npz import header
 from shardkit_npz.arrays import tensor
 
@@ -37,12 +49,19 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
         )
     (entry,) = entries
     if entry.name != NAME:
-        message = f"a .npy file keeps no name and its tensor is read as {NAME!r}; this one is called {shown(entry.name)}"
-        raise Unwritable(message, hint=("rename it: ", renaming("^.*$", NAME), "; or write .npz, which keeps names"))
+        message = (
+            f"a .npy file keeps no name and its tensor is read as {NAME!r}; this one is "
+            f"called {shown(entry.name)}"
+        )
+        raise Unwritable(
+            message,
+            hint=("rename it: ", renaming("^.*$", NAME), "; or write .npz, which keeps names"),
+        )
     extra = sorted(set(metadata) - {"format"})
     if extra:
         raise Unwritable(
-            f"a .npy file has no room for metadata ({', '.join(map(shown, extra[:3]))})", hint="write .npz, which keeps it"
+            f"a .npy file has no room for metadata ({', '.join(map(shown, extra[:3]))})",
+            hint="write .npz, which keeps it",
         )
     return Literal(header.dump(entry)), entry.payload
 

@@ -1,7 +1,9 @@
-"""A zip archive as parts: what is known before its members are read, and trailers for the CRCs that are not.
+"""A zip archive as parts: what is known before its members are read, and trailers for the CRCs that
+are not.
 
-The CRC-32 of a member stands behind it, in a data descriptor, and in the directory at the end (APPNOTE 4.3.9, 4.3.12). A member
-that is 4 GiB or longer, and whatever begins beyond them, has its numbers in zip64 fields.
+The CRC-32 of a member stands behind it, in a data descriptor, and in the directory at the end
+(APPNOTE 4.3.9, 4.3.12). A member that is 4 GiB or longer, and whatever begins beyond them, has its
+numbers in zip64 fields.
 """
 
 from __future__ import annotations
@@ -67,11 +69,25 @@ def _parts(member: NewMember) -> tuple[Part, ...]:
 
 
 def _local_header(member: NewMember) -> bytes:
-    """Lengths and CRC are zero here, and stand in the descriptor; a zip64 field says that it has 8-byte lengths."""
+    """Lengths and CRC are zero here, and stand in the descriptor; a zip64 field says that it has
+    8-byte lengths.
+    """
     extra = Struct("<HHQQ").pack(1, 16, 0, 0) if member.is_large else b""
     nbytes = _MAX32 if member.is_large else 0
     version = _ZIP64 if member.is_large else _PLAIN
-    fixed = _LOCAL.pack(b"PK\3\4", version, member.flags, 0, 0, _DATE, 0, nbytes, nbytes, len(member.name), len(extra))
+    fixed = _LOCAL.pack(
+        b"PK\3\4",
+        version,
+        member.flags,
+        0,
+        0,
+        _DATE,
+        0,
+        nbytes,
+        nbytes,
+        len(member.name),
+        len(extra),
+    )
     return fixed + member.name + extra
 
 
@@ -111,14 +127,39 @@ def _entry(member: NewMember, start: int, crc: int) -> bytes:
     extra = Struct(f"<HH{len(wide)}Q").pack(1, 8 * len(wide), *wide) if wide else b""
     version = _ZIP64 if wide else _PLAIN
     size = min(nbytes, _MAX32)
-    fixed = (b"PK\1\2", version, version, member.flags, 0, 0, _DATE, crc, size, size, len(member.name), len(extra), 0, 0, 0, 0)
+    fixed = (
+        b"PK\1\2",
+        version,
+        version,
+        member.flags,
+        0,
+        0,
+        _DATE,
+        crc,
+        size,
+        size,
+        len(member.name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+    )
     return _ENTRY.pack(*fixed, min(start, _MAX32)) + member.name + extra
 
 
 def _ending(count: int, nbytes: int, start: int, comment: bytes) -> bytes:
     wide = b""
     if count >= _MAX16 or nbytes >= _MAX32 or start >= _MAX32:
-        wide = _END64.pack(b"PK\6\6", _END64.size - 12, _ZIP64, _ZIP64, 0, 0, count, count, nbytes, start)
+        wide = _END64.pack(
+            b"PK\6\6", _END64.size - 12, _ZIP64, _ZIP64, 0, 0, count, count, nbytes, start
+        )
         wide += _LOCATOR.pack(b"PK\6\7", 0, start + nbytes, 1)
     few = min(count, _MAX16)
-    return wide + _END.pack(b"PK\5\6", 0, 0, few, few, min(nbytes, _MAX32), min(start, _MAX32), len(comment)) + comment
+    return (
+        wide
+        + _END.pack(
+            b"PK\5\6", 0, 0, few, few, min(nbytes, _MAX32), min(start, _MAX32), len(comment)
+        )
+        + comment
+    )
