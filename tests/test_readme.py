@@ -120,7 +120,6 @@ def room(tmp_path: Path) -> Path:
 
 def save_narrow_model(folder: Path) -> None:
     """Write a model of the shape of Qwen2.5-7B, `WIDTH` times narrower, in four `.bin` shards."""
-    import torch
     from huggingface_hub import save_torch_state_dict
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
