@@ -44,9 +44,10 @@ def python(*arguments: str | Path, **options: object) -> subprocess.CompletedPro
     environment = {
         name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"
     } | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, text=True, capture_output=True, **options
-    )  # type: ignore[call-overload, no-any-return] # the options of subprocess.run
+    command = [sys.executable, *arguments]
+    return subprocess.run(  # type: ignore[call-overload, no-any-return] # the options of subprocess.run
+        command, env=environment, text=True, capture_output=True, **options
+    )
 
 
 def test_help_is_for_people_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,8 @@ no code is run.
 """
 
 # Torch leaves TorchScript, quantisation and what modules return untyped, and TorchScript takes no
-# annotations that would help. mypy: disable-error-code="no-any-return, no-untyped-call, operator,
-# assignment"
+# annotations that would help.
+# mypy: disable-error-code="no-any-return, no-untyped-call, operator, assignment"
 
 from __future__ import annotations
 
