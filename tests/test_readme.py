@@ -209,8 +209,10 @@ def test_the_names_on_a_page_are_public(page: Path) -> None:
 
 def names_of_shardkit(text: str) -> Iterator[tuple[str, str]]:
     """The modules and names that *text* imports from shardkit, or has as `shardkit.load.name`."""
-    for module, names in re.findall(r"^from (shardkit(?:\.\w+)*) import (.+)$", text, re.MULTILINE):
-        yield from ((module, name.strip()) for name in names.split(","))
+    imports = re.compile(r"^from (shardkit(?:\.\w+)*) import (?:\(([^)]+)\)|(.+)$)", re.MULTILINE)
+    for module, enclosed, rest in imports.findall(text):
+        names = (enclosed or rest).split(",")
+        yield from ((module, name.strip()) for name in names if name.strip())
     prose = FENCE.sub("", text)
     for dotted in re.findall(r"`(shardkit(?:\.\w+)+)(?=[`(])", prose):
         module, _, name = dotted.rpartition(".")
