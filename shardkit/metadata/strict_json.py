@@ -53,9 +53,8 @@ def parse_json(
         raise Malformed(
             path, f"broken JSON: {error.msg} at character {error.pos:,}", where=where
         ) from None
-    except (
-        ValueError
-    ) as error:  # ours from below, or Python's: an integer of more digits than it converts
+    except ValueError as error:
+        # Ours from below, or Python's: an integer of more digits than it converts.
         if "set_int_max_str_digits" in str(error):
             error = ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits")
         raise Malformed(path, f"broken JSON: {error}", where=where) from None
@@ -102,9 +101,8 @@ def _check_surrogates(path: Path, content: bytes, document: object, where: str) 
     if re.search(rb"\\u[dD]", content) is None:
         return
     try:
-        json.dumps(
-            document, ensure_ascii=False, default=repr
-        ).encode()  # some of it may have been made into what is no JSON
+        # Some of it may have been made into what is no JSON, hence the default.
+        json.dumps(document, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
         raise Malformed(
             path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where
