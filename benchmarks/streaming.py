@@ -244,7 +244,7 @@ def reading(
 
     def once() -> None:
         for number in range(count):
-            stream.claim(number, "benchmark")
+            stream.borrow(number, "benchmark")
             stream.release(number, "benchmark")
 
     return once

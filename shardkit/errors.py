@@ -1,19 +1,28 @@
 """Everything that shardkit raises on purpose.
 
-ShardkitError (.hint) ├── FormatError (.path) the input cannot be read │ ├── UnknownFormat
-(.claimed) no format recognises it, or more than one does │ ├── Malformed (.where) it breaks the
-rules of its format │ └── LimitExceeded (.limit .actual) it asks for more than we give to a stranger
-├── PlanError the request cannot be met with this input │ ├── NameClash two tensors would get one
-name │ ├── AmbiguousRoot several subtrees could be the model │ ├── Unwritable the output format has
-no way to hold a tensor │ ├── NothingSelected no tensor is left │ ├── BadSize a size that cannot be
-read │ └── BadDType a type that is none, or that nothing can be cast to ├── OutputError the output
-cannot be written or replaced │ └── NoRoom the disk is too small for it ├── UnknownTensor (.name) a
-checkpoint holds no tensor of this name; also a KeyError ├── LoadError a checkpoint cannot become a
-running model │ ├── Mismatch (.missing .unexpected .wrong_shape) the model and the checkpoint are
-not of one kind │ ├── ReadOnly (.places) a weight would be written that is an address │ ├──
-NotTrained a gradient is asked of a weight that streams; also a RuntimeError │ └── OverBudget
-(.needed .available) the memory that may be used is too small └── PluginError (.distribution
-.entry_point) a plugin cannot be loaded
+::
+
+    ShardkitError (.hint)
+    ├── FormatError (.path)        the input cannot be read
+    │   ├── UnknownFormat (.claimed)   no format recognises it, or more than one does
+    │   ├── Malformed (.where)         it breaks the rules of its format
+    │   └── LimitExceeded (.limit .actual)   it exceeds a safety limit for untrusted files
+    ├── PlanError                  the request cannot be met with this input
+    │   ├── NameClash                  two tensors would get one name
+    │   ├── AmbiguousRoot              several subtrees could be the model
+    │   ├── Unwritable                 the output format cannot store a tensor
+    │   ├── NothingSelected            no tensor is left
+    │   ├── BadSize                    a size that cannot be parsed
+    │   └── BadDType                   an unknown type, or one that nothing can be cast to
+    ├── OutputError                the output cannot be written or replaced
+    │   └── NoRoom                     the disk is too small for it
+    ├── UnknownTensor (.name)      a checkpoint has no tensor of this name; also a KeyError
+    ├── LoadError                  a checkpoint cannot become a running model
+    │   ├── Mismatch (.missing .unexpected .wrong_shape)   model and checkpoint are not compatible
+    │   ├── ReadOnly (.places)         a lazy tensor would be written
+    │   ├── NotTrained                 a gradient is wanted of a streamed weight; a RuntimeError too
+    │   └── OverBudget (.needed .available)   the memory that may be used is too small
+    └── PluginError (.distribution .entry_point)   a plugin cannot be loaded
 
 A message is a sentence for the person who holds the file: where, what was found, what was needed.
 *hint* says what to try; a traceback ends with it. Values that come out of a file reach a message

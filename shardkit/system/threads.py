@@ -1,5 +1,6 @@
-"""Threads: a pool that still accepts work after the main thread has ended, and `each`, which maps a
-function over items.
+"""Threads: `Workers`, which start on demand and end when they are idle; `Pool`, an executor of
+them that still accepts work after the main thread has ended; and `each`, which maps a function over
+items.
 
 The standard library's pool refuses work from then on, although other threads may still run. In
 `each`, the first failure or an interrupt stops the other items.
@@ -9,11 +10,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar, cast
 
 from shardkit.system.progress import OnBytes
@@ -21,7 +22,108 @@ from shardkit.system.progress import OnBytes
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_Task = tuple[Future[Any], Callable[[], object]]  # Any: each has a type of its own
+Task = Callable[[], object]
+
+_IDLE = 0.05  # seconds for which an idle thread is kept: to start one takes longer than to wake it
+
+
+class Workers:
+    """A few threads that do the tasks of one queue.
+
+    They start on demand and end soon after there is nothing to do, so that nobody has to stop them
+    before the process can end.
+
+    Any thread may call `wake`, and may be interrupted in it by Ctrl-C: a worker that was taken from
+    the idle ones and not woken looks for tasks when its time is over, and a worker enters itself in
+    the books, so that one that was not started is not counted.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        name: str,
+        next_task: Callable[[], Task | None],
+        has_task: Callable[[], bool],
+    ) -> None:
+        """Start no thread.
+
+        Args:
+            count: the largest number of threads.
+            name: of each thread, before a number.
+            next_task: takes a task from the queue, which must not raise; None if there is none.
+            has_task: whether there is one.
+        """
+        self._name = name
+        self._next_task = next_task
+        self._has_task = has_task
+        self._places = deque(range(count))
+        self._threads: set[threading.Thread] = set()
+        self._idle: list[threading.Lock] = []
+        self._lingers = True
+
+    @property
+    def has_current_thread(self) -> bool:
+        """Whether the calling thread is one of them."""
+        return threading.current_thread() in self._threads
+
+    def wake(self) -> None:
+        """Call this after a task was put into the queue."""
+        with suppress(IndexError):
+            self._idle.pop().release()
+            return
+        if self._places:
+            thread = threading.Thread(target=self._work, name=self._name)
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # the system allows no more
+                self._threads.discard(thread)
+                if not self._threads:
+                    raise
+
+    def join(self) -> None:
+        """Return when all tasks are done and the threads have ended; from now on they end at once
+        when there is nothing to do.
+        """
+        self._lingers = False
+        while self._idle:
+            with suppress(IndexError):
+                self._idle.pop().release()
+        for thread in list(self._threads):
+            if thread is not threading.current_thread() and thread.ident is not None:
+                thread.join()
+
+    def _work(self) -> None:
+        try:
+            place = self._places.pop()
+        except IndexError:  # another thread was faster
+            self._threads.discard(threading.current_thread())
+            return
+        threading.current_thread().name = f"{self._name}_{place}"
+        try:
+            while True:
+                while (task := self._next_task()) is not None:
+                    task()
+                    del task  # what is done is not kept while the next is waited for
+                if not self._rest():
+                    return
+        finally:
+            self._places.append(place)
+            self._threads.discard(threading.current_thread())
+            if self._has_task():  # it came after this thread had looked
+                self.wake()
+
+    def _rest(self) -> bool:
+        """Wait to be woken; False if that takes long."""
+        bell = threading.Lock()
+        bell.acquire()
+        self._idle.append(bell)
+        wanted = self._has_task() or (self._lingers and bell.acquire(timeout=_IDLE))
+        try:
+            self._idle.remove(bell)
+        except ValueError:  # somebody wakes this thread just now
+            return True
+        return wanted
 
 
 class Pool(Executor):
@@ -34,44 +136,30 @@ class Pool(Executor):
             count: how many there may be.
             name: theirs, before a number.
         """
-        self._count = count
-        self._name = name
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._tasks: deque[tuple[Future[Any], Task]] = deque()  # Any: each has a type of its own
+        self._workers = Workers(count, name, self._next, lambda: bool(self._tasks))
 
     def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
         """Let a thread call *fn*, after what was submitted before."""
         future: Future[_R] = Future()
-        self._tasks.put((future, partial(fn, *args, **kwargs)))
-        if len(self._threads) < self._count:
-            thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}")
-            self._threads.append(
-                thread
-            )  # first: an interrupt while it starts must not hide it from shutdown
-            thread.start()
+        self._tasks.append((future, partial(fn, *args, **kwargs)))
+        self._workers.wake()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end, after all that was submitted; or, with *cancel_futures*, after what
         they are at.
         """
-        while cancel_futures and (task := self._waiting()):
-            task[0].cancel()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads if wait else ():
-            if thread.ident is not None:  # else an interrupt came before it was started
-                thread.join()
+        with suppress(IndexError):
+            while cancel_futures:
+                self._tasks.popleft()[0].cancel()
+        if wait:
+            self._workers.join()
 
-    def _waiting(self) -> _Task | None:
-        with suppress(Empty):
-            return self._tasks.get_nowait()
+    def _next(self) -> Task | None:
+        with suppress(IndexError):
+            return partial(_do, *self._tasks.popleft())
         return None
-
-    def _work(self) -> None:
-        while task := self._tasks.get():
-            _do(*task)
-            del task  # what is done is not kept while the next is waited for
 
 
 def _do(future: Future[Any], act: Callable[[], object]) -> None:

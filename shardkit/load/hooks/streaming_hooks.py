@@ -1,11 +1,12 @@
-"""Forward hooks that page blocks in and out.
+"""Forward hooks that bring the weights of a block before its forward and take them away after it.
 
-1. Outside its block's forward a streamed weight is `Streamed`: an address, which is read when it is
-   used. A direct call of a submodule, or a look at `block.weight`, is right that way, only slower.
+1. Outside its block's forward a streamed weight is `Streamed`: a lazy tensor, which is read when it
+   is used. A direct call of a submodule, or a look at `block.weight`, is right that way, only
+   slower.
 2. The pre-hook stands first and the other hook last. That one runs after exceptions too, also those
-   of other pre-hooks, but not after KeyboardInterrupt and SystemExit: what these leave held is let
-   go at the same thread's next block, at its end, or by closing. So every visit is released by
-   name, and to release it twice does nothing.
+   of other pre-hooks, but not after KeyboardInterrupt and SystemExit: what these leave borrowed is
+   released at the same thread's next block, at its end, or by closing. So every borrow is released
+   by name, and to release it twice does nothing.
 3. A pager is bound to the modules that it was given. A deep copy of them has a pager of its own, on
    the same stream.
 4. Where gradients are off, a weight that streams requires one if it did in memory: then it gets the
@@ -13,16 +14,18 @@
    gradients are on, it only says so (see `gradients`).
 5. What is put in a weight's place by others (an adapter, a cast, an assignment) stays there. A
    weight that was written is used as it is. One that its block writes to has what was written from
-   there on, and its page is read again for others.
+   there on, and its block is read again for others.
+6. In the child of a fork, what was borrowed is not there: the lazy tensors are back at once, and a
+   forward that was running raises at its next hook.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from copy import deepcopy
 from types import FrameType
 from typing import NoReturn
@@ -30,13 +33,13 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, ShardkitError
+from shardkit.errors import LoadError
 from shardkit.load.hooks.gradients import BY_FLAG, Asking, refuse_late
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.call_stack import module_call
 from shardkit.load.modules.torch_internals import make_subclass, version_of
-from shardkit.load.modules.torch_modes import eager, is_watched, lasting
+from shardkit.load.modules.torch_modes import eager, is_watched, lasting, unseen
 from shardkit.load.modules.weights import ParameterSlot
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.system.fork import begin_again_in_children
@@ -61,16 +64,24 @@ class Borrow:
     __slots__ = ("call", "pager")
 
     def __init__(self, pager: Pager, call: FrameType | None) -> None:
-        """Hold nothing yet.
+        """Borrow nothing yet.
 
         Args:
             pager: whose block it is.
-            call: the frame of the module call; None if it cannot be told.
+            call: the frame of the module call; None if it cannot be found.
         """
         self.pager = pager
         self.call = call
 
-    def end(self) -> None:
+    @property
+    def is_running(self) -> bool:
+        """Whether the module call runs in this thread; True if that cannot be found."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.call:
+            frame = frame.f_back
+        return self.call is None or frame is not None
+
+    def release(self) -> None:
         self.pager.put_back(self)
 
 
@@ -80,11 +91,11 @@ class Pager:
     def __init__(
         self, stream: Stream, number: int, seats: Sequence[ParameterSlot], recipes: Sequence[Recipe]
     ) -> None:
-        """Page nothing yet.
+        """Put nothing in its place yet.
 
         Args:
             stream: where the weights come from.
-            number: of the block's page there.
+            number: of the block there.
             seats: where its weights belong.
             recipes: for each, what stands there as `Streamed`.
         """
@@ -92,10 +103,13 @@ class Pager:
         self._number = number
         self._seats = tuple(seats)
         self._recipes = tuple(recipes)
+        self._device_type = stream.lane.device.type
         self._by_flag = False
+        # What is in the seats, and for whom; a finalizer may release in the middle of it.
+        self._lock = threading.RLock()
         self._inside: set[Borrow] = set()
         self._taken: list[tuple[ParameterSlot, torch.Tensor, Streamed, int | None]] = []
-        begin_again_in_children(self, Pager.forked)  # after its stream, which was there before
+        begin_again_in_children(self, Pager.forked)
 
     @property
     def stream(self) -> Stream:
@@ -116,62 +130,63 @@ class Pager:
     @eager
     def enter(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """Put the weights in their places."""
-        visits = _visits(self._stream)
-        if visits:
-            _end_abandoned(visits)
-        visit = Borrow(self, module_call())
-        visits.append(visit)
-        try:
-            tensors = self._stream.claim(self._number, visit, holding=len(visits) > 1)
+        borrows = _borrows(self._stream)
+        while borrows and not borrows[-1].is_running:  # an interrupt left it
+            borrows[-1].release()
+            borrows.pop()
+        borrow = Borrow(self, module_call())
+        borrows.append(borrow)
+        holding = len(borrows) > 1
+        if is_watched():
+            tensors = unseen(self._stream.borrow)(self._number, borrow, holding=holding)
             if tensors is not None:
-                watched = is_watched()
-                self._put_in(visit, lasting(tensors) if watched else tensors, watched=watched)
-        except BaseException:
-            visit.end()
-            visits.remove(visit)
-            raise
+                self._put_in(borrow, lasting(tensors), watched=True)
+        else:
+            tensors = self._stream.borrow(self._number, borrow, holding=holding)
+            if tensors is not None:
+                self._put_in(borrow, tensors, watched=False)
 
     @eager
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        """Put the addresses back, and let the weights go."""
+        """Put the lazy tensors back, and release the weights."""
         if torch.is_grad_enabled():
             refuse_late(
                 output, ((stood.backing.name, tensor) for _, tensor, stood, _ in self._taken)
             )
-        visits = _visits(self._stream)
-        own = [position for position, visit in enumerate(visits) if visit.pager is self]
-        if own:
-            for visit in visits[
-                own[-1] :
-            ]:  # what stands behind was left by an interrupt inside this forward
-                visit.end()
-            del visits[own[-1] :]
+        borrows = _borrows(self._stream)
+        if not any(borrow.pager is self for borrow in borrows):
+            return
+        own = None
+        while own is not self:  # what stands behind it, an interrupt left
+            own = borrows[-1].pager
+            borrows[-1].release()
+            borrows.pop()
 
     def let_go(self) -> None:
-        """End all visits that an interrupt left."""
-        for visit in list(self._inside):
-            visit.end()
+        """Release all that an interrupt left."""
+        for borrow in list(self._inside):
+            borrow.release()
 
-    def put_back(self, visit: Borrow) -> None:
-        """End *visit*, if it is not ended."""
-        with self._stream.lock:
-            self._inside.discard(visit)
+    def put_back(self, borrow: Borrow) -> None:
+        """End *borrow*, if it is not ended.
+
+        Raises:
+            LoadError: this is the child of a fork, and the forward was running in its parent.
+        """
+        with self._lock:
+            self._inside.discard(borrow)
             written = [] if self._inside else self._give_back()
-            try:
-                for stood, tensor in written:
-                    stood.keep(tensor)
-            finally:
-                self._stream.release(self._number, visit, written=bool(written))
+        try:
+            for stood, tensor in written:
+                stood.keep(tensor)
+        finally:
+            self._stream.release(self._number, borrow, written=bool(written))
 
     def forked(self) -> None:
-        """In the child of a fork, put back what only threads had taken that are not there any
-        more.
-        """
-        for visit in self._inside.difference(_visits(self._stream)):
-            with suppress(ShardkitError):  # nobody needs it
-                self.put_back(visit)
-        if not self._inside:
-            self._give_back()
+        """Put the lazy tensors back in the child of a fork, whose memory was wiped."""
+        self._lock = threading.RLock()
+        self._inside.clear()
+        self._give_back()
 
     __reduce__ = refuse_pickling
 
@@ -181,7 +196,7 @@ class Pager:
         return twin
 
     def _give_back(self) -> list[tuple[Streamed, torch.Tensor]]:
-        """Put the addresses back, and say which weights were written to."""
+        """Put the lazy tensors back, and return those weights that were written to."""
         written = []
         for seat, tensor, stood, version in self._taken:
             if seat.tensor is tensor:
@@ -191,15 +206,15 @@ class Pager:
         self._taken.clear()
         return written
 
-    def _put_in(self, visit: Borrow, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
+    def _put_in(self, borrow: Borrow, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
         learning = torch.is_grad_enabled()
         asking = (
             self._by_flag and not watched
             if learning
-            else not torch.is_autocast_enabled(self._stream.lane.device.type)
+            else not torch.is_autocast_enabled(self._device_type)
         )
-        with self._stream.lock:
-            self._inside.add(visit)
+        with self._lock:
+            self._inside.add(borrow)
             for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
                 stood = seat.tensor
                 if not isinstance(stood, Streamed):
@@ -211,9 +226,8 @@ class Pager:
                     tensor, version = stood.alias(), None
                 elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
                     continue
-                if (
-                    asking and stood.learned
-                ):  # torch has kernels that differ by this, even without gradients
+                # torch has kernels that differ by this, even without gradients.
+                if asking and stood.learned:
                     tensor = (
                         Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
                     )
@@ -221,37 +235,23 @@ class Pager:
                 seat.take(tensor)
 
 
-class _Visits:
+class _Borrows:
     """Those of one thread; its end is the end of the thread."""
 
     def __init__(self) -> None:
         self.stack: list[Borrow] = []
-        weakref.finalize(self, _end_all, self.stack, os.getpid()).atexit = False
+        weakref.finalize(self, _release_all, self.stack, os.getpid()).atexit = False
 
 
-def _end_all(stack: list[Borrow], process: int) -> None:
-    # In the child of a fork the parent's other threads end at once, before anything else is run,
-    # and with locks that they held.
+def _release_all(stack: list[Borrow], process: int) -> None:
+    # In the child of a fork the parent's other threads end at once, before anything else is run.
     while stack and os.getpid() == process:
-        stack.pop().end()
+        stack.pop().release()
 
 
-def _visits(stream: Stream) -> list[Borrow]:
+def _borrows(stream: Stream) -> list[Borrow]:
     local = stream.thread
-    if not hasattr(local, "visits"):
-        local.visits = _Visits()
-    visits: _Visits = local.visits
-    return visits.stack
-
-
-def _end_abandoned(visits: list[Borrow]) -> None:
-    """End those whose module call is over, though its last hook did not run."""
-    running = set()
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        running.add(frame)
-        frame = frame.f_back
-    for visit in list(visits):
-        if visit.call is not None and visit.call not in running:
-            visit.end()
-            visits.remove(visit)
+    if not hasattr(local, "borrows"):
+        local.borrows = _Borrows()
+    borrows: _Borrows = local.borrows
+    return borrows.stack

@@ -24,6 +24,9 @@ from shardkit.load.modules.torch_internals import (
 )
 
 
+_SETATTR = nn.Module.__setattr__
+
+
 @dataclass(slots=True, unsafe_hash=True)
 class ParameterSlot:
     """Where a module keeps a tensor."""
@@ -34,25 +37,24 @@ class ParameterSlot:
     @property
     def tensor(self) -> torch.Tensor | None:
         """What is there."""
-        for table in (
-            own_parameters(self.owner),
-            own_buffers(self.owner),
-        ):  # which are no dicts in what torch.jit.script makes
-            if self.name in table and table[self.name] is not None:
-                return table[self.name]
-        return None
+        owner, name = self.owner, self.name
+        # What torch.jit.script makes has no dicts here.
+        table = own_parameters(owner)
+        if name in table and (found := table[name]) is not None:
+            return found
+        table = own_buffers(owner)
+        return table[name] if name in table else None  # noqa: SIM401 - that has no `get` either
 
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
-        owner = self.owner
-        if (
-            type(owner).__setattr__ is not nn.Module.__setattr__
-        ):  # such as that of LSTM, which keeps a list of its own
-            setattr(owner, self.name, tensor)
-        elif self.name in own_parameters(owner):
-            own_parameters(owner)[self.name] = tensor
+        owner, name = self.owner, self.name
+        # Modules such as LSTM keep a list of their own.
+        if type(owner).__setattr__ is not _SETATTR:
+            setattr(owner, name, tensor)
+        elif name in (table := own_parameters(owner)):
+            table[name] = tensor
         else:
-            own_buffers(owner)[self.name] = tensor
+            own_buffers(owner)[name] = tensor
 
 
 @dataclass(slots=True, unsafe_hash=True)

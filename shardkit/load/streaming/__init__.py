@@ -1,8 +1,11 @@
-"""Blocks that are read ahead into bounded memory, and held for as long as a forward needs them.
+"""Blocks that are read ahead into memory of bounded size, and stay there for as long as a forward
+borrows them. `prefetcher` owns their state; the threads of a model post messages to it::
 
-The states of a page, which is what one block takes in the prefetch buffer::
+    hooks ── borrow, release ──→ prefetcher ── reads by priority ──→ reader_pool
+      ↑                            │  reserves slots: ring_buffer       │
+      └───── the reader that completes a read wakes who waits ──────────┘
 
-    nowhere ── a forward needs it, or will ──→ reading ── last read done ──→ there ── claim ──→ held
-       ↑                                          │ failed                     ↑                 │
-       └──────────── evicted for another ─────────┴────────────────────────────┴──── release ────┘
+    absent ── borrowed or expected ──→ reading ── last job done ──→ ready
+      ↑                                   │ failed                    │
+      └────────── evicted ────────────────┴── nobody borrows it ──────┘
 """

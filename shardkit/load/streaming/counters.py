@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,46 +42,52 @@ class Counters:
 
 
 class LiveCounters:
-    """Counts that any thread adds to; each method holds a lock for no longer than an addition
-    takes.
+    """Counts that any thread adds to.
+
+    Under the lock stand additions only, and no call: so no finalizer, which might wait for another
+    thread, runs there.
     """
 
     def __init__(self) -> None:
         """Nothing was done."""
         self._lock = threading.Lock()
-        self._counts = Counters()
+        self._disk = self._memory = self._reads = self._borrows = self._hits = 0
+        self._reading = self._waited = self._begun = 0.0
         self._under_way = 0
-        self._begun = 0.0
 
     def inherited(self) -> LiveCounters:
         """The same for the child of a fork, where nothing is under way; who has the lock may not be
         there.
         """
-        tally = LiveCounters()
-        tally._counts = self._counts
-        return tally
+        mine = LiveCounters()
+        mine._disk, mine._memory, mine._reads = self._disk, self._memory, self._reads
+        mine._borrows, mine._hits = self._borrows, self._hits
+        mine._reading, mine._waited = self._reading, self._waited
+        return mine
 
     @property
     def counts(self) -> Counters:
         """What was done up to now; of a read that is under way, its time."""
+        now = time.perf_counter()
         with self._lock:
-            return replace(self._counts, reading=self._counts.reading + self._elapsed())
+            reading = self._reading + (now - self._begun if self._under_way else 0.0)
+            disk, memory, reads = self._disk, self._memory, self._reads
+            waited, borrows, hits = self._waited, self._borrows, self._hits
+        return Counters(disk, memory, reads, reading, waited, borrows, hits)
 
     def read(self, *, disk: int = 0, memory: int = 0) -> None:
-        """A page was read."""
+        """A block was read."""
         with self._lock:
-            now = self._counts
-            self._counts = replace(
-                now, disk=now.disk + disk, memory=now.memory + memory, reads=now.reads + 1
-            )
+            self._disk += disk
+            self._memory += memory
+            self._reads += 1
 
-    def claimed(self, *, waited: float, hit: bool) -> None:
+    def borrowed(self, *, waited: float, hit: bool) -> None:
         """A forward has its weights."""
         with self._lock:
-            now = self._counts
-            self._counts = replace(
-                now, waited=now.waited + waited, claims=now.claims + 1, hits=now.hits + hit
-            )
+            self._waited += waited
+            self._borrows += 1
+            self._hits += hit
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -93,10 +99,9 @@ class LiveCounters:
             self._count(-1)
 
     def _count(self, more: int) -> None:
+        now = time.perf_counter()
         with self._lock:
-            self._counts = replace(self._counts, reading=self._counts.reading + self._elapsed())
-            self._begun = time.perf_counter()
+            if self._under_way:
+                self._reading += now - self._begun
+            self._begun = now
             self._under_way += more
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._begun if self._under_way else 0.0

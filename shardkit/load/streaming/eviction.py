@@ -1,121 +1,44 @@
-"""Who has a place in the ring: a page takes it from those that nobody needs now, and of these from
-who was there the longest.
-
-1. A page that is held, or that a reader is at, keeps its place. So does, for a while, one that
-   nobody came for yet.
-2. What is read ahead takes no place from what is read ahead as well; what is needed now does.
-3. A page has a place and a read, or neither. What an interrupt leaves in between, `mend` puts
-   right.
+"""Which blocks may lose their memory to others: a policy, and nothing but a policy. No memory,
+thread or tensor is here, so that it can be tested with a list of numbers and replaced by another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
-
-from shardkit.load.streaming.pages import Page
-from shardkit.load.streaming.reader_pool import PendingRead
-from shardkit.load.streaming.ring_buffer import Ring, Slot
+from collections.abc import Collection
 
 
-class SlotTable:
-    """Those of the pages of one stream. It has no lock: whoever uses it holds one."""
+class EvictionPolicy:
+    """Blocks that were used go first; those that were read ahead wait for their use, but not for
+    ever.
 
-    def __init__(self, pages: Sequence[Page], ring: Ring) -> None:
-        """No page has one yet."""
-        self._pages = pages
-        self._ring = ring
+    Which of those that may go is taken is the prefetch buffer's affair: the one that was filled the
+    longest ago (see `ring_buffer`).
+    """
+
+    def __init__(self, count: int) -> None:
+        """Know nothing of the *count* blocks yet."""
         self._clock = 0
+        self._read_at = [0] * count
+        self._used = [False] * count
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the device's memory that they take now."""
-        places = [page.place for page in self._pages if page.place is not None]
-        return self._ring.held + sum(place.nbytes for place in places if not place.in_ring)
-
-    def find(self, number: int, *, keep: Collection[int] = ()) -> Slot | None:
-        """A place for the page *number*, taken from pages that nobody holds if need be, but not
-        from those to *keep*.
-
-        Raises:
-            LoadError: there is no memory for the ring.
-        """
-        found = self._found(number, partial(self._may_go, keep=keep))
-        if found is None and not keep:
-            found = self._found(number, lambda place: self._pages[place.number].idle)
-        return found
-
-    def beside(self, number: int) -> Slot:
-        """A place for it that is not in the ring.
-
-        Raises:
-            LoadError: there is no memory for it.
-        """
-        return self._ring.beside(number, self._pages[number].layout, self._pages[number].kept)
-
-    def occupy(self, place: Slot, reading: PendingRead) -> None:
-        """Let the page of *place* be there, as soon as *reading* is over."""
+    def on_read(self, number: int) -> None:
+        """A read of the block *number* is begun."""
         self._clock += 1
-        page = self._pages[place.number]
-        page.place, page.reading, page.used, page.written, page.asked = (
-            place,
-            reading,
-            False,
-            False,
-            self._clock,
-        )
+        self._read_at[number] = self._clock
+        self._used[number] = False
 
-    def vacate(self, page: Page) -> None:
-        """Take the place of *page* back."""
-        place, reading = page.place, page.reading
-        page.place, page.reading, page.used = None, None, False
-        if reading is not None:
-            reading.give_up()
-        if place is not None:
-            self._ring.leave(place)
+    def on_use(self, number: int) -> None:
+        """A forward uses the block, or it is not expected to be used any more."""
+        self._used[number] = True
 
-    def vacate_idle(self) -> None:
-        """Take back those of all pages that nobody holds, whether they are read or not."""
-        for page in self._pages:
-            if page.idle:
-                self.vacate(page)
+    def may_evict(self, number: int, expected: Collection[int]) -> bool:
+        """Whether it may go for another one that is read ahead.
 
-    def mend(self) -> None:
-        """Undo what was interrupted in the middle."""
-        for page in self._pages:
-            beside = page.idle and page.place is not None and not page.place.in_ring
-            if (beside or not page.whole) and (page.reading is None or page.reading.give_up()):
-                self.vacate(page)
-        self._ring.keep([page.place for page in self._pages if page.place is not None])
-
-    def drop(self) -> None:
-        """Let go of the memory of the ring, which ends with the last tensor in it."""
-        self._ring.drop()
-
-    def _found(self, number: int, may_go: Callable[[Slot], bool]) -> Slot | None:
-        busy: set[Slot] = set()
-        layout = self._pages[number].layout
-        while found := self._ring.find(
-            number, layout, lambda place: place not in busy and may_go(place)
-        ):
-            place, leaving = found
-            for each in leaving:
-                page = self._pages[each.number]
-                if page.reading is not None and page.reading.give_up():
-                    self.vacate(page)
-                else:
-                    busy.add(each)
-            if busy.isdisjoint(leaving):
-                self._ring.take(place, self._pages[number].kept)
-                return place
-        return None
-
-    def _may_go(self, place: Slot, *, keep: Collection[int]) -> bool:
-        """Whether its page was used, or nobody came for it for long."""
-        page = self._pages[place.number]
-        long = 4 * max(2, len(keep))
-        return (
-            page.idle
-            and place.number not in keep
-            and (page.used or self._clock - page.asked > long)
-        )
+        Args:
+            number: the block.
+            expected: the blocks that are expected to be needed soon.
+        """
+        if number in expected:
+            return False
+        age = self._clock - self._read_at[number]
+        return self._used[number] or age > 4 * max(2, len(expected))

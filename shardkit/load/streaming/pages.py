@@ -1,5 +1,5 @@
-"""What streams: pages, how they are read and what is in them, and the order in which a thread needs
-them. No thread is here.
+"""What streams: the buffers of blocks, how they are filled and what is in them, and the order in
+which a thread needs them. No thread is here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shardkit.payloads.payload import Buffer, Extent, Payload
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of a page.
+    """One tensor of a block.
 
     Attributes:
         payload: its bytes, in the order in which they are in memory.
@@ -45,50 +45,49 @@ class Piece:
 
 
 @dataclass(eq=False, slots=True)
-class Page:
-    """What one block streams.
+class BlockBuffer:
+    """What one block streams, and where it is now.
 
     Attributes:
         pieces: its tensors.
         layout: how they lie in memory, and how they come there.
-        kept: the main memory that all of it is in, as it is to be sent; None if it must be read.
-        place: where it is, or will be once it is read.
-        reading: the read; None while the page is nowhere.
-        holders: the visits that need it.
-        used: whether anybody has held it since it was read, or will not after all.
-        written: whether its block wrote to it, so that it must be read again.
-        asked: when it was asked for, on the clock that counts reads.
+        pinned: the pinned host copy that it is sent from; None if it must be read.
+        slot: where it is, or will be once it is read.
+        read: the read that fills it; None while it is absent.
+        borrowers: who needs it: one for each forward of the block that runs. Any thread enters and
+            leaves here by itself.
+        stale: whether its block wrote to it, so that it must be read again.
     """
 
     pieces: tuple[Piece, ...]
     layout: Layout
-    kept: torch.Tensor | None = None
-    place: Slot | None = None
-    reading: PendingRead | None = None
-    holders: set[Hashable] = field(default_factory=set)
-    used: bool = False
-    written: bool = False
-    asked: int = 0
+    pinned: torch.Tensor | None = None
+    slot: Slot | None = None
+    read: PendingRead | None = None
+    borrowers: set[Hashable] = field(default_factory=set)
+    stale: bool = False
 
     @classmethod
-    def of_each(cls, pages: Sequence[Sequence[Piece]], *, apart: bool = False) -> list[Page]:
-        """Pages of one ring, which are nowhere yet; *apart* is whether that is in other than main
-        memory.
+    def of_each(
+        cls, blocks: Sequence[Sequence[Piece]], *, apart: bool = False
+    ) -> list[BlockBuffer]:
+        """Those of the *blocks* of one prefetch buffer, all absent; *apart* is whether that is in
+        other than main memory.
         """
-        payloads = [[piece.payload for piece in pieces] for pieces in pages]
+        payloads = [[piece.payload for piece in pieces] for pieces in blocks]
         layouts = evened([Layout.of(each) for each in payloads])
-        kept = [
+        pinned = [
             memory_of_page(each, layout) if apart else None
             for each, layout in zip(payloads, layouts, strict=True)
         ]
         return [
             cls(tuple(pieces), layout, there)
-            for pieces, layout, there in zip(pages, layouts, kept, strict=True)
+            for pieces, layout, there in zip(blocks, layouts, pinned, strict=True)
         ]
 
-    def nowhere(self) -> Page:
-        """The same page, as it is before it is read."""
-        return Page(self.pieces, self.layout, self.kept)
+    def absent(self) -> BlockBuffer:
+        """The same, as it is before it is read."""
+        return BlockBuffer(self.pieces, self.layout, self.pinned)
 
     @property
     def nbytes(self) -> int:
@@ -96,24 +95,9 @@ class Page:
         return self.layout.nbytes
 
     @property
-    def failed(self) -> bool:
-        return self.reading is not None and (self.reading.failed or self.written)
-
-    @property
-    def there(self) -> bool:
-        """Whether it is read."""
-        return self.reading is not None and self.reading.over and not self.reading.failed
-
-    @property
-    def idle(self) -> bool:
-        return self.reading is not None and not self.holders
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is nowhere, or has a place and is read or on its way to be."""
-        if self.place is None or self.reading is None:
-            return self.place is None and self.reading is None
-        return self.place.memory is not None and bool(self.holders or self.reading.begun)
+    def is_ready(self) -> bool:
+        """Whether a forward can use it now."""
+        return self.read is not None and self.read.succeeded and not self.stale
 
     @property
     def disk(self) -> int:
@@ -127,7 +111,7 @@ class Page:
 
     def jobs(self, files: Files, host: torch.Tensor) -> Iterator[Job]:
         """What reads all of it into *host*, but for `settle`."""
-        if self.kept is not None:
+        if self.pinned is not None:
             return
         memory = memory_of(host)
         if self.layout.reads:
@@ -152,33 +136,6 @@ class Page:
                 storage, (start + at) // piece.dtype.itemsize, piece.shape, piece.strides
             )
             yield tensor if piece.is_buffer else torch.nn.Parameter(tensor, requires_grad=False)
-
-
-@dataclass(eq=False, slots=True)
-class Inherited:
-    """What a visit held while its process forked, in the child: as before, but of memory that was
-    wiped.
-
-    Attributes:
-        page: what it held.
-        place: where.
-        error: why it could not be read again.
-    """
-
-    page: Page
-    place: Slot
-    error: Exception | None = None
-
-    def read(self, files: Files) -> None:
-        """Read it again."""
-        if self.place.host is None:
-            return
-        try:
-            for job in self.page.jobs(files, self.place.host):
-                job()
-            self.page.settle(self.place.host)
-        except Exception as error:  # noqa: BLE001 - raised by the release: nothing that is raised while a process forks is seen
-            self.error = error
 
 
 def _expect(files: Files, reads: Iterable[Read]) -> None:
@@ -227,7 +184,7 @@ def _make(files: Files, payload: Payload, memory: memoryview) -> None:
 
 
 class Habit:
-    """Which page one thread needed after which, and what it is expected to need."""
+    """Which block one thread needed after which, and what it is expected to need."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -236,7 +193,7 @@ class Habit:
         self.expected: set[int] = set()
 
     def onward(self, number: int) -> Iterator[int]:
-        """The pages that are expected after *number*, which is needed now, until they would
+        """The blocks that are expected after *number*, which is needed now, until they would
         repeat.
         """
         if self._last is not None and self._last != number:

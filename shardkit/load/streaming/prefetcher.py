@@ -1,53 +1,85 @@
-"""The ring at work: blocks are read ahead into bounded memory, and held for as long as a forward
-needs them.
+"""The owner of the streaming state: blocks are read ahead into a prefetch buffer of bounded size,
+and stay there for as long as a forward borrows them.
 
-1. A page is what one block streams. It has a place in the ring or is nowhere, and is held by
-   visits: one for each forward of its block that runs. A page that is held, or is just being read,
-   keeps its place; any other may lose it to one that is needed.
-2. All reads of a page are one: threads that want the same page wait for the same read.
-3. Every wait happens holding nothing: for a place, before anything is held; for a read, which needs
-   nothing but its own place. A thread that holds a page already and needs one more gets a place
-   beside the ring if the ring is full.
-4. What a thread is likely to need next is what it needed next the last time, at first the block
-   behind; it is read ahead as far as the ring goes. A prediction that fails costs a read, never a
-   wrong byte.
-5. In the child of a fork there are no readers, and the ring is empty but for what was held: that is
-   read again.
-6. An interrupt may come between any two calls. What changes the pages is an act; one that did not
-   come to its end is mended at once, or by the next if that was interrupted too. The lock is taken
-   as itself: a `Condition` could leave it behind.
+The state of each block is its `BlockBuffer`. One thread changes it, the owner, which does one
+message after the other:
+
+    state     slot  read         borrowers    becomes
+    absent    none  none         may wait     reading, when it is borrowed or expected
+    reading   yes   under way    may wait     ready or failed, when its last job is done
+    ready     yes   succeeded    use it       absent, when another block needs the memory
+    failed    yes   failed       get the      reading, when it is borrowed again
+                                 error
+    stale     yes   succeeded    use it       absent, when the last borrower leaves: its block has
+                                              written to it
+
+Threads that run a model post messages (`borrow`, `release`, `prefetch`, `close`) and wait for them
+where they must. Ctrl-C is raised in the main thread alone, so that it cannot interrupt the owner,
+and nothing has to be repaired after it. What a forward that was interrupted has borrowed, its hooks
+release later (see `streaming_hooks`); to release twice does nothing.
+
+**The fast path.** A thread that finds its block ready, or on its way, borrows it without the owner.
+It enters itself among the borrowers first, and looks for the read afterwards. The owner does it the
+other way round: it takes the read away, looks for borrowers, and puts the read back if there are
+any. So either the owner sees the borrower, and does not evict the block, or the borrower sees that
+there is no read, and posts a request. A thread that waits for a read under way is woken by the
+reader that completes it, not by the owner.
+
+1. Threads that want the same block wait for the same read.
+2. Every wait happens holding nothing: for a slot, before anything is borrowed; for a read, which
+   needs nothing but its own slot. A thread that has borrowed a block already and needs one more
+   gets a slot of its own memory if the prefetch buffer is full.
+3. What a thread is likely to need next is what it needed next the last time, at first the following
+   block; it is read ahead as far as the prefetch buffer goes. A wrong prediction costs a read,
+   never a wrong byte.
+4. Nothing is read ahead for what was not expected; it comes first in the queue of the readers (see
+   `Priority`).
+5. The child of a fork has an owner and readers of its own, from its first use on, and an empty
+   prefetch buffer. A forward that was running while the process forked raises one LoadError in the
+   child.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-from shardkit.load.devices.transfers import DeviceTransfer, Done, Ticket
+from shardkit.errors import LoadError, ShardkitError
+from shardkit.load.devices.transfers import DeviceTransfer, Done
 from shardkit.load.memory.direct_io import Files
-from shardkit.load.modules.torch_modes import unseen
 from shardkit.load.streaming.counters import Counters, LiveCounters
-from shardkit.load.streaming.eviction import SlotTable
-from shardkit.load.streaming.pages import Habit, Inherited, Page, Piece
-from shardkit.load.streaming.reader_pool import PendingRead, Readers, held_here
+from shardkit.load.streaming.eviction import EvictionPolicy
+from shardkit.load.streaming.pages import BlockBuffer, Habit, Piece
+from shardkit.load.streaming.reader_pool import (
+    READER_NAME,
+    Loaded,
+    PendingRead,
+    Priority,
+    Readers,
+    locked,
+)
 from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.system.fork import begin_again_in_children, never_free
+from shardkit.system.threads import Task, Workers
 
 _READERS = 3
 _R = TypeVar("_R")
 
 
 class Stream:
-    """Pages on their way to one device. Copies of a model share it."""
+    """Blocks on their way to one device. Copies of a model share it."""
 
     def __init__(
         self,
-        pages: Sequence[Sequence[Piece]],
+        blocks: Sequence[Sequence[Piece]],
         lane: DeviceTransfer,
         *,
         ring: int | str = 4,
@@ -56,283 +88,497 @@ class Stream:
         """Read nothing yet.
 
         Args:
-            pages: what streams, in the order in which it is expected to be needed.
+            blocks: what streams, in the order in which it is expected to be needed.
             lane: the way to the device.
-            ring: how many pages, of the largest, the ring has room for, at least two; or how much
-                it may take, as in "500MB".
+            ring: how many blocks, of the largest, the prefetch buffer has room for, at least two;
+                or how much it may take, as in "500MB".
             verify: called after each read; raises if a source is no longer what it was.
 
         Raises:
-            OverBudget: a page does not fit into the ring.
+            OverBudget: a block does not fit into the prefetch buffer.
         """
         self.lane = lane
-        self._pages = Page.of_each(pages, apart=lane.apart)
-        self.room = room_for((page.nbytes for page in self._pages), ring)
+        self._buffers = BlockBuffer.of_each(blocks, apart=lane.apart)
+        self.room = room_for((buffer.nbytes for buffer in self._buffers), ring)
+        self._all_fit = sum(buffer.nbytes for buffer in self._buffers) <= self.room
         self._verify = verify
-        self._tally = LiveCounters()
-        self._closed = False
+        self._counters = LiveCounters()
+        self._is_closing = False  # as any thread may say
+        self._is_closed = False  # as the owner has done
+        self._in_flight_at_fork: set[Hashable] = set()
+        self.thread = threading.local()
         self._begin()
         begin_again_in_children(self, Stream._forked)
+
+    def _begin(self) -> None:
+        """Begin with nothing read and nothing borrowed."""
+        self._inbox: deque[Task] = deque()
+        self._owner = Workers(
+            1, f"{READER_NAME}-owner", self._next_message, lambda: bool(self._inbox)
+        )
+        self._readers = Readers(_READERS, self._counters.reading)
+        self._files = Files()
+        self._buffers = [buffer.absent() for buffer in self._buffers]
+        self._ring = Ring(self.lane, self.room)
+        self._policy = EvictionPolicy(len(self._buffers))
+        self._waiting: list[_Request] = []  # for a slot
+        self._ahead: list[int] = []  # what is needed now, and what is expected after it
+        # Whether every block is ready and stays so, so that the owner need not hear of borrows.
+        self._is_settled = False
+
+    # What any thread may call.
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds on its device now."""
-        with self.lock:
-            return self._places.nbytes
+        return self._ask(self._held)
 
     @property
     def counts(self) -> Counters:
         """What it has done since it was made, by all models and threads that share it."""
-        return self._tally.counts
+        return self._counters.counts
 
-    @unseen
-    def claim(
-        self, number: int, visit: Hashable, *, holding: bool = False
+    def borrow(
+        self, number: int, borrower: Hashable, *, holding: bool = False
     ) -> tuple[torch.Tensor, ...] | None:
-        """The tensors of the page *number*, which stay what they are until *visit* releases it;
+        """The tensors of the block *number*, which stay what they are until *borrower* releases it;
         None if all is closed.
 
         Args:
-            number: which page.
-            visit: who needs it.
-            holding: whether this thread holds another page meanwhile.
+            number: which block.
+            borrower: who needs it.
+            holding: whether this thread has borrowed another block meanwhile.
 
         Raises:
             ShardkitError: it cannot be read.
         """
         begun = time.perf_counter()
-        try:
-            with self.lock:
-                hit = self._pages[number].there
-                while not self._closed and not self._act(
-                    lambda: self._hold(number, visit, holding=holding)
-                ):
-                    self._changed.wait()
-                if self._closed:
-                    return None
-                self._act(lambda: self._read_ahead(number))
-                reading, place = self._pages[number].reading, self._pages[number].place
-            assert reading is not None
-            assert place is not None
-            reading.result().precede()
-            self._tally.claimed(waited=time.perf_counter() - begun, hit=hit)
-            return place.tensors
-        except BaseException:
-            self.release(number, visit)
-            raise
+        buffer = self._buffers[number]
+        buffer.borrowers.add(borrower)  # before the look at the read: see "The fast path"
+        read, is_hit = buffer.read, buffer.is_ready
+        if self._is_closing:
+            buffer.borrowers.discard(borrower)
+            self._post(partial(self._on_release, buffer))
+            return None
+        if not is_hit or read is None:
+            request = _Request(number, borrower, self._habit(), holding=holding)
+            if read is None or read.failed or buffer.stale:
+                self._post(partial(self._on_request, request))
+            else:
+                request.wait_for(read)
+                self._post(partial(self._on_use, number, request.habit))
+            try:
+                read = request.answer()
+                loaded = None if read is None else read.result()
+            except Exception:
+                self.release(number, borrower)
+                raise
+            if loaded is None:
+                self.release(number, borrower)
+                return None
+        else:
+            if not self._is_settled:
+                self._post(partial(self._on_use, number, self._habit()))
+            loaded = read.result()
+        loaded.ticket.precede()
+        self._counters.borrowed(waited=time.perf_counter() - begun, hit=is_hit)
+        return loaded.tensors
 
-    def release(self, number: int, visit: Hashable, *, written: bool = False) -> None:
-        """End the hold of *visit* on the page, if it has one; if it was *written* to, it is read
-        again.
+    def release(self, number: int, borrower: Hashable, *, written: bool = False) -> None:
+        """End what *borrower* has borrowed of the block *number*, if it has; if the block was
+        *written* to, it is read again.
 
         Raises:
-            ShardkitError: it was held while the process forked, this is the child, and here it
-                could not be read again.
+            LoadError: this is the child of a fork, and the process forked while this or another
+                block was borrowed in this thread. It is raised once.
         """
-        with self.lock:
-            self._act(lambda: self._end_hold(number, visit, written=written))
-            inherited = self._inherited.pop(visit, None)
-        if inherited is not None and inherited.error is not None:
-            raise inherited.error
+        buffer = self._buffers[number]
+        if borrower not in buffer.borrowers:
+            self._raise_forked(borrower)
+            return
+        slot = buffer.slot
+        if slot is not None and (memory := slot.memory) is not None:
+            used = self.lane.issued(memory)
+            slot.after[used.line] = used
+        if written:
+            self._ask(partial(self._on_written, buffer))
+        buffer.borrowers.discard(borrower)
+        if self._is_closing:
+            self._settle(partial(self._on_release, buffer))
+        elif not self._is_settled:
+            self._post(partial(self._on_release, buffer))
+
+    def prefetch(self, numbers: Iterable[int], priority: Priority = Priority.NEXT) -> None:
+        """Read the blocks *numbers* ahead, if there is room for them that nobody else needs."""
+        self._post(partial(self._on_prefetch, tuple(numbers), priority))
 
     def rest(self) -> None:
         """Return when all is over that is being read now."""
-        with self.lock:
-            readings = [page.reading for page in self._pages if page.reading is not None]
-        for reading in readings:
-            reading.wait()
+        for read in self._ask(self._reads):
+            read.wait()
 
     def close(self) -> None:
         """Give back threads and files, once the reads that were begun are over; and the memory,
-        once nothing in it is held.
+        once nothing in it is borrowed.
         """
-        with self.lock:
-            self._closed = True
-            self._act(self._let_go)
-        if not held_here(
-            self._changed
-        ):  # as by who runs a finalizer in the middle of something; then they end with the stream
-            self._readers.close()
+        self._is_closing = True
+        if self._settle(self._on_close):
+            self._readers.join()
+            self._owner.join()  # which the readers have posted to
         self._files.close()
 
     def __deepcopy__(self, memo: object) -> Stream:
         return self
 
-    def _begin(self) -> None:
-        """With nothing read and nothing held."""
-        self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)
-        self._readers = Readers(_READERS, self._tally.reading)
-        self._files = Files()
-        self._pages = [page.nowhere() for page in self._pages]
-        self._places = SlotTable(self._pages, Ring(self.lane, self.room))
-        self._acting = self._torn = False
-        self._inherited: dict[Hashable, Inherited] = {}
-        self._chain: list[int] = []
-        self.thread = threading.local()
+    def _habit(self) -> Habit:
+        if not hasattr(self.thread, "habit"):
+            self.thread.habit = Habit(len(self._buffers))
+        habit: Habit = self.thread.habit
+        return habit
 
-    def _act(self, act: Callable[[], _R]) -> _R:
-        """Do *act*, under the lock, so that the pages are whole afterwards, whatever ends it; see
-        rule 6.
-        """
-        if self._torn and not self._acting:
-            self._mend()
-        outer, self._acting = self._acting, True
+    def _post(self, message: Task) -> None:
+        """Let the owner do *message*, after those that were posted before."""
+        self._inbox.append(message)
         try:
-            return act()
-        except BaseException:
-            self._torn = True
-            if not outer:
-                self._mend()
-            raise
-        finally:
-            self._acting = outer
+            self._owner.wake()
+        except RuntimeError as error:
+            raise _no_thread() from error
 
-    def _mend(self) -> None:
-        """Let what is half done be undone."""
-        self._places.mend()
-        self._readers.complete()
-        self._drop_if_over()
-        self._changed.notify_all()
-        self._torn = False
+    def _ask(self, message: Callable[[], _R]) -> _R:
+        """What *message* gives, which the owner does."""
+        answer = _Answer(message)
+        self._post(answer.give)
+        return answer.wait()
 
-    def _let_go(self) -> None:
-        self._places.vacate_idle()
-        self._drop_if_over()
-        self._changed.notify_all()
-
-    def _hold(self, number: int, visit: Hashable, *, holding: bool) -> bool:
-        """Hold the page, and see that it is read; False if it has no place and there is none."""
-        page = self._pages[number]
-        if page.failed and not page.holders:
-            self._places.vacate(page)
-        if page.reading is None:
-            place = self._places.find(number)
-            if place is None and holding:
-                place = self._places.beside(number)
-            if place is None:
-                return False
-            self._read(place, first=True)
-        else:
-            self._readers.hurry(page.reading)
-        page.holders.add(visit)
-        page.used = True
+    def _settle(self, message: Callable[[], object]) -> bool:
+        """Let the owner do *message*, and wait for that and for its end, unless this is its thread
+        or a reader, where the garbage collector may run a finalizer at any time.
+        """
+        if self._owner.has_current_thread or self._readers.has_current_thread:
+            self._post(message)
+            return False
+        self._ask(message)
+        self._owner.join()
         return True
 
-    def _end_hold(self, number: int, visit: Hashable, *, written: bool) -> None:
-        (page := self._pages[number]).written |= written
-        if visit not in page.holders:
-            return
-        if page.place is not None and page.place.memory is not None:
-            used = self.lane.issued(page.place.memory)
-            page.place.after[used.line] = used
-        page.holders.discard(visit)
-        if not page.holders and (
-            self._closed or page.failed or (page.place and not page.place.in_ring)
-        ):
-            self._places.vacate(page)
-        self._drop_if_over()
-        self._changed.notify_all()
+    def _raise_forked(self, borrower: Hashable) -> None:
+        if borrower in self._in_flight_at_fork:
+            self._in_flight_at_fork = set()
+            raise LoadError(
+                "this process was forked during a forward of a model that streams its weights, and "
+                "that forward cannot go on in the child",
+                hint="run the model again, which reads what it needs; or fork between two forwards",
+            )
 
-    def _read_ahead(self, number: int) -> None:
-        habit = self._habit()
-        chain = [
-            number,
-            *self._fitting(habit.onward(number), self.room - self._pages[number].nbytes),
-        ]
-        for given_up in habit.expected.difference(chain):
-            self._pages[given_up].used = True
-        habit.expected = set(chain)
-        self._chain = chain
-        self._read_on()
+    # What only the owner does.
 
-    def _read_on(self) -> None:
-        """Read as much as there are places for of what was expected last."""
-        for following in self._chain[1:]:
-            if self._pages[following].reading is None:
-                place = self._places.find(following, keep=self._chain)
-                if place is None:
+    def _next_message(self) -> Task | None:
+        with suppress(IndexError):
+            return self._inbox.popleft()
+        return None
+
+    def _on_request(self, request: _Request) -> None:
+        if not self._serve(request):
+            self._waiting.append(request)
+
+    def _on_use(self, number: int, habit: Habit) -> None:
+        self._policy.on_use(number)
+        if (read := self._buffers[number].read) is not None:
+            self._readers.hurry(read)
+        self._read_ahead(number, habit)
+
+    def _on_release(self, buffer: BlockBuffer) -> None:
+        self._evict_if_useless(buffer)
+        self._serve_waiting()
+        self._free_if_closed()
+
+    def _on_written(self, buffer: BlockBuffer) -> None:
+        self._is_settled = False
+        buffer.stale = True
+
+    def _on_completed(self, buffer: BlockBuffer) -> None:
+        self._evict_if_useless(buffer)
+        self._is_settled = self._all_fit and all(
+            each.is_ready and each.slot is not None and each.slot.in_ring for each in self._buffers
+        )
+        self._serve_waiting()
+        with suppress(ShardkitError):
+            self._read_on(self._ahead[1:], Priority.NEXT)
+
+    def _on_prefetch(self, numbers: Sequence[int], priority: Priority) -> None:
+        with suppress(ShardkitError):
+            self._read_on(numbers, priority)
+
+    def _on_close(self) -> None:
+        self._is_settled, self._is_closed = False, True
+        for buffer in self._buffers:
+            self._evict(buffer, even_begun=True)
+        self._serve_waiting()
+        self._free_if_closed()
+
+    def _held(self) -> int:
+        slots = [buffer.slot for buffer in self._buffers if buffer.slot is not None]
+        return self._ring.held + sum(slot.nbytes for slot in slots if not slot.in_ring)
+
+    def _reads(self) -> list[PendingRead]:
+        return [buffer.read for buffer in self._buffers if buffer.read is not None]
+
+    def _serve_waiting(self) -> None:
+        self._waiting = [request for request in self._waiting if not self._serve(request)]
+
+    def _serve(self, request: _Request) -> bool:
+        """See that what *request* wants is read; False if there is no slot for it."""
+        buffer = self._buffers[request.number]
+        if self._is_closed or request.borrower not in buffer.borrowers:
+            request.refuse()
+            return True
+        try:
+            if buffer.read is not None and (buffer.read.failed or self._is_unused(buffer, request)):
+                self._evict(buffer, even_borrowed=True)
+            if buffer.read is None:
+                slot = self._reserve(request.number)
+                if slot is None and request.holding:
+                    slot = self._ring.beside(request.number, buffer.layout, buffer.pinned)
+                if slot is None:
+                    return False
+                read = self._read(slot, Priority.NOW)
+            else:
+                read = buffer.read
+                self._readers.hurry(read)
+        except Exception as error:  # noqa: BLE001 - raised by who asked
+            request.refuse(error)
+            return True
+        self._policy.on_use(request.number)
+        request.wait_for(read)
+        self._read_ahead(request.number, request.habit)
+        return True
+
+    def _is_unused(self, buffer: BlockBuffer, request: _Request) -> bool:
+        """Whether it is stale, and nobody uses it: all its borrowers wait for it to be read."""
+        waiting = {request.borrower, *(each.borrower for each in self._waiting)}
+        return buffer.stale and buffer.borrowers <= waiting
+
+    def _reserve(self, number: int, *, expected: Collection[int] = ()) -> Slot | None:
+        """A slot for the block *number*, whose memory is taken from blocks that nobody borrows if
+        need be; None if there is none.
+
+        Args:
+            number: the block.
+            expected: None of these is evicted. Where it is given, the block is read ahead, and the
+                policy decides what may go; else it is needed now, and anything may go that the
+                policy would rather keep.
+
+        Raises:
+            LoadError: there is no memory for the prefetch buffer.
+        """
+        buffer = self._buffers[number]
+        stays: set[Slot] = set()
+
+        def by_policy(slot: Slot) -> bool:
+            return slot not in stays and self._policy.may_evict(slot.number, expected)
+
+        def whatever(slot: Slot) -> bool:
+            return slot not in stays
+
+        for may_go in (by_policy,) if expected else (by_policy, whatever):
+            while found := self._ring.find(number, buffer.layout, may_go):
+                slot, leaving = found
+                stays.update(
+                    each for each in leaving if not self._evict(self._buffers[each.number])
+                )
+                if stays.isdisjoint(leaving):
+                    self._ring.take(slot, buffer.pinned)
+                    return slot
+        return None
+
+    def _evict(
+        self, buffer: BlockBuffer, *, even_borrowed: bool = False, even_begun: bool = False
+    ) -> bool:
+        """Take its memory from *buffer*; False if somebody borrows it, or a reader is at it.
+
+        Args:
+            buffer: the buffer.
+            even_borrowed: do it though there are borrowers, all of whom wait.
+            even_begun: do it though a reader is at it, which then leaves the memory alone.
+        """
+        self._is_settled = False  # before the look at the borrowers, who look the other way round
+        read, buffer.read = buffer.read, None
+        if buffer.borrowers and not even_borrowed:
+            buffer.read = read
+            return False
+        if read is not None and not read.cancel() and not even_begun:
+            buffer.read = read
+            return False
+        slot, buffer.slot, buffer.stale = buffer.slot, None, False
+        if slot is not None:
+            self._ring.evict(slot)
+        return True
+
+    def _evict_if_useless(self, buffer: BlockBuffer) -> None:
+        """Evict *buffer*, unless somebody borrows it, if it is of no use for the next borrower."""
+        slot = buffer.slot
+        if self._is_closed or buffer.stale or (slot is not None and not slot.in_ring):
+            self._evict(buffer)
+
+    def _read(self, slot: Slot, priority: Priority) -> PendingRead:
+        """Begin to fill *slot* with its block.
+
+        Raises:
+            LoadError: no thread can be started to read it.
+        """
+        buffer = self._buffers[slot.number]
+        assert slot.host is not None
+        assert slot.memory is not None
+        # The memory is named here, because a close takes it from the slot, and it must outlive the
+        # reads.
+        finish = partial(self._finish, buffer, slot, slot.host, slot.memory)
+        self._policy.on_read(slot.number)
+        buffer.slot, buffer.stale = slot, False
+        completed = partial(self._post, partial(self._on_completed, buffer))
+        if buffer.pinned is not None:  # nothing is read, and to send it takes no time
+            buffer.read = PendingRead.over_with(finish())
+            completed()
+            return buffer.read
+        jobs = (partial(slot.fill, job) for job in buffer.jobs(self._files, slot.host))
+        buffer.read = PendingRead(jobs, finish, completed, priority)
+        try:
+            self._readers.take(buffer.read)
+        except RuntimeError as error:
+            self._evict(buffer, even_borrowed=True)
+            raise _no_thread() from error
+        return buffer.read
+
+    def _read_ahead(self, number: int, habit: Habit) -> None:
+        """Read what is expected after the block *number*, as far as there is room."""
+        room = self.room - self._buffers[number].nbytes
+        self._ahead = [number, *self._fitting(habit.onward(number), room)]
+        for given_up in habit.expected.difference(self._ahead):
+            self._policy.on_use(given_up)
+        habit.expected = set(self._ahead)
+        with suppress(ShardkitError):  # of memory: it is told to those who need it
+            self._read_on(self._ahead[1:], Priority.NEXT)
+
+    def _read_on(self, numbers: Iterable[int], priority: Priority) -> None:
+        """Read those of *numbers* that are absent, as long as there are slots for them."""
+        for number in numbers if not self._is_closed else ():
+            if self._buffers[number].read is None:
+                slot = self._reserve(number, expected=self._ahead or (number,))
+                if slot is None:
                     return
-                self._read(place, first=False)
+                self._read(slot, priority)
 
     def _fitting(self, numbers: Iterator[int], room: int) -> Iterator[int]:
         """Those of *numbers* that come before the *room* is full."""
         for number in numbers:
-            room -= self._pages[number].nbytes
+            room -= self._buffers[number].nbytes
             if room < 0:
                 return
             yield number
 
-    def _habit(self) -> Habit:
-        if not hasattr(self.thread, "habit"):
-            self.thread.habit = Habit(len(self._pages))
-        habit: Habit = self.thread.habit
-        return habit
+    def _free_if_closed(self) -> None:
+        if self._is_closed and not any(buffer.borrowers for buffer in self._buffers):
+            self._ring.evict_all()
 
-    def _read(self, place: Slot, *, first: bool) -> None:
-        page = self._pages[place.number]
-        assert place.host is not None
-        assert place.memory is not None
-        # The memory is named here, because a close takes it from the place, and it must outlive the
-        # reads.
-        finish = partial(self._finish, page, place, place.host, place.memory)
-        if (
-            page.kept is not None
-        ):  # nothing is read, and to wake a reader takes longer than to send it
-            with torch.inference_mode(False):  # as in a reader
-                self._places.occupy(place, PendingRead.over_with(finish()))
-            return
-        jobs = (partial(place.fill, job) for job in page.jobs(self._files, place.host))
-        filling = PendingRead(jobs, finish, self._landed)
-        self._places.occupy(place, filling)
-        self._readers.take(filling, first=first)
+    # What a reader does.
 
-    def _drop_if_over(self) -> None:
-        if self._closed and not any(page.holders for page in self._pages):
-            self._places.drop()
-
-    def _landed(self) -> None:
-        with self.lock:
-            if not self._closed:
-                self._act(
-                    self._read_on
-                )  # the place of what was read for naught was not to be had before
-            self._changed.notify_all()
-
-    def _finish(self, page: Page, place: Slot, host: torch.Tensor, memory: torch.Tensor) -> Ticket:
-        """Bring what was read, or is kept, to the device; what was read in a reader's thread, which
-        holds nothing.
-        """
-        if place.memory is None:
-            return Done()  # it was taken back, and nobody waits for it
-        page.settle(host)
-        sent = self.lane.send(
-            host, memory[: len(host)], tuple(place.after.values())
-        )  # kept memory ends where its page does
-        place.before, place.after = [sent], {}
-        self._tally.read(disk=page.disk, memory=page.memory)
-        if page.kept is None:
+    def _finish(
+        self, buffer: BlockBuffer, slot: Slot, host: torch.Tensor, memory: torch.Tensor
+    ) -> Loaded:
+        """Bring what was read, or has a pinned host copy, to the device."""
+        if slot.memory is None:
+            return Loaded((), Done())  # it was evicted, and nobody waits for it
+        buffer.settle(host)
+        # Pinned memory ends where its block does.
+        ticket = self.lane.send(host, memory[: len(host)], tuple(slot.after.values()))
+        slot.before, slot.after = [ticket], {}
+        self._counters.read(disk=buffer.disk, memory=buffer.memory)
+        if buffer.pinned is None:
             self._verify()
-        place.tensors = tuple(page.tensors(memory))
-        return sent
+        slot.tensors = tuple(buffer.tensors(memory))
+        return Loaded(slot.tensors, ticket)
+
+    # The child of a fork.
 
     def _forked(self) -> None:
-        """Begin again in the child of a fork; see rule 5. No lock from before is asked for: who had
-        it may not be there.
-        """
-        held = self._inherited | {
-            visit: Inherited(page, page.place)
-            for page in self._pages
-            if page.place is not None and page.place.tensors
-            for visit in page.holders
-        }
+        """Begin again. No lock from before is asked for: who had it may not be there."""
+        self._in_flight_at_fork.update(*(buffer.borrowers for buffer in self._buffers))
         if self.lane.apart:
-            never_free(
-                self._places
-            )  # a device is its parent's, and that alone can let go of what is there
-        thread = self.thread  # which has what this thread holds, and no more what the others did
-        self._tally = self._tally.inherited()
+            # A device is its parent's, and that alone can let go of what is there.
+            never_free((self._ring, self._buffers))
+        self._counters = self._counters.inherited()
         self._begin()
-        self.thread, self._inherited = thread, held
-        for each in held.values():
-            each.read(self._files)
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A block that a thread waits for.
+
+    Attributes:
+        number: the block.
+        borrower: who needs it.
+        habit: that of the thread.
+        holding: whether the thread has borrowed another block meanwhile.
+        bell: released when the thread can go on.
+        read: what it waited for, which is over then; None if all is closed.
+        error: why there is none.
+    """
+
+    number: int
+    borrower: Hashable
+    habit: Habit
+    holding: bool
+    bell: threading.Lock = field(default_factory=locked)
+    read: PendingRead | None = None
+    error: Exception | None = None
+
+    def wait_for(self, read: PendingRead) -> None:
+        """Go on when *read* is over."""
+        self.read = read
+        read.add_waiter(self.bell)
+
+    def refuse(self, error: Exception | None = None) -> None:
+        """Go on without a read."""
+        self.error = error
+        self.bell.release()
+
+    def answer(self) -> PendingRead | None:
+        """Wait."""
+        self.bell.acquire()
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                del self  # a frame that holds what was raised in it is a circle
+        return self.read
+
+
+class _Answer(Generic[_R]):
+    """What the owner gives when it has done a message."""
+
+    def __init__(self, message: Callable[[], _R]) -> None:
+        self._message = message
+        self._bell = locked()
+        self._result: list[_R] = []
+        self._error: Exception | None = None
+
+    def give(self) -> None:
+        """Do the message, as the owner."""
+        try:
+            self._result.append(self._message())
+        except Exception as error:  # noqa: BLE001 - raised by who asked
+            self._error = error
+        self._bell.release()
+
+    def wait(self) -> _R:
+        """What it gave."""
+        self._bell.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+def _no_thread() -> LoadError:
+    return LoadError(
+        "no thread could be started to read weights",
+        hint="raise the limit of processes and threads (ulimit -u), or free some memory",
+    )

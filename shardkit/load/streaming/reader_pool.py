@@ -1,15 +1,13 @@
-"""Reader threads: what is to be filled waits in one queue, and several of them work on what stands
-first.
+"""Reads, and the threads that do them: what is needed now comes first, then what is likely to be
+needed next, then what may be.
 
-1. A filling is over when all its jobs are. After one that fails no other of it is begun, and the
-   filling fails with the same error, or as stopped where that would end a thread; the reader goes
-   on with the next.
-2. A filling that no job of was begun can be given up, or brought to the front.
-3. Readers that have nothing to do hold nothing, and end soon. So nobody has to end them before the
-   process can, and there are none left over from what is forgotten.
-4. What a thread that gives them work was interrupted in, the next that does completes. Whoever
-   waits for them does so by a plain lock, which Python takes and guards in one step; an interrupt
-   could leave that of a `Future` or an `Event` behind.
+1. A read is over when all its jobs are. After one job fails, no other job of it begins, and the
+   read fails with the same error, or as stopped where that error would end a thread; the reader
+   goes on with the next read.
+2. The reader that does the last job wakes the threads that wait for the read itself, and reports to
+   the owner of the state afterwards.
+3. A read of which no job has begun can be cancelled or brought to the front. Only the owner does
+   so, and only where no thread waits for the read.
 """
 
 from __future__ import annotations
@@ -18,52 +16,81 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+
+import torch
 
 from shardkit.errors import LoadError
 from shardkit.load.devices.transfers import Ticket
+from shardkit.system.threads import Task, Workers
 
-_NAME = "shardkit-stream"  # of the threads
-# seconds for which one that has nothing to do is kept: to start one costs little, but more than to
-# wake it
-_LONG = 0.05
+READER_NAME = "shardkit-stream"  # of the threads
 
 Job = Callable[[], object]
 
 
+class Priority(IntEnum):
+    """How urgent a read is."""
+
+    NOW = 0
+    NEXT = 1
+    MAYBE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a read gave.
+
+    Attributes:
+        tensors: those of the block.
+        ticket: of their transfer to the device, which may not be done yet.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    ticket: Ticket
+
+
 class PendingRead:
-    """A page on its way into memory."""
+    """A block on its way into memory, and then what came of it."""
 
     def __init__(
-        self, jobs: Iterable[Job], finish: Callable[[], Ticket], landed: Callable[[], None]
+        self,
+        jobs: Iterable[Job],
+        finish: Callable[[], Loaded],
+        completed: Callable[[], object],
+        priority: Priority = Priority.NOW,
     ) -> None:
         """Begin nothing yet.
 
         Args:
             jobs: what is to be done first, side by side.
             finish: what is done after them, by the thread that does the last of them; its result is
-                that of the filling.
-            landed: called when it is over, but for one that was given up.
+                that of the read.
+            completed: called when it is over, after those who wait were woken, but for one that was
+                cancelled.
+            priority: how urgent it is.
         """
+        self.priority = priority
         self._jobs = deque(jobs) or deque([_nothing])
         self._left = len(self._jobs)
-        self._finish: Callable[[], Ticket] | None = finish
-        self._landed = landed
+        self._finish: Callable[[], Loaded] | None = finish
+        self._completed = completed
         self._begun = False
-        self._ticket: Ticket | None = None
+        self._loaded: Loaded | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
-        self._flying = threading.Lock()
-        self._flying.acquire()
+        self._waiters: deque[threading.Lock] = deque()
 
     @classmethod
-    def over_with(cls, ticket: Ticket) -> PendingRead:
-        """One that is over, and gave *ticket*."""
-        filling = cls((), lambda: ticket, _nothing)
-        filling._jobs.clear()
-        filling._begun, filling._ticket, filling._finish = True, ticket, None
-        filling._flying.release()
-        return filling
+    def over_with(cls, loaded: Loaded) -> PendingRead:
+        """One that is over, and gave *loaded*."""
+        read = cls((), lambda: loaded, _nothing)
+        read._jobs.clear()
+        read._begun, read._loaded, read._finish = True, loaded, None
+        return read
 
     @property
     def waiting(self) -> int:
@@ -79,37 +106,48 @@ class PendingRead:
         return self._finish is None
 
     @property
+    def succeeded(self) -> bool:
+        return self._loaded is not None and self._finish is None
+
+    @property
     def failed(self) -> bool:
         """Whether it is over, and nothing came of it."""
-        return self.over and self._ticket is None
+        return self._finish is None and self._loaded is None
 
-    def result(self) -> Ticket:
-        """What finishing it gave, once it is over.
+    def result(self) -> Loaded:
+        """What it gave; it is over.
 
         Raises:
             Exception: what went wrong.
         """
-        self.wait()
-        if self._ticket is not None:
-            return self._ticket
+        if self._loaded is not None:
+            return self._loaded
         try:
             raise self._error or _stopped(None)
         finally:
             del self  # a frame that holds what was raised in it is a circle, and would keep memory
 
+    def add_waiter(self, bell: threading.Lock) -> None:
+        """Release *bell*, which is locked, when the read is over: at once if it is."""
+        self._waiters.append(bell)
+        if self._finish is None:
+            self._wake()
+
     def wait(self) -> None:
         """Return when it is over, whatever came of it."""
-        with self._flying:
-            pass
+        bell = locked()
+        self.add_waiter(bell)
+        bell.acquire()
 
-    def give_up(self) -> bool:
+    def cancel(self) -> bool:
         """See to it that no reader works on it; False if one does."""
         with self._lock:
             if not self._begun and self._finish is not None:
                 self._jobs.clear()
                 self._finish = None
-                self._flying.release()
-            return self.over
+        if self._finish is None:
+            self._wake()
+        return self._finish is None
 
     def begin(self) -> Job | None:
         """The next of its jobs, for the caller to `run`; None if there is none. Only the queue
@@ -120,7 +158,7 @@ class PendingRead:
             return self._jobs.popleft() if self._jobs else None
 
     def run(self, job: Job) -> None:
-        """Do *job*, and finish the filling if it is the last."""
+        """Do *job*, and finish the read if it is the last."""
         error = _error_of(job) if self._error is None else None
         del job  # as `_error_of` does
         with self._lock:
@@ -128,152 +166,91 @@ class PendingRead:
             self._left -= 1
             last = not self._left
         if last:
-            self._land()
+            self._end()
 
-    def _land(self) -> None:
-        self._error = self._error or _error_of(self._bring)
+    def _end(self) -> None:
+        self._error = self._error or _error_of(self._load)
         if self._error is not None and not isinstance(self._error, Exception):
             self._error = _stopped(self._error)
         self._finish = None
-        self._flying.release()
-        self._landed()
+        self._wake()
+        self._completed()
 
-    def _bring(self) -> None:
+    def _load(self) -> None:
         assert self._finish is not None
-        self._ticket = self._finish()
+        self._loaded = self._finish()
+
+    def _wake(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._waiters.popleft().release()
 
 
 class Readers:
-    """A few threads, and what they have to do."""
+    """The reader threads and their queue."""
 
     def __init__(self, count: int, busy: Callable[[], AbstractContextManager[None]]) -> None:
         """Start no thread yet.
 
         Args:
             count: how many there may be.
-            busy: entered by each as long as it has something to do.
+            busy: entered around each job.
         """
         self._count = count
         self._busy = busy
-        self._lock = (
-            threading.RLock()
-        )  # the collector may run a finalizer, which closes, in the middle of anything
-        self._queue: deque[PendingRead] = deque()
-        self._threads: set[threading.Thread] = set()
-        self._at_work: set[threading.Thread] = set()
-        self._idle: list[threading.Lock] = []
-        self._closed = False
+        self._lock = threading.Lock()
+        self._queues: tuple[deque[PendingRead], ...] = tuple(deque() for _ in Priority)
+        self._workers = Workers(count, READER_NAME, self._next, lambda: any(self._queues))
 
-    def take(self, filling: PendingRead, *, first: bool) -> None:
-        """Do *filling*, *first* or after all others."""
+    @property
+    def has_current_thread(self) -> bool:
+        """Whether the calling thread is a reader."""
+        return self._workers.has_current_thread
+
+    def take(self, read: PendingRead) -> None:
+        """Do *read*, after those that are as urgent."""
         with self._lock:
-            (self._queue.appendleft if first else self._queue.append)(filling)
-            self._staff()
+            self._queues[read.priority].append(read)
+        for _ in range(min(self._count, read.waiting)):
+            self._workers.wake()
 
-    def complete(self) -> None:
-        """See that there are readers for what is to be done; see rule 4."""
+    def hurry(self, read: PendingRead) -> None:
+        """Do *read*, which was taken, before all others, if no job of it was begun."""
         with self._lock:
-            self._staff()
+            if read.begun:
+                return
+            with suppress(ValueError):
+                self._queues[read.priority].remove(read)
+                read.priority = Priority.NOW
+                self._queues[Priority.NOW].append(read)
 
-    def hurry(self, filling: PendingRead) -> None:
-        """Bring *filling* to the front, if it was not begun."""
+    def join(self) -> None:
+        """Return when the threads have done what there is to do, and have ended."""
+        self._workers.join()
+
+    def _next(self) -> Task | None:
         with self._lock:
-            if not filling.begun:
-                self._queue = deque(sorted(self._queue, key=lambda each: each is not filling))
+            for queue in self._queues:
+                while queue:
+                    read = queue[0]
+                    job = read.begin()
+                    if not read.waiting:
+                        queue.popleft()
+                    if job is not None:
+                        return partial(self._run, read, job)
+        return None
 
-    def close(self) -> None:
-        """Let the threads end when they have done what there is to do, and wait for that; but no
-        reader waits for readers.
-        """
-        with self._lock:
-            self._closed = True
-            while self._idle:
-                self._idle.pop().release()
-            threads = set(self._threads)
-        for thread in threads if not threading.current_thread().name.startswith(_NAME) else ():
-            thread.join()
-
-    def _staff(self) -> None:
-        """Let as many threads work as there is work for; under the lock."""
-        wanted = min(
-            self._count, len(self._at_work) + sum(filling.waiting for filling in self._queue)
-        )
-        while len(self._threads) - len(self._idle) < wanted:
-            if self._idle:
-                self._idle.pop().release()
-            else:
-                thread = threading.Thread(target=self._work, name=_NAME)
-                thread.start()
-                self._threads.add(thread)
-
-    def _work(self) -> None:
-        bell = threading.Lock()
-        bell.acquire()
-        try:
-            while True:
-                with self._busy():
-                    while found := self._next():
-                        filling, job = found
-                        filling.run(job)
-                        del (
-                            found,
-                            filling,
-                            job,
-                        )  # what is done is not kept while the next is waited for
-                if not self._rest(bell):
-                    return
-        finally:
-            self._leave()
-
-    def _next(self) -> tuple[PendingRead, Job] | None:
-        """What this thread is at from now on."""
-        with self._lock:
-            self._at_work.discard(threading.current_thread())
-            while self._queue:
-                filling = self._queue[0]
-                job = filling.begin()
-                if not filling.waiting:
-                    self._queue.popleft()
-                if job is not None:
-                    self._at_work.add(threading.current_thread())
-                    return filling, job
-            return None
-
-    def _rest(self, bell: threading.Lock) -> bool:
-        """Wait for something to do, which somebody rings the *bell* for; False if that takes long,
-        or everything is closed.
-        """
-        with self._lock:
-            if self._queue:
-                return True
-            if self._closed:
-                return False
-            self._idle.append(bell)
-        if bell.acquire(timeout=_LONG):
-            return True
-        with self._lock:
-            if bell not in self._idle:  # it has just been rung
-                bell.acquire(blocking=False)
-                return True
-            self._idle.remove(bell)
-            self._threads.discard(threading.current_thread())
-            return False
-
-    def _leave(self) -> None:
-        """One is not at work any more; if there is still something to do, another comes."""
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-            self._at_work.discard(threading.current_thread())
-            self._staff()
+    def _run(self, read: PendingRead, job: Job) -> None:
+        with self._busy():
+            read.run(job)
+            del job  # as `_error_of` does: an error keeps this frame
 
 
-def held_here(lock: threading.Condition) -> bool:
-    """Whether this thread has *lock*."""
-    try:
-        lock.notify(0)
-    except RuntimeError:
-        return False
-    return True
+def locked() -> threading.Lock:
+    """A lock to wait for: the first `acquire` returns when another thread has released it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _nothing() -> None:
@@ -306,7 +283,7 @@ def _chained(error: BaseException) -> list[BaseException]:
 
 
 def _stopped(error: BaseException | None) -> LoadError:
-    """What tells those who wait that a reader was told to end: nobody told them to."""
-    told = LoadError("a thread that reads weights was stopped", hint="run the model again")
-    told.__cause__ = error
-    return told
+    """What those who wait get if a reader was told to end: nobody told them to."""
+    stopped = LoadError("a weight-loading thread was terminated", hint="run the model again")
+    stopped.__cause__ = error
+    return stopped

@@ -1,20 +1,19 @@
-"""The ring: one memory, made once, in which pages of any size get their places one behind the
-other, round and round.
+"""The prefetch buffer: one memory, made once, in which blocks of any size get their slots one
+behind the other, round and round.
 
-1. The next place is sought behind the last one. What lies there was filled the longest ago, so that
-   in a cycle of pages each takes the place of the one that is not needed for the longest time. What
+1. The next slot is sought behind the last one. What lies there was filled the longest ago, so that
+   in a cycle of blocks each takes the slot of the one that is not needed for the longest time. What
    must stay is stepped over.
-2. Who takes a place waits for what was issued on the same bytes, and gets the tickets of it with
-   the place.
-3. A tensor belongs to one filling of one place. When the place goes to another page, that counts as
-   a change of it, so that autograd refuses a backward that comes too late.
-4. It has no lock: whoever uses it holds one. Whoever is interrupted says afterwards what it is to
-   `keep`.
+2. Whoever takes a slot waits for what was issued on the same bytes, and gets the tickets of it with
+   the slot.
+3. A tensor belongs to one filling of one slot. When the slot goes to another block, that counts as
+   a change of the tensor, so that autograd refuses a backward that comes too late.
+4. It has no lock: one thread uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,19 +27,19 @@ from shardkit.sizes import format_size, parse_size
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """Where one page is.
+    """Where one block is.
 
     Attributes:
-        number: of the page.
-        start: where in the ring it begins; -1 for a place beside it.
+        number: of the block.
+        start: where in the prefetch buffer it begins; -1 for a slot that has memory of its own.
         nbytes: its length.
-        memory: it, on the device.
-        host: the same in main memory: memory itself where that is main memory, or what its page is
-            kept in.
+        memory: it, on the device; None once it was evicted.
+        host: the same in main memory: memory itself where that is main memory, or the pinned host
+            copy of its block.
         before: what must be done before the host memory changes: copies out of it.
-        after: what must be done before the memory of the device changes: the last that used it of
-            each line of work.
-        tensors: those of the page that is there.
+        after: what must be done before the memory of the device changes: of each line of work the
+            last that used it.
+        tensors: those of the block that is there.
     """
 
     number: int
@@ -60,7 +59,7 @@ class Slot:
         return self.start < other.start + other.nbytes and other.start < self.start + self.nbytes
 
     def fill(self, job: Callable[[], object]) -> None:
-        """Do *job*, which writes to the host memory, unless the place was taken back."""
+        """Do *job*, which writes to the host memory, unless the slot was evicted."""
         for ticket in self.before:
             ticket.finish()
         if self.host is not None:
@@ -92,7 +91,7 @@ def room_for(sizes: Iterable[int], ring: int | str) -> int:
 
 
 class Ring:
-    """Memory of one lane."""
+    """Memory of one device."""
 
     def __init__(self, lane: DeviceTransfer, nbytes: int) -> None:
         """Make nothing yet."""
@@ -100,8 +99,8 @@ class Ring:
         self._lane = lane
         self._memory: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
-        self._places: list[Slot] = []
-        self._left: list[Slot] = []
+        self._slots: list[Slot] = []
+        self._evicted: list[Slot] = []
         self._cursor = 0
 
     @property
@@ -112,86 +111,73 @@ class Ring:
     def find(
         self, number: int, layout: Layout, may_go: Callable[[Slot], bool]
     ) -> tuple[Slot, list[Slot]] | None:
-        """A place for the page *number*, and the places that have to go for it; None if too much
+        """A slot for the block *number*, and the slots that have to go for it; None if too much
         stays.
         """
         stays = sorted(
-            (place for place in self._places if not may_go(place)), key=lambda place: place.start
+            (slot for slot in self._slots if not may_go(slot)), key=lambda slot: slot.start
         )
         start = self._start(layout.nbytes, layout.grain, stays)
         if start is None:
             return None
-        place = Slot(number, start, layout.nbytes)
-        return place, [each for each in self._places if each.overlaps(place)]
+        slot = Slot(number, start, layout.nbytes)
+        return slot, [each for each in self._slots if each.overlaps(slot)]
 
-    def take(self, place: Slot, kept: torch.Tensor | None = None) -> None:
-        """Let *place* be taken; those that had to go for it have left.
+    def take(self, slot: Slot, pinned: torch.Tensor | None = None) -> None:
+        """Let *slot* be taken; those that had to go for it were evicted.
 
         Args:
-            place: the place.
-            kept: the main memory that its page is kept in, if it is. A ring that takes no others
-                has none of its own.
+            slot: the slot.
+            pinned: the pinned host copy of its block, if there is one. A prefetch buffer that takes
+                no others has no main memory of its own.
 
         Raises:
-            LoadError: there is no memory for the ring.
+            LoadError: there is no memory for the prefetch buffer.
         """
         if self._memory is None:
-            self._memory = self._made(self.nbytes)
-        if self._host is None and kept is None:
+            self._memory = self._lane.memory(self.nbytes)
+        if self._host is None and pinned is None:
             self._host = self._lane.host(self._memory)
-        stop = place.start + place.nbytes
-        place.memory = self._memory[place.start : stop]
-        place.host = (
-            kept if self._host is None or kept is not None else self._host[place.start : stop]
+        stop = slot.start + slot.nbytes
+        slot.memory = self._memory[slot.start : stop]
+        slot.host = (
+            pinned if self._host is None or pinned is not None else self._host[slot.start : stop]
         )
-        self._places.append(place)
-        for old in self._left:
-            if old.overlaps(place):
-                place.before += old.before
-                place.after |= {(id(old), line): ticket for line, ticket in old.after.items()}
-        self._left = [
+        for old in self._evicted:
+            if old.overlaps(slot):
+                slot.before += old.before
+                slot.after |= {(id(old), line): ticket for line, ticket in old.after.items()}
+        self._evicted = [
             old
-            for old in self._left
-            if not (place.start <= old.start and old.start + old.nbytes <= stop)
+            for old in self._evicted
+            if not (slot.start <= old.start and old.start + old.nbytes <= stop)
         ]
+        self._slots.append(slot)
         self._cursor = stop
 
-    def leave(self, place: Slot) -> None:
-        """Take *place* back."""
-        increment_version(place.tensors)
-        place.tensors, place.memory, place.host = (), None, None
-        if place in self._places:
-            self._left.append(place)
-            self._places.remove(place)
-
-    def keep(self, places: Collection[Slot]) -> None:
-        """Take back all but *places*."""
-        for place in list(self._places):
-            if place not in places:
-                self.leave(place)
-
-    def beside(self, number: int, layout: Layout, kept: torch.Tensor | None = None) -> Slot:
-        """A place for a page that has memory of its own, and no place in the ring; *kept* is as for
-        `take`.
+    def beside(self, number: int, layout: Layout, pinned: torch.Tensor | None = None) -> Slot:
+        """A slot for a block that has memory of its own; *pinned* is as for `take`.
 
         Raises:
             LoadError: there is no memory for it.
         """
-        memory = self._made(layout.nbytes)
+        memory = self._lane.memory(layout.nbytes)
         return Slot(
-            number, -1, layout.nbytes, memory, self._lane.host(memory) if kept is None else kept
+            number, -1, layout.nbytes, memory, self._lane.host(memory) if pinned is None else pinned
         )
 
-    def drop(self) -> None:
+    def evict(self, slot: Slot) -> None:
+        """Take *slot* back."""
+        increment_version(slot.tensors)
+        slot.tensors, slot.memory, slot.host = (), None, None
+        if slot.in_ring:
+            self._slots.remove(slot)
+            self._evicted.append(slot)
+
+    def evict_all(self) -> None:
         """Let go of the memory, which ends with the last tensor in it."""
         self._memory = self._host = None
-        self._left.clear()
-
-    def _made(self, nbytes: int) -> torch.Tensor:
-        with torch.inference_mode(
-            False
-        ):  # what is made in that mode, others than this thread could not write
-            return self._lane.memory(nbytes)
+        self._evicted.clear()
 
     def _start(self, nbytes: int, grain: int, stays: list[Slot]) -> int | None:
         fitting = [gap for gap in self._gaps(stays) if _up(gap[0], grain) + nbytes <= gap[1]]
@@ -207,11 +193,10 @@ class Ring:
     def _gaps(self, stays: list[Slot]) -> Iterator[tuple[int, int]]:
         """What is free, or may become so, between those that stay."""
         low = 0
-        for place in stays:
-            yield low, place.start
-            low = max(
-                low, place.start + place.nbytes
-            )  # one without bytes may stand where another begins
+        for slot in stays:
+            yield low, slot.start
+            # One without bytes may stand where another begins.
+            low = max(low, slot.start + slot.nbytes)
         yield low, self.nbytes
 
 

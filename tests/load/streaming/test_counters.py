@@ -66,7 +66,7 @@ def test_nothing_is_lost_between_threads() -> None:
     def add() -> None:
         for _ in range(1000):
             tally.read(disk=1, memory=2)
-            tally.claimed(waited=0.5, hit=True)
+            tally.borrowed(waited=0.5, hit=True)
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
@@ -83,7 +83,7 @@ def test_the_difference_is_what_was_done_between() -> None:
     tally.read(disk=5)
     before = tally.counts
     tally.read(disk=7)
-    tally.claimed(waited=1.0, hit=False)
+    tally.borrowed(waited=1.0, hit=False)
     assert tally.counts.since(before) == Counters(disk=7, reads=1, waited=1.0, claims=1)
 
 
@@ -96,7 +96,7 @@ def test_a_stream_counts_what_it_reads_and_from_where(tmp_path: Path) -> None:
     ]
     stream = Stream(pages, CpuTransfer(), ring=2)
     for number in [0, 1, 0, 1, 1]:
-        stream.claim(number, "visit")
+        stream.borrow(number, "visit")
         stream.release(number, "visit")
     stream.close()
     counts = stream.counts

@@ -17,7 +17,7 @@ from shardkit.dtypes import BY_CODE
 from shardkit.load.memory.allocate import memory_of, private
 from shardkit.load.memory.direct_io import SECTOR, Files
 from shardkit.load.streaming.page_layout import ALIGNMENT, READ, Layout
-from shardkit.load.streaming.pages import Page, Piece
+from shardkit.load.streaming.pages import BlockBuffer, Piece
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload, Swapped, read_all
 
@@ -33,7 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def filled(payloads: list[Payload]) -> tuple[Layout, bytes]:
     """What a page of *payloads* has in memory when it was read."""
-    [page] = Page.of_each(
+    [page] = BlockBuffer.of_each(
         [
             [
                 Piece(payload, torch.uint8, (payload.nbytes,), (1,), is_buffer=True)

@@ -1,5 +1,5 @@
-"""Reader threads: as many as there is work for, in the order of the queue, and none where there is
-none.
+"""Reader threads: as many as there is work for, the most urgent read first, and none where there is
+nothing to read.
 """
 
 from __future__ import annotations
@@ -13,12 +13,23 @@ from itertools import pairwise
 import pytest
 
 from shardkit.errors import LoadError
-from shardkit.load.devices.transfers import Done, Ticket
-from shardkit.load.streaming.reader_pool import PendingRead, Readers
+from shardkit.load.devices.transfers import Done
+from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, Readers, locked
+
+NOTHING = Loaded((), Done())
 
 
-def filling(*jobs: Callable[[], object], finish: Callable[[], Ticket] = Done) -> PendingRead:
-    return PendingRead(jobs, finish, lambda: None)
+def read_of(
+    *jobs: Callable[[], object],
+    finish: Callable[[], Loaded] = lambda: NOTHING,
+    priority: Priority = Priority.NOW,
+) -> PendingRead:
+    return PendingRead(jobs, finish, lambda: None, priority)
+
+
+def result_of(read: PendingRead) -> Loaded:
+    read.wait()
+    return read.result()
 
 
 class Job:
@@ -38,11 +49,11 @@ def readers() -> Readers:
     return Readers(3, nullcontext)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["of one filling", "of several"])
+@pytest.mark.parametrize("together", [True, False], ids=["of one read", "of several"])
 def test_as_many_are_at_work_as_there_are_jobs_for(together: bool, readers: Readers) -> None:
     jobs = [Job() for _ in range(4)]
-    for each in [filling(*jobs)] if together else [filling(job) for job in jobs]:
-        readers.take(each, first=False)
+    for each in [read_of(*jobs)] if together else [read_of(job) for job in jobs]:
+        readers.take(each)
     for job in jobs[:3]:
         assert job.begun.wait(200)
     assert not jobs[3].begun.is_set()
@@ -54,29 +65,37 @@ def test_as_many_are_at_work_as_there_are_jobs_for(together: bool, readers: Read
 
 def test_one_that_comes_when_others_are_at_work_is_begun(readers: Readers) -> None:
     jobs = [Job() for _ in range(3)]
-    readers.take(filling(jobs[0]), first=False)
+    readers.take(read_of(jobs[0]))
     for before, job in pairwise(jobs):
         assert before.begun.wait(200)
-        readers.take(filling(job), first=False)
+        readers.take(read_of(job))
     assert jobs[2].begun.wait(200)
     for job in jobs:
         job.go.set()
 
 
-def test_what_is_hurried_comes_before_what_was_there_first() -> None:
-    readers, busy, order = Readers(1, nullcontext), Job(), list[int]()
-    readers.take(filling(busy), first=False)
+def test_reads_are_done_in_the_order_of_their_priorities() -> None:
+    readers, busy, order = Readers(1, nullcontext), Job(), list[str]()
+    readers.take(read_of(busy))
     assert busy.begun.wait(200)
-    waiting = [filling(partial(order.append, number)) for number in range(4)]
-    for each in waiting[:3]:
-        readers.take(each, first=False)
-    readers.take(waiting[3], first=True)
-    readers.hurry(waiting[2])
-    assert waiting[1].give_up()
+
+    def wanted(name: str, priority: Priority) -> PendingRead:
+        read = read_of(partial(order.append, name), priority=priority)
+        readers.take(read)
+        return read
+
+    reads = [
+        wanted("maybe", Priority.MAYBE),
+        wanted("next", Priority.NEXT),
+        wanted("hurried", Priority.MAYBE),
+        wanted("cancelled", Priority.NEXT),
+        wanted("now", Priority.NOW),
+    ]
+    readers.hurry(reads[2])
+    assert reads.pop(3).cancel()
     busy.go.set()
-    for each in (waiting[2], waiting[3], waiting[0]):
-        assert each.result() == Done()
-    assert order == [2, 3, 0]
+    assert [result_of(read) for read in reads] == [NOTHING] * 4
+    assert order == ["now", "hurried", "next", "maybe"]
 
 
 def test_after_a_job_that_fails_no_other_is_begun_and_nothing_is_finished() -> None:
@@ -85,38 +104,56 @@ def test_after_a_job_that_fails_no_other_is_begun_and_nothing_is_finished() -> N
     def failing() -> None:
         raise LoadError("broken on purpose")
 
-    def finish() -> Ticket:
+    def finish() -> Loaded:
         done.append("finish")
-        return Done()
+        return NOTHING
 
-    fails = filling(failing, lambda: done.append("job"), finish=finish)
-    readers.take(fails, first=False)
+    fails = read_of(failing, lambda: done.append("job"), finish=finish)
+    readers.take(fails)
     with pytest.raises(LoadError, match="broken on purpose"):
-        fails.result()
-    assert (fails.failed, done) == (True, [])
-    assert not filling().failed
+        result_of(fails)
+    assert (fails.failed, fails.succeeded, done) == (True, False, [])
+    assert not read_of().failed
 
 
-def test_what_is_begun_is_not_given_up_and_what_is_given_up_is_not_begun(readers: Readers) -> None:
-    job, given_up = Job(), filling()
-    begun = filling(job)
-    readers.take(begun, first=False)
+def test_what_is_begun_is_not_cancelled_and_what_is_cancelled_is_not_begun(
+    readers: Readers,
+) -> None:
+    job, cancelled = Job(), read_of()
+    begun = read_of(job)
+    readers.take(begun)
     assert job.begun.wait(200)
-    assert not begun.give_up()
+    assert not begun.cancel()
     job.go.set()
-    assert begun.result() == Done()
-    assert begun.give_up()
-    assert given_up.give_up()
-    assert (given_up.begin(), given_up.failed) == (None, True)
-    with pytest.raises(LoadError, match="stopped"):
-        given_up.result()
+    assert result_of(begun) == NOTHING
+    assert begun.cancel()
+    assert cancelled.cancel()
+    assert (cancelled.begin(), cancelled.failed) == (None, True)
+    with pytest.raises(LoadError, match="terminated"):
+        result_of(cancelled)
 
 
-def test_a_close_waits_for_what_there_is_to_do(readers: Readers) -> None:
+def test_each_waiter_is_woken_once_whether_it_comes_before_or_after_the_end(
+    readers: Readers,
+) -> None:
+    job, bells = Job(), [locked() for _ in range(3)]
+    read = read_of(job)
+    read.add_waiter(bells[0])
+    readers.take(read)
+    assert job.begun.wait(200)
+    read.add_waiter(bells[1])
+    assert not bells[0].acquire(timeout=0.01)
+    job.go.set()
+    assert all(bell.acquire(timeout=200) for bell in bells[:2])
+    read.add_waiter(bells[2])
+    assert bells[2].acquire(timeout=0)
+
+
+def test_a_join_waits_for_what_there_is_to_do(readers: Readers) -> None:
     job, done = Job(), list[int]()
-    readers.take(filling(job, lambda: done.append(1)), first=False)
+    readers.take(read_of(job, lambda: done.append(1)))
     assert job.begun.wait(200)
     threading.Timer(0.05, job.go.set).start()
-    readers.close()
+    readers.join()
     assert done == [1]
-    assert not readers._threads
+    assert not [each for each in threading.enumerate() if each.name.startswith("shardkit-stream")]

@@ -38,7 +38,7 @@ def test_in_a_ring_of_any_depth_as_many_blocks_have_a_place_as_it_is_deep(
     held: list[Slot] = []
     for number in islice(cycle(range(count)), 4 * count):
         while len(held) >= min(depth, count):
-            ring.leave(held.pop(0))
+            ring.evict(held.pop(0))
         found = ring.find(number, layouts[number], lambda place: place not in held)
         assert found is not None
         ring.take(found[0])
@@ -59,7 +59,7 @@ def test_a_block_without_bytes_between_two_others_makes_no_room() -> None:
         Layout(0, 1, (), (), (), ()),
     )
     first, *_ = [taken(ring, number, full) for number in range(2)]
-    ring.leave(first)
+    ring.evict(first)
     taken(ring, 2, full)
     taken(ring, 3, empty)
     assert ring.find(4, full, lambda _: False) is None
