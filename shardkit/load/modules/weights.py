@@ -23,7 +23,6 @@ from shardkit.load.modules.torch_internals import (
     own_parameters,
 )
 
-
 _SETATTR = nn.Module.__setattr__
 
 
