@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 import weakref
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from repository import GOOD
-from shardkit.system.threads import Pool
+from shardkit.system.threads import Pool, Workers
 
 
 def test_what_is_submitted_is_done_by_so_many_threads_as_there_may_be() -> None:
@@ -108,3 +112,55 @@ def test_a_thread_converts_after_the_main_thread_has_ended(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stderr) == (0, "")
     assert list((tmp_path / "out").glob("*.safetensors"))
+
+
+def workers_of(tasks: deque[Callable[[], object]], count: int) -> Workers:
+    def next_task() -> Callable[[], object] | None:
+        try:
+            return tasks.popleft()
+        except IndexError:
+            return None
+
+    return Workers(count, "working", next_task, lambda: bool(tasks))
+
+
+def test_workers_do_every_task_whoever_posts_it_and_end() -> None:
+    tasks, done = deque[Callable[[], object]](), deque[int]()
+    workers = workers_of(tasks, 2)
+
+    def post(first: int) -> None:
+        for number in range(first, first + 500):
+            tasks.append(partial(done.append, number))
+            workers.wake()
+
+    posters = [threading.Thread(target=post, args=(500 * each,)) for each in range(4)]
+    for poster in posters:
+        poster.start()
+    for poster in posters:
+        poster.join(200)
+    workers.join()
+    assert sorted(done) == list(range(2000))
+    assert not workers._threads
+
+
+def test_one_worker_does_its_tasks_in_order_also_after_it_was_joined() -> None:
+    tasks, done = deque[Callable[[], object]](), list[int]()
+    workers = workers_of(tasks, 1)
+    for number in range(100):
+        tasks.append(partial(done.append, number))
+        workers.wake()
+        if number == 50:
+            workers.join()
+    workers.join()
+    assert done == list(range(100))
+
+
+def test_a_worker_that_was_taken_and_not_woken_looks_for_tasks_by_itself() -> None:
+    tasks, done = deque[Callable[[], object]](), threading.Event()
+    workers = workers_of(tasks, 1)
+    workers.wake()
+    while not workers._idle:
+        time.sleep(0.001)
+    workers._idle.pop()  # and there an interrupt comes
+    tasks.append(done.set)
+    assert done.wait(200)

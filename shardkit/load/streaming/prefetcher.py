@@ -209,7 +209,13 @@ class Stream:
             self._post(partial(self._on_release, buffer))
 
     def prefetch(self, numbers: Iterable[int], priority: Priority = Priority.NEXT) -> None:
-        """Read the blocks *numbers* ahead, if there is room for them that nobody else needs."""
+        """Read the blocks *numbers* ahead, which need not be what was expected.
+
+        Args:
+            numbers: the blocks, the most urgent first.
+            priority: with `NOW`, they take the memory of any block that nobody borrows; else only
+                of those that are not expected to be needed.
+        """
         self._post(partial(self._on_prefetch, tuple(numbers), priority))
 
     def rest(self) -> None:
@@ -462,7 +468,8 @@ class Stream:
         """Read those of *numbers* that are absent, as long as there are slots for them."""
         for number in numbers if not self._is_closed else ():
             if self._buffers[number].read is None:
-                slot = self._reserve(number, expected=self._ahead or (number,))
+                expected = () if priority is Priority.NOW else self._ahead or (number,)
+                slot = self._reserve(number, expected=expected)
                 if slot is None:
                     return
                 self._read(slot, priority)

@@ -24,6 +24,7 @@ from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
 from shardkit.load.streaming.page_layout import READ
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import _READERS, Stream
+from shardkit.load.streaming.reader_pool import Priority
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
 
@@ -182,6 +183,30 @@ def test_what_followed_last_time_is_read_ahead_this_time(file: Path) -> None:
     use(stream, 4)
     use(stream, 2)
     assert eventually(lambda: payloads[6].reads > before)
+
+
+def test_a_block_that_no_prediction_announced_can_be_read_ahead(file: Path) -> None:
+    stream, payloads = counted(file, ring=3)
+    use(stream, 0)
+    stream.rest()
+    stream.prefetch([5], Priority.NOW)
+    assert eventually(lambda: payloads[5].reads == 1)
+    stream.rest()
+    before = stream.counts
+    use(stream, 5)
+    assert stream.counts.since(before).hits == 1
+
+
+def test_a_guess_takes_no_memory_from_what_is_expected(file: Path) -> None:
+    stream, _ = counted(file, ring=3)
+    use(stream, 0)
+    stream.rest()  # behind it, the next two were read ahead
+    stream.prefetch([5, 6, 7], Priority.MAYBE)
+    stream.rest()
+    before = stream.counts
+    use(stream, 1)
+    use(stream, 2)
+    assert stream.counts.since(before).hits == 2
 
 
 def test_a_failed_read_is_told_and_tried_again(file: Path) -> None:
