@@ -199,10 +199,9 @@ class Pager:
         """Put the lazy tensors back, and return those weights that were written to."""
         written = []
         for seat, tensor, stood, version in self._taken:
-            if seat.tensor is tensor:
-                seat.take(stood)
-                if version is not None and version_of(tensor) != version:
-                    written.append((stood, tensor))
+            was_there = seat.exchange(tensor, stood)
+            if was_there and version is not None and version_of(tensor) != version:
+                written.append((stood, tensor))
         self._taken.clear()
         return written
 

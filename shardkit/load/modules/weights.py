@@ -44,6 +44,18 @@ class ParameterSlot:
         table = own_buffers(owner)
         return table[name] if name in table else None  # noqa: SIM401 - that has no `get` either
 
+    def exchange(self, old: torch.Tensor, new: torch.Tensor) -> bool:
+        """Put *new* there if *old* is there, and return whether it was."""
+        owner, name = self.owner, self.name
+        table = own_parameters(owner)
+        if name in table and table[name] is old and type(owner).__setattr__ is _SETATTR:
+            table[name] = new
+            return True
+        if self.tensor is not old:
+            return False
+        self.take(new)
+        return True
+
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
         owner, name = self.owner, self.name

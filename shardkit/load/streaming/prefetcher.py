@@ -65,6 +65,7 @@ from shardkit.load.streaming.reader_pool import (
     Priority,
     Readers,
     locked,
+    wake,
 )
 from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.system.fork import begin_again_in_children, never_free
@@ -245,10 +246,7 @@ class Stream:
     def _post(self, message: Task) -> None:
         """Let the owner do *message*, after those that were posted before."""
         self._inbox.append(message)
-        try:
-            self._owner.wake()
-        except RuntimeError as error:
-            raise _no_thread() from error
+        wake(self._owner)
 
     def _ask(self, message: Callable[[], _R]) -> _R:
         """What *message* gives, which the owner does."""
@@ -430,7 +428,7 @@ class Stream:
         """Begin to fill *slot* with its block.
 
         Raises:
-            LoadError: no thread can be started to read it.
+            LoadError: no thread can be started to read it, or its device takes no transfer.
         """
         buffer = self._buffers[slot.number]
         assert slot.host is not None
@@ -441,18 +439,18 @@ class Stream:
         self._policy.on_read(slot.number)
         buffer.slot, buffer.stale = slot, False
         completed = partial(self._post, partial(self._on_completed, buffer))
-        if buffer.pinned is not None:  # nothing is read, and to send it takes no time
-            buffer.read = PendingRead.over_with(finish())
-            completed()
-            return buffer.read
-        jobs = (partial(slot.fill, job) for job in buffer.jobs(self._files, slot.host))
-        buffer.read = PendingRead(jobs, finish, completed, priority)
         try:
-            self._readers.take(buffer.read)
-        except RuntimeError as error:
+            if buffer.pinned is not None:  # nothing is read, and to send it takes no time
+                buffer.read = read = PendingRead.over_with(finish())
+                completed()
+            else:
+                jobs = (partial(slot.fill, job) for job in buffer.jobs(self._files, slot.host))
+                buffer.read = read = PendingRead(jobs, finish, completed, priority)
+                self._readers.take(read)
+        except Exception:  # such as that no more threads can be started
             self._evict(buffer, even_borrowed=True)
-            raise _no_thread() from error
-        return buffer.read
+            raise
+        return read
 
     def _read_ahead(self, number: int, habit: Habit) -> None:
         """Read what is expected after the block *number*, as far as there is room."""
@@ -582,10 +580,3 @@ class _Answer(Generic[_R]):
         if self._error is not None:
             raise self._error
         return self._result[0]
-
-
-def _no_thread() -> LoadError:
-    return LoadError(
-        "no thread could be started to read weights",
-        hint="raise the limit of processes and threads (ulimit -u), or free some memory",
-    )

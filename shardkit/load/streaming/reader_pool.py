@@ -208,11 +208,15 @@ class Readers:
         return self._workers.has_current_thread
 
     def take(self, read: PendingRead) -> None:
-        """Do *read*, after those that are as urgent."""
+        """Do *read*, after those that are as urgent.
+
+        Raises:
+            LoadError: there is no thread, and none can be started.
+        """
         with self._lock:
             self._queues[read.priority].append(read)
         for _ in range(min(self._count, read.waiting)):
-            self._workers.wake()
+            wake(self._workers)
 
     def hurry(self, read: PendingRead) -> None:
         """Do *read*, which was taken, before all others, if no job of it was begun."""
@@ -244,6 +248,21 @@ class Readers:
         with self._busy():
             read.run(job)
             del job  # as `_error_of` does: an error keeps this frame
+
+
+def wake(workers: Workers) -> None:
+    """Call this after something was put into the queue of *workers*.
+
+    Raises:
+        LoadError: there is no thread, and none can be started.
+    """
+    try:
+        workers.wake()
+    except RuntimeError as error:
+        raise LoadError(
+            "no thread could be started to read weights",
+            hint="raise the limit of processes and threads (ulimit -u), or free some memory",
+        ) from error
 
 
 def locked() -> threading.Lock:
