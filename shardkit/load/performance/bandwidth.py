@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
+from shardkit.alignment import ceil_div, round_down, round_up
 from shardkit.load.memory.allocate import Item, memory_of, private
 from shardkit.load.memory.direct_io import SECTOR, Files
 from shardkit.load.streaming.page_layout import READ
@@ -214,7 +215,7 @@ def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) 
     nbytes = 0
     for place in rest:
         files.at(place.path).read_sectors(
-            memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes
+            memory[: round_up(place.nbytes, SECTOR)], place.start, place.nbytes
         )
         nbytes += place.nbytes
         if time.perf_counter() > end:
@@ -227,9 +228,9 @@ def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
     sector on.
     """
     starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, READ)]
-    for first in range(0, len(starts), max(_ROW, -(-len(starts) * _ROW // _READS))):
+    for first in range(0, len(starts), max(_ROW, ceil_div(len(starts) * _ROW, _READS))):
         for extent, at in starts[first : first + _ROW]:
-            start = (extent.start + at) // SECTOR * SECTOR
+            start = round_down(extent.start + at, SECTOR)
             yield Extent(extent.path, start, min(READ, extent.start + extent.nbytes - start))
 
 
@@ -284,6 +285,6 @@ def _per_second(work: Callable[[], object], device: torch.device | None = None) 
         work()
         finish()
         times.append(time.perf_counter() - begun)
-    length = -(-len(times) // _ROUNDS)
+    length = ceil_div(len(times), _ROUNDS)
     medians = [median(times[start : start + length]) for start in range(0, len(times), length)]
     return Rate(1 / median(times), 1 / max(medians), 1 / min(medians))

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
 from shardkit.load.modules.blocks import ModuleBlock, cut
@@ -50,7 +51,6 @@ from shardkit.sizes import format_size, parse_size
 
 UNMEASURED = Rates(disk=1.0)  # all time goes into reading
 _LIMITS = 16  # how many of the largest sizes are tried as the largest that streams
-_ALIGNMENT = 64
 _EDGES = 2 * 4096  # of a direct read: what it reads along before and behind a weight
 _DIRECT = 256 << 10  # bytes, from which on weights are read so
 
@@ -187,7 +187,7 @@ class _Sized:
         """What *block* takes in the prefetch buffer, whatever the edges of its reads."""
         sizes = [self.nbytes[weight.names[0]] for weight in block.weights]
         edges = _EDGES * sum(nbytes >= _DIRECT for nbytes in sizes)
-        return edges + sum(-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
+        return edges + sum(round_up(nbytes, ALIGNMENT) for nbytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)
