@@ -26,12 +26,11 @@ from torch.nn.functional import linear
 from shardkit.alignment import ceil_div, round_down, round_up
 from shardkit.load.memory.allocate import Item, memory_of, private
 from shardkit.load.memory.direct_io import SECTOR, Files
-from shardkit.load.streaming.page_layout import READ
+from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.payloads.payload import Extent, unreadable
 from shardkit.sizes import format_size
 from shardkit.system.threads import Pool
 
-_READERS = 3  # as many as a stream has
 _READS = 128  # half a gibibyte at most
 # reads one behind the other, as of a block: a disk is slower where each is far from the last
 _ROW = 16
@@ -189,10 +188,10 @@ def _read_rate(disk: _Disk) -> Rate:
     """By as many threads as a stream has, from what of the places there is time for."""
     files, rest = Files(), iter(list(_places(disk.extents)))
     buffers = [
-        memory_of(private(READ).fill_(0)) for _ in range(_READERS)
+        memory_of(private(READ).fill_(0)) for _ in range(READERS)
     ]  # touched, since fresh memory comes slowly
     try:
-        with Pool(_READERS, "shardkit-rate") as pool:
+        with Pool(READERS, "shardkit-rate") as pool:
             rounds: list[tuple[int, float]] = []
             while len(rounds) < _ROUNDS:
                 begun = time.perf_counter()

@@ -22,8 +22,9 @@ from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Concat, Extent, Payload, Swapped
 
 READ = 4 << 20  # bytes of one read
+READERS = 3  # threads that read side by side for one stream
+DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
 _GAP = 64 << 10
-_DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
 _ALIKE = 100  # lengths are, that differ by less than one part in so many
 
 
@@ -89,7 +90,7 @@ class Layout:
         plan = _Plan([0] * len(payloads))
         alone = dict(enumerate(payloads))
         for run in _runs(payloads):
-            if run.nbytes >= _DIRECT:
+            if run.nbytes >= DIRECT:
                 plan.add_run(run)
                 for number, _ in run.extents:
                     del alone[number]
