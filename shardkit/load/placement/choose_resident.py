@@ -28,6 +28,7 @@ from torch import nn
 from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.memory.direct_io import SECTOR
 from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
@@ -47,7 +48,7 @@ from shardkit.load.performance.cost_model import (
     ring_bytes,
     seconds_with,
 )
-from shardkit.load.placement.device_map import clean_device_map, device_of
+from shardkit.load.placement.device_map import clean_device_map
 from shardkit.load.streaming.page_layout import DIRECT
 from shardkit.sizes import format_size, parse_size
 

@@ -24,6 +24,7 @@ from statistics import fmean
 from torch import nn
 
 from shardkit.load.devices.budgets import Device, MaxMemory, get_max_memory
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.sizes import (
     AnyDType,
     Largest,
@@ -34,7 +35,7 @@ from shardkit.load.modules.sizes import (
     parts,
     tied_groups,
 )
-from shardkit.load.placement.device_map import clean_device_map, device_of
+from shardkit.load.placement.device_map import clean_device_map
 from shardkit.sizes import format_size
 
 Item = tuple[str, Node]
