@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit import alignment
 from shardkit.alignment import ceil_div, round_down, round_up
 
 NUMBERS = st.integers(-(1 << 70), 1 << 70)  # beyond what a float counts exactly
@@ -23,7 +20,3 @@ def test_a_number_lies_between_the_multiples_that_it_is_rounded_to(
     assert low % multiple == high % multiple == 0
     assert high - low == (multiple if number % multiple else 0)
     assert ceil_div(number, multiple) * multiple == high
-
-
-def test_the_examples_of_rounding_are_true() -> None:
-    assert doctest.testmod(alignment, raise_on_error=True).attempted == 3

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 
 from accelerators import KIND, RUNNERS, needs_one
 from libraries import peer
 from shardkit.errors import LoadError
-from shardkit.load.devices import device_lookup
 from shardkit.load.devices.budgets import Device
 from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 
@@ -55,7 +52,3 @@ def test_a_model_without_an_accelerator_runs_on_the_cpu(device_map: dict[str, De
 def test_a_number_is_that_of_an_accelerator(number: int) -> None:
     assert torch_device(number) == torch.device(KIND, number)
     assert main_device({"a": "disk", "b": number, "c": "cpu"}) == torch.device(KIND, number)
-
-
-def test_the_examples_of_devices_are_true() -> None:
-    assert doctest.testmod(device_lookup, raise_on_error=True).attempted == 3
