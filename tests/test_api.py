@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import shardkit
 from repository import GOOD
-from shardkit import brief, errors, near_names
-from shardkit.checkpoint import entries
+from shardkit import alignment, brief, errors, near_names
+from shardkit.checkpoint import device_fit, entries
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DTYPES
 from shardkit.errors import (
@@ -33,6 +33,7 @@ from shardkit.errors import (
     UnknownTensor,
 )
 from shardkit.load import tensors
+from shardkit.load.devices import device_lookup
 from shardkit.load.diagnostics.explanation import Explanation, Part
 from shardkit.load.performance.cost_model import Step
 from shardkit.near_names import near
@@ -215,7 +216,11 @@ def test_a_repr_names_what_is_there() -> None:
     )
 
 
-@pytest.mark.parametrize("module", [brief, entries, near_names], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [alignment, brief, device_fit, device_lookup, entries, near_names],
+    ids=lambda module: module.__name__,
+)
 def test_examples_are_true(module: object) -> None:
     assert inspect.ismodule(module)
     assert doctest.testmod(module).failed == 0

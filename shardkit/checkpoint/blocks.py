@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import PlanError, listed, shown
 
@@ -232,8 +233,6 @@ def _follows(name: str, following: str) -> bool:
         and int(next_step) == int(step) + 1
     )
 
-
-ALIGNMENT = 64
 
 _EXPERT = re.compile(r"(.*?expert\w{0,20}?[._])(\d{1,9})(?=\.|$)")
 

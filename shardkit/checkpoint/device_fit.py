@@ -5,16 +5,86 @@ Blocks are taken in order, each onto the first device from the current one on th
 a device that was left is not returned to. The device that runs what lies on CPU and disk, which is
 the first accelerator, and the CPU as long as something may land on disk, keep room for the largest
 block that is yet to come.
+
+`DeviceQueue` counts the bytes, here and in `shardkit.load.placement.infer_device_map`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
+from typing import Generic, TypeVar
 
 DISK = "disk"
 CPU = "cpu"
+
+D = TypeVar("D", str, int | str)
+
+
+class DeviceQueue(Generic[D]):
+    """Devices that are filled one after the other within their budgets, and then the disk.
+
+    >>> devices = DeviceQueue({"gpu": 10, "cpu": 20}, keepers=("gpu",))
+    >>> devices.put(4), devices.room(largest=5)
+    ('gpu', 1)
+    >>> devices.advance()
+    >>> devices.put(12), devices.free
+    ('cpu', {'gpu': 6, 'cpu': 8})
+
+    Attributes:
+        budgets: what each device may hold, in the order in which they are filled; the disk is not
+            among them.
+        used: bytes that each device holds, the disk with them.
+    """
+
+    def __init__(self, budgets: Mapping[D, int], *, keepers: Iterable[D]) -> None:
+        """Put nothing anywhere yet.
+
+        Args:
+            budgets: bytes for each device; what is said of the disk has no meaning.
+            keepers: the devices that keep room for the largest part that is yet to come.
+        """
+        self.budgets: dict[D, int] = {
+            device: nbytes for device, nbytes in budgets.items() if device != DISK
+        }
+        self.used: dict[D, int] = dict.fromkeys(self.budgets, 0)
+        self.used[DISK] = 0
+        self._waiting: deque[D] = deque(self.used)
+        self._keepers: frozenset[D] = frozenset(keepers)
+
+    @property
+    def current(self) -> D:
+        """The device that is being filled."""
+        return self._waiting[0]
+
+    @property
+    def free(self) -> dict[D, int]:
+        """Bytes of each budget that are not used."""
+        return {device: nbytes - self.used[device] for device, nbytes in self.budgets.items()}
+
+    def kept(self, largest: int) -> int:
+        """What the current device keeps free, where the *largest* part to come has so many
+        bytes.
+        """
+        return largest if self.current in self._keepers else 0
+
+    def room(self, largest: int) -> float:
+        """What the current device may still take; no number is too large for the disk."""
+        if self.current == DISK:
+            return inf
+        return self.budgets[self.current] - self.used[self.current] - self.kept(largest)
+
+    def put(self, nbytes: int) -> D:
+        """Let the current device hold so many bytes more."""
+        self.used[self.current] += nbytes
+        return self.current
+
+    def advance(self) -> None:
+        """Fill the next device from now on."""
+        self._waiting.popleft()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +95,7 @@ class Fit:
         homes: the device of each block, in their order.
         budgets: what each device may hold; the disk is not among them.
         used: bytes of blocks on each device, the disk with them.
+        left: bytes of each budget that no block takes.
         brought: for each device that blocks are brought to, to be run or on their way, the largest
             of these.
         sizes: bytes of each block.
@@ -33,13 +104,9 @@ class Fit:
     homes: Mapping[str, str]
     budgets: Mapping[str, int]
     used: Mapping[str, int]
+    left: Mapping[str, int]
     brought: Mapping[str, str]
     sizes: Mapping[str, int]
-
-    @property
-    def left(self) -> dict[str, int]:
-        """Bytes of each budget that no block takes."""
-        return {device: budget - self.used[device] for device, budget in self.budgets.items()}
 
     @property
     def lacking(self) -> dict[str, int]:
@@ -61,20 +128,16 @@ def fit(sizes: Mapping[str, int], budgets: Mapping[str, int]) -> Fit:
             accelerators, then "cpu".
     """
     keepers = _keepers(budgets)
-    devices = [*budgets, DISK]
-    used = dict.fromkeys(devices, 0)
+    devices = DeviceQueue(budgets, keepers=keepers)
     homes: dict[str, str] = {}
-    for (name, nbytes), reserve in zip(
+    for (name, nbytes), largest in zip(
         sizes.items(), _largest_after(tuple(sizes.values())), strict=True
     ):
-        while devices[0] != DISK:
-            kept = reserve if devices[0] in keepers else 0
-            if used[devices[0]] + nbytes + kept <= budgets[devices[0]]:
-                break
-            devices.pop(0)
-        homes[name] = devices[0]
-        used[devices[0]] += nbytes
-    return Fit(homes, budgets, used, dict(_brought(homes, sizes, keepers)), sizes)
+        while nbytes > devices.room(largest):
+            devices.advance()
+        homes[name] = devices.put(nbytes)
+    brought = dict(_brought(homes, sizes, keepers))
+    return Fit(homes, devices.budgets, devices.used, devices.free, brought, sizes)
 
 
 def _keepers(budgets: Iterable[str]) -> tuple[str, ...]:

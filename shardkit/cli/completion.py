@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import click
 
 _SHORT_TYPES = ("bf16", "fp16", "fp32", "fp64")
-_RATES = ("disk", "copy", "link", "compute")
+RATES = ("disk", "copy", "link", "compute")  # the fields of `shardkit.load.rates.Rates`
 
 
 def formats(
@@ -60,5 +60,5 @@ def rates(context: click.Context, parameter: click.Parameter, incomplete: str) -
     given, comma, last = incomplete.rpartition(",")
     taken = {part.partition("=")[0] for part in given.split(",")}
     return [
-        f"{given}{comma}{name}=" for name in _RATES if name.startswith(last) and name not in taken
+        f"{given}{comma}{name}=" for name in RATES if name.startswith(last) and name not in taken
     ]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.checkpoint import tie_records
 from shardkit.metadata import safetensors_header
 from shardkit.plugin import (
@@ -29,8 +30,6 @@ from shardkit.plugin import (
     TensorEntry,
     coalesced,
 )
-
-_ALIGNMENT = 64
 
 
 def sniff(source: Source) -> bool:
@@ -80,7 +79,7 @@ def lay_out(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
     if not _is_aligned(entries, at=0):
         entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     return (
-        Literal(safetensors_header.dump(entries, metadata, modulus=_ALIGNMENT)),
+        Literal(safetensors_header.dump(entries, metadata, modulus=ALIGNMENT)),
         *_data(entries),
     )
 

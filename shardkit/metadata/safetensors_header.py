@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
 from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, several, shown
@@ -122,7 +123,7 @@ def dump(
     metadata: Mapping[str, str],
     *,
     residue: int = 0,
-    modulus: int = 64,
+    modulus: int = ALIGNMENT,
 ) -> bytes:
     """The first bytes of a file that holds *entries* one after the other: length, JSON, and spaces
     up to the data.

@@ -17,6 +17,7 @@ from itertools import product
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+from shardkit.alignment import ceil_div
 from shardkit.payloads.open_files import OpenExtent
 from shardkit.payloads.payload import Extent, Payload, fill, unreadable
 
@@ -189,7 +190,7 @@ def _ways(
     if outer:
         length, stride = box[outer[-1]]
         together = min(length, 1 + max(0, _WINDOW // itemsize - run) // stride)
-        reads = -(-length // together)
+        reads = ceil_div(length, together)
         price = reads * _SEEK + (length * stride + run) * itemsize
         yield _Way(runs // length * price, run, outer, together)
 

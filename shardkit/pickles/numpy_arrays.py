@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
+from shardkit.alignment import ceil_div
 from shardkit.checkpoint.entries import OtherKind
 from shardkit.dtypes import BY_CODE, BY_TORCH, DType
 from shardkit.errors import shown
@@ -194,7 +195,7 @@ def _check_length(content: bytes | LongString, need: int, what: str) -> None:
         least = most = len(content)
     else:  # a character of Latin-1 text takes one byte or two; how many each, only reading tells
         least, most = (
-            -(-content.nbytes // 2) if content.is_latin1 else content.nbytes,
+            ceil_div(content.nbytes, 2) if content.is_latin1 else content.nbytes,
             content.nbytes,
         )
     if not least <= need <= most:

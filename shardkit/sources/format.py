@@ -16,11 +16,11 @@ from pathlib import Path
 from shardkit.checkpoint.entries import Checkpoint, TensorEntry
 from shardkit.errors import FormatError, Malformed, several, shown
 from shardkit.limits import Limits
+from shardkit.payloads.codec import HEAD
 from shardkit.payloads.compressed import Expanded, Spool
 from shardkit.payloads.payload import Extent, Literal, Part, Payload, unreadable
 from shardkit.sources.zip_directory import DEFLATE, STORED, Member, data_start, read_members
 
-_HEAD = 4096
 _WINDOW = 64 << 10
 
 
@@ -90,13 +90,13 @@ class Source:
 
     @property
     def head(self) -> bytes:
-        """The first bytes, at most 4096."""
-        return self.read(0, min(_HEAD, self.size))
+        """The first bytes, at most `HEAD`."""
+        return self.read(0, min(HEAD, self.size))
 
     @property
     def tail(self) -> bytes:
-        """The last bytes, at most 4096."""
-        count = min(_HEAD, self.size)
+        """The last bytes, at most `HEAD`."""
+        count = min(HEAD, self.size)
         return self.read(self.size - count, count)
 
     @property
@@ -193,15 +193,13 @@ class Source:
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
         stop = start + nbytes
-        return (
-            memoryview(self.read(at, min(_HEAD, stop - at))) for at in range(start, stop, _HEAD)
-        )
+        return (memoryview(self.read(at, min(HEAD, stop - at))) for at in range(start, stop, HEAD))
 
     def _move_window(self, start: int, nbytes: int) -> None:
         # Headers that stand close together are read ahead; of those far apart, as between large
         # weights, little is read.
         near = 0 <= start - self._window_start - len(self._window) < _WINDOW
-        span = min(max(nbytes, _WINDOW if near else _HEAD), self.size - start)
+        span = min(max(nbytes, _WINDOW if near else HEAD), self.size - start)
         self._window = b"".join(bytes(chunk) for chunk in self.content.narrow(start, span).chunks())
         self._window_start = start
 

@@ -1,9 +1,26 @@
 """Open a path: a file, a compressed file, an index or a folder → `Checkpoint`.
 
-1. A folder is the first complete candidate in it, in the order of transformers
-   (`shardkit.sources.candidates`); without one, what a format for folders makes of it; and else its
-   one file with weights.
-2. Whatever else in the folder holds weights is reported as left out.
+==============================  ==================================================================
+what is there                   what is read
+==============================  ==================================================================
+a file                          by the format that its content is of; first expanded if it is
+                                compressed. One shard of several is read alone, and noted.
+an index of shards              the shards that it lists.
+a folder                        the first of these that is there, complete:
+
+                                1. a file or an index that loaders look for, in the order of
+                                   transformers (`shardkit.sources.candidates`);
+                                2. the folder itself, by a format for folders;
+                                3. numbered shards without an index;
+                                4. one of these three in another type than the default, such as
+                                   fp16, if nothing else could be the model;
+                                5. its one file with weights.
+an entry of the Hub's cache     nothing: the error names its ``snapshots``, of which each is a
+                                folder like any other.
+anything else                   nothing: the error says what it is (`shardkit.sources.foreign`).
+==============================  ==================================================================
+
+Whatever else in a folder holds weights is reported as left out.
 """
 
 from __future__ import annotations
@@ -28,20 +45,29 @@ from shardkit.sources.candidates import (
     Candidate,
     expanded,
     in_order,
+    named,
     of_shards,
+    refuse_parallel,
     refuse_rivals,
     sets_in_order,
 )
-from shardkit.sources.folder_contents import holds_weights
+from shardkit.sources.folder_contents import Beside, holds_weights, surroundings
 from shardkit.sources.foreign.diagnosis import never_alone
 from shardkit.sources.format import Source
 from shardkit.sources.left_out import Reader, with_left_out
-from shardkit.sources.loose_files import LooseFiles
 from shardkit.sources.scanner import Scanner, is_folder, is_regular
-from shardkit.sources.weight_file_names import is_index, likeliness, variant_of
+from shardkit.sources.weight_file_names import (
+    is_adapter,
+    is_index,
+    likeliness,
+    training_state,
+    variant_of,
+)
 
 _LOG = logging.getLogger("shardkit")
 _MOST_INDEXES = 8
+_MOST_SCANNED = 8
+_MOST_OPENED = 1_000
 _FLAT_INDEX = re.compile(
     rb'\{\s*"[^"\\]{1,999}"\s*:\s*"[^"\\]{1,999}\.(safetensors|bin|pt|pth)(\.zst)?"'
 )
@@ -89,9 +115,14 @@ def open(
 
 def _opened_file(path: Path, scanner: Scanner) -> Checkpoint:
     source = scanner.source(path)
-    if not _is_index(source):
-        return scanner.alone(source)
-    return with_left_out(scanner.indexed(source), Reader(path.parent, path.name))
+    listing = is_index(expanded(path.name))
+    if not listing:  # then its content says so
+        head = source.head.lstrip()
+        is_flat = path.name.endswith(".json") and bool(_FLAT_INDEX.match(head))
+        listing = is_flat or (head.startswith(b"{") and b'"weight_map"' in head)
+    if listing:
+        return with_left_out(scanner.indexed(source), Reader(path.parent, path.name))
+    return scanner.alone(source)
 
 
 def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
@@ -99,87 +130,103 @@ def _opened_folder(path: Path, scanner: Scanner) -> Checkpoint:
     if part := never_alone(source):
         raise part
     names = [name for name in source.names or () if not name.startswith(".")]
-    if scanner.format and scanner.format.sniff(source):
-        return with_left_out(scanner.scanned(source), Reader(path, scanner.format.name))
     variants = [name for name in names if variant_of(name) is not None]
     defaults = [name for name in names if variant_of(name) is None]
+
+    # The folder itself, by the format that the user names.
+    if scanner.format and scanner.format.sniff(source):
+        return with_left_out(scanner.scanned(source), Reader(path, scanner.format.name))
+
+    # 1. A file or an index that loaders look for.
     offers = _Offers.among(path, defaults, scanner, variants)
     if offers.complete:
-        return offers.read(offers.complete[0])
+        return offers.first()
+
+    # 2. The folder itself.
     if scanner.format is None and not offers.faults and _is_of_a_folder_format(source):
         scanned = scanner.scanned(source)
         return with_left_out(scanned, Reader(path, scanned.format))
-    if (checkpoint := offers.joined()) is not None:
+
+    # 3. Numbered shards without an index.
+    if (checkpoint := offers.shards()) is not None:
         return checkpoint
-    loose = LooseFiles.among(path, names, scanner)
-    if not loose.models:  # a variant that is alone needs no request
+
+    # 4. A variant that is alone needs no request.
+    weights = _weights_among(path, names, scanner)
+    if not any(_is_default_model(name) for name in weights):
         offers = _Offers.among(path, variants, scanner)
-        if (
-            checkpoint := offers.read(offers.complete[0]) if offers.complete else offers.joined()
-        ) is not None:
+        checkpoint = offers.first() if offers.complete else offers.shards()
+        if checkpoint is not None:
             return checkpoint
-    return loose.checkpoint(source)
+
+    # 5. Its one file with weights.
+    return _only_file(source, names, weights, scanner)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Offers:
     """The files and indexes of a folder that loaders look for.
 
     Attributes:
+        folder: the folder.
+        names: of the files in it that are looked at.
+        scanner: how they are read.
+        instead: the end of a hint, which names a variant that is there; "" if there is none.
         complete: those of which all is there, in their order.
         incomplete: indexes that list files that are missing.
-        faults: what to say of each index that is incomplete, or cannot be read, by their names.
-        variants: the names of weights in other types than the default.
+        broken: the names of indexes that cannot be read.
+        faults: what to say of each index that is incomplete or broken, in their order.
     """
 
     folder: Path
     names: Sequence[str]
     scanner: Scanner
+    instead: str
     complete: list[Candidate] = field(default_factory=list)
     incomplete: list[Candidate] = field(default_factory=list)
-    faults: dict[str, FormatError] = field(default_factory=dict)
-    variants: Sequence[str] = ()
+    broken: list[str] = field(default_factory=list)
+    faults: list[FormatError] = field(default_factory=list)
 
     @classmethod
     def among(
         cls, folder: Path, names: Sequence[str], scanner: Scanner, variants: Sequence[str] = ()
     ) -> _Offers:
         """What *names* in *folder* offer; *variants* are named where it is nothing complete."""
-        offers = cls(folder, names, scanner, variants=variants)
+        likely = min(variants, key=lambda name: (not is_index(name), likeliness(name)), default="")
+        instead = f", or give the variant that is there: {folder / likely}" if likely else ""
+        offers = cls(folder, names, scanner, instead)
         indexes = 0
         for name in in_order(names):
+            path = folder / name
             indexes += is_index(name)
-            if indexes <= _MOST_INDEXES:
-                offers._add(name)
+            if indexes > _MOST_INDEXES or not is_regular(path):
+                continue
+            if not is_index(name):
+                if holds_weights(Source.file(path, scanner.limits)):
+                    offers.complete.append(Candidate(name, (name,)))
+                continue
+            try:
+                candidate = scanner.listing(scanner.source(path))
+            except FormatError as error:
+                offers.broken.append(name)
+                offers.faults.append(error)
+                continue
+            if candidate.missing:
+                offers.incomplete.append(candidate)
+                offers.faults.append(candidate.incomplete(folder, instead))
+            else:
+                offers.complete.append(candidate)
         if offers.complete:
             refuse_rivals(folder, offers.complete)
         return offers
 
-    def joined(self) -> Checkpoint | None:
-        """The complete set of numbered shards; None if no file is called like one of a set.
-
-        Raises:
-            FormatError: neither an index nor a set is complete.
+    def first(self) -> Checkpoint:
+        """The checkpoint that the first complete one is, and a note where loaders choose
+        otherwise.
         """
-        sets = sets_in_order(self.names)
-        complete = [each for each in sets if each.is_complete]
-        if complete:
-            refuse_rivals(self.folder, [of_shards(each) for each in complete])
-            chosen = complete[0]
-            checkpoint = self.scanner.set(self.folder, chosen)
-            return with_left_out(checkpoint, self._reader(chosen.pattern, self.incomplete))
-        for fault in self.faults.values():
-            raise fault
-        if sets:
-            raise of_shards(sets[0]).incomplete(
-                self.folder, _or_variant(self.folder, self.variants)
-            )
-        return None
-
-    def read(self, chosen: Candidate) -> Checkpoint:
-        """The checkpoint that *chosen* is, and a note where loaders choose otherwise."""
+        chosen, *others = self.complete
+        passed = [*others, *self.incomplete]
         path = self.folder / chosen.name
-        passed = [each for each in (*self.complete, *self.incomplete) if each is not chosen]
         if chosen.is_file:
             self.scanner.refuse_stale(self.folder, {expanded(chosen.name): path})
             checkpoint = self.scanner.file(path)
@@ -189,41 +236,32 @@ class _Offers:
             (each for each in passed if each.index and each.is_safe == chosen.is_safe), None
         )
         if chosen.is_file and rival is not None and not rival.missing:
-            checkpoint = replace(checkpoint, notes=(_differ(chosen, rival), *checkpoint.notes))
-        return with_left_out(checkpoint, self._reader(chosen.name, passed))
-
-    def _reader(self, chosen: str, passed: Sequence[Candidate]) -> Reader:
-        broken = [name for name in self.faults if all(each.name != name for each in passed)]
-        return Reader(self.folder, chosen, passed, broken)
-
-    def _add(self, name: str) -> None:
-        path = self.folder / name
-        if not is_regular(path):
-            return
-        if not is_index(name):
-            if holds_weights(Source.file(path, self.scanner.limits)):
-                self.complete.append(Candidate(name, (name,)))
-            return
-        try:
-            candidate = self.scanner.listing(self.scanner.source(path))
-        except FormatError as error:
-            self.faults[name] = error
-            return
-        if candidate.missing:
-            self.faults[name] = candidate.incomplete(
-                self.folder, _or_variant(self.folder, self.variants)
+            note = (
+                f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of "
+                f"{shown(rival.name)}: transformers and "
+                "accelerate load the single file, huggingface_hub and diffusers the shards"
             )
-            self.incomplete.append(candidate)
-        else:
-            self.complete.append(candidate)
+            checkpoint = replace(checkpoint, notes=(note, *checkpoint.notes))
+        return with_left_out(checkpoint, Reader(self.folder, chosen.name, passed, self.broken))
 
+    def shards(self) -> Checkpoint | None:
+        """The complete set of numbered shards; None if no file is called like one of a set.
 
-def _is_index(source: Source) -> bool:
-    if is_index(expanded(source.path.name)):
-        return True
-    head = source.head.lstrip()
-    is_flat = source.path.name.endswith(".json") and bool(_FLAT_INDEX.match(head))
-    return is_flat or (head.startswith(b"{") and b'"weight_map"' in head)
+        Raises:
+            FormatError: neither an index nor a set is complete.
+        """
+        sets = sets_in_order(self.names)
+        complete = [each for each in sets if each.is_complete]
+        if complete:
+            refuse_rivals(self.folder, [of_shards(each) for each in complete])
+            checkpoint = self.scanner.set(self.folder, complete[0])
+            reader = Reader(self.folder, complete[0].pattern, self.incomplete, self.broken)
+            return with_left_out(checkpoint, reader)
+        if self.faults:
+            raise self.faults[0]
+        if sets:
+            raise of_shards(sets[0]).incomplete(self.folder, self.instead)
+        return None
 
 
 def _is_of_a_folder_format(source: Source) -> bool:
@@ -241,19 +279,130 @@ def _is_of_a_folder_format(source: Source) -> bool:
         return False
 
 
-def _differ(chosen: Candidate, rival: Candidate) -> str:
-    return (
-        f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of "
-        f"{shown(rival.name)}: transformers and "
-        "accelerate load the single file, huggingface_hub and diffusers the shards"
+def _weights_among(folder: Path, names: Sequence[str], scanner: Scanner) -> list[str]:
+    """Those of the files called *names* that may hold weights."""
+    endings = tuple(registry.suffixes())
+    likely_first = sorted(names, key=lambda name: not name.endswith(endings))
+    regular = (name for name in likely_first if is_regular(folder / name))
+    weights: list[str] = []
+    for _, name in zip(range(_MOST_OPENED), regular, strict=False):
+        try:
+            if holds_weights(Source.file(folder / name, scanner.limits)):
+                weights.append(name)
+        except FormatError:
+            weights.append(name)
+    return sorted(weights)
+
+
+def _is_default_model(name: str) -> bool:
+    """Whether a file with weights called *name* may be a model of the default type."""
+    is_state = training_state(expanded(name)) is not None
+    return not is_state and variant_of(name) is None and not is_adapter(name)
+
+
+def _only_file(
+    source: Source, names: Sequence[str], weights: Sequence[str], scanner: Scanner
+) -> Checkpoint:
+    """The one file of the folder *source* that may be a model.
+
+    Args:
+        source: a folder without anything that loaders look for.
+        names: of all files in it.
+        weights: those of them that may hold weights.
+        scanner: how they are read.
+
+    Raises:
+        FormatError: there is none, or there are several, or it cannot be read.
+    """
+    folder = source.path
+    others = [name for name in weights if training_state(expanded(name)) is None]
+    models = (
+        [name for name in others if _is_default_model(name)]
+        or [name for name in others if variant_of(name) is None]
+        or others
     )
+    refuse_parallel(folder, models)
+
+    # What differs from a file of safetensors in its ending only is the same model.
+    safe = {expanded(name).removesuffix(".safetensors") for name in models if _is_safe(name)}
+    models = [name for name in models if _is_safe(name) or name.rpartition(".")[0] not in safe]
+
+    # Of several, the only one that holds a tensor.
+    if len(models) > 1:
+        scanned = {name: scanner.file(folder / name) for name in models[:_MOST_SCANNED]}
+        bearing = [
+            name
+            for name, each in scanned.items()
+            if each.tensors or any(other.is_weight for other in each.others)
+        ]
+        if len(bearing) != 1 or len(scanned) != len(models):
+            raise UnknownFormat(
+                folder,
+                f"holds {len(models):,} files with weights and no index that joins them: "
+                f"{named(models)}",
+                hint=f"give one of them, as in {folder / min(models, key=likeliness)}; if they "
+                "are shards of one model, fetch its *.index.json",
+            )
+        models = bearing
+
+    if models:
+        path = folder / models[0]
+        scanner.refuse_stale(folder, {expanded(path.name): path})
+        return with_left_out(scanner.file(path), Reader(folder, path.name))
+    if weights:
+        what = [
+            f"{shown(name)} ({training_state(expanded(name))})" for name in weights[:_MOST_SCANNED]
+        ]
+        raise UnknownFormat(
+            folder,
+            f"holds the state of a trainer and no model: {', '.join(what)}",
+            hint=_give_a_folder(folder, _folders_with_weights(folder))
+            or "give the file or folder with the weights",
+        )
+    return _without_weights(source, names, scanner)
 
 
-def _or_variant(folder: Path, variants: Sequence[str]) -> str:
-    if not variants:
-        return ""
-    likely = min(variants, key=lambda name: (not is_index(name), likeliness(name)))
-    return f", or give the variant that is there: {folder / likely}"
+def _is_safe(name: str) -> bool:
+    return ".safetensors" in name
+
+
+def _without_weights(source: Source, names: Sequence[str], scanner: Scanner) -> Checkpoint:
+    """What a format for folders makes of the folder *source*, in which no file holds weights.
+
+    Raises:
+        FormatError: none does.
+    """
+    try:
+        registry.recognise(source)
+        return scanner.scanned(source)
+    except UnknownFormat as error:
+        if error.claimed:
+            raise
+        unknown = error
+    folder, endings = source.path, tuple(registry.suffixes())
+    for name in names:
+        if name.endswith(endings) and not (folder / name).is_dir():
+            scanner.file(folder / name)  # says what is wrong with it
+    inside = _folders_with_weights(folder)
+    if inside and "snapshots" not in names:  # an entry of a cache, of which the error says more
+        message = f"holds weights in subfolders only: {named([each.path for each in inside])}"
+        raise UnknownFormat(folder, message, hint=_give_a_folder(folder, inside))
+    raise unknown
+
+
+def _folders_with_weights(folder: Path) -> list[Beside]:
+    beside = surroundings(folder, ()).beside
+    return [each for each in beside if each.is_folder and each.role.is_weights]
+
+
+def _give_a_folder(folder: Path, inside: Sequence[Beside]) -> str | None:
+    """A hint at the likeliest of the subfolders *inside*; None if there is none."""
+    if not inside:
+        return None
+    likely = min(
+        inside, key=lambda each: (likeliness(each.path[:-1].rpartition("/")[2]), -each.nbytes)
+    )
+    return f"give one of its folders, as in {folder / likely.path}"
 
 
 @contextmanager

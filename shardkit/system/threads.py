@@ -177,7 +177,7 @@ def _do(future: Future[Any], act: Callable[[], object]) -> None:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TOGETHER = 8  # more than this do not help one disk
+TOGETHER = 8  # files read side by side: more do not help one disk
 
 
 def each(
@@ -216,7 +216,7 @@ def each(
                 failures[number] = error
                 stop.set()
 
-    together = min(_TOGETHER, os.cpu_count() or 1, len(wanted))
+    together = min(TOGETHER, os.cpu_count() or 1, len(wanted))
     with Pool(max(1, together), "shardkit-read") as pool:
         try:
             for future in [pool.submit(work) for _ in range(together)]:

@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from shardkit.payloads.codec import Codec, Frame
+from shardkit.payloads.codec import HEAD, Codec, Frame
 from shardkit.payloads.payload import CHUNK, Extent, Literal
+from shardkit.planning.frames import FRAME
 from shardkit.testing import foreign
 from shardkit.testing.damage import changed, damages, places
 from shardkit.testing.payloads import Watched, expect
 from shardkit.testing.sources import saying
-
-_HEAD = 4096
-_FRAME = 2 << 20  # what is compressed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +45,13 @@ def check_recognition(codec: Codec, sample: CodecSample) -> None:
     expands to.
     """
     expect(
-        codec.sniff(sample.path.read_bytes()[:_HEAD]) is True,
+        codec.sniff(sample.path.read_bytes()[:HEAD]) is True,
         "sniff must return True for the first bytes of the sample",
     )
     for name, content in foreign.contents():
         if not name.startswith("a gzip"):
-            expect(codec.sniff(content[:_HEAD]) is False, f"sniff claims {name}")
-    expect(codec.sniff(sample.expanded[:_HEAD]) is False, "sniff claims what the sample expands to")
+            expect(codec.sniff(content[:HEAD]) is False, f"sniff claims {name}")
+    expect(codec.sniff(sample.expanded[:HEAD]) is False, "sniff claims what the sample expands to")
 
 
 def check_pieces(codec: Codec, sample: CodecSample) -> None:
@@ -133,10 +131,10 @@ def check_compress(codec: Codec, sample: CodecSample) -> None:
     """
     if codec.compress is None:
         return
-    contents = [sample.expanded[:_FRAME], b"", bytes(_FRAME), bytes(range(256)) * 40]
+    contents = [sample.expanded[:FRAME], b"", bytes(FRAME), bytes(range(256)) * 40]
     made = [codec.compress(memoryview(content)) for content in contents]
     expect(
-        all(map(codec.sniff, (frame[:_HEAD] for frame in made))),
+        all(map(codec.sniff, (frame[:HEAD] for frame in made))),
         "sniff does not claim what compress gives",
     )
     for frame, content in zip(made, contents, strict=True):

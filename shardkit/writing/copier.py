@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from shardkit.alignment import round_down, round_up
 from shardkit.payloads.payload import (
     CHUNK,
     PAGE,
@@ -88,8 +89,8 @@ def clonable(extent: Extent, at: int) -> int:
     """
     if (extent.start - at) % PAGE:
         return 0
-    first = -(-extent.start // PAGE) * PAGE
-    last = (extent.start + extent.nbytes) // PAGE * PAGE
+    first = round_up(extent.start, PAGE)
+    last = round_down(extent.start + extent.nbytes, PAGE)
     return max(0, last - first)
 
 

@@ -24,14 +24,13 @@ from shardkit.payloads.payload import Extent, Literal, Trailer
 from shardkit.planning.plan import OutputFile, Plan
 from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
-from shardkit.system.threads import Pool
+from shardkit.system.threads import TOGETHER, Pool
 from shardkit.writing import reference_check
 from shardkit.writing.compress import write_compressed
 from shardkit.writing.copier import Copier, Engine, See, can_clone, clonable, engine_of, reserve
 from shardkit.writing.transaction import Transaction
 
 _LOG = logging.getLogger("shardkit")
-_TOGETHER = 8  # more files at a time than this do not help one disk
 
 
 def write(
@@ -90,7 +89,7 @@ def _at_a_time(plan: Plan) -> int:
     out what is left of them. But one that is compressed takes all processors by itself, and memory.
     """
     processors = os.cpu_count() or 1
-    return min(_TOGETHER, processors if any(file.codec for file in plan.files) else processors + 1)
+    return min(TOGETHER, processors if any(file.codec for file in plan.files) else processors + 1)
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:

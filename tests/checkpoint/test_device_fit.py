@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardkit.checkpoint.device_fit import fit
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.init_empty import init_empty_weights
-from shardkit.load.placement.device_map import device_of
 from shardkit.load.placement.infer_device_map import infer_auto_device_map
 
 SIZES = st.lists(st.integers(0, 30), max_size=20).map(

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from repository import GOOD
-from shardkit.cli import main
+from shardkit.cli import completion, main
+from shardkit.load.performance.cost_model import STAGES
 
 Capture = pytest.CaptureFixture[str]
 
@@ -163,6 +164,10 @@ def matrices(tmp_path: Path) -> Path:
     layers = {f"layers.{at}.weight": torch.zeros(500, 500) for at in range(10)}
     save_file({"embed.weight": torch.zeros(1000, 500), **layers}, tmp_path / "model.safetensors")
     return tmp_path
+
+
+def test_a_rate_can_be_given_for_each_stage_of_a_forward() -> None:
+    assert completion.RATES == STAGES
 
 
 def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys: Capture) -> None:

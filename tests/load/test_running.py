@@ -19,10 +19,10 @@ from torch import nn
 
 from accelerators import RUNNERS
 from shardkit.errors import LoadError, Mismatch, NotTrained
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.dispatch.accelerate_api import dispatch_model
 from shardkit.load.dispatch.attachments import attachments, remove_hooks
 from shardkit.load.hooks.streaming_hooks import Pager
-from shardkit.load.placement.device_map import device_of
 from toys import (
     IDS,
     LAYERS,

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from shardkit.dtypes import DType
     from shardkit.limits import Limits
 
-_RATES = ("disk", "copy", "link", "compute")
 _DEVICE = re.compile(r"(?:(?:cuda|xpu):)?(\d+)", re.ASCII)
 
 
@@ -31,9 +30,9 @@ def parse_rates(
     rates: dict[str, int] = {}
     for part in word.split(",") if word else ():
         name, _, size = part.strip().partition("=")
-        if name not in _RATES:
+        if name not in completion.RATES:
             raise click.BadParameter(
-                f"{part!r} must be NAME=SIZE, and NAME one of {', '.join(_RATES)}"
+                f"{part!r} must be NAME=SIZE, and NAME one of {', '.join(completion.RATES)}"
             )
         rates[name] = _nbytes(size.removesuffix("/s"), least=1)
     return rates
@@ -172,7 +171,7 @@ def _refuse_idle(context: click.Context, *, predict: bool, rates: Mapping[str, i
         raise click.UsageError(
             "--tokens has no effect without --predict, which measures with so many", context
         )
-    if predict and len(rates) == len(_RATES):
+    if predict and len(rates) == len(completion.RATES):
         raise click.UsageError("--predict has no effect: --rates gives every rate", context)
     if tokens and "compute" in rates:
         raise click.UsageError(

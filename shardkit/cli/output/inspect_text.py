@@ -13,6 +13,7 @@ from shardkit.checkpoint.entries import Checkpoint, OtherKind, TensorEntry
 from shardkit.checkpoint.model_root import select_root
 from shardkit.cli.output.name_tree import Leaf, Line, outline
 from shardkit.cli.output.printing import (
+    INDENT,
     Role,
     aligned,
     listed,
@@ -31,7 +32,6 @@ _MOST_LINES = 200
 _MOST_NAMES = 10
 _LONGEST = 120  # characters of a label or remark
 _DEEPEST = 30  # levels; what lies deeper is not indented further
-_STEP = "  "
 _SIZE_COLUMN = frozenset({3})
 
 
@@ -109,7 +109,7 @@ def _seen_from(entry: TensorEntry, kept: TensorEntry) -> str:
 
 
 def _cells(line: Line) -> tuple[str, str, str, str, str]:
-    indent = _STEP * min(line.depth, _DEEPEST)
+    indent = INDENT * min(line.depth, _DEEPEST)
     if line.item is None:
         return f"{indent}… {line.hidden:,} more", "", "", "", ""
     item = line.item

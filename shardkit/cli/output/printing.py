@@ -22,7 +22,7 @@ from shardkit.sizes import format_size
 if TYPE_CHECKING:
     from shardkit.checkpoint.entries import LeftOut
 
-_STEP = "  "
+INDENT = "  "
 _MOST_PARTS = 10
 
 
@@ -161,7 +161,7 @@ def aligned(
         ]
         if row[0] in roles:
             cells[0] = painted(cells[0], roles[row[0]])
-        yield f"{_STEP * indent}{_STEP.join(cells)}".rstrip()
+        yield f"{INDENT * indent}{INDENT.join(cells)}".rstrip()
 
 
 def remarked(rows: Iterable[Sequence[str]], *, indent: int = 1) -> Iterator[str]:

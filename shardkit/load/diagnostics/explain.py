@@ -16,7 +16,9 @@ from typing import overload
 import torch
 from torch import nn
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.load.devices.budgets import Device, device_key
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.diagnostics.explanation import Explanation, Part, PipelineExplanation
 from shardkit.load.dispatch.attachments import attachments
 from shardkit.load.hooks.forward_timer import Clock
@@ -30,8 +32,7 @@ from shardkit.load.modules.torch_internals import own_modules
 from shardkit.load.modules.weights import ParameterSlot, Weight, weights_of
 from shardkit.load.performance.bandwidth import Product, Rates, common_product, measure
 from shardkit.load.performance.cost_model import predict, step_of
-from shardkit.load.placement.device_map import covers, device_of, inside
-from shardkit.load.streaming.page_layout import ALIGNMENT
+from shardkit.load.placement.device_map import covers, inside
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.compressed import Framed
 from shardkit.payloads.payload import Extent, Payload

@@ -28,6 +28,7 @@ from torch import nn
 
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key
+from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 from shardkit.load.dispatch.attach import (
     DispatchConfig,
     arrange,
@@ -42,9 +43,7 @@ from shardkit.load.loading import install
 from shardkit.load.loading.load_checkpoint import (
     floating,
     load_checkpoint_in_model,
-    main_device,
     match,
-    torch_device,
     without_meaning,
 )
 from shardkit.load.loading.match import Match
@@ -53,7 +52,7 @@ from shardkit.load.modules.sizes import class_names
 from shardkit.load.modules.weights import weights_of
 from shardkit.load.performance.bandwidth import Rates, rates_for
 from shardkit.load.performance.cost_model import Ring
-from shardkit.load.placement.device_map import DeviceMap, check_device_map, device_of
+from shardkit.load.placement.device_map import DeviceMap, check_device_map
 from shardkit.load.placement.resolve_device_map import PlacementOptions
 
 _Model = TypeVar("_Model", bound=nn.Module)

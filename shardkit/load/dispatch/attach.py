@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.errors import LoadError, several
 from shardkit.load.devices.budgets import Device, device_key
+from shardkit.load.devices.device_lookup import device_of, torch_device
 from shardkit.load.devices.transfers import DeviceTransfer, lane_to
 from shardkit.load.dispatch.attachments import attachments, detach
 from shardkit.load.dispatch.streamed_block import StreamedBlock, ring_for
@@ -36,7 +37,6 @@ from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.loading.install import place, renew
-from shardkit.load.loading.load_checkpoint import torch_device
 from shardkit.load.loading.match import listed
 from shardkit.load.modules.blocks import Cut, ModuleBlock, cut
 from shardkit.load.modules.model_group import called
@@ -44,7 +44,7 @@ from shardkit.load.modules.quantised import is_packed
 from shardkit.load.modules.torch_internals import non_persistent_buffers, own_buffers
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.cost_model import Depth, Ring
-from shardkit.load.placement.device_map import DeviceMap, covers, device_of, inside, reported
+from shardkit.load.placement.device_map import DeviceMap, covers, inside, reported
 from shardkit.load.streaming.page_layout import Layout
 from shardkit.load.streaming.pinned_blocks import kept_recipes
 from shardkit.load.streaming.prefetcher import Stream

@@ -14,6 +14,7 @@ from torch import nn
 from shardkit.checkpoint.edits import Edited
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import LoadError, Mismatch, shown, shown_path
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.dispatch.attach import DispatchConfig, put
 from shardkit.load.dispatch.model_entries import entries_of
 from shardkit.load.lazy.checkpoint import LoadedHeaders
@@ -22,7 +23,6 @@ from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.loading import install
 from shardkit.load.loading.match import assign, listed
 from shardkit.load.modules.weights import Weight, weights_of
-from shardkit.load.placement.device_map import device_of
 from shardkit.operations.write_output import write_output
 from shardkit.planning.output import Output
 from shardkit.planning.plan import plan_folder

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from shardkit.load.devices.budgets import accelerator, device_key
+from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.hooks.device_moves import moved
-from shardkit.load.loading.load_checkpoint import torch_device
 from shardkit.load.modules.torch_modes import eager
 
 _Model = TypeVar("_Model", bound=nn.Module)

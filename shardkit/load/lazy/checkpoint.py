@@ -20,7 +20,7 @@ from shardkit.dtypes import DType
 from shardkit.errors import LoadError, UnknownTensor, listed, shown, shown_path
 from shardkit.formats import torch_legacy, torch_script  # noqa: F401 - here, beside torch, and not in the first load
 from shardkit.limits import Limits
-from shardkit.load.lazy.lazy_ops import device_of
+from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.paged import Paged
 from shardkit.near_names import near
 from shardkit.operations.integrity import refuse_unlike_written
@@ -154,7 +154,7 @@ def tensors(
     """
     opened = LoadedHeaders.at(path, root=root, limits=limits)
     undense = {name: other for name, other in opened.others.items() if other.is_weight}
-    return _Weights(opened.entries, undense, device_of(device), opened.files)
+    return _Weights(opened.entries, undense, torch_device(device), opened.files)
 
 
 class _Weights(Mapping[str, Paged]):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardkit.errors import LoadError
+from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.backing import Backing
 from shardkit.load.lazy.lazy_view import Recipe, join
 from shardkit.load.memory.allocate import memory_of
@@ -61,25 +61,6 @@ def record(func: Operation, args: Arguments, options: Options) -> object:
     """
     recording = _RECORDING.get(func) or (_view if func.is_view else None)
     return recording(func, args, options) if recording else NotImplemented
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """*device* with its number, as tensors on it say it.
-
-    Raises:
-        LoadError: there is no such device.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # torch raises what it likes, device by device
-        raise LoadError(
-            f"{str(device)!r} is no device that torch can use here: {error}",
-            hint='give another, as in "cpu" or "cuda:0"',
-        ) from None
 
 
 def _view(func: Operation, args: Arguments, options: Options) -> object:
@@ -136,7 +117,7 @@ def _copy(func: Operation, args: Arguments, options: Options) -> object:
     recipe = source.recipe.copied(copy)
     if recipe is None:
         return NotImplemented
-    there = device if device == source.device else device_of(device)
+    there = device if device == source.device else torch_device(device)
     return Address(recipe, there, is_copy=source.backing is not None)
 
 

@@ -32,9 +32,10 @@ from torch import nn
 from shardkit.checkpoint.entries import SourceFile, TensorEntry
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError, ReadOnly, shown, shown_path
+from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.backing import Backing
 from shardkit.load.lazy.file_watch import refuse_changed
-from shardkit.load.lazy.lazy_ops import Address, Arguments, Options, device_of, record
+from shardkit.load.lazy.lazy_ops import Address, Arguments, Options, record
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.storages import STORAGES, Storage
 from shardkit.load.lazy.torch_operations import (
@@ -121,7 +122,7 @@ class Paged(torch.Tensor):
         Raises:
             LoadError: torch has no such tensors, or there is no such device.
         """
-        return cls(Recipe.of(entry, files), device_of(device))
+        return cls(Recipe.of(entry, files), torch_device(device))
 
     @property
     def payload(self) -> Payload:

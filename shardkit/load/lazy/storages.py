@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import FormatError, NoRoom, shown_path
 from shardkit.load.lazy.file_watch import changed
@@ -41,7 +42,6 @@ from shardkit.system.fork import begin_again_in_children
 _ROOM = (
     1 << 30 if sys.platform == "linux" else 0
 )  # bytes of a temporary file; elsewhere it takes them when it is made
-_ALIGNMENT = 64
 
 
 class Storage:
@@ -238,7 +238,7 @@ class Scratch:
     def place(self, nbytes: int) -> Place:
         """Room for *nbytes* bytes."""
         place = Place(self, self._at, self._address + self._at)
-        taken = min(self.free, -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+        taken = min(self.free, round_up(nbytes, ALIGNMENT))
         self._at, self.free = self._at + taken, self.free - taken
         return place
 

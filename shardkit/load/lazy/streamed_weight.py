@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from shardkit.errors import LoadError, NotTrained, shown
+from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.backing import Backing, check_room
-from shardkit.load.lazy.lazy_ops import Address, device_of
+from shardkit.load.lazy.lazy_ops import Address
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.torch_operations import asked_of_to
@@ -74,7 +75,7 @@ class Streamed(Paged):
         if (
             self.seated
             and device is not None
-            and (device.type != self.device.type or device_of(device) != self.device)
+            and (device.type != self.device.type or torch_device(device) != self.device)
         ):
             raise _immovable()
         return super().to(*args, **kwargs)

@@ -25,16 +25,12 @@ from torch import nn
 
 from shardkit.errors import LoadError, shown
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
+from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 from shardkit.load.dispatch.attach import DispatchConfig, arrange, reported_map
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries import diffusers_model, diffusers_pipeline, transformers_model
 from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request
-from shardkit.load.loading.load_checkpoint import (
-    floating,
-    main_device,
-    torch_device,
-    without_meaning,
-)
+from shardkit.load.loading.load_checkpoint import floating, without_meaning
 from shardkit.load.loading.match import listed
 from shardkit.load.modules.model_group import ModelGroup
 from shardkit.load.modules.quantised import is_packed
@@ -42,7 +38,7 @@ from shardkit.load.modules.sizes import module_sizes
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.bandwidth import Rates, rates_for
 from shardkit.load.performance.cost_model import Ring
-from shardkit.load.placement.device_map import DeviceMap, check_device_map, device_of
+from shardkit.load.placement.device_map import DeviceMap, check_device_map
 from shardkit.load.placement.resolve_device_map import MODES, PlacementOptions
 from shardkit.sizes import format_size
 

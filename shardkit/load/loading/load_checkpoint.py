@@ -14,15 +14,14 @@ from torch import nn
 
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import LoadError, Mismatch, shown
-from shardkit.load.devices.budgets import Device, accelerator, device_key
+from shardkit.load.devices.budgets import Device, device_key
+from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 from shardkit.load.lazy.checkpoint import LoadedHeaders
-from shardkit.load.lazy.lazy_ops import device_of
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.loading.install import install, read, read_extra, share
 from shardkit.load.loading.match import Assignment, Match, assign, listed
 from shardkit.load.modules.weights import torch_type, weights_of
 from shardkit.load.placement.device_map import DeviceMap, check_device_map
-from shardkit.load.placement.device_map import device_of as mapped_device
 from shardkit.sources.open import collector_paused
 
 
@@ -165,32 +164,6 @@ def floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def main_device(device_map: Mapping[str, Device]) -> torch.device:
-    """Where a model with such a map runs: on its first accelerator, or else on the CPU.
-
-    Raises:
-        LoadError: there is no such accelerator.
-    """
-    accelerators = [device for device in device_map.values() if device not in ("cpu", "disk")]
-    return torch_device(accelerators[0] if accelerators else "cpu")
-
-
-def torch_device(device: Device) -> torch.device:
-    """A device of a device map as torch names it.
-
-    Raises:
-        LoadError: there is no such device.
-    """
-    if isinstance(device, str):
-        return device_of(device)
-    there = accelerator()
-    if there is None:
-        raise LoadError(
-            f"there is no accelerator {device}, nor any other", hint='use "cpu" and "disk" only'
-        )
-    return device_of(f"{there.type}:{device}")
-
-
 def _refuse(*, offload_8bit_bnb: bool, full_state_dict: bool, broadcast_from_rank0: bool) -> None:
     if offload_8bit_bnb:
         raise LoadError(
@@ -257,7 +230,7 @@ class _Places:
         on_disk: list[Match] = []
         resident: list[tuple[Match, torch.device]] = []
         for home in homes:
-            device = None if self.keys is None else mapped_device(home.names[0], self.keys)
+            device = None if self.keys is None else device_of(home.names[0], self.keys)
             if device == "disk" and (self.buffers_too or not home.is_buffer):
                 on_disk.append(home)
             else:

@@ -5,8 +5,8 @@
 2. Tensors share an arena of `_ARENA` bytes, so that huge pages round up none of the small ones; a
    larger tensor has one of its own. Each tensor is a storage of its own, so that saving one saves
    no other, and an arena lives as long as one of its tensors does.
-3. Tensors begin at multiples of 64 bytes: the result of a float32 product can differ in its last
-   bit where they do not.
+3. Tensors begin at multiples of `ALIGNMENT` bytes: the result of a float32 product can differ in
+   its last bit where they do not.
 4. What raises leaves nothing behind: no thread, no open file, no memory.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.load.memory.arenas import HUGE, Arena
 from shardkit.load.memory.first_touch import FirstTouch
 from shardkit.load.memory.parallel_reads import WORKERS, Fill, address, fill_all
@@ -26,7 +27,6 @@ from shardkit.system.progress import OnBytes
 
 Item = tuple[Payload, torch.dtype, Sequence[int]]
 
-_ALIGNMENT = 64
 _ARENA = 64 << 20
 
 
@@ -143,7 +143,7 @@ def _grouped(items: Iterable[Item]) -> Iterator[tuple[list[tuple[int, Item]], in
     group: list[tuple[int, Item]] = []
     at = 0
     for item in items:
-        size = -(-item[0].nbytes // _ALIGNMENT) * _ALIGNMENT
+        size = round_up(item[0].nbytes, ALIGNMENT)
         if group and at + size > _ARENA:
             yield group, at
             group, at = [], 0

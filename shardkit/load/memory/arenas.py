@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from shardkit.alignment import round_down
 from shardkit.errors import LoadError
 from shardkit.payloads.payload import Extent, ended_early, unreadable
 from shardkit.sizes import format_size
@@ -43,7 +44,7 @@ class Arena:
             LoadError: there is no room for it.
         """
         arena = cls.untouched(nbytes)
-        whole = nbytes // HUGE * HUGE
+        whole = round_down(nbytes, HUGE)
         if whole and hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages
                 arena.mapping.madvise(mmap.MADV_HUGEPAGE, arena.start, whole)
@@ -64,7 +65,7 @@ class Arena:
         if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return cls(mapping, 0)
         start = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % HUGE
-        whole = nbytes // HUGE * HUGE
+        whole = round_down(nbytes, HUGE)
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_NOHUGEPAGE, start + whole, room - start - whole)
         return cls(mapping, start)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from shardkit.alignment import round_up
 from shardkit.load.memory.direct_io import SECTOR, Files
 from shardkit.load.memory.thread_buffers import PIECE, ROOM, pieces_of, room
 from shardkit.payloads.cast import GRAIN, Cast, parts, tensor_over
@@ -56,7 +57,7 @@ def _read_directly(extent: Extent, files: Files) -> Iterator[memoryview]:
     stop = extent.start + extent.nbytes
     for at in range(extent.start, stop, ROOM):
         before, nbytes = at % SECTOR, min(ROOM, stop - at)
-        whole = -(-(before + nbytes) // SECTOR) * SECTOR
+        whole = round_up(before + nbytes, SECTOR)
         file.read_sectors(room()[:whole], at - before, before + nbytes)
         yield room()[before : before + nbytes]
 

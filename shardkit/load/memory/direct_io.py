@@ -26,6 +26,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from shardkit.alignment import round_down
 from shardkit.payloads.payload import Extent, ended_early, unreadable
 
 SECTOR = 4096
@@ -196,7 +197,7 @@ class _Residency:
         if not self._address or place >= self._nbytes:
             return False
         told = ctypes.c_ubyte()
-        page = self._address + place // mmap.PAGESIZE * mmap.PAGESIZE
+        page = self._address + round_down(place, mmap.PAGESIZE)
         return _mincore()(
             ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(told)
         ) == 0 and bool(told.value & 1)

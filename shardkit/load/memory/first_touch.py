@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
+from shardkit.alignment import round_down
 from shardkit.load.memory.arenas import HUGE, Arena
 
 Advise = Callable[[int, int, int], bool]
@@ -117,7 +118,7 @@ class FirstTouch:
         return (huge, left, False) if self._requests % _AGAIN else (not huge, 1, True)
 
     def _populate(self, start: int, stop: int) -> None:
-        start -= start % mmap.PAGESIZE
+        start = round_down(start, mmap.PAGESIZE)
         self._populates = self._populates and self._advise(
             start, stop - start, _MADV_POPULATE_WRITE
         )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from shardkit.alignment import ceil_div
 from shardkit.dtypes import BY_TORCH, parse_dtype
 from shardkit.errors import BadDType, shown
 from shardkit.load.modules.torch_internals import own_modules
@@ -179,7 +180,7 @@ def _loaded(tensor: torch.Tensor, target: torch.dtype | None) -> int:
         return 0
     if target is None or target == tensor.dtype:
         return tensor.numel() * tensor.element_size()
-    return -(-tensor.numel() * _bits(target) // 8)
+    return ceil_div(tensor.numel() * _bits(target), 8)
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -23,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
+from shardkit.alignment import ceil_div, round_down, round_up
 from shardkit.load.memory.allocate import Item, memory_of, private
 from shardkit.load.memory.direct_io import SECTOR, Files
-from shardkit.load.streaming.page_layout import READ
+from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.payloads.payload import Extent, unreadable
 from shardkit.sizes import format_size
 from shardkit.system.threads import Pool
 
-_READERS = 3  # as many as a stream has
 _READS = 128  # half a gibibyte at most
 # reads one behind the other, as of a block: a disk is slower where each is far from the last
 _ROW = 16
@@ -188,10 +188,10 @@ def _read_rate(disk: _Disk) -> Rate:
     """By as many threads as a stream has, from what of the places there is time for."""
     files, rest = Files(), iter(list(_places(disk.extents)))
     buffers = [
-        memory_of(private(READ).fill_(0)) for _ in range(_READERS)
+        memory_of(private(READ).fill_(0)) for _ in range(READERS)
     ]  # touched, since fresh memory comes slowly
     try:
-        with Pool(_READERS, "shardkit-rate") as pool:
+        with Pool(READERS, "shardkit-rate") as pool:
             rounds: list[tuple[int, float]] = []
             while len(rounds) < _ROUNDS:
                 begun = time.perf_counter()
@@ -214,7 +214,7 @@ def _read_for_a_while(files: Files, rest: Iterator[Extent], memory: memoryview) 
     nbytes = 0
     for place in rest:
         files.at(place.path).read_sectors(
-            memory[: -(-place.nbytes // SECTOR) * SECTOR], place.start, place.nbytes
+            memory[: round_up(place.nbytes, SECTOR)], place.start, place.nbytes
         )
         nbytes += place.nbytes
         if time.perf_counter() > end:
@@ -227,9 +227,9 @@ def _places(extents: Sequence[Extent]) -> Iterator[Extent]:
     sector on.
     """
     starts = [(extent, at) for extent in extents for at in range(0, extent.nbytes, READ)]
-    for first in range(0, len(starts), max(_ROW, -(-len(starts) * _ROW // _READS))):
+    for first in range(0, len(starts), max(_ROW, ceil_div(len(starts) * _ROW, _READS))):
         for extent, at in starts[first : first + _ROW]:
-            start = (extent.start + at) // SECTOR * SECTOR
+            start = round_down(extent.start + at, SECTOR)
             yield Extent(extent.path, start, min(READ, extent.start + extent.nbytes - start))
 
 
@@ -284,6 +284,6 @@ def _per_second(work: Callable[[], object], device: torch.device | None = None) 
         work()
         finish()
         times.append(time.perf_counter() - begun)
-    length = -(-len(times) // _ROUNDS)
+    length = ceil_div(len(times), _ROUNDS)
     medians = [median(times[start : start + length]) for start in range(0, len(times), length)]
     return Rate(1 / median(times), 1 / max(medians), 1 / min(medians))

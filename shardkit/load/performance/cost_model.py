@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.load.performance.bandwidth import Rates
-from shardkit.load.streaming.page_layout import ALIGNMENT
 from shardkit.payloads.payload import Extent, Payload
 from shardkit.sizes import parse_size
 
@@ -75,7 +75,7 @@ def step_of(streamed: Sequence[Payload], *, compute: int, linked: bool) -> Step:
         ),
         link=sum(payload.nbytes for payload in streamed) if linked else 0,
         compute=compute,
-        room=sum(-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in streamed),
+        room=sum(round_up(payload.nbytes, ALIGNMENT) for payload in streamed),
     )
 
 

@@ -25,8 +25,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.errors import OverBudget, shown
 from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.device_lookup import device_of
+from shardkit.load.memory.direct_io import SECTOR
 from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
 from shardkit.load.modules.torch_internals import own_buffers, own_modules, own_parameters
@@ -45,14 +48,13 @@ from shardkit.load.performance.cost_model import (
     ring_bytes,
     seconds_with,
 )
-from shardkit.load.placement.device_map import clean_device_map, device_of
+from shardkit.load.placement.device_map import clean_device_map
+from shardkit.load.streaming.page_layout import DIRECT
 from shardkit.sizes import format_size, parse_size
 
 UNMEASURED = Rates(disk=1.0)  # all time goes into reading
 _LIMITS = 16  # how many of the largest sizes are tried as the largest that streams
-_ALIGNMENT = 64
-_EDGES = 2 * 4096  # of a direct read: what it reads along before and behind a weight
-_DIRECT = 256 << 10  # bytes, from which on weights are read so
+_EDGES = 2 * SECTOR  # of a direct read: what it reads along before and behind a weight
 
 
 class Residents(NamedTuple):
@@ -186,8 +188,8 @@ class _Sized:
     def _buffer_size(self, block: ModuleBlock) -> int:
         """What *block* takes in the prefetch buffer, whatever the edges of its reads."""
         sizes = [self.nbytes[weight.names[0]] for weight in block.weights]
-        edges = _EDGES * sum(nbytes >= _DIRECT for nbytes in sizes)
-        return edges + sum(-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes)
+        edges = _EDGES * sum(nbytes >= DIRECT for nbytes in sizes)
+        return edges + sum(round_up(nbytes, ALIGNMENT) for nbytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,30 +13,13 @@ from torch import nn
 
 from shardkit.errors import LoadError, OverBudget, shown
 from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
 from shardkit.sizes import format_size
 
 DeviceMap = Mapping[str, int | str | torch.device]
 
 _LISTED = 8
-
-
-def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
-    """Where the tensor or module *name* goes: what is said of it, or else of the nearest module
-    around it.
-
-    Raises:
-        LoadError: nothing is said of any.
-    """
-    around = name
-    while around not in device_map:
-        if not around:
-            raise LoadError(
-                f"the device map says nothing of {shown(name)}",
-                hint='give the rest of the model a device, as in {"": "cpu"}',
-            )
-        around = around.rpartition(".")[0]
-    return device_map[around]
 
 
 def covers(device_map: Mapping[str, object], name: str) -> bool:

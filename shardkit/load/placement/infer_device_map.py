@@ -23,7 +23,9 @@ from statistics import fmean
 
 from torch import nn
 
+from shardkit.checkpoint.device_fit import DeviceQueue
 from shardkit.load.devices.budgets import Device, MaxMemory, get_max_memory
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.sizes import (
     AnyDType,
     Largest,
@@ -34,7 +36,7 @@ from shardkit.load.modules.sizes import (
     parts,
     tied_groups,
 )
-from shardkit.load.placement.device_map import clean_device_map, device_of
+from shardkit.load.placement.device_map import clean_device_map
 from shardkit.sizes import format_size
 
 Item = tuple[str, Node]
@@ -81,7 +83,12 @@ def infer_auto_device_map(
     )
     level = logging.INFO if verbose else logging.DEBUG
     planner = _Planner(
-        budgets, layers, tied_groups(model), fallback_allocation, level, deque(parts("", model))
+        DeviceQueue(budgets, keepers=_keepers(budgets)),
+        layers,
+        tied_groups(model),
+        fallback_allocation,
+        level,
+        deque(parts("", model)),
     )
     planner.place_all()
     if not offload_buffers:
@@ -91,27 +98,17 @@ def infer_auto_device_map(
 
 @dataclass(slots=True)
 class _Planner:
-    budgets: Mapping[Device, int]
+    devices: DeviceQueue[Device]
     layers: Layers
     ties: list[tuple[str, ...]]
     falls_back: bool
     level: int
     queue: deque[Item]
     placed: dict[str, Device] = field(default_factory=dict)
-    used: dict[Device, int] = field(
-        default_factory=dict
-    )  # bytes placed, and on devices that are done the room kept free
-    devices: list[Device] = field(
-        default_factory=list
-    )  # those that are left, the current one first
-    keepers: tuple[Device, ...] = ()  # those that keep room
     kept: Largest = field(default_factory=Largest)  # the largest layers that are to come
     tried: set[tuple[Device, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.devices = [device for device in self.budgets if device != "disk"] + ["disk"]
-        accelerators = [device for device in self.devices if device not in ("cpu", "disk")]
-        self.keepers = ("mps",) if "mps" in accelerators else (*accelerators[:1], "cpu")
         self.kept = self.layers.largest_of(self.queue)
 
     def place_all(self) -> None:
@@ -124,8 +121,8 @@ class _Planner:
         partners = self._partners(name, self.queue)
         size = self._size(name)
         together = size + sum(self._size(partner) for partner, _ in partners)
-        room = self._room()
-        if room is None or together <= room:
+        room = self.devices.room(self.kept.size)
+        if together <= room:
             self._put([item, *partners], together)
         elif partners and size <= room and self._split_one_of(partners):
             self.queue.appendleft(item)
@@ -137,19 +134,8 @@ class _Planner:
         elif not self._falls_back(item, together):
             self._leave_device(item, together)
 
-    def _room(self) -> int | None:
-        """Bytes that the next part may take on the current device; None if it may take any."""
-        device = self.devices[0]
-        if device == "disk":
-            return None
-        return self.budgets[device] - self.used.get(device, 0) - self._reserve()
-
-    def _reserve(self) -> int:
-        return self.kept.size if self.devices[0] in self.keepers else 0
-
     def _put(self, items: list[Item], nbytes: int) -> None:
-        device = self.devices[0]
-        self.used[device] = self.used.get(device, 0) + nbytes
+        device = self.devices.put(nbytes)
         names = {name for name, _ in items}
         if len(items) > 1:
             self.queue = deque(item for item in self.queue if item[0] not in names)
@@ -202,10 +188,10 @@ class _Planner:
         """Whether there is a later part for a device that would stay empty; it and then *item* are
         next.
         """
-        device = self.devices[0]
-        if not self.falls_back or self.used.get(device) or device == "disk":
+        device = self.devices.current
+        if not self.falls_back or self.devices.used[device]:
             return False
-        fitting = self._first_fitting(self.budgets[device] - max(self.kept.size, together))
+        fitting = self._first_fitting(self.devices.budgets[device] - max(self.kept.size, together))
         if fitting is None:
             return False
         self.tried.add((device, fitting[0]))
@@ -220,7 +206,7 @@ class _Planner:
             together = self._size(name) + sum(
                 self._size(partner) for partner, _ in self._partners(name, waiting)
             )
-            if together <= room and (self.devices[0], name) not in self.tried:
+            if together <= room and (self.devices.current, name) not in self.tried:
                 return name, node
             if isinstance(node, nn.Module) and not self.layers.is_whole(node):
                 waiting.extendleft(reversed(parts(name, node)))
@@ -238,17 +224,16 @@ class _Planner:
             self._replace(at - 1, item)
 
     def _leave_device(self, item: Item, together: int) -> None:
-        device = self.devices.pop(0)
-        keeps = self.kept.size if device in self.keepers else 0
-        if not self.used.get(device):
-            needed = format_size(together + keeps)
+        device, kept = self.devices.current, self.devices.kept(self.kept.size)
+        if not self.devices.used[device]:
             _log.info(
                 "%s: nothing fits; %s would need %s there, with the room that is kept free",
                 device,
                 item[0],
-                needed,
+                format_size(together + kept),
             )
-        self.used[device] = self.used.get(device, 0) + keeps
+        self.devices.put(kept)  # which counts as used from now on
+        self.devices.advance()
         self.queue.appendleft(item)
 
     def _size(self, name: str) -> int:
@@ -256,6 +241,14 @@ class _Planner:
 
     def _log_of(self, name: str, what: str) -> None:
         _log.log(self.level, "%s (%s) %s", name, format_size(self._size(name)), what)
+
+
+def _keepers(budgets: Iterable[Device]) -> tuple[Device, ...]:
+    """The devices that keep room: the first accelerator and the CPU; "mps" alone, whose memory is
+    that of the CPU.
+    """
+    accelerators = [device for device in budgets if device not in ("cpu", "disk")]
+    return ("mps",) if "mps" in accelerators else (*accelerators[:1], "cpu")
 
 
 def _outside(group: tuple[str, ...], name: str) -> list[str]:
@@ -275,11 +268,7 @@ def _warn_of_buffers(model: nn.Module, planner: _Planner) -> None:
         for name, _ in model.named_buffers()
         if device_of(name, placed) in ("cpu", "disk")
     )
-    free = [
-        budget - planner.used.get(device, 0)
-        for device, budget in planner.budgets.items()
-        if device not in ("cpu", "disk")
-    ]
+    free = [nbytes for device, nbytes in planner.devices.free.items() if device != "cpu"]
     if needed and free and needed > max(free):
         warnings.warn(
             f"the buffers of what is offloaded take {format_size(needed)}, and no accelerator "

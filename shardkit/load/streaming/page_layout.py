@@ -16,14 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from shardkit.alignment import ALIGNMENT, round_down, round_up
 from shardkit.load.memory.direct_io import SECTOR
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Concat, Extent, Payload, Swapped
 
-ALIGNMENT = 64
 READ = 4 << 20  # bytes of one read
+READERS = 3  # threads that read side by side for one stream
+DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
 _GAP = 64 << 10
-_DIRECT = 256 << 10  # bytes of a run from which on direct reads pay
 _ALIKE = 100  # lengths are, that differ by less than one part in so many
 
 
@@ -89,7 +90,7 @@ class Layout:
         plan = _Plan([0] * len(payloads))
         alone = dict(enumerate(payloads))
         for run in _runs(payloads):
-            if run.nbytes >= _DIRECT:
+            if run.nbytes >= DIRECT:
                 plan.add_run(run)
                 for number, _ in run.extents:
                     del alone[number]
@@ -172,13 +173,13 @@ class _Plan:
 
     def room(self, nbytes: int) -> int:
         """Where *nbytes* more go."""
-        at, self.nbytes = self.nbytes, self.nbytes + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        at, self.nbytes = self.nbytes, self.nbytes + round_up(nbytes, ALIGNMENT)
         return at
 
     def add_run(self, run: _Run) -> None:
         """Only while there are none but runs."""
-        first = run.start // SECTOR * SECTOR
-        room = -(-(run.stop - first) // SECTOR) * SECTOR
+        first = round_down(run.start, SECTOR)
+        room = round_up(run.stop - first, SECTOR)
         path, base = run.extents[0][1].path, self.nbytes
         for at in range(0, room, READ):
             nbytes = min(READ, room - at)
@@ -200,7 +201,7 @@ class _Plan:
         self.moves[:0] = leaving
 
     def _place(self, number: int, source: int, nbytes: int) -> None:
-        target = source // ALIGNMENT * ALIGNMENT
+        target = round_down(source, ALIGNMENT)
         if target < self._free:
             self._evicted.append((number, source, nbytes))
             return

@@ -12,11 +12,12 @@ from itertools import accumulate
 
 import torch
 
+from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.load.devices.transfers import DeviceTransfer
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.memory.parallel_reads import address, fill_all
 from shardkit.load.memory.pinned_payload import PinnedBlock, PinnedPayload
-from shardkit.load.streaming.page_layout import ALIGNMENT, Layout
+from shardkit.load.streaming.page_layout import Layout
 from shardkit.payloads.payload import Payload
 from shardkit.system.progress import progress
 
@@ -80,7 +81,7 @@ def memory_of_page(payloads: Sequence[Payload], layout: Layout) -> torch.Tensor 
 def _laid_out(payloads: Sequence[Payload], lane: DeviceTransfer) -> list[PinnedPayload]:
     """Addresses in fresh memory, in which nothing is yet, for as many bytes as *payloads* have."""
     *starts, nbytes = accumulate(
-        (-(-payload.nbytes // ALIGNMENT) * ALIGNMENT for payload in payloads), initial=0
+        (round_up(payload.nbytes, ALIGNMENT) for payload in payloads), initial=0
     )
     block = PinnedBlock(lane.kept(nbytes))
     return [

@@ -57,6 +57,7 @@ from shardkit.load.devices.transfers import DeviceTransfer, Done
 from shardkit.load.memory.direct_io import Files
 from shardkit.load.streaming.counters import Counters, LiveCounters
 from shardkit.load.streaming.eviction import EvictionPolicy
+from shardkit.load.streaming.page_layout import READERS
 from shardkit.load.streaming.pages import BlockBuffer, Habit, Piece
 from shardkit.load.streaming.reader_pool import (
     READER_NAME,
@@ -71,7 +72,6 @@ from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.system.fork import begin_again_in_children, never_free
 from shardkit.system.threads import Task, Workers
 
-_READERS = 3
 _R = TypeVar("_R")
 
 
@@ -117,7 +117,7 @@ class Stream:
         self._owner = Workers(
             1, f"{READER_NAME}-owner", self._next_message, lambda: bool(self._inbox)
         )
-        self._readers = Readers(_READERS, self._counters.reading)
+        self._readers = Readers(READERS, self._counters.reading)
         self._files = Files()
         self._buffers = [buffer.absent() for buffer in self._buffers]
         self._ring = Ring(self.lane, self.room)

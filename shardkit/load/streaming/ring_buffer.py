@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import increment_version
 
+from shardkit.alignment import round_up
 from shardkit.errors import OverBudget
 from shardkit.load.devices.transfers import DeviceTransfer, Ticket
 from shardkit.load.streaming.page_layout import Layout
@@ -180,15 +181,15 @@ class Ring:
         self._evicted.clear()
 
     def _start(self, nbytes: int, grain: int, stays: list[Slot]) -> int | None:
-        fitting = [gap for gap in self._gaps(stays) if _up(gap[0], grain) + nbytes <= gap[1]]
+        fitting = [gap for gap in self._gaps(stays) if round_up(gap[0], grain) + nbytes <= gap[1]]
         behind = (
             max(low, self._cursor)
             for low, high in fitting
-            if _up(max(low, self._cursor), grain) + nbytes <= high
+            if round_up(max(low, self._cursor), grain) + nbytes <= high
         )
         around = (low for low, _ in fitting)
         start = next(behind, None) if fitting else None
-        return _up(start if start is not None else next(around), grain) if fitting else None
+        return round_up(start if start is not None else next(around), grain) if fitting else None
 
     def _gaps(self, stays: list[Slot]) -> Iterator[tuple[int, int]]:
         """What is free, or may become so, between those that stay."""
@@ -198,7 +199,3 @@ class Ring:
             # One without bytes may stand where another begins.
             low = max(low, slot.start + slot.nbytes)
         yield low, self.nbytes
-
-
-def _up(number: int, grain: int) -> int:
-    return -(-number // grain) * grain

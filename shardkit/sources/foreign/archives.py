@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from shardkit.alignment import round_up
 from shardkit.errors import FormatError, several, shown
 from shardkit.sources.foreign.kinds import AGAIN, ARRAYS, FILE, NPZ, Kind
 from shardkit.sources.foreign.marks import gunzipped, is_tar
@@ -86,7 +87,7 @@ def _tar_names(read: Callable[[int], bytes], size: int) -> list[str]:
             break
         if header[156:157] in (b"0", b"\0"):
             names.append(header[:100].rstrip(b"\0").decode("utf-8", "replace"))
-        at += _BLOCK + -(-int(digits, 8) // _BLOCK) * _BLOCK
+        at += _BLOCK + round_up(int(digits, 8), _BLOCK)
     return names
 
 

@@ -15,8 +15,9 @@ from packaging.version import Version
 
 from shardkit.errors import LoadError
 from shardkit.load import close, from_pretrained, infer_auto_device_map, save
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.lazy.streamed_weight import Streamed
-from shardkit.load.placement.device_map import device_of, reported
+from shardkit.load.placement.device_map import reported
 
 peft: Any = pytest.importorskip(
     "peft", reason="its adapters are loaded here"

@@ -16,13 +16,14 @@ from torch import nn
 
 from shardkit.errors import OverBudget
 from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.blocks import ModuleBlock, cut
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.sizes import module_sizes, named_tensors
 from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.load.performance.cost_model import Depth, Ring, ring_bytes
 from shardkit.load.placement.choose_resident import Residents, choose_residents, spread
-from shardkit.load.placement.device_map import check_device_map, device_of
+from shardkit.load.placement.device_map import check_device_map
 from shardkit.load.placement.infer_device_map import infer_auto_device_map
 from shardkit.sizes import parse_size
 

@@ -1,4 +1,4 @@
-"""Device maps: cleaned, checked, looked up, and kept off the disk; compared with Accelerate."""
+"""Device maps: cleaned, checked, and kept off the disk; compared with Accelerate."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from libraries import peer
 from shardkit.errors import LoadError, OverBudget
 from shardkit.load import explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.devices.budgets import Device
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.dispatch.attach import DispatchConfig
 from shardkit.load.placement.device_map import (
     check_device_map,
     clean_device_map,
-    device_of,
     inside,
     refuse_disk,
 )
 
 theirs = peer("accelerate.utils")
-integration = peer("transformers.integrations.accelerate")
 
 LEAVES = st.lists(
     st.lists(st.sampled_from("abc"), min_size=3, max_size=3).map(".".join),
@@ -72,23 +71,6 @@ def test_what_has_one_device_has_one_name(
     before = dict(device_map)
     assert clean_device_map(device_map) == cleaned
     assert device_map == before
-
-
-def test_a_name_never_captures_one_that_only_begins_alike() -> None:
-    device_map: dict[str, int | str] = {"model.layers.1": 0, "": "cpu"}
-    assert device_of("model.layers.1.weight", device_map) == 0
-    assert device_of("model.layers.10.weight", device_map) == "cpu"
-    assert (
-        integration.expand_device_map(device_map, ["model.layers.10.weight"])[
-            "model.layers.10.weight"
-        ]
-        == 0
-    )  # Transformers
-
-
-def test_a_name_that_no_one_speaks_of_has_no_device() -> None:
-    with pytest.raises(LoadError, match=r"says nothing of 'b\.weight'"):
-        device_of("b.weight", {"a": 0})
 
 
 @pytest.mark.parametrize(

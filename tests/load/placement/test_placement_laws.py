@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from libraries import peer
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.sizes import Layers, module_sizes, named_tensors, parts, prefixes
-from shardkit.load.placement.device_map import check_device_map, device_of
+from shardkit.load.placement.device_map import check_device_map
 from shardkit.load.placement.infer_device_map import get_balanced_memory, infer_auto_device_map
 
 theirs = peer("accelerate.utils")

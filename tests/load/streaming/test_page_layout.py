@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.dtypes import BY_CODE
 from shardkit.load.memory.allocate import memory_of, private
 from shardkit.load.memory.direct_io import SECTOR, Files
-from shardkit.load.streaming.page_layout import ALIGNMENT, READ, Layout
+from shardkit.load.streaming.page_layout import READ, Layout
 from shardkit.load.streaming.pages import BlockBuffer, Piece
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload, Swapped, read_all

@@ -34,6 +34,7 @@ from shardkit.load import (
     remove_hooks,
     save,
 )
+from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
 from shardkit.load.dispatch import attach
 from shardkit.load.dispatch.attach import DispatchConfig
@@ -45,7 +46,6 @@ from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.weights import Weight
 from shardkit.load.performance.bandwidth import Rates
-from shardkit.load.placement.device_map import device_of
 from shardkit.load.streaming.page_layout import Layout
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.pinned_blocks import keep, memory_of_page

@@ -21,9 +21,9 @@ from late_lane import LateLane
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
 from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
-from shardkit.load.streaming.page_layout import READ
+from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.load.streaming.pages import Piece
-from shardkit.load.streaming.prefetcher import _READERS, Stream
+from shardkit.load.streaming.prefetcher import Stream
 from shardkit.load.streaming.reader_pool import Priority
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
@@ -554,14 +554,14 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
     thread = threading.Thread(target=use, args=(stream, 0))  # and the others behind it
     thread.start()
     assert eventually(
-        lambda: sum(payload.reads for payload in payloads) == _READERS
+        lambda: sum(payload.reads for payload in payloads) == READERS
     )  # all are busy, and held up
     needed = threading.Thread(target=use, args=(stream, 7))
     needed.start()
     assert eventually(lambda: len(stream._buffers[7].borrowers) == 1)
     payloads[0].go.set()
     assert eventually(lambda: payloads[7].reads == 1)  # the one reader that could go on took it
-    assert sum(payload.reads for payload in payloads) == _READERS + 1
+    assert sum(payload.reads for payload in payloads) == READERS + 1
     for payload in payloads:
         payload.go.set()
     for each in (thread, needed):
@@ -636,13 +636,13 @@ def closing(stream: Stream) -> threading.Thread:
 def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_rest(
     file: Path,
 ) -> None:
-    parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * _READERS)]
-    behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * _READERS * READ,), (1,))]
+    parts = [Counted(Buffer(bytes(READ))) for _ in range(2 * READERS)]
+    behind = [Piece(Concat(tuple(parts)), torch.uint8, (2 * READERS * READ,), (1,))]
     stream = Stream([page(file, 0), behind], CpuTransfer())
     for part in parts:
         part.go.clear()
     use(stream, 0)
-    assert eventually(lambda: sum(part.reads for part in parts) == _READERS)
+    assert eventually(lambda: sum(part.reads for part in parts) == READERS)
     thread = closing(stream)
     assert stream.nbytes == 0
     assert stream.borrow(1, "borrower") is None
@@ -653,7 +653,7 @@ def test_a_close_in_the_middle_of_a_read_waits_for_what_was_begun_and_drops_the_
     thread.join(200)
     assert not thread.is_alive()
     assert not readers()
-    assert sum(part.reads for part in parts) == _READERS
+    assert sum(part.reads for part in parts) == READERS
 
 
 @pytest.mark.skipif(
