@@ -1,9 +1,10 @@
 """Blocks that are read ahead into memory of bounded size, and stay there for as long as a forward
-borrows them. `prefetcher` owns their state; the threads of a model post messages to it::
+borrows them. The threads of a model borrow them from `prefetcher`; `owner` has their state::
 
-    hooks ── borrow, release ──→ prefetcher ── reads by priority ──→ reader_pool
-      ↑                            │  reserves slots: ring_buffer       │
-      └───── the reader that completes a read wakes who waits ──────────┘
+    hooks ── borrow, release ──→ prefetcher ── messages ──→ owner ── reads ──→ reader_pool
+      ↑                                                       │ slots            │
+      │                                                   ring_buffer            │
+      └──────── the reader that completes a read wakes the thread that waits ────┘
 
     absent ── borrowed or expected ──→ reading ── last job done ──→ ready
       ↑                                   │ failed                    │

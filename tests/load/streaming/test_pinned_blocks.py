@@ -268,7 +268,7 @@ def test_pinned_copies_are_sent_without_a_reader(bytes_of_file: tuple[Path, byte
     stream.borrow(0, "visit")
     stream.rest()
     assert [nbytes for _, nbytes in lane.sent] == [4096] * 4  # what is needed, and what will be
-    assert not stream._readers._workers._threads
+    assert not stream._owner._readers._workers._threads
     stream.close()
 
 

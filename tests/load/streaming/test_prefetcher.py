@@ -542,8 +542,8 @@ def test_a_rest_is_when_what_is_read_ahead_has_come_or_failed(file: Path) -> Non
     payloads[1].go.set()
     resting.join(200)
     assert not resting.is_alive()
-    assert stream._buffers[1].is_ready
-    assert (read := stream._buffers[2].read) is not None
+    assert stream._owner.buffers[1].is_ready
+    assert (read := stream._owner.buffers[2].read) is not None
     assert read.failed
 
 
@@ -558,7 +558,7 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
     )  # all are busy, and held up
     needed = threading.Thread(target=use, args=(stream, 7))
     needed.start()
-    assert eventually(lambda: len(stream._buffers[7].borrowers) == 1)
+    assert eventually(lambda: len(stream._owner.buffers[7].borrowers) == 1)
     payloads[0].go.set()
     assert eventually(lambda: payloads[7].reads == 1)  # the one reader that could go on took it
     assert sum(payload.reads for payload in payloads) == READERS + 1
@@ -581,7 +581,7 @@ def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(
     moment = 0
     while interrupted(cycle, moment):
         for number in order:  # what a block lets go of at the next forward of its thread
-            for borrower in list(stream._buffers[number].borrowers):
+            for borrower in list(stream._owner.buffers[number].borrowers):
                 stream.release(number, borrower)
         cycle()
         moment += 2
@@ -628,7 +628,7 @@ def closing(stream: Stream) -> threading.Thread:
     """A thread that is about to close *stream*."""
     thread = threading.Thread(target=stream.close)
     thread.start()
-    assert eventually(lambda: stream._is_closed)
+    assert eventually(lambda: stream._owner.is_closed)
     return thread
 
 
@@ -744,8 +744,8 @@ def test_a_close_by_the_owner_itself_waits_for_nobody(file: Path) -> None:
     payloads[1].go.clear()
     use(stream, 0)
     assert eventually(lambda: payloads[1].reads == 1)
-    stream._ask(stream.close)
-    assert eventually(lambda: stream._is_closed)
+    stream._owner.ask(stream.close)
+    assert eventually(lambda: stream._owner.is_closed)
     payloads[1].go.set()
     assert stream.borrow(1, "borrower") is None
 
@@ -780,5 +780,5 @@ def test_a_page_that_nobody_takes_from_the_ring_gathers_nothing(
             use(stream, number)
     assert all(
         slot is not None and len(slot.after) <= 1
-        for slot in (buffer.slot for buffer in stream._buffers)
+        for slot in (buffer.slot for buffer in stream._owner.buffers)
     )
