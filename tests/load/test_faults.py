@@ -36,7 +36,7 @@ from shardkit.load import (
     load_checkpoint_and_dispatch,
     load_checkpoint_in_model,
 )
-from shardkit.load.streaming.prefetcher import _READERS
+from shardkit.load.streaming.page_layout import READERS
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the paths of descriptors"),
@@ -453,7 +453,7 @@ def test_ten_thousand_forwards_take_no_more_than_a_hundred(folder: Path, residen
         memory.append(resident_bytes())
     threads, descriptors = threads_and_descriptors()
     assert descriptors <= before
-    assert threads <= begun + _READERS  # which start when there is work for one more
+    assert threads <= begun + READERS  # which start when there is work for one more
     grown = sorted(after - before for before, after in pairwise(memory))
     assert grown[len(grown) // 2] < 64 << 10  # one lap may make room for more laps
 

@@ -29,7 +29,7 @@ from shardkit.load.dispatch.attachments import attachments, close
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.init_empty import init_empty_weights
-from shardkit.load.streaming.prefetcher import _READERS
+from shardkit.load.streaming.page_layout import READERS
 from toys import IDS, WIDTH, Toy, empty, loaded, logits, saved, trained
 
 
@@ -155,7 +155,7 @@ def test_500_forwards_take_no_more_than_the_first_and_leave_nothing(tmp_path: Pa
                 gc.collect()
                 seen.append((open_files(), stream.nbytes, len(gc.get_objects())))
                 assert (
-                    threading.active_count() <= begun[1] + _READERS
+                    threading.active_count() <= begun[1] + READERS
                 )  # which start when there is work for one more
     first, last = seen[0], seen[-1]  # of which the first may hold what tests before left behind
     assert last[0] <= first[0]
