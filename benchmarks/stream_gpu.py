@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from llama import VOCABULARY, WIDE
 from measuring import made, settle
-from streaming import drop, floor, where
+from streaming import evict, floor, where
 
 LONG = 8192  # tokens of a prefill that computes for longer than its weights take to come
 TIMES = 5
@@ -81,14 +81,14 @@ def from_disk(source: Path, device: torch.device) -> None:
     once = floor(WIDE, source, 0, 4, 16)
     rates, limits = [], []
     for _ in range(COLD + 1):
-        drop(source)
+        evict(source)
         before = stream.counts.disk
         seconds = timed(run)
         rates.append(
             (stream.counts.disk - before) / seconds
         )  # but for what was read ahead since the last one
         stream.rest()
-        drop(source)
+        evict(source)
         limits.append(streamed_bytes() / timed(once))
     close(model)
     ratios = [rate / limit for rate, limit in zip(rates[1:], limits[1:], strict=True)]

@@ -43,7 +43,7 @@ def main() -> None:
     seconds, waited, read, told = [], [], [], None
     for _ in range(int(forwards)):
         if cache == "cold":
-            drop(Path(source))
+            evict(Path(source))
         else:
             warm(Path(source))
         before, waits, begun = really_read(), waited_for(), time.perf_counter()
@@ -109,8 +109,8 @@ def waited_for() -> float:
     return float(WATCHED[0].counts.waited) if WATCHED else 0.0
 
 
-def drop(source: Path) -> None:
-    """Let the page cache forget the source."""
+def evict(source: Path) -> None:
+    """Evict the source from the page cache."""
     for path in files_of(source):
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -37,6 +37,7 @@ from shardkit.load.devices import device_lookup
 from shardkit.load.diagnostics.explanation import Explanation, Part
 from shardkit.load.performance.cost_model import Step
 from shardkit.near_names import near
+from shardkit.payloads import coalesce
 from shardkit.payloads.payload import Literal
 from shardkit.planning.prepare import prepare
 
@@ -218,7 +219,7 @@ def test_a_repr_names_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [alignment, brief, device_fit, device_lookup, entries, near_names],
+    [alignment, brief, coalesce, device_fit, device_lookup, entries, near_names],
     ids=lambda module: module.__name__,
 )
 def test_examples_are_true(module: object) -> None:

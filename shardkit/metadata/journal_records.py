@@ -13,6 +13,7 @@ from typing import BinaryIO
 from shardkit.metadata.manifest import Digests
 
 JOURNAL_NAME = ".shardkit-journal"
+PARTIAL = ".partial"  # what the folder of an unfinished output is called, behind its name
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,19 @@ from collections.abc import Iterable
 
 STEM = "model"  # what the names of the files begin with
 DIFFUSERS_STEM = "diffusion_pytorch_model"
-INDEX_NAME = f"{STEM}.safetensors.index.json"
 ADAPTER_STEM = "adapter_model"  # of PEFT, which looks for no other name
 _STEMS = (STEM, DIFFUSERS_STEM, ADAPTER_STEM)
-INDEX_NAMES = tuple(f"{stem}.safetensors.index.json" for stem in _STEMS)
 _OWN_STEM = re.compile(rf"({DIFFUSERS_STEM}|{ADAPTER_STEM})(-\d+-of-\d+)?\..+")
 _SHARD_NAME = re.compile(rf"({'|'.join(_STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.\w+)?")
+
+
+def index_name(stem: str) -> str:
+    """What the index of shards is called whose names begin with *stem*."""
+    return f"{stem}.safetensors.index.json"
+
+
+INDEX_NAME = index_name(STEM)
+INDEX_NAMES = tuple(map(index_name, _STEMS))
 
 
 def stem_of(names: Iterable[str]) -> str:

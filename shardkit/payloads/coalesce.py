@@ -1,4 +1,6 @@
-"""Payloads that touch, as one: a shard of many small tensors is then one copy."""
+"""Payloads that lie one behind the other, as one: a shard of many small tensors is then one copy,
+and weights that lie close together in a file are one read.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,43 @@ from shardkit.payloads.compressed import Expanded, Framed
 from shardkit.payloads.payload import Concat, Extent, Payload
 
 
+def follows(left: Payload, right: Payload, *, gap: int = 0) -> bool:
+    """Whether *right* begins where *left* ends, or at most *gap* bytes behind that: in the same
+    file, or in what the same compressed data expands to.
+
+    >>> from pathlib import Path
+    >>> first, second = Extent(Path("x"), 0, 8), Extent(Path("x"), 64, 16)
+    >>> follows(first, second), follows(first, second, gap=56), follows(second, first, gap=56)
+    (False, True, False)
+    """
+    match left, right:
+        # Paths are compared last, and only where they are two: that takes the longest.
+        case Extent(), Extent():
+            is_near = 0 <= right.start - left.start - left.nbytes <= gap
+            return is_near and (left.path is right.path or left.path == right.path)
+        case Expanded(), Expanded():
+            is_near = 0 <= right.start - left.start - left.nbytes <= gap
+            return is_near and left.spool == right.spool
+        case Framed(), Framed():
+            is_near = 0 <= right.start - left.start - left.nbytes <= gap
+            return is_near and left.frame == right.frame
+    return False
+
+
 def coalesced(payloads: Iterable[Payload]) -> Iterator[Payload]:
     """*payloads* in order, each as long as it can be, none of them empty; their bytes are the
     same.
     """
     run: Payload | None = None
     for part in _flat(payloads):
-        longer = run and _joined(run, part)
-        if run and longer is None:
+        if run is not None and follows(run, part):
+            assert isinstance(run, Extent | Expanded | Framed)
+            run = replace(run, nbytes=run.nbytes + part.nbytes)
+            continue
+        if run is not None:
             yield run
-        run = longer or part
-    if run:
+        run = part
+    if run is not None:
         yield run
 
 
@@ -29,20 +57,3 @@ def _flat(payloads: Iterable[Payload]) -> Iterator[Payload]:
             yield from _flat(payload.parts)
         elif payload.nbytes:
             yield payload
-
-
-def _joined(left: Payload, right: Payload) -> Payload | None:
-    match left, right:
-        case Extent(), Extent() if (
-            left.start + left.nbytes == right.start and left.path == right.path
-        ):
-            return Extent(left.path, left.start, left.nbytes + right.nbytes)
-        case Expanded(), Expanded() if (
-            left.start + left.nbytes == right.start and left.spool == right.spool
-        ):
-            return Expanded(left.spool, left.start, left.nbytes + right.nbytes)
-        case Framed(), Framed() if (
-            left.start + left.nbytes == right.start and left.frame == right.frame
-        ):
-            return replace(left, nbytes=left.nbytes + right.nbytes)
-    return None

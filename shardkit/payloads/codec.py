@@ -42,7 +42,7 @@ class Codec:
     Attributes:
         name: what it is called, as in ``zstd``.
         suffix: what is added to the file's name, as in ``.zst``; a hint only.
-        sniff: whether the first bytes of a file (up to `HEAD`) are of this codec.
+        sniff: whether the first bytes of a file (`HEAD`, 4096, at most) are of this codec.
         decompress: compressed pieces in, expanded pieces of any length out; a piece is valid until
             the next. Raises ValueError with a sentence if the stream is broken or ends early. Must
             not expand more than a few MB ahead.

@@ -16,6 +16,7 @@ from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
 from shardkit.hints import option
 from shardkit.hints import output as out_option
+from shardkit.metadata.journal_records import PARTIAL
 from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import INDEX_NAMES, is_shard_name
@@ -51,7 +52,7 @@ def followed(out: Path) -> Path:
 
 def partial_folder(out: Path) -> Path:
     """Where the output *out* is prepared: beside it, so that one rename puts it in place."""
-    return out.with_name(f"{out.name}.partial")
+    return out.with_name(out.name + PARTIAL)
 
 
 def check_output(output: Output, *, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from shardkit.metadata import offload_index, safetensors_header, shard_index
 from shardkit.metadata.journal_records import Finished
 from shardkit.metadata.manifest import Run
 from shardkit.metadata.offload_index import BlockRun, OffloadRecord, Origin, Shard
-from shardkit.metadata.shard_names import STEM
+from shardkit.metadata.shard_names import STEM, index_name
 from shardkit.payloads.coalesce import coalesced
 from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import PAGE, Extent, Literal, Part
@@ -361,9 +361,7 @@ def _folder(
 
 
 def _index(weight_map: Mapping[str, str], total_size: int, stem: str) -> OutputFile:
-    return OutputFile(
-        f"{stem}.safetensors.index.json", (Literal(shard_index.dump(weight_map, total_size)),)
-    )
+    return OutputFile(index_name(stem), (Literal(shard_index.dump(weight_map, total_size)),))
 
 
 def _record(

@@ -22,6 +22,7 @@ from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import is_shard_name
 from shardkit.sources import registry
+from shardkit.sources.foreign.marks import LFS_POINTER
 from shardkit.sources.format import Source
 from shardkit.sources.weight_file_names import foreign
 
@@ -30,7 +31,6 @@ _DEEPEST = 8
 _MOST_ENTRIES = 100_000
 _MOST_OPENED = 1_000
 _LOOK = Limits(header_bytes=1 << 20)  # a longer zip directory is weights for all that we ask
-_POINTER = b"version https://git-lfs"
 
 
 class Role(Enum):
@@ -141,7 +141,7 @@ def _claim(path: Path) -> Role | None:
     except FormatError:
         return Role.UNREADABLE
     is_called_so = _is_called_weights(path.name)
-    if head.startswith(_POINTER):
+    if head.startswith(LFS_POINTER):
         return Role.NOT_FETCHED if is_called_so else None
     # The directory of a zip archive may be long, and need not be read where the name says enough.
     if (head.startswith(b"PK") and is_called_so) or holds_weights(source):

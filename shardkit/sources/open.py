@@ -12,8 +12,8 @@ a folder                        the first of these that is there, complete:
                                    transformers (`shardkit.sources.candidates`);
                                 2. the folder itself, by a format for folders;
                                 3. numbered shards without an index;
-                                4. one of these three in another type than the default, such as
-                                   fp16, if nothing else could be the model;
+                                4. the first or the third of these in another type than the
+                                   default, such as fp16, if nothing else could be the model;
                                 5. its one file with weights.
 an entry of the Hub's cache     nothing: the error names its ``snapshots``, of which each is a
                                 folder like any other.

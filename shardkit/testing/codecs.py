@@ -5,7 +5,6 @@ bytes that it expands to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from shardkit.payloads.codec import HEAD, Codec, Frame
 from shardkit.payloads.payload import CHUNK, Extent, Literal
 from shardkit.planning.frames import FRAME
+from shardkit.system.threads import Pool
 from shardkit.testing import foreign
 from shardkit.testing.damage import changed, damages, places
 from shardkit.testing.payloads import Watched, expect
@@ -142,7 +142,7 @@ def check_compress(codec: Codec, sample: CodecSample) -> None:
             _expanded(codec, frame) == content,
             f"a frame of {len(content):,} bytes expands to others",
         )
-    with ThreadPoolExecutor(4) as pool:
+    with Pool(4, "shardkit-codec") as pool:
         again = list(pool.map(codec.compress, map(memoryview, contents * 4)))
     expect(again == made * 4, "compress gives other bytes at another time, or in another thread")
     _check_table(codec, contents, made, sample.path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.payloads.coalesce import coalesced
+from shardkit.payloads.coalesce import coalesced, follows
 from shardkit.payloads.payload import Concat, Extent, Literal, Payload, read_all
 
 A, B = Path("a"), Path("b")
@@ -37,6 +37,16 @@ def test_the_parts_of_a_concat_are_joined_with_their_neighbours() -> None:
         Extent(B, 2, 2),
     ]
     assert list(coalesced(parts)) == [Extent(A, 0, 8), Extent(B, 0, 4)]
+
+
+@given(st.integers(0, 99), st.integers(0, 9), st.integers(0, 99), st.integers(0, 30))
+def test_what_follows_begins_behind_the_end_and_no_further_than_the_gap(
+    start: int, nbytes: int, behind: int, gap: int
+) -> None:
+    left, right = Extent(A, start, nbytes), Extent(Path("a"), behind, 1)
+    assert follows(left, right, gap=gap) == (start + nbytes <= behind <= start + nbytes + gap)
+    assert not follows(left, Extent(B, start + nbytes, 1), gap=gap)
+    assert not follows(left, Literal(b"x"), gap=gap)
 
 
 pieces: st.SearchStrategy[Payload] = st.binary(max_size=6).map(Literal)

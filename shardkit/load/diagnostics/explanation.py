@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
+from shardkit.alignment import ALIGNMENT
 from shardkit.brief import brief
 from shardkit.errors import several
 from shardkit.load.devices.budgets import Device
@@ -196,8 +197,8 @@ class Explanation:
             )
         if askew:
             yield (
-                f"{several(askew, 'weight')} off multiples of 64 bytes, moved whenever they are "
-                "read: "
+                f"{several(askew, 'weight')} off multiples of {ALIGNMENT} bytes, moved "
+                "whenever they are read: "
                 "`shardkit offload-prep` lays them out."
             )
 

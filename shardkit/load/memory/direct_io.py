@@ -103,7 +103,7 @@ class OpenFile:
         cold = len(memory) > _SMALL and not self._cached.at(start + len(memory) // 2)
         self._fill(self._file, memory, start, len(memory))
         if cold:
-            self._forget(start, len(memory))
+            self._evict(start, len(memory))
 
     def read_cached(self, memory: memoryview, start: int) -> None:
         """The same, and what comes into the page cache stays there.
@@ -164,7 +164,7 @@ class OpenFile:
                 raise _Refused from None
             raise unreadable(self.path, error) from None
 
-    def _forget(self, start: int, nbytes: int) -> None:
+    def _evict(self, start: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self._file, start, nbytes, os.POSIX_FADV_DONTNEED)

@@ -14,11 +14,11 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from shardkit.load.memory.cast_reads import cast_into
 from shardkit.load.memory.thread_buffers import pieces_of
 from shardkit.payloads.cast import Cast
+from shardkit.payloads.coalesce import follows
 from shardkit.payloads.compressed import Framed
 from shardkit.payloads.payload import (
     Concat,
@@ -79,7 +79,7 @@ def read_into(payload: Payload, memory: memoryview) -> None:
         FormatError: the file cannot be read, or has become shorter.
     """
     if isinstance(payload, Extent):
-        _Read(payload.path, payload.start, [memory], payload.nbytes, payload.nbytes).run()
+        _Read(payload, [memory], payload.nbytes).run()
         return
     if isinstance(payload, Cast):
         cast_into(payload, memory)
@@ -123,30 +123,27 @@ class _Read:
     """One read of one run of a file into several pieces of memory.
 
     Attributes:
-        path: the file.
-        start: first byte of the run.
+        extent: the run.
         buffers: what is filled, in order; `_JUNK` between tensors that do not touch in the file.
-        length: bytes of the run.
-        nbytes: bytes of it that are weights.
+        nbytes: bytes of the run that are weights.
     """
 
-    path: Path
-    start: int
-    buffers: list[memoryview] = field(default_factory=list)
-    length: int = 0
-    nbytes: int = 0
+    extent: Extent
+    buffers: list[memoryview]
+    nbytes: int
 
     def takes(self, extent: Extent) -> bool:
         """Whether *extent* is worth reading along."""
-        gap = extent.start - self.start - self.length
-        small = self.length + extent.nbytes <= _READ and len(self.buffers) < _BUFFERS - 1
-        return small and 0 <= gap <= _GAP and (extent.path is self.path or extent.path == self.path)
+        is_small = self.extent.nbytes + extent.nbytes <= _READ
+        has_room = len(self.buffers) < _BUFFERS - 1
+        return is_small and has_room and follows(self.extent, extent, gap=_GAP)
 
     def add(self, extent: Extent, memory: memoryview) -> None:
-        if gap := extent.start - self.start - self.length:
+        start = self.extent.start
+        if gap := extent.start - start - self.extent.nbytes:
             self.buffers.append(_JUNK[:gap])
         self.buffers.append(memory)
-        self.length += gap + extent.nbytes
+        self.extent = Extent(self.extent.path, start, extent.start + extent.nbytes - start)
         self.nbytes += extent.nbytes
 
     def run(self) -> int:
@@ -155,17 +152,17 @@ class _Read:
         Raises:
             FormatError: the file cannot be read, or has become shorter.
         """
-        whole = Extent(self.path, self.start, self.length)
+        path = self.extent.path
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0) as file:
                 if hasattr(os, "preadv"):
-                    _scatter(file.fileno(), self.buffers, whole)
+                    _scatter(file.fileno(), self.buffers, self.extent)
                 else:  # Windows
-                    file.seek(self.start)
+                    file.seek(self.extent.start)
                     for buffer in self.buffers:
-                        fill(buffer, file.readinto, whole)
+                        fill(buffer, file.readinto, self.extent)
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise unreadable(path, error) from None
         return self.nbytes
 
 
@@ -202,11 +199,12 @@ def _jobs(fills: Iterable[Fill]) -> Iterator[_Job]:
     makings = _Makings()
     for payload, memory in _cut(fills):
         if isinstance(payload, Extent):
-            if read is None or not read.takes(payload):
-                if read is not None:
-                    yield read
-                read = _Read(payload.path, payload.start)
-            read.add(payload, memory)
+            if read is not None and read.takes(payload):
+                read.add(payload, memory)
+                continue
+            if read is not None:
+                yield read
+            read = _Read(payload, [memory], payload.nbytes)
         else:
             if makings.payloads and not makings.takes(payload):
                 yield makings

@@ -19,6 +19,7 @@ from pathlib import Path
 from shardkit.alignment import ALIGNMENT, round_down, round_up
 from shardkit.load.memory.direct_io import SECTOR
 from shardkit.payloads.cast import Cast
+from shardkit.payloads.coalesce import follows
 from shardkit.payloads.payload import Concat, Extent, Payload, Swapped
 
 READ = 4 << 20  # bytes of one read
@@ -127,18 +128,18 @@ class _Run:
     """Extents of one file that are read together, with their numbers."""
 
     extents: list[tuple[int, Extent]]
-    stop: int
 
     @property
     def start(self) -> int:
         return self.extents[0][1].start
 
     @property
+    def stop(self) -> int:
+        return self.extents[-1][1].start + self.extents[-1][1].nbytes
+
+    @property
     def nbytes(self) -> int:
         return self.stop - self.start
-
-    def takes(self, extent: Extent) -> bool:
-        return extent.path == self.extents[0][1].path and 0 <= extent.start - self.stop <= _GAP
 
 
 def _runs(payloads: Iterable[Payload]) -> Iterator[_Run]:
@@ -147,16 +148,14 @@ def _runs(payloads: Iterable[Payload]) -> Iterator[_Run]:
         for number, each in enumerate(payloads)
         if isinstance(each, Extent) and each.nbytes
     ]
-    run: _Run | None = None
+    run: list[tuple[int, Extent]] = []
     for number, extent in sorted(extents, key=lambda each: (str(each[1].path), each[1].start)):
-        if run is None or not run.takes(extent):
-            if run is not None:
-                yield run
-            run = _Run([], extent.start)
-        run.extents.append((number, extent))
-        run.stop = extent.start + extent.nbytes
-    if run is not None:
-        yield run
+        if run and not follows(run[-1][1], extent, gap=_GAP):
+            yield _Run(run)
+            run = []
+        run.append((number, extent))
+    if run:
+        yield _Run(run)
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from shardkit.sizes import format_size
 from shardkit.sources.foreign.archives import tar_kind, zip_kind
 from shardkit.sources.foreign.kinds import AGAIN, ARRAYS, FILE, NPZ, ORIGIN, Kind, joined_by_torch
 from shardkit.sources.foreign.marks import (
+    LFS_POINTER,
     Test,
     begins,
     begins_like,
@@ -61,7 +62,7 @@ def failed_download(source: Source) -> Kind | None:
 
 
 def _pointer(head: bytes) -> Kind | None:
-    if not head.startswith(b"version https://git-lfs"):
+    if not head.startswith(LFS_POINTER):
         return None
     size = _POINTER_SIZE.search(head)
     stands_for = f" of {format_size(int(size[1]))}" if size else ""

@@ -12,6 +12,7 @@ from shardkit.sources.format import Source
 
 Test = Callable[[Source], object]
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 _EXPANDED = 64 << 10
 _DEEPEST = 32  # maps within each other before the first value
 _OLD_TORCH_TAR = (b"sys_info", b"pickle", b"tensors", b"storages")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shardkit.errors import FormatError, several, shown
 from shardkit.hints import output
-from shardkit.metadata.journal_records import JOURNAL_NAME, Written
+from shardkit.metadata.journal_records import JOURNAL_NAME, PARTIAL, Written
 
 _MOST = 6  # pieces that a command names one by one
 _NUMBERED = re.compile(
@@ -85,7 +85,7 @@ def unfinished_run(folder: Path) -> FormatError | None:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     if written.commit == place.name:  # it is complete, and only was not cleared up
         return None
-    out = place.with_name(place.name.removesuffix(".partial"))
+    out = place.with_name(place.name.removesuffix(PARTIAL))
     source = f"of {shown(written.source)}, " if written.source else ""
     return FormatError(
         folder,
