@@ -124,9 +124,9 @@ def test_a_weight_that_is_not_dense_is_listed_and_told_when_it_is_asked_for() ->
     found = tensors(GOOD / "zip-others.pt")
     assert {"coo", "quantised", "nested", "meta", "weight"} <= set(found)
     assert isinstance(found["weight"], Paged)
-    with pytest.raises(LoadError, match="'coo' is no dense tensor but a sparse tensor"):
+    with pytest.raises(LoadError, match="'coo' is not a dense tensor but a sparse tensor"):
         found["coo"]
-    with pytest.raises(LoadError, match="no dense tensor"):
+    with pytest.raises(LoadError, match="not a dense tensor"):
         nn.Linear(1, 1).load_state_dict(found)
 
 

@@ -507,7 +507,7 @@ def test_what_torch_has_no_tensor_for_is_refused(
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(LoadError, match="no device that torch can use"):
+    with pytest.raises(LoadError, match="torch cannot use the device"):
         Paged.of(TensorEntry(("w",), BY_CODE["F32"], (1,), Poisoned(4)), "nowhere")
 
 

@@ -234,9 +234,9 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert error.unexpected == ("other",)
     assert error.wrong_shape == {"0.bias": ((3,), (2,)), "1.weight": ((4,), (2, 2))}
     assert str(error) == (
-        "x.bin does not fit the model: of another shape: '0.bias' ([3] there, [2] here), "
+        "x.bin does not match the model: shape mismatch: '0.bias' ([3] there, [2] here), "
         "'1.weight' ([4] there, [2, 2] here); "
-        "of a type that torch cannot make: '1.bias' (F4 as float32); missing: '2.bias'; not in "
+        "type not supported by torch: '1.bias' (F4 as float32); missing: '2.bias'; not in "
         "the model: 'other'"
     )
 
@@ -288,7 +288,7 @@ def test_names_of_one_side_only_are_told_and_strict_refuses_them() -> None:
 def test_what_would_stay_on_meta_is_refused_and_what_is_real_is_kept() -> None:
     model = empty(lambda: nn.Linear(2, 2))
     entries = entries_of(model, without=("bias",))
-    with pytest.raises(Mismatch, match="with no values here to keep: 'bias'"):
+    with pytest.raises(Mismatch, match="with no values in the model to keep: 'bias'"):
         assign(model, entries)
     model.bias = nn.Parameter(torch.zeros(2))
     assert assign(model, entries).missing == ("bias",)
@@ -323,7 +323,7 @@ def test_a_prefix_is_said_and_not_guessed() -> None:
     assert r"--rename '^module\.='" in str(raised.value.hint)
     with pytest.raises(Mismatch) as raised:
         assign(nn.ModuleDict({"model": model}), entries_of(model))
-    assert "the names here begin with 'model.'" in str(raised.value.hint)
+    assert "the names in the model begin with 'model.'" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize("name", ["SCBlock", "SCB", "weight_format", "module"])
