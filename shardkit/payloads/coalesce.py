@@ -1,4 +1,4 @@
-"""Payloads that touch, as one: a shard of many small tensors is then one copy."""
+"""Merge adjacent payloads: a shard of many small tensors is then one copy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from shardkit.payloads.payload import Concat, Extent, Payload
 
 
 def coalesced(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """*payloads* in order, each as long as it can be, none of them empty; their bytes are the
-    same.
+    """Merge adjacent *payloads*: runs of one file that touch become one, and empty ones are
+    dropped.
+
+    Args:
+        payloads: in order; nested `Concat` values are flattened.
+
+    Yields:
+        Payloads with the same bytes in the same order, each as long as it can be.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Extent, coalesced
+        >>> file = Path("model.safetensors")
+        >>> runs = [Extent(file, 0, 8), Extent(file, 8, 100), Extent(file, 300, 4)]
+        >>> [(run.start, run.nbytes) for run in coalesced(runs)]
+        [(0, 108), (300, 4)]
     """
     run: Payload | None = None
     for part in _flat(payloads):

@@ -1,5 +1,5 @@
-"""A folder without anything that loaders look for: its one file with weights, or a sentence on what
-to give instead.
+"""A folder without a standard weights file: its only file with weights, or an error that suggests a
+path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardkit.sources.weight_file_names import is_adapter, likeliness, training_
 
 _MOST_SCANNED = 8
 _MOST_OPENED = 1_000
-_ANYTHING = "give the file or folder with the weights"
+_ANYTHING = "pass the file or folder that holds the weights"
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,7 +292,7 @@ def test_verify_says_that_frames_were_held_against_their_checksums(
     assert beside == "files beside the weights were not checked: 'config.json'"
     held = sum(tensor.nbytes > 0 for tensor in state().values())
     assert note == (
-        "expanded, and compared with the checksums in the frames, where there are any: "
+        "decompressed, and compared with the checksums in the frames, where there are any: "
         f"{held} tensors"
     )
 
