@@ -223,7 +223,7 @@ HEADERS = {
     ),
     "{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}": "there are 8",
     "{'descr': 'f4', 'fortran_order': False, 'shape': (2,)}": (
-        "descr is 'f4', which is no type of numpy"
+        "descr is 'f4', which is not a NumPy type"
     ),
     "{'descr': 4, 'fortran_order': False, 'shape': (2,)}": "descr is 4",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "no literal",
@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Format, list[TensorEntry], dict[str, str]]] = {
     "metadata in .npy": (npy.FORMAT, [PLAIN], {"author": "me"}),
     "too much metadata": (npz.FORMAT, [PLAIN], {"author": "x" * 70_000}),
     "a NUL in a name": (npz.FORMAT, [replace(PLAIN, path=("a\0b",))], {}),
-    "half a surrogate": (npz.FORMAT, [replace(PLAIN, path=("\ud800",))], {}),
+    "unpaired surrogate": (npz.FORMAT, [replace(PLAIN, path=("\ud800",))], {}),
     "a long name": (npz.FORMAT, [replace(PLAIN, path=("x" * 70_000,))], {}),
     "33 axes": (npz.FORMAT, [TensorEntry(("a",), BY_CODE["U8"], (1,) * 33, Literal(b"1"))], {}),
 }
