@@ -247,7 +247,9 @@ def said(archive: Archive) -> str:
         return f"{name}: compared with its CRCs: {several(count, 'member')}"
     if archive.unchecked == count:
         return f"{name}: its writer stored no CRCs, so its bytes are not checked"
-    return f"{name}: not checked, without a CRC: {archive.unchecked:,} of {several(count, 'member')}"
+    return (
+        f"{name}: not checked, without a CRC: {archive.unchecked:,} of {several(count, 'member')}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,14 +226,14 @@ HEADERS = {
         "descr is 'f4', which is not a NumPy type"
     ),
     "{'descr': 4, 'fortran_order': False, 'shape': (2,)}": "descr is 4",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "no literal",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "not a literal",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}}": "something follows",
     "{'descr': '<f4' 'fortran_order': False}": "',' or '}' must follow",
-    "{'descr': __import__('os').system('true')}": "no literal",
+    "{'descr': __import__('os').system('true')}": "not a literal",
     "{[]: 1}": "needs texts for keys",
     "{'descr': " + "(" * 60_000: "nested more than 32 deep",
-    "{'descr': " + "-" * 60_000 + "1}": "no literal",
-    "{'shape': " + "9" * 60_000 + "}": "no literal",
+    "{'descr': " + "-" * 60_000 + "1}": "not a literal",
+    "{'shape': " + "9" * 60_000 + "}": "not a literal",
 }
 
 

@@ -296,8 +296,8 @@ def test_it_goes_through_json_and_prints_one_line_for_each_reason(loaded: Load) 
     assert document["read_per_forward"] == {"disk": 4 * 2 * WIDTH * WIDTH * 4, "memory": 0}
     lines = str(told).splitlines()
     assert lines[0] == "Toy: 201 kB of weights, of which 131 kB stream"
-    assert [line.split() for line in lines if line.startswith("  disk")] == [
-        ["disk", "131", "kB", "4", "parts", "the", "map", "says", "so", "layers.[0,", "2-3,", "5]"]
+    assert [" ".join(line.split()) for line in lines if line.startswith("  disk")] == [
+        "disk 131 kB 4 parts set by the device map layers.[0, 2-3, 5]"
     ]
     assert [line.split()[0] for line in lines[-5:]] == ["A", "predicted", "with", "measured", "8"]
     assert "limit: disk" in lines[-4]

@@ -352,9 +352,7 @@ def test_what_a_model_knows_to_be_of_no_use_is_not_told(tmp_path: Path) -> None:
 def test_another_shape_is_a_mismatch_that_says_which(tmp_path: Path) -> None:
     saved(tmp_path)
     edit(tmp_path / "config.json", out_channels=4)
-    with pytest.raises(
-        Mismatch, match=r"'conv_out\.weight' \(\[3, 16, 3, 3\] there, \[4, 16, 3, 3\] here\)"
-    ):
+    with pytest.raises(Mismatch, match=r"'conv_out\.weight' \(\[3, 16, 3, 3\] in the checkpoint"):
         from_pretrained(tmp_path)
 
 

@@ -279,7 +279,7 @@ def test_a_type_goes_by_either_of_its_names_and_not_by_both(tmp_path: Path) -> N
 def test_an_argument_that_has_no_meaning_here_is_told(name: str, tmp_path: Path) -> None:
     saved(tmp_path / "model")
     idle: dict[str, Any] = {name: "offload" if name == "offload_folder" else True}
-    with pytest.warns(UserWarning, match=f"{name} is ignored here"):
+    with pytest.warns(UserWarning, match=f"{name} is ignored"):
         from_pretrained(tmp_path / "model", "disk", **idle)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -178,7 +178,7 @@ def test_what_compressed_tensors_expands_is_what_transformers_makes_of_it(
     if place in ("disk", "mixed"):
         with pytest.warns(
             UserWarning,
-            match=r"not streamed: .*B of weights, and more .* compressed-tensors expands",
+            match=r"not streamed: .*B of weights, and more .* compressed-tensors decompresses",
         ):
             ours = from_pretrained(folder, MAPS[place])
     else:

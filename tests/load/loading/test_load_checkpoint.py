@@ -255,8 +255,8 @@ def test_a_shape_that_differs_is_found_before_anything_is_touched(
     }
     with pytest.raises(
         Mismatch,
-        match=r"net\.bin does not match the model: shape mismatch: 'norm\.bias' \(\[5\] there, "
-        r"\[4\] here\)",
+        match=r"net\.bin does not match the model: shape mismatch: 'norm\.bias' \(\[5\] in "
+        r"the checkpoint, \[4\] in the model\)",
     ):
         load(model, tmp_path / "net.bin", device_map={"": device})
     _assert_untouched(model, before)
@@ -343,9 +343,9 @@ def test_missing_names_are_told_and_kept_and_strict_refuses_them(
 def test_arguments_without_a_meaning_are_not_accepted_in_silence(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match="offload_folder is ignored here"):
+    with pytest.warns(UserWarning, match="offload_folder is ignored"):
         load_checkpoint_in_model(empty(), checkpoint, {"": "disk"}, tmp_path / "offload")
-    with pytest.warns(UserWarning, match="offload_state_dict is ignored here"):
+    with pytest.warns(UserWarning, match="offload_state_dict is ignored"):
         load_checkpoint_in_model(empty(), checkpoint, offload_state_dict=True)
     assert not (tmp_path / "offload").exists()
     for refused in (

@@ -256,5 +256,5 @@ def test_a_ring_may_be_given_in_bytes() -> None:
         "3KB",
         5,
     )
-    with pytest.raises(OverBudget, match="room for 3KB of blocks at a time"):
+    with pytest.raises(OverBudget, match="a buffer for 3KB of blocks"):
         chosen(model, {"cpu": 14 * 64 + 2 * KB}, ring="3KB")
