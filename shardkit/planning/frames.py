@@ -31,7 +31,7 @@ def compressed(plan: Plan, codec: Codec) -> Plan:
     """
     if plan.format != "safetensors":
         raise PlanError(
-            f"only safetensors is compressed, and this output is {plan.format}",
+            f"only safetensors can be compressed, but this output is {plan.format}",
             hint=("leave out ", option("compress"), ", or write safetensors"),
         )
     shards = {file.name: _framed(plan, file, codec) for file in plan.shards}

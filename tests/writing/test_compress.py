@@ -249,7 +249,7 @@ def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(registry, "writer_for", lambda suffix: toy if suffix == ".toy" else None)
         for name in ("m.toy", "m.toy.zst"):
-            with pytest.raises(PlanError, match="only safetensors is compressed") as caught:
+            with pytest.raises(PlanError, match="only safetensors can be compressed") as caught:
                 shardkit.convert(source, tmp_path / name, compress="zstd")
             assert caught.value.hint == "leave out compress=, or write safetensors"
 
