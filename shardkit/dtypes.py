@@ -18,18 +18,28 @@ Kind = Literal["bool", "int", "float", "complex"]
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """The type of a tensor's elements.
+    """The element type of a tensor.
+
+    Codes and sizes are those of the safetensors format.
 
     Attributes:
-        code: safetensors' code ("BF16"), or our own in the same style where it has none ("C128").
-        bits: width of one element; below 8, elements are packed.
-        kind: what arithmetic the type is for.
+        code: the code of safetensors ("BF16"), or one in the same style where it has none ("C128").
+        bits: width of one element in bits; below 8, elements are packed.
+        kind: "bool", "int", "float" or "complex".
         torch: name of the attribute of `torch` ("bfloat16"); None where torch has no such type.
         word: bytes that are reversed together when the byte order changes (a complex number is two
             words).
         writable: whether the safetensors format has the type.
         itemsize: bytes of one element, and so its natural alignment; 1 for packed types.
         packed: how many elements of this type torch counts as one (2 for `float4_e2m1fn_x2`).
+
+    Example:
+        >>> from shardkit.plugin import BY_CODE, BY_TORCH
+        >>> bf16 = BY_TORCH["bfloat16"]
+        >>> bf16.code, bf16.itemsize, bf16.nbytes((4096, 4096))
+        ('BF16', 2, 33554432)
+        >>> BY_CODE["F4"].nbytes((3, 2))
+        3
     """
 
     code: str
@@ -49,7 +59,10 @@ class DType:
         return hash(self.code)  # which tells them apart, at a fifth of the price of all fields
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Bytes that a dense tensor of *shape* takes.
+        """Return the size in bytes of a dense tensor of *shape*.
+
+        Args:
+            shape: lengths of the axes, in elements; () for a scalar.
 
         Raises:
             ValueError: packed elements do not fill whole bytes.
@@ -57,7 +70,7 @@ class DType:
         bits = prod(shape) * self.bits
         if bits % 8:
             raise ValueError(
-                f"{self.code} {list(shape)} is {bits} bits, which is no whole number of bytes"
+                f"{self.code} {list(shape)} is {bits} bits, which is not a whole number of bytes"
             )
         return bits // 8
 
@@ -123,7 +136,7 @@ def parse_dtype(name: str) -> DType:
     dtype = BY_TORCH.get(word) or BY_CODE.get(_SHORT.get(word, word.upper()))
     if dtype is None or dtype.kind != "float" or not dtype.writable:
         raise BadDType(
-            f"{shown(name)} is no floating-point type",
-            hint='write one as in "bf16", "fp16", "fp32" or "float8_e4m3fn"',
+            f"{shown(name)} is not a floating-point type",
+            hint='use a name such as "bf16", "fp16", "fp32" or "float8_e4m3fn"',
         )
     return dtype

@@ -17,11 +17,18 @@ _LONGEST = 80  # characters of a name that are matched; the rest is a star
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A choice of the user, as it is written in each place.
+    """A choice of the user, as it is written on the command line and in Python.
 
     Attributes:
         flag: on the command line.
         argument: in a call.
+
+    Example:
+        >>> from shardkit.plugin import Option, UnknownFormat
+        >>> name = Option("--format npz", "format='npz'")
+        >>> error = UnknownFormat("weights.npz", "is ambiguous", hint=("choose one with ", name))
+        >>> error.hint, error.command_hint
+        ("choose one with format='npz'", 'choose one with --format npz')
     """
 
     flag: str
@@ -32,14 +39,18 @@ Hint = str | tuple[str | Option, ...]
 
 
 def option(name: str, value: str | bool | Sequence[str] | None = None) -> Option:
-    """The argument *name*, and the flag of the same name.
+    """Name an option of a command, and the argument of the same name.
 
     Args:
         name: as in Python.
         value: what it is set to; a sequence for a flag that is repeated; None to name it only.
 
-    >>> option("max_shard", "2GB")
-    Option(flag='--max-shard 2GB', argument="max_shard='2GB'")
+    Example:
+        >>> from shardkit.plugin import option
+        >>> option("max_shard", "2GB")
+        Option(flag='--max-shard 2GB', argument="max_shard='2GB'")
+        >>> option("exclude", ["*.bias", "head.*"]).flag
+        "--exclude '*.bias' --exclude 'head.*'"
     """
     flag = f"--{name.replace('_', '-')}"
     match value:
@@ -55,7 +66,7 @@ def option(name: str, value: str | bool | Sequence[str] | None = None) -> Option
 
 
 def output(path: object = None) -> Option:
-    """Where the output goes: *path*, or another place."""
+    """Name the option that chooses the output: *path*, or another place."""
     return (
         Option("-o", "out=")
         if path is None
@@ -64,7 +75,17 @@ def output(path: object = None) -> Option:
 
 
 def renaming(pattern: str, replacement: str) -> Option:
-    """A rename of what matches *pattern*."""
+    """Suggest to rename what matches *pattern*.
+
+    Args:
+        pattern: a regular expression.
+        replacement: what replaces each match.
+
+    Example:
+        >>> from shardkit.plugin import renaming
+        >>> renaming("^module[.]", "")
+        Option(flag="--rename '^module[.]='", argument="rename=[('^module[.]', '')]")
+    """
     return Option(
         f"--rename {shlex.quote(f'{pattern}={replacement}')}",
         f"rename=[({pattern!r}, {replacement!r})]",
@@ -72,7 +93,7 @@ def renaming(pattern: str, replacement: str) -> Option:
 
 
 def excluding(names: Sequence[str], *, most: int = 5) -> Option:
-    """What leaves out the tensors called *names*."""
+    """Suggest to leave out the tensors called *names*."""
     globs = [glob.escape(name[:_LONGEST]) + "*" * (len(name) > _LONGEST) for name in names[:most]]
     found = option("exclude", globs)
     more = " …" * (len(names) > most)
@@ -80,7 +101,7 @@ def excluding(names: Sequence[str], *, most: int = 5) -> Option:
 
 
 def in_python(hint: Hint) -> str:
-    """*hint* for someone who called a function."""
+    """Word *hint* for someone who called a function."""
     return (
         hint
         if isinstance(hint, str)
@@ -89,7 +110,7 @@ def in_python(hint: Hint) -> str:
 
 
 def on_command_line(hint: Hint) -> str:
-    """*hint* for someone who gave a command."""
+    """Word *hint* for someone who ran a command."""
     return (
         hint
         if isinstance(hint, str)
@@ -98,19 +119,19 @@ def on_command_line(hint: Hint) -> str:
 
 
 def after_reading(error: OSError) -> str:
-    """What to try after *error*, which the system raised over a path that was to be read."""
-    return _READING.get(error.errno or 0, "check the path, and the disk that it lies on")
+    """Suggest what to do after *error*, which the system raised for a path to be read."""
+    return _READING.get(error.errno or 0, "check the path and its disk")
 
 
 def after_writing(error: OSError) -> Hint:
-    """What to try after *error*, which the system raised while an output was prepared."""
+    """Suggest what to do after *error*, which the system raised for an output."""
     return _WRITING.get(error.errno or 0, _ELSEWHERE)
 
 
-_ASK = "ask its owner for the right to read it, or copy it to where you may read"
+_ASK = "ask the owner of the file for permission to read it"
 _READING = {
-    errno.ENOENT: "check the path, which begins at the working folder unless it begins with /",
-    errno.ENOTDIR: "check the path: something on the way to it is a file",
+    errno.ENOENT: "check the path; it is relative to the working folder unless it begins with /",
+    errno.ENOTDIR: "check the path: one of its parents is a file",
     errno.EACCES: _ASK,
     errno.EPERM: _ASK,
     errno.EIO: "run the command again, and check the disk or the network if it fails again",
@@ -122,7 +143,7 @@ _ELSEWHERE: Hint = ("choose another output with ", output())
 _WRITING: dict[int, Hint] = {
     errno.ENOSPC: f"free some space and {_AGAIN}",
     errno.EDQUOT: f"free some space and {_AGAIN}",
-    errno.EFBIG: ("the file system holds no file of this size: lower ", option("max_shard")),
+    errno.EFBIG: ("the file is too large for the file system: lower ", option("max_shard")),
     errno.EIO: f"{_AGAIN}; check the disk or the network if it fails again",
     errno.ENAMETOOLONG: ("choose a shorter name with ", output()),
 }

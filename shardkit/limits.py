@@ -1,4 +1,4 @@
-"""What a stranger's file may ask for before it is refused."""
+"""Safety limits for untrusted files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Guards against lies, not against size: real checkpoints of any size stay far below.
+    """Safety limits for untrusted files: real checkpoints of any size stay far below them.
 
     Attributes:
-        header_bytes: a header, an index or a zip directory, in bytes (the safetensors format itself
-            allows no more).
-        tensors: entries in one checkpoint.
+        header_bytes: size of a header, an index or a zip directory, in bytes; the safetensors
+            format itself allows no more.
+        tensors: tensors in one checkpoint.
         pickle_ops: opcodes of one pickle.
-        held_bytes: bytes that one pickle may make us hold.
+        held_bytes: bytes of memory that parsing one pickle may take.
         json_nesting: depth of a JSON document.
-        expanded_bytes: what compressed data may expand to, in bytes.
-        ratio: by what factor it may expand, judged once 64 MiB are reached.
+        expanded_bytes: size of decompressed data, in bytes.
+        ratio: decompressed size divided by compressed size, checked from 64 MiB on.
+
+    Example:
+        >>> import shardkit
+        >>> strict = shardkit.Limits(tensors=10_000, expanded_bytes=50_000_000_000)
+        >>> len(shardkit.open("model.safetensors", limits=strict))
+        4
     """
 
     header_bytes: int = 100_000_000

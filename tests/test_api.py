@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import shardkit
 from repository import GOOD
 from shardkit import alignment, brief, errors, near_names
-from shardkit.checkpoint import device_fit, entries
+from shardkit.checkpoint import device_fit
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DTYPES
 from shardkit.errors import (
@@ -219,9 +219,9 @@ def test_a_repr_names_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [alignment, brief, coalesce, device_fit, device_lookup, entries, near_names],
+    [alignment, brief, coalesce, device_fit, device_lookup, near_names],
     ids=lambda module: module.__name__,
 )
-def test_examples_are_true(module: object) -> None:
+def test_examples_of_private_modules_are_true(module: object) -> None:
     assert inspect.ismodule(module)
     assert doctest.testmod(module).failed == 0

@@ -1,17 +1,17 @@
 """Blocks: which tensors of a checkpoint run together, in which order, and how each block is laid
 out. Names and sizes decide.
 
-1. The first number in a name ends the name of its block, as in ``model.layers.3``: experts lie
-   inside their layer.
-2. What would be more than half of all is a wrapper and no block, if there are numbers inside it:
-   the next number counts then, as in ``0.auto_model.encoder.layer.3``.
-3. Without a number, the block is the module, as in ``lm_head``; one with tensors of its own takes
-   along what lies below it. A tensor that stands beside blocks is a block of its own.
+1. The first number in a name ends the name of its block, as in ``model.layers.3``: experts belong
+   to their layer.
+2. A block of more than half of all bytes is a wrapper, if there are numbers inside it: the next
+   number counts then, as in ``0.auto_model.encoder.layer.3``.
+3. Without a number, the block is the module, as in ``lm_head``; one with tensors of its own
+   includes the modules below it. A tensor beside blocks is a block of its own.
 4. Blocks come in the order of the file, those of one module together and numbered ones by their
-   numbers. A file that is sorted by name says nothing about the order in which blocks are run;
-   there, words in their names do.
+   numbers. A file that is sorted by name does not show the order in which blocks run; there, words
+   in their names decide.
 5. Inside a block, each expert is contiguous, and tensors that would break the alignment of the next
-   stand last.
+   come last.
 """
 
 from __future__ import annotations
@@ -92,10 +92,7 @@ def refuse_unfound(no_split: re.Pattern[str] | None, entries: Iterable[TensorEnt
         return
     found = [shown(block.name) for block in named_blocks(entries)]
     raise PlanError(
-        (
-            f"{shown(no_split.pattern)} is found in the name of no module, and so tells no block "
-            "from another"
-        ),
+        (f"{shown(no_split.pattern)} matches no module name, so it selects no blocks"),
         hint=f"without it, the blocks are {listed(found)}",
     )
 

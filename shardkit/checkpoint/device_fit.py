@@ -1,10 +1,10 @@
-"""Which device each block goes to: accelerators first, then the CPU, then the disk. Pure, and of
-sizes alone.
+"""Choose a device for each block: accelerators first, then the CPU, then the disk. Pure, from sizes
+alone.
 
 Blocks are taken in order, each onto the first device from the current one on that has room for it;
-a device that was left is not returned to. The device that runs what lies on CPU and disk, which is
-the first accelerator, and the CPU as long as something may land on disk, keep room for the largest
-block that is yet to come.
+a device that was passed is not used again. The device that runs the blocks on CPU and disk, which
+is the first accelerator, and the CPU as long as a block may be placed on disk, keep room for the
+largest block that is not placed yet.
 
 `DeviceQueue` counts the bytes, here and in `shardkit.load.placement.infer_device_map`.
 """
@@ -89,15 +89,15 @@ class DeviceQueue(Generic[D]):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Where blocks go.
+    """The device of each block, and what it takes.
 
     Attributes:
         homes: the device of each block, in their order.
-        budgets: what each device may hold; the disk is not among them.
-        used: bytes of blocks on each device, the disk with them.
+        budgets: bytes that each device may hold; the disk is not among them.
+        used: bytes of blocks on each device, the disk included.
         left: bytes of each budget that no block takes.
-        brought: for each device that blocks are brought to, to be run or on their way, the largest
-            of these.
+        largest_loaded: for each device that loads blocks of other devices, to run or to pass them
+            on, the largest of these.
         sizes: bytes of each block.
     """
 
@@ -105,16 +105,17 @@ class Fit:
     budgets: Mapping[str, int]
     used: Mapping[str, int]
     left: Mapping[str, int]
-    brought: Mapping[str, str]
+    largest_loaded: Mapping[str, str]
     sizes: Mapping[str, int]
 
     @property
     def lacking(self) -> dict[str, int]:
-        """For each device that has no room for the largest block that is brought there, the bytes
-        that are missing.
+        """For each device that has no room for the largest block loaded there, the bytes that it is
+        short.
         """
         missing = {
-            device: self.sizes[block] - self.left[device] for device, block in self.brought.items()
+            device: self.sizes[block] - self.left[device]
+            for device, block in self.largest_loaded.items()
         }
         return {device: nbytes for device, nbytes in missing.items() if nbytes > 0}
 
@@ -136,8 +137,8 @@ def fit(sizes: Mapping[str, int], budgets: Mapping[str, int]) -> Fit:
         while nbytes > devices.room(largest):
             devices.advance()
         homes[name] = devices.put(nbytes)
-    brought = dict(_brought(homes, sizes, keepers))
-    return Fit(homes, devices.budgets, devices.used, devices.free, brought, sizes)
+    loaded = dict(_largest_loaded(homes, sizes, keepers))
+    return Fit(homes, devices.budgets, devices.used, devices.free, loaded, sizes)
 
 
 def _keepers(budgets: Iterable[str]) -> tuple[str, ...]:
@@ -147,11 +148,11 @@ def _keepers(budgets: Iterable[str]) -> tuple[str, ...]:
 
 
 def _largest_after(sizes: Sequence[int]) -> list[int]:
-    """For each place, the largest size behind it."""
+    """For each position, the largest size after it."""
     return list(accumulate(reversed(sizes[1:]), max, initial=0))[::-1] if sizes else []
 
 
-def _brought(
+def _largest_loaded(
     homes: Mapping[str, str], sizes: Mapping[str, int], keepers: Sequence[str]
 ) -> Iterable[tuple[str, str]]:
     for device in keepers:

@@ -1,4 +1,4 @@
-"""What the user wants changed: root, select, rename, cast_to, fold_ties; entries in, entries out,
+"""Apply the edits of the user: root, select, rename, cast_to, fold_ties; entries in, entries out,
 in that order.
 """
 
@@ -34,20 +34,30 @@ Ties = Literal["keep-first", "copy"]
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """The changes that a user asks for; by default, none.
+    """The changes that `convert` and `verify` apply to a checkpoint; by default, none.
 
     Attributes:
         root: dotted path of the subtree to take; "." for everything; None to find the model.
-        include: globs of names below the root; where there are any, only what matches one of them
-            is taken. ``*`` crosses dots.
-        exclude: globs of names below the root to leave out.
-        rename: pairs of a regular expression and what replaces every match of it, applied in order
+        include: glob patterns of names below the root; if there are any, only tensors that match
+            one of them are taken. ``*`` also matches dots.
+        exclude: glob patterns of names below the root to leave out.
+        rename: pairs of a regular expression and the replacement of every match, applied in order
             to every name.
         dtype: what floating-point tensors are cast to; None to keep each as it is.
-        ties: write a tied weight once and record its other names, or write a copy under each.
+        ties: "keep-first" writes a tied weight once and records its other names; "copy" writes a
+            copy under each name.
 
     Raises:
-        PlanError: *ties* is neither, or a rename is no pair.
+        PlanError: *ties* is neither, or a rename is not a pair.
+
+    Example:
+        >>> import shardkit
+        >>> edits = shardkit.Edits(rename=(("^0", "up"), ("^2", "down")), exclude=("*.bias",))
+        >>> report = shardkit.convert(
+        ...     "model.safetensors", "out", rename=edits.rename, exclude=edits.exclude
+        ... )
+        >>> shardkit.verify("out", "model.safetensors", edits).same
+        True
     """
 
     root: str | None = None
@@ -61,14 +71,14 @@ class Edits:
         if self.ties not in get_args(Ties):
             known = ", ".join(map(shown, get_args(Ties)))
             raise PlanError(
-                f"ties is {shown(self.ties)}, and must be one of {known}", hint="give one of them"
+                f"ties is {shown(self.ties)}; expected one of {known}", hint="choose one of them"
             )
         for rule in self.rename:
             if not _is_rule(rule):
                 raise PlanError(
                     (
-                        f"a rename is {shown(rule)}, and must be a pair: a regular expression, and "
-                        "what replaces it"
+                        f"a rename is {shown(rule)}; expected a pair of a regular expression and "
+                        f"its replacement"
                     ),
                     hint=("write it as in ", renaming("^module\\.", "")),
                 )
@@ -84,11 +94,26 @@ class Edits:
         dtype: str | None,
         ties: Ties,
     ) -> Edits:
-        """What a caller of the library asks for in plain words; a glob that stands alone is one,
-        and not a glob for each letter.
+        """Build the edits from the arguments that `convert` takes.
+
+        Args:
+            root: dotted path of the subtree to take, or None.
+            include: glob patterns, or a single one.
+            exclude: glob patterns, or a single one.
+            rename: pairs (regular expression, replacement).
+            dtype: name of a floating-point type, as ``"bf16"``; None to keep each.
+            ties: ``"keep-first"`` or ``"copy"``.
 
         Raises:
-            PlanError: it makes no sense.
+            PlanError: an argument is invalid.
+
+        Example:
+            >>> import shardkit
+            >>> edits = shardkit.Edits.asked(
+            ...     root=None, include="*.weight", exclude=(), rename=(), dtype="bf16", ties="copy"
+            ... )
+            >>> edits.include, edits.dtype.code
+            (('*.weight',), 'BF16')
         """
         included, excluded = (
             (globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude)
@@ -139,7 +164,7 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
     if idle := _idle(edits.include, names):
         raise NothingSelected(f"include {_matches_none(idle[0], names)}", hint=_SHOWS)
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
-    _refuse_undense(
+    _refuse_non_dense(
         [other for other in rooted.others if other.is_weight and wanted.takes(other.name)]
     )
     if not entries:
@@ -177,7 +202,7 @@ def cast_to(
     if narrow:
         floats = f"{several(narrow, 'tensor')} of 8-bit or narrower floats"
         notes.append(
-            f"not cast: {floats}, which are quantised, and their scales lie in other tensors"
+            f"not cast: {floats}, which are quantised and have their scales in other tensors"
         )
     if kept:
         names = listed([shown(entry.name) for entry in entries if entry.name in kept], most=3)
@@ -236,7 +261,7 @@ def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(translate(glob) for glob in globs)) if globs else None
 
 
-def _refuse_undense(others: Sequence[Other]) -> None:
+def _refuse_non_dense(others: Sequence[Other]) -> None:
     if not others:
         return
     found = listed(
@@ -244,7 +269,7 @@ def _refuse_undense(others: Sequence[Other]) -> None:
     )
     advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
     raise Unwritable(
-        f"safetensors holds dense tensors only, and these are none: {found}",
+        f"safetensors can store dense tensors only, and these are not dense: {found}",
         hint=(f"{advice}leave them out: ", excluding([other.name for other in others])),
     )
 
@@ -288,13 +313,11 @@ def _why_nothing(checkpoint: Checkpoint, rooted: Rooted, root: str | None) -> st
             None,
         )
         only = f", only {shown(whole.reason)[1:-1]}" if whole else ""
-        return "; ".join((f"{where}: there are no tensors in it{only}", *checkpoint.notes))
+        return "; ".join((f"{where}: it holds no tensors{only}", *checkpoint.notes))
     if rooted.tensors:
         return f"include and exclude leave none of the {several(len(rooted.tensors), 'tensor')}"
     if root is not None:
-        return (
-            f"none of the file's {several(len(checkpoint.tensors), 'tensor')} lies below the root"
-        )
+        return f"none of the file's {several(len(checkpoint.tensors), 'tensor')} is below the root"
     if not any(entry.nbytes for entry in checkpoint.tensors):
         return "; ".join(checkpoint.notes)  # which say that the file holds no values
     aside = listed([f"{shown(part.path)} ({part.reason})" for part in rooted.left_out])
@@ -351,7 +374,7 @@ def clash(
     return NameClash(f"{where}: {message}" if where else message, hint=hint or _APART)
 
 
-_SHOWS = "run `shardkit inspect` to see what the file holds"
+_SHOWS = "run `shardkit inspect` to list the contents of the file"
 _RENAMED: Hint = (
     "change ",
     option("rename"),
@@ -359,9 +382,9 @@ _RENAMED: Hint = (
     option("exclude"),
 )
 _APART: Hint = (
-    "take what is below one of them with ",
+    "select one of the subtrees with ",
     option("root"),
-    ", or leave both out with ",
+    ", or exclude both with ",
     option("exclude"),
 )
 

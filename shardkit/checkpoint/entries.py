@@ -1,4 +1,4 @@
-"""What a file holds: tensors as names, types, shapes and addresses; never their values."""
+"""The contents of a file: tensors as names, types, shapes and byte ranges; never values."""
 
 from __future__ import annotations
 
@@ -23,16 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TensorEntry:
-    """One dense tensor: C-contiguous little-endian bytes at an address.
+    """One dense tensor of a checkpoint: its name, type, shape, and where its bytes are stored.
+
+    The values are C-contiguous and little-endian, and are read only by `read` and `numpy`.
 
     Attributes:
-        path: the names from the root of the file down to it.
+        path: the names from the root of the file down to the tensor.
         dtype: type of the elements.
         shape: lengths of the axes, in elements; () for a scalar.
         payload: where the bytes are; as many as *dtype* and *shape* need.
 
     Raises:
         ValueError: the payload has another length.
+
+    Example:
+        >>> import shardkit
+        >>> entry = shardkit.open("model.safetensors")["0.weight"]
+        >>> entry
+        TensorEntry('0.weight', F32 [8, 4], 128 B)
+        >>> len(entry.read())
+        128
+        >>> entry.numpy().shape
+        (8, 4)
     """
 
     path: tuple[str, ...]
@@ -58,7 +70,10 @@ class TensorEntry:
         return self.payload.nbytes
 
     def read(self) -> bytearray:
-        """The values: C order, little-endian, the whole tensor in memory.
+        """Read the whole tensor into memory.
+
+        Returns:
+            The values in C order, little-endian.
 
         Raises:
             FormatError: the file cannot be read.
@@ -66,17 +81,20 @@ class TensorEntry:
         return read_all(self.payload)
 
     def numpy(self) -> npt.NDArray[Any]:  # Any: the type is known when the file is
-        """The values as an array of NumPy with memory of its own.
+        """Read the tensor into a NumPy array that owns its memory.
+
+        Returns:
+            An array of the tensor's shape.
 
         Raises:
-            BadDType: NumPy has no such type, as of bfloat16 and 8-bit floats.
+            BadDType: NumPy has no such type, as for bfloat16 and 8-bit floats.
             FormatError: the file cannot be read.
         """
         code = _NUMPY.get(self.dtype.code)
         if code is None:
             raise BadDType(
                 f"{shown(self.name)}: NumPy has no type for {self.dtype.code}",
-                hint="take the bytes with .read(), a torch tensor from "
+                hint="read the bytes with .read(), or a torch tensor with "
                 "shardkit.load.tensors(path), or cast with "
                 "`shardkit convert --dtype fp32` first",
             )
@@ -111,7 +129,13 @@ _NUMPY = {
 
 
 class OtherKind(StrEnum):
-    """What an `Other` is. All but OBJECT and CALL are weights."""
+    """What an `Other` is. All but OBJECT and CALL are weights.
+
+    Example:
+        >>> from shardkit.plugin import OtherKind
+        >>> str(OtherKind.SPARSE), OtherKind("object") is OtherKind.OBJECT
+        ('sparse tensor', True)
+    """
 
     SPARSE = "sparse tensor"
     QUANTISED = "quantised tensor"
@@ -125,13 +149,20 @@ class OtherKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """Something in the file that is not a dense tensor.
+    """An item of a file that is not a dense tensor.
 
     Attributes:
         path: the names from the root of the file down to it.
         kind: what it is.
-        nbytes: bytes of weights behind it; 0 where there are none or they cannot be told.
-        reason: for a person: the class, or why it is no dense tensor.
+        nbytes: bytes of weights that it refers to; 0 where there are none or their size is unknown.
+        reason: for a person: the class, or why it is not a dense tensor.
+
+    Example:
+        >>> import shardkit
+        >>> for other in shardkit.open("training.pt").others[:2]:
+        ...     print(other.name, "|", other.kind, "|", other.reason, "|", other.is_weight)
+        optimizer_states.0.param_groups | object | a list of 1 | False
+        lr_schedulers | object | a list of 1 | False
     """
 
     path: tuple[str, ...]
@@ -168,8 +199,21 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file as it was when it was scanned, so that a change is noticed before the output is
+    """The state of a file when it was scanned, so that a change is noticed before the output is
     committed.
+
+    Attributes:
+        path: the file.
+        size: its size in bytes.
+        mtime_ns: when it was last written, in nanoseconds since the epoch.
+        inode: number of the file in its file system.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import SourceFile
+        >>> scanned = SourceFile.of(Path("model.safetensors"))
+        >>> scanned == SourceFile.of(Path("model.safetensors"))
+        True
     """
 
     path: Path
@@ -179,10 +223,10 @@ class SourceFile:
 
     @classmethod
     def of(cls, path: Path) -> SourceFile:
-        """The file as it is now.
+        """Record the current state of the file at *path*.
 
         Raises:
-            FormatError: it cannot be looked at.
+            FormatError: the file cannot be examined.
         """
         try:
             stat = os.stat(path)
@@ -193,14 +237,12 @@ class SourceFile:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Mapping[str, TensorEntry]):
-    """Everything that a file, or a folder of shards, holds.
+    """The contents of a file, or of a folder of shards: a read-only mapping of names to
+    `TensorEntry`.
 
-    A checkpoint is a read-only `Mapping` from dotted names to `TensorEntry`. Where two paths give
-    one name, the mapping has the first of them; `tensors` has both. Two checkpoints are equal if
-    all of their fields are; one and another mapping, if their items are.
-
-    >>> Checkpoint(())
-    <Checkpoint: 0 tensors, 0 B>
+    Where two paths give one dotted name, the mapping has the first of them; `tensors` has both. Two
+    checkpoints are equal if all of their fields are; a checkpoint and another mapping, if their
+    items are.
 
     Attributes:
         tensors: the dense tensors, in the order of the source. Tied ones have equal payloads.
@@ -209,7 +251,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
         files: the files that were read.
         format: name of the format, as `shardkit formats` lists it.
         notes: sentences that the user should see: conflicts settled, things ignored.
-        left_out: files and subfolders with weights beside what was read.
+        left_out: files and subfolders with weights that were not read.
+
+    Example:
+        >>> import shardkit
+        >>> checkpoint = shardkit.open("model.safetensors")
+        >>> checkpoint
+        <Checkpoint model.safetensors: safetensors, 4 tensors, 304 B: '0.weight', '0.bias', ...>
+        >>> {name: entry.shape for name, entry in checkpoint.items() if name.endswith("bias")}
+        {'0.bias': (8,), '2.bias': (4,)}
     """
 
     tensors: tuple[TensorEntry, ...]

@@ -1,20 +1,20 @@
-"""Where in a nested checkpoint the model is, told by the shape of the tree, and by names only where
-several parts could be it.
+"""Find the model in a nested checkpoint, by the shape of the tree, and by names only where several
+parts could be it.
 
 1. Set aside: subtrees shaped like the state of an optimizer (`state` beside `param_groups`, as
    torch.optim.Optimizer.state_dict makes them, or a partition of DeepSpeed ZeRO) or of a scheduler,
-   and random-number states (one axis of unsigned integers). Subtrees that hold nothing but scalars
-   go with them where their name, or one beside it, is of a training run (`epoch`, `loops`): a
-   scalar that is called as parameters are, or that no such name is beside, is a weight. A file that
-   has nothing but what is set aside is refused.
+   and random-number states (one axis of unsigned integers). Subtrees of scalars only are set aside
+   too where their name, or one beside it, is of a training run (`epoch`, `loops`): a scalar with
+   the name of a parameter, or without such a name beside it, is a weight. A file of which
+   everything is set aside is refused.
 2. A node with tensors of its own is the model. Otherwise descend while exactly one child holds
    tensors.
 3. Lists (children that are all numbered) give way to a child with names: lists of tensors are
    optimizer slots and averages.
-4. Where one child has the name that training programs give to the model (`state_dict`, `model`), it
-   is the model if all that is beside it is settings, callbacks and the like. A moving average of
-   the weights is none of these.
-5. What is left is ambiguous, and the person is asked.
+4. If one child has the name that training programs give to the model (`state_dict`, `model`), it is
+   the model if everything beside it is settings, callbacks and the like. A moving average of the
+   weights is not.
+5. Anything else is ambiguous, and the user is asked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Rooted:
 
 
 def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
-    """What lies below *root*.
+    """Return the items below *root*.
 
     Args:
         checkpoint: what to choose from.
@@ -175,8 +175,8 @@ def _refuse_no_model(checkpoint: Checkpoint, state: str) -> None:
             "the model is probably in a file beside it, such as model.safetensors or "
             "pytorch_model.bin"
         )
-    hint = (f"{model}; to take it all the same, add ", option("root", "."))
-    raise NothingSelected(f"{where}: holds {state}, and no model", hint=hint)
+    hint = (f"{model}; to convert it anyway, add ", option("root", "."))
+    raise NothingSelected(f"{where}: holds {state} but no model", hint=hint)
 
 
 def _set_aside(node: Node) -> dict[str, str]:
@@ -200,7 +200,7 @@ def _named(tree: Node, root: str) -> Node:
                 reached.append((child, rest[len(name) + 1 :]))
     names = ", ".join(shown(name) for name in list(tree.children)[:8])
     raise NothingSelected(
-        f"there is nothing to enter at {shown(root)}; the file holds {names or 'nothing'}",
+        f"there is no subtree {shown(root)}; the file holds {names or 'nothing'}",
         hint="run `shardkit inspect` to see the tree",
     )
 
@@ -229,12 +229,12 @@ def _ambiguous(candidates: list[Node]) -> AmbiguousRoot:
     if averages:
         average = (", or its moving average with ", option("root", averages[0].name))
     return AmbiguousRoot(
-        f"several parts of the file could be the model: {found}",
+        f"several subtrees of the file could be the model: {found}",
         hint=(
             "choose one with ",
             option("root", likeliest.name),
             *average,
-            ", or take all with ",
+            ", or convert everything with ",
             option("root", "."),
         ),
     )

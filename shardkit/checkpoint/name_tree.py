@@ -1,5 +1,5 @@
-"""The names of a checkpoint as a tree, and what can be told of each place from what lies at and
-below it.
+"""The names of a checkpoint as a tree, and what follows for each node from the items at and below
+it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Node:
         parent: the place above; None for the root of the tree.
         children: the places below, by their steps.
         tensors: those that have this very path.
-        undense: weights of other kinds that have this very path.
+        non_dense: weights of other kinds that have exactly this path.
         holds_weights: whether there are any at or below.
         is_incidental: whether all of them are scalars or random-number states.
         is_random: whether one of them is the state of a random-number generator.
@@ -40,7 +40,7 @@ class Node:
     parent: Node | None = None
     children: dict[str, Node] = field(default_factory=dict)
     tensors: list[TensorEntry] = field(default_factory=list)
-    undense: list[Other] = field(default_factory=list)
+    non_dense: list[Other] = field(default_factory=list)
     holds_weights: bool = False
     is_incidental: bool = True
     is_random: bool = False
@@ -52,9 +52,9 @@ class Node:
     def judge(self) -> None:
         """Fill in what is said of the place, when it is said of all below."""
         tensors = self.tensors
-        self.holds_weights = bool(tensors or self.undense)
-        self.has_matrix = bool(self.undense) or any(len(entry.shape) > 1 for entry in tensors)
-        self.is_incidental = not self.undense and all(map(_is_incidental, tensors))
+        self.holds_weights = bool(tensors or self.non_dense)
+        self.has_matrix = bool(self.non_dense) or any(len(entry.shape) > 1 for entry in tensors)
+        self.is_incidental = not self.non_dense and all(map(_is_incidental, tensors))
         self.is_random = self.is_incidental and any(map(_is_random, tensors))
         if not self.children:  # as of most places
             return
@@ -85,13 +85,13 @@ class Node:
         like.
         """
         return any(
-            (child.tensors or child.undense) and child.why_aside is None
+            (child.tensors or child.non_dense) and child.why_aside is None
             for child in self.children.values()
         )
 
     @property
     def why_aside(self) -> str | None:
-        """Why no model lies here; None where one may."""
+        """Why no model is here; None where one may be."""
         if not self.holds_weights:
             return "holds no tensors"
         if self.state_of:
@@ -146,7 +146,7 @@ class Node:
         while stack:
             node = stack.pop()
             total += sum(entry.nbytes for entry in node.tensors) + sum(
-                other.nbytes for other in node.undense
+                other.nbytes for other in node.non_dense
             )
             stack.extend(node.children.values())
         return total
@@ -160,7 +160,7 @@ def tree_of(checkpoint: Checkpoint) -> Node:
     for other in checkpoint.others:
         node = _place(nodes, other.path)
         if other.is_weight:
-            node.undense.append(other)
+            node.non_dense.append(other)
     for node in reversed(nodes):  # every place was made after the one above it
         node.judge()
     return nodes[0]

@@ -1,9 +1,9 @@
-"""What training programs call the parts of a checkpoint. Asked only where the shape of the tree
-leaves several parts.
+"""Names that training programs give to the parts of a checkpoint. Used only where the shape of the
+tree leaves several parts.
 
 The names are those of PyTorch Lightning (`state_dict`, `hyper_parameters`, `loops`), timm
 (`state_dict_ema`), DeepSpeed (`module`), MMEngine (`message_hub`), SevenNet (`model_state_dict`,
-`config`), fairseq, detectron2 (`model`) and their likes.
+`config`), fairseq, detectron2 (`model`) and similar ones.
 """
 
 from __future__ import annotations

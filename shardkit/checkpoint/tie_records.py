@@ -1,8 +1,8 @@
-"""How the metadata of safetensors record tied weights, and how a record is told from other text.
+"""Records of tied weights in the metadata of safetensors, and how they differ from other text.
 
 huggingface_hub and safetensors write ``alias: kept`` for each name that they drop, into a map that
 users write to as well; no library reads it back. ``lm_head.weight: model.embed_tokens.weight`` is a
-tie, ``author: w`` beside a tensor called ``w`` is not. A record is believed where both names have
+tie, ``author: w`` beside a tensor called ``w`` is not. A record is accepted if both names have
 the same last part, as the names of tied parameters nearly always have. For any other alias,
 shardkit lists it under a key of its own.
 """

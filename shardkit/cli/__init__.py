@@ -1,14 +1,13 @@
-"""The command line: runs what was asked for, and turns what goes wrong into a sentence and an exit
-code.
+"""The command line: run a command, and turn errors into a sentence and an exit code.
 
     0    done; for verify and diff: the same
-    1    it cannot be done; for verify and diff, as for cmp and diff: different, or damaged
-    2    the command line is not understood; for verify and diff also: it cannot be done
-    130  stopped by Ctrl-C
-    141  nobody reads the output any more
-    143  stopped by SIGTERM
+    1    failed; for verify and diff, as for cmp and diff: different, or damaged
+    2    invalid command line; for verify and diff also: failed
+    130  interrupted by Ctrl-C
+    141  the reader of the output has closed it
+    143  terminated by SIGTERM
 
-An exception that is no `ShardkitError` is a bug, and keeps its traceback.
+An exception that is not a `ShardkitError` is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What every command has: --verbose, a sentence where its help cannot be printed, and no options
-that contradict each other.
+"""What every command has: --verbose, a sentence if its help cannot be printed, and a check for
+options that exclude each other.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ _CONTRADICTIONS = (
     (
         "quiet",
         "as_json",
-        (
-            "--quiet has no effect with --json, which prints nothing but the document: leave one "
-            "of "
-            "them out"
-        ),
+        ("--quiet has no effect with --json, which prints only the document: remove one of them"),
     ),
-    ("quiet", "verbose", "--quiet and --verbose contradict each other: leave one of them out"),
+    ("quiet", "verbose", "--quiet and --verbose exclude each other: remove one of them"),
 )
 
 

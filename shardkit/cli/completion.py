@@ -1,4 +1,4 @@
-"""What a shell offers after an option: names of formats, codecs, types, limits and devices. Nothing
+"""Shell completion of option values: names of formats, codecs, types, limits and devices. Nothing
 here reads a checkpoint.
 """
 

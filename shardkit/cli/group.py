@@ -13,11 +13,11 @@ from shardkit.cli.output.printing import put, stdout_or_sentence
 
 _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
-    "offload-prep": "Lay a checkpoint out so that a model streams from it.",
-    "inspect": "Show what a checkpoint holds, without reading a weight.",
-    "verify": "Check that an output is whole, and equal to its source.",
+    "offload-prep": "Write a checkpoint in the layout for streaming.",
+    "inspect": "Show what a checkpoint holds, without reading weights.",
+    "verify": "Check that an output is complete and equals its source.",
     "diff": "List what changes from one checkpoint to another.",
-    "place": "Show on which device each part of a model would lie.",
+    "place": "Show on which device each part of a model would be.",
     "formats": "List the formats that can be read and written.",
 }
 
@@ -84,6 +84,6 @@ def _what_else(word: str) -> str:
 
     if Path(word).exists():
         what = "folder" if Path(word).is_dir() else "file"
-        return f"{word!r} is a {what}, and a command comes first, as in: shardkit inspect {word}"
+        return f"{word!r} is a {what}; a command must come first, as in: shardkit inspect {word}"
     close = get_close_matches(word, _COMMANDS, 1)
     return f"there is no command {word!r}" + (f"; did you mean {close[0]}?" if close else "")

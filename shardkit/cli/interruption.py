@@ -1,6 +1,4 @@
-"""What a signal that asks the program to end does: raise, so that everything that is open gets
-closed.
-"""
+"""Handle the signals that end the program: raise, so that everything that is open gets closed."""
 
 from __future__ import annotations
 

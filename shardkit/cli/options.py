@@ -1,4 +1,4 @@
-"""The options that commands share, and what the words after them mean."""
+"""The options that commands share, and how their values are parsed."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def parse_pattern(
     try:
         return None if word is None else re.compile(word)
     except re.error as error:
-        raise click.BadParameter(f"{word!r} is no regular expression: {error}") from None
+        raise click.BadParameter(f"{word!r} is not a regular expression: {error}") from None
 
 
 def writing_options(command: Callable[..., object]) -> Callable[..., object]:
@@ -161,7 +161,7 @@ limit_option = click.option(
     callback=parse_limits,
     shell_complete=completion.limits,
     help=(
-        "Raise a guard against malicious files; the error that needs it says so. Names: "
+        "Raise a safety limit. The error message names the limit to raise. Names: "
         f"{', '.join(_NAMES)}."
     ),
 )
@@ -172,14 +172,14 @@ shard_size_option = click.option(
     default="5GB",
     show_default=True,
     callback=parse_shard_size,
-    help="Bound on each file, header included, as in 2GB or 500MiB; none for a single shard.",
+    help="Largest file, header included, as in 2GB or 500MiB; none for a single shard.",
 )
 
 format_option = click.option(
     "--format",
     metavar="NAME",
     shell_complete=completion.formats,
-    help="Read SRC as this format, not as the one it is recognised as.",
+    help="Read SRC as this format, instead of recognising it.",
 )
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -187,7 +187,8 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing b
 root_option = click.option(
     "--root",
     metavar="PATH",
-    help="Take what lies below this dotted path, '.' for all. By default the model is found.",
+    help="Select the subtree at this dotted path; '.' for everything. By default the model is "
+    "found.",
 )
 
 _EDITS = (
@@ -196,7 +197,7 @@ _EDITS = (
         "--include",
         metavar="GLOB",
         multiple=True,
-        help="Take only names that match; repeatable. * crosses dots.",
+        help="Select only names that match; repeatable. * also matches dots.",
     ),
     click.option(
         "--exclude", metavar="GLOB", multiple=True, help="Leave out names that match; repeatable."
@@ -206,8 +207,8 @@ _EDITS = (
         metavar="REGEX=REPL",
         multiple=True,
         callback=parse_renames,
-        help="Replace every match in every name; repeatable, in order. Split at the first = with "
-        "a whole REGEX before it.",
+        help="Replace every match in every name; repeatable, in order. The first = after a valid "
+        "REGEX separates the two.",
     ),
     click.option(
         "--dtype",
@@ -230,26 +231,26 @@ _WRITING = (
         "--jobs",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Files written at a time; by default one more than there are processors, or as many "
-        "if compressed.",
+        help="Files written in parallel; by default one more than there are processors, or as "
+        "many as processors if compressed.",
     ),
     click.option(
         "--no-fsync",
         is_flag=True,
-        help="Do not wait for the disk; a power cut may then cost the output.",
+        help="Skip fsync. Faster, but the output may be lost on power failure.",
     ),
     click.option(
         "--checksum",
         type=click.Choice(["xxh3", "sha256"]),
         help="Write digests of every file and tensor to shardkit.manifest.json, and check the "
-        "source's own first.",
+        "checksums of the source first.",
     ),
     click.option(
         "--compress",
         metavar="CODEC",
         shell_complete=completion.codecs,
-        help="Compress the shards: zstd, in its seekable format, so that they are read in place, "
-        "and zstd -d expands them.",
+        help="Compress the shards: zstd, in its seekable format, which is read in place; zstd -d "
+        "decompresses them.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of shardkit."),

@@ -1,6 +1,4 @@
-"""What convert and offload-prep do with what they decided: print it, or carry it out and say what
-was done.
-"""
+"""Print the plan of convert or offload-prep, or execute it and report what was done."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ class Writing:
     """How an output is written, and what is printed.
 
     Attributes:
-        jobs: files written at a time; None for as many as pay.
-        sync: make every file last before the output appears.
+        jobs: files written in parallel; None to choose automatically.
+        sync: make every file durable (fsync) before the output appears.
         dry_run: print the plan, and write nothing.
         overwrite: replace an earlier output.
         as_json: print what was done as JSON.
@@ -80,7 +78,7 @@ def _written(conversion: Conversion, how: Writing) -> Report:
 
 @contextmanager
 def _resumable(out: Path) -> Iterator[None]:
-    """Say, where a signal stops the run, how it goes on."""
+    """Report how to resume, if a signal stops the run."""
     from shardkit.planning.output_path import partial_folder
 
     try:
@@ -89,6 +87,6 @@ def _resumable(out: Path) -> Iterator[None]:
         partial = partial_folder(out)
         if partial.exists():
             stop.add_note(
-                f"what is done is kept in {named(partial)}, and the same command goes on from there"
+                f"finished files are kept in {named(partial)}; the same command resumes from there"
             )
         raise

@@ -2,13 +2,13 @@
 written with such a table.
 
 1. The layout of frames and blocks is read here (RFC 8878, sections 3.1.1 and 3.1.2), and the
-   decompressor is given a few blocks at a time. A block expands to 128 KiB at most, so memory is
-   bounded whatever the file says, and a file that ends early or goes on with something else is told
-   from one that is whole.
-2. The table is that of the standard seekable format (zstd/contrib/seekable_format): it lies in a
-   skippable frame at the end, and any zstd reader can do without it.
-3. What is written carries a checksum in each frame, which whoever expands it checks. The level is
-   zstd's own default: on the numbers of a model, higher ones find no more.
+   decompressor is given a few blocks at a time. A block decompresses to 128 KiB at most, so memory
+   is bounded whatever the file says, and a file that ends early, or continues with something else,
+   is recognised.
+2. The table is that of the standard seekable format (zstd/contrib/seekable_format): a skippable
+   frame at the end, which any zstd reader may ignore.
+3. Each written frame has a checksum, which every decompressor checks. The level is zstd's own
+   default: higher levels do not compress weights further.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MAGIC = bytes.fromhex("28b52ffd")
 _SKIPPABLE = bytes.fromhex("2a4d18")  # after a byte from 0x50 to 0x5f
-_LARGEST_WINDOW = 128 << 20  # what `zstd -d` takes unless it is told otherwise
+_LARGEST_WINDOW = 128 << 20  # the default limit of `zstd -d`
 _BLOCKS_AT_ONCE = (
     2  # few, so that the memory for them is still in the processor's cache, and is used again
 )
@@ -69,7 +69,9 @@ def decompress(pieces: Iterable[memoryview]) -> Iterator[bytes]:
         elif _is_skippable(magic):
             stream.skip(int.from_bytes(stream.take(4), "little"))
         else:
-            raise ValueError(f"{magic.hex(' ')} at byte {stream.taken - 4:,} begins no frame")
+            raise ValueError(
+                f"{magic.hex(' ')} at byte {stream.taken - 4:,} is not the start of a frame"
+            )
     if expanded <= CHUNK:  # so much of its memory has been touched at most
         _idle.decompressor = decompressor
 

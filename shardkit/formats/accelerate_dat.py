@@ -1,14 +1,14 @@
 """The folders that Accelerate offloads to disk: index.json, and a file NAME.dat for each tensor.
 Read only.
 
-1. index.json has type and shape of each name, a file the bytes and nothing else. What numpy has no
-   type for (bfloat16, float8) lies there as whole numbers of the same width, but its name in
-   index.json is the true one. A scalar is stored as one element.
-2. Accelerate checks nothing: a file may be cut off, and what another model left in the folder stays
-   in index.json. Here a file of another length than its line says is an error, which is all that
-   can be told; that the lines are of one model, only a model can tell.
-3. A line may point into a file of safetensors anywhere. Such a weight is listed, and not read: a
-   file does not say what else is opened.
+1. index.json has type and shape of each name, a file only the bytes. Types that numpy does not have
+   (bfloat16, float8) are stored as integers of the same width, but index.json names the true type.
+   A scalar is stored as one element.
+2. Accelerate checks nothing: a file may be truncated, and entries of another model may stay in
+   index.json. Here a file of another length than its entry says is an error. Whether the entries
+   belong to one model cannot be checked.
+3. An entry may refer to a safetensors file anywhere. Such a weight is listed, and not read: an
+   untrusted file does not decide what else is opened.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def scan(source: Source) -> Checkpoint:
                     (name,),
                     OtherKind.META,
                     0,
-                    f"its values lie in {shown(line['safetensors_file'])}",
+                    f"its values are stored in {shown(line['safetensors_file'])}",
                 )
             )
             continue
@@ -82,7 +82,9 @@ def scan(source: Source) -> Checkpoint:
         for name in source.names or ()
     )
     notes = (
-        (f"left out, being not in {_INDEX}: {several(unlisted, '.dat file')}",) if unlisted else ()
+        (f"left out, because {_INDEX} does not list them: {several(unlisted, '.dat file')}",)
+        if unlisted
+        else ()
     )
     return Checkpoint(tuple(tensors), tuple(others), files=tuple(files), notes=notes)
 
@@ -99,7 +101,9 @@ def _lines(path: Path, nbytes: int, limits: Limits) -> Mapping[str, object]:
     document = parse_json(path, content, limits, where=_WHERE)
     if not isinstance(document, dict):
         raise Malformed(
-            path, f"must have a line for each tensor, found {shown(document)}", where=_WHERE
+            path,
+            f"must be an object with an entry for each tensor, found {shown(document)}",
+            where=_WHERE,
         )
     if len(document) > limits.tensors:
         raise LimitExceeded(
@@ -134,7 +138,7 @@ def _file(source: Source, path: Path, name: str) -> SourceFile:
     file = source.path / f"{name}.dat"
     if not file.is_file():
         raise Malformed(
-            path, f"its file, {shown(file.name)}, is not there", where=f"tensor {shown(name)}"
+            path, f"its file, {shown(file.name)}, is missing", where=f"tensor {shown(name)}"
         )
     return SourceFile.of(file)
 
@@ -150,6 +154,6 @@ def _entry(file: SourceFile, name: str, dtype: DType, shape: tuple[int, ...]) ->
             f"{dtype.code} {list(shape)[:8]} needs {several(need, 'byte')}, and the file "
             f"has {file.size:,}"
         )
-        hint = "it was cut off, or index.json was left there by another model"
+        hint = "the file is truncated, or index.json belongs to another model"
         raise Malformed(file.path, message, where=f"tensor {shown(name)}", hint=hint)
     return TensorEntry((name,), dtype, shape, Extent(file.path, 0, need))

@@ -2,11 +2,11 @@
 
 1. Entries come in the order of their data. A record of a tie in `__metadata__` (``alias: kept``,
    see `shardkit.checkpoint.tie_records`) becomes an entry again, with the payload of the tensor
-   that was kept, and leaves the metadata.
-2. What is written stands in the order given, unless a tensor would then be misaligned to its type;
-   then wide types go first.
+   that was kept, and is removed from the metadata.
+2. Tensors are written in the order given, unless one would then be misaligned to its type; then
+   wide types go first.
 3. A file that is one aligned run of one source file starts its data at the source's offset modulo a
-   page, so that a file system that can share blocks shares them; any other at a multiple of 64.
+   page, so that file systems with shared blocks share them; any other at a multiple of 64.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""What `torch.save` wrote before torch 1.6: five pickles one after the other, then the storages.
+"""The format of `torch.save` before torch 1.6: five pickles one after the other, then the storages.
 
-1. The pickles are a magic number, the protocol, what machine it was (which nothing depends on), the
-   object, and the keys of the storages in the order of the file.
+1. The pickles are a magic number, the protocol, facts about the machine (which nothing depends on),
+   the object, and the keys of the storages in the order of the file.
 2. A storage is its number of elements, as 8 bytes, and the elements. Both are little-endian on
-   every machine. How many bytes an element has stands nowhere but at the first tensor that looks at
-   it.
-3. Nothing is aligned, and nothing ends the file: bytes behind the last storage belong to somebody
-   else.
+   every machine. The size of an element is known only from the first tensor that uses the storage.
+3. Nothing is aligned, and nothing marks the end of the file: bytes after the last storage are
+   ignored with a note.
 """
 
 from __future__ import annotations
@@ -98,14 +97,14 @@ class _Reader:
             raise Malformed(self.source.path, f"begins with {shown(value)} where it needs {what}")
 
     def place(self, keys: object) -> None:
-        """Find where each of the storages *keys* lies; they follow the pickles in this order."""
+        """Locate each of the storages *keys*; they follow the pickles in this order."""
         if not isinstance(keys, list):
             raise Malformed(self.source.path, f"its list of storages is {shown(keys)}")
         for key in keys:
             storage = self.storages.get(key) if isinstance(key, str) else None
             if storage is None:
                 raise Malformed(
-                    self.source.path, f"lists the storage {shown(key)}, which no tensor looks at"
+                    self.source.path, f"lists the storage {shown(key)}, which no tensor uses"
                 )
             if storage.key in self.records:
                 raise Malformed(self.source.path, f"lists the storage {shown(key)} twice")
@@ -133,7 +132,7 @@ class _Reader:
                 self.source.path,
                 f"the file ends {missing} before it does: a truncated download",
                 where=where,
-                hint="fetch it again",
+                hint="download it again",
             )
         count = int.from_bytes(self.source.read(self.at, 8), "little", signed=True)
         if count != storage.count:
@@ -141,7 +140,7 @@ class _Reader:
                 self.source.path,
                 f"it has {several(count, 'element')} here, and {storage.count:,} in the pickle",
                 where=where,
-                hint="fetch it again",
+                hint="download it again",
             )
         payload = self.source.payload(self.at + 8, storage.nbytes)
         self.at = stop

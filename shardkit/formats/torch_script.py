@@ -1,16 +1,16 @@
-"""TorchScript archives: the state dict as `torch.jit.load(…).state_dict()` gives it, without
-running any of the code.
+"""TorchScript archives: the state dict as `torch.jit.load(…).state_dict()` returns it, without
+executing any of the code.
 
-1. The pickle names every attribute of every module and says of none what it is: that stands in the
-   text of the classes, `code/**.py`, in lines of a fixed form. The text is searched for these
-   lines, and neither compiled nor run.
-2. Non-persistent buffers are part of this state dict: the archive does not know them from others.
-3. Before torch 1.5 a class had no `__buffers__` line, and every tensor that was no parameter was a
-   buffer.
-4. A module with a `__setstate__`, or of a class built into torch (packed weights), keeps its state
-   to itself.
-5. The code has tensors of its own, in `constants.pkl`; those of a frozen module are all there, and
-   have lost their names.
+1. The pickle names every attribute of every module, but not which of them are weights: that is in
+   the text of the classes, `code/**.py`, in lines of a fixed form. The text is searched for these
+   lines, and neither compiled nor executed.
+2. Non-persistent buffers are part of this state dict: the archive does not distinguish them.
+3. Before torch 1.5 a class had no `__buffers__` line, and every tensor that was not a parameter was
+   a buffer.
+4. A module with a `__setstate__`, or of a class built into torch (packed weights), has a private
+   state.
+5. The tensors of the code itself are in `constants.pkl`; a frozen module has all its weights there,
+   without names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from shardkit.formats.torch_zip import Records, has_member
 from shardkit.pickles.objects import Builder, Dict, Opaque, Vocabulary
 from shardkit.pickles.torch_globals import find
-from shardkit.pickles.torch_tensors import Undense, View, storage_of
+from shardkit.pickles.torch_tensors import NonDense, View, storage_of
 from shardkit.pickles.unpickle import Pickle, unpickle
 from shardkit.pickles.walk import collect
 from shardkit.plugin import (
@@ -175,7 +175,7 @@ def _outermost(source: Source, value: object, code: _Code) -> Opaque:
     if not isinstance(value, Opaque):
         raise Malformed(
             source.path,
-            f"holds {shown(value)} where a TorchScript module is needed",
+            f"holds {shown(value)} instead of a TorchScript module",
             where="data.pkl",
         )
     found = code.find(value.name)
@@ -193,7 +193,7 @@ def _outermost(source: Source, value: object, code: _Code) -> Opaque:
     return value
 
 
-_FROM_MOBILE = "it is for PyTorch Mobile: take the checkpoint or module that it was made from"
+_FROM_MOBILE = "it is for PyTorch Mobile: convert the checkpoint or module that it was made from"
 
 
 def _shape_modules(outermost: Opaque, code: _Code) -> None:
@@ -223,9 +223,9 @@ def _shaped(attributes: Dict, kind: _Class, code: _Code) -> Dict:
     buffers = kind.tensors if kind.buffers is None else kind.buffers & kind.tensors
     parameters, kept, modules, state = Dict(), Dict(), Dict(), Dict()
     for name, value in attributes.items():
-        if isinstance(value, View | Undense) and name in kind.parameters:
+        if isinstance(value, View | NonDense) and name in kind.parameters:
             parameters[name] = value
-        elif isinstance(value, View | Undense) and name in buffers:
+        elif isinstance(value, View | NonDense) and name in buffers:
             kept[name] = value
         elif isinstance(value, Opaque) and not _is_record(value, code):
             modules[name] = value
@@ -258,7 +258,7 @@ def _constants(source: Source, records: Records) -> Iterator[Other]:
     member = records.find("constants.pkl")
     values = _unpickled(source, member).value if member else ()
     for i, value in enumerate(values if isinstance(values, tuple | list) else ()):
-        if isinstance(value, View | Undense):
+        if isinstance(value, View | NonDense):
             what = (
                 f"{value.dtype.code} {list(value.shape)}" if isinstance(value, View) else value.kind
             )

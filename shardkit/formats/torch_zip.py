@@ -1,10 +1,10 @@
-"""What `torch.save` writes since torch 1.6: a zip archive with a pickle, `data.pkl`, and a record
+"""The format of `torch.save` since torch 1.6: a zip archive with a pickle, `data.pkl`, and a record
 for each storage.
 
-1. The folder inside the archive is named after the file it was saved to: it is taken from where
-   `data.pkl` is.
-2. `byteorder` came with torch 2.1; where it is absent the bytes are little-endian. Of other records
-   nothing is needed.
+1. The folder inside the archive has the name of the file that was saved: it is the folder of
+   `data.pkl`.
+2. `byteorder` was added by torch 2.1; without it the bytes are little-endian. Other records are not
+   needed.
 """
 
 from __future__ import annotations

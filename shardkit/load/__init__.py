@@ -1,4 +1,4 @@
-"""Any model running: weights that are read when they are used."""
+"""Run any model: lazy weights that are read when they are used."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ def __getattr__(name: str) -> object:
     if name != "Rates":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
-        "shardkit.load.rates goes in version 0.3: import Rates from shardkit.load",
+        "shardkit.load.rates will be removed in version 0.3: import Rates from shardkit.load",
         DeprecationWarning,
         stacklevel=2,
     )

@@ -1,5 +1,5 @@
-"""The lines of a journal, read: for what it was begun, what is complete, who wrote it last, and
-what it was committed to.
+"""Parse the lines of a journal: its plan and sources, the complete files, the last writer, and the
+commit.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """shardkit.manifest.json: a digest of every file of an output and of every tensor in it, parsed and
 dumped without any I/O.
 
-1. It says nothing that changes from run to run: no time, no absolute path, no number of jobs. Same
-   input and options, same bytes.
+1. It contains nothing that changes from run to run: no time, no absolute path, no number of jobs.
+   Same input and options, same bytes.
 2. The digest of a file is over all its bytes (with sha256 it is the object id of git-lfs and of the
-   Hugging Face Hub); that of a tensor over its bytes as stored. Where a tensor lies is said too, so
-   that damage can be named even where a header is lost.
+   Hugging Face Hub); that of a tensor over its bytes as stored. The byte range of each tensor is
+   recorded too, so that damage can be located even if a header is lost.
 """
 
 from __future__ import annotations
@@ -158,5 +158,5 @@ def _tensors(path: Path, name: str, nbytes: int, said: object) -> Iterator[tuple
                 at = stop
             case _:
                 raise Malformed(
-                    path, f"tensor {shown(tensor)} lies nowhere in {shown(name)}", where=_WHERE
+                    path, f"tensor {shown(tensor)} has no byte range in {shown(name)}", where=_WHERE
                 )

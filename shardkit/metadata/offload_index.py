@@ -1,13 +1,12 @@
-"""offload.json: which bytes of which shard are which block, in the order in which blocks run;
+"""offload.json: the byte ranges of each block in the shards, in the order in which blocks run;
 parsed and dumped without any I/O.
 
-1. It says nothing that changes from run to run: no time, no absolute path. Same input and options,
-   same bytes.
-2. A shard is known by its length and by the digest of its header, so that a record that was left
-   beside other shards is told from one that belongs to them without reading a weight. The digest of
-   a block tells the rest.
-3. A block that alone is larger than a shard may be has a line for each of its runs; every other
-   block has one.
+1. It contains nothing that changes from run to run: no time, no absolute path. Same input and
+   options, same bytes.
+2. A shard is identified by its length and by the digest of its header, so that a record beside
+   other shards is noticed without reading a weight. The digest of a block covers the rest.
+3. A block larger than the limit of a shard has an entry for each of its runs; every other block has
+   one.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """A block, or a part of one, as it lies in a shard: the bytes [start, stop).
+    """A block, or a part of one, as it is stored in a shard: the bytes [start, stop).
 
     Attributes:
         block: name of the block.
@@ -103,7 +102,7 @@ class OffloadRecord:
         return tuple(dict.fromkeys(run.block for run in self.runs))
 
     def runs_in(self, shard: str) -> tuple[BlockRun, ...]:
-        """What lies in the file called *shard*, in the order of its bytes."""
+        """Return the runs in the file called *shard*, in the order of its bytes."""
         return tuple(run for run in self.runs if run.shard == shard)
 
 
@@ -223,11 +222,15 @@ def _runs(path: Path, said: Sequence[object], shards: Mapping[str, Shard]) -> It
                 at[shard] = stop
             case {"name": str(name)}:
                 raise Malformed(
-                    path, f"the block {shown(name)} lies nowhere, or over another", where=_WHERE
+                    path,
+                    f"the block {shown(name)} has no byte range, or overlaps another",
+                    where=_WHERE,
                 )
             case _:
                 raise Malformed(
-                    path, f"a block must have a name and a place, found {shown(line)}", where=_WHERE
+                    path,
+                    f"a block must have a name and a byte range, found {shown(line)}",
+                    where=_WHERE,
                 )
 
 

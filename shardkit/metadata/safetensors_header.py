@@ -1,9 +1,9 @@
 """The safetensors header: bytes ↔ entries, without any I/O.
 
 A file is 8 bytes (little-endian length n), n bytes of JSON that may end in spaces, and the data of
-all tensors without holes (https://github.com/huggingface/safetensors#format). What the reference
-reader refuses is refused here, each fault with a sentence that names the tensor. A key that stands
-twice is refused too, though that reader takes the last.
+all tensors without holes (https://github.com/huggingface/safetensors#format). Files that the
+reference reader refuses are refused here, each fault with a sentence that names the tensor. A
+duplicate key is refused too, though that reader takes the last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METADATA = "__metadata__"
 
 _U64 = 2**64
 _WHERE = "header"
-_FETCH = "it was cut off, most likely while it was copied or downloaded: fetch it again"
+_FETCH = "the file is truncated: copy or download it again"
 _OFFSET_DIGITS = 19  # no file is longer than 2⁶³ bytes
 _WRITABLE = {code: dtype for code, dtype in BY_CODE.items() if dtype.writable}
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
@@ -70,15 +70,15 @@ def json_nbytes(path: Path, first: bytes, file_nbytes: int, limits: Limits) -> i
     """
     if len(first) < LENGTH_NBYTES:
         message = (
-            f"the file has {several(file_nbytes, 'byte')}, and 8 are needed to say how "
-            "long the header is"
+            f"the file has {several(file_nbytes, 'byte')}, and the length of the header alone "
+            f"takes 8"
         )
         raise Malformed(path, message, where=_WHERE, hint=_FETCH)
     nbytes = int.from_bytes(first[:LENGTH_NBYTES], "little")
     if nbytes > MAX_JSON_NBYTES:
         raise Malformed(
             path,
-            f"is said to take {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
+            f"claims to take {nbytes:,} bytes, and the format allows {MAX_JSON_NBYTES:,}",
             where=_WHERE,
         )
     if nbytes > limits.header_bytes:
@@ -282,7 +282,7 @@ def _fault(fields: object) -> str:
             return f"has no {field}"
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in _WRITABLE:
-        return f"dtype {shown(dtype)} is none of the format's: {', '.join(_WRITABLE)}"
+        return f"dtype {shown(dtype)} is not a type of the format: {', '.join(_WRITABLE)}"
     shape = fields["shape"]
     field, count = (
         ("data_offsets", "two")
@@ -313,7 +313,8 @@ def _check_nbytes(
         )
     if bits % 8:
         message = (
-            f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is no whole number of bytes"
+            f"{dtype.code} {_shown_list(shape)} is {bits:,} bits, which is not a whole number of "
+            f"bytes"
         )
         raise Malformed(path, message, where=_tensor(name))
     if bits // 8 != stop - start:
@@ -333,11 +334,12 @@ def _check_cover(path: Path, lines: Sequence[_Line], data_nbytes: int) -> None:
     if at > data_nbytes:
         first = next(line for line in lines if line.stop > data_nbytes)
         need = f"the tensors need {several(at, 'byte')}, and {data_nbytes:,} are there"
-        message = f"{need}; the first to miss some is {shown(first.name)}"
+        message = f"{need}; the first incomplete one is {shown(first.name)}"
         raise Malformed(path, message, hint=_FETCH)
     if at < data_nbytes:
         raise Malformed(
-            path, f"after the last tensor, {several(data_nbytes - at, 'byte')} of no tensor"
+            path,
+            f"after the last tensor, {several(data_nbytes - at, 'byte')} belonging to no tensor",
         )
 
 
@@ -345,8 +347,8 @@ def _gap(line: _Line, before: _Line | None) -> str:
     at = before.stop if before else 0
     if before is None or line.start > at:
         return (
-            f"its data starts at {line.start:,}, behind {several(line.start - at, 'byte')} of "
-            "no tensor"
+            f"its data starts at {line.start:,}, after {several(line.start - at, 'byte')} "
+            "belonging to no tensor"
         )
     return (
         f"its data [{line.start:,}, {line.stop:,}) overlaps that of tensor "
@@ -384,7 +386,9 @@ def _check_types(entries: Sequence[TensorEntry]) -> None:
     if others:
         found = listed([f"{shown(entry.name)} ({entry.dtype.code})" for entry in others])
         hint = ("leave them out: ", excluding([entry.name for entry in others]))
-        raise Unwritable(f"safetensors has no such types as these tensors have: {found}", hint=hint)
+        raise Unwritable(
+            f"safetensors does not have the types of these tensors: {found}", hint=hint
+        )
 
 
 def _metadata_line(metadata: Mapping[str, str]) -> str:
@@ -410,7 +414,7 @@ def _encoded(text: str, entries: Sequence[TensorEntry]) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         culprit = next((entry.name for entry in entries if _is_no_text(entry.name)), "the metadata")
-        message = f"{shown(culprit)} holds half a surrogate pair, which no UTF-8 can hold"
+        message = f"{shown(culprit)} contains an unpaired surrogate, which UTF-8 cannot encode"
         raise Unwritable(message, hint=("give it another name with ", option("rename"))) from None
 
 

@@ -1,8 +1,8 @@
 """The index of a folder of shards (``*.index.json``): parsed and dumped, without any I/O.
 
-A name in it comes from a stranger and is opened: it may not leave the folder of the index. ``./``
-in a name is dropped. Besides the form of Hugging Face, ``{"metadata": …, "weight_map": {name:
-file}}``, the map alone is an index, as it is for Accelerate.
+Names in an untrusted index are opened: they may not leave the folder of the index. ``./`` in a name
+is dropped. Besides the form of Hugging Face, ``{"metadata": …, "weight_map": {name: file}}``, the
+map alone is an index, as it is for Accelerate.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _NAMES = (
-    "the files of an index lie in its folder or below, and it has their names from there: "
-    "fetch it again, or mend it by hand"
+    "an index names files in its folder or below, relative to it: download it again, or correct "
+    "it by hand"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What an index says.
+    """The content of an index.
 
     Attributes:
         weight_map: name of each tensor to the name of the file that holds it, relative to the
             index.
-        metadata: what the writer added, as a total size; foreign values.
+        metadata: what the writer added, as a total size; untrusted values.
     """
 
     weight_map: dict[str, str]
@@ -47,10 +47,10 @@ class Index:
 
 
 def parse(path: Path, content: bytes, limits: Limits) -> Index:
-    """The index whose text is *content*.
+    """Parse the index whose text is *content*.
 
     Raises:
-        Malformed: it is no index, or a name in it leads out of its folder.
+        Malformed: it is not an index, or a name in it leads out of its folder.
         LimitExceeded: it holds too many tensors, or is nested too deeply.
     """
     document = parse_json(path, content, limits, where=_WHERE)
@@ -80,8 +80,8 @@ def parse(path: Path, content: bytes, limits: Limits) -> Index:
 
 
 def dump(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """The text of an index over *total_size* bytes of tensors: keys sorted, indented as long as
-    readers take it so.
+    """Write an index over *total_size* bytes of tensors: keys sorted, indented unless it is too
+    large for huggingface_hub.
     """
     document = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
@@ -113,18 +113,31 @@ def _without_dots(name: str) -> str:
 
 
 def fault_of_name(name: str) -> str | None:
-    """What is wrong with *name* as that of a file in the folder of a listing; None if nothing
-    is.
+    """Explain why *name* may not stand for a file in the folder of an index; None if it may.
+
+    A format that lists files calls this for each name before the file is opened.
+
+    Args:
+        name: as the index has it, with forward slashes.
+
+    Returns:
+        The end of a sentence that begins with the name, or None.
+
+    Example:
+        >>> from shardkit.plugin import fault_of_name
+        >>> fault_of_name("model-00001-of-00002.safetensors")
+        >>> fault_of_name("../../etc/passwd")
+        'leads out of the folder of the index'
     """
     if not name:
         return "has an empty name"
     if name.startswith("/") or _DRIVE.match(name):
-        return "is an absolute path, and must lie in the folder of the index"
+        return "is an absolute path, and must be in the folder of the index"
     if "\\" in name:
-        return "holds a backslash; folders are parted by /"
+        return "contains a backslash; folders are separated by /"
     if _CONTROL.search(name):
-        return "holds a control character"
+        return "contains a control character"
     steps = name.split("/")
     if ".." in steps:
         return "leads out of the folder of the index"
-    return "holds an empty step or a dot as one" if "" in steps or "." in steps else None
+    return "contains an empty component or a single dot" if "" in steps or "." in steps else None

@@ -1,8 +1,7 @@
-"""JSON as strangers write it: what readers may take in two ways, or choke on, is refused with a
-sentence.
+"""Untrusted JSON: documents that parsers read differently, or fail on, are refused with a sentence.
 
-A key that stands twice, NaN, half a surrogate pair, text that is no UTF-8 and nesting beyond reason
-are all legal to some parser and fatal to another.
+Duplicate keys, NaN, half a surrogate pair, text that is not UTF-8 and deep nesting are accepted by
+some parsers and break others.
 """
 
 from __future__ import annotations
@@ -26,19 +25,36 @@ def parse_json(
     where: str,
     made: Callable[[dict[str, object]], object] = lambda fields: fields,
 ) -> object:
-    """The document that *content* holds; dicts, lists and scalars.
+    """Parse an untrusted JSON document strictly.
+
+    Duplicate keys, NaN and unpaired surrogates are errors, because parsers disagree about them (RFC
+    8259, section 4).
 
     Args:
-        path: for messages.
+        path: the file, for messages.
         content: the document, UTF-8.
         limits: `json_nesting` bounds its depth.
         where: what the document is, for messages.
-        made: gives what stands for an object, as soon as that is read, for those of which there are
-            many: a dict is large.
+        made: called with each JSON object as soon as it is read; what it returns takes the object's
+            place. For documents of very many objects, since a dict takes much memory.
+
+    Returns:
+        Dicts, lists and scalars.
 
     Raises:
-        Malformed: it is no JSON, or JSON that is read differently by different readers.
+        Malformed: it is not JSON, or JSON that parsers read differently.
         LimitExceeded: it is nested too deeply.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Limits, Malformed, parse_json
+        >>> parse_json(Path("x.json"), b'{"shape": [4, 8]}', Limits(), where="header")
+        {'shape': [4, 8]}
+        >>> try:
+        ...     parse_json(Path("x.json"), b'{"a": 1, "a": 2}', Limits(), where="header")
+        ... except Malformed as error:
+        ...     print(error)
+        x.json: header: broken JSON: the key 'a' occurs twice
     """
     try:
         decoder = json.JSONDecoder(
@@ -67,12 +83,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {shown(twice)} stands twice")
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return fields
 
 
 def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _check_nesting(path: Path, document: object, limits: Limits, where: str) -> None:
@@ -105,7 +121,7 @@ def _check_surrogates(path: Path, content: bytes, document: object, where: str) 
         json.dumps(document, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
         raise Malformed(
-            path, "a text holds half a surrogate pair, which no UTF-8 can hold", where=where
+            path, "a text contains an unpaired surrogate, which UTF-8 cannot encode", where=where
         ) from None
 
 

@@ -1,3 +1,3 @@
-"""The verbs of the library: convert, offload-prep, verify and diff, place. Each tells one story,
-from arguments to a report.
+"""The operations of the library: convert, offload-prep, verify, diff and place, from arguments to a
+report.
 """

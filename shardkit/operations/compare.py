@@ -1,5 +1,4 @@
-"""Two checkpoints, tensor by tensor and bit by bit; or an output against its source. One engine for
-verify and diff.
+"""Compare two checkpoints bit by bit, or an output with its source: the engine of verify and diff.
 
 Bytes are compared, not numbers: a NaN equals itself, -0.0 is not 0.0, and two formats that hold the
 same weights are the same.
@@ -43,20 +42,33 @@ def diff(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """What changes from checkpoint *a* to checkpoint *b*.
+    """List what changes from checkpoint *a* to checkpoint *b*.
 
     Args:
         a: anything that `shardkit.open` reads.
-        b: likewise.
+        b: anything that `shardkit.open` reads.
         root: dotted path of the subtree to compare in both; None to find the model in each.
-        limits: what the files may ask for.
+        limits: safety limits for untrusted files.
         on_bytes: called, from any thread, with the number of bytes compared after each step.
         on_total: called once, before, with the number of bytes to compare.
+
+    Returns:
+        The tensors that differ, and what was not compared.
 
     Raises:
         FormatError: one of them cannot be read.
         AmbiguousRoot: several subtrees of one could be the model.
         NameClash: two tensors of one have the same dotted name.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("model.safetensors", "renamed", rename=[("^2", "last")])
+        >>> for difference in shardkit.diff("model.safetensors", "renamed").differences:
+        ...     print(difference.name, difference.change)
+        2.weight removed
+        2.bias removed
+        last.weight added
+        last.bias added
     """
     opened = [open_checkpoint(path, limits=limits) for path in (a, b)]
     rooted = [select_root(checkpoint, root) for checkpoint in opened]
@@ -81,27 +93,38 @@ def verify(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Check that *out* is complete, and that it holds the tensors that converting *against* with
-    *edits* gives.
+    """Check that *out* is complete and holds the tensors that converting *against* with *edits*
+    gives.
 
-    Without *against*, everything is checked that the files say about themselves: every header, the
-    index against the shards, that no byte is missing, the digests of a manifest or of blocks, the
-    CRCs of zip archives; each tensor is read once. The notes say what was compared with what, and
-    which tensors carry no checksum. Files beside the weights (config, tokenizer) are compared with
-    nothing but a manifest that lists them.
+    Without *against*, the files are checked against their own checksums: every header, the index
+    against the shards, that no byte is missing, the digests of a manifest or of blocks, the CRCs of
+    zip archives; each tensor is read once. The notes list what was compared with what, and which
+    tensors have no checksum. Files beside the weights (config, tokenizer) are compared with nothing
+    but a manifest that lists them.
 
     Args:
-        out: what `convert` wrote, or any other checkpoint.
+        out: the output of `convert`, or any other checkpoint.
         against: the checkpoint that it was made from.
-        edits: what was changed on the way.
-        limits: what the files may ask for.
+        edits: the changes that were applied to *against*.
+        limits: safety limits for untrusted files.
         on_bytes: called, from any thread, with the number of bytes after each step.
         on_total: called once, before, with the number of bytes to come.
+
+    Returns:
+        The tensors that differ, and what was not compared.
 
     Raises:
         FormatError: one of them cannot be read.
         PlanError: *edits* cannot be applied to *against*.
         NameClash: two tensors of one have the same dotted name.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("model.safetensors", "shards", checksum="xxh3")
+        >>> shardkit.verify("shards", "model.safetensors").same
+        True
+        >>> shardkit.verify("shards").unchecked  # every tensor has a checksum in the manifest
+        0
     """
     if against is None:
         return checked(
@@ -129,7 +152,7 @@ def compare(
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
 ) -> Comparison:
-    """Hold the tensors of *right* against those of *left*, by name; the callbacks are those of
+    """Compare the tensors of *right* with those of *left*, by name; the callbacks are those of
     `verify`.
 
     Raises:
@@ -147,7 +170,7 @@ def _by_name(entries: Iterable[TensorEntry], where: str = "") -> dict[str, Tenso
     return named
 
 
-_BELOW_ONE: Hint = ("compare what is below one of them with ", option("root"))
+_BELOW_ONE: Hint = ("compare one of the subtrees with ", option("root"))
 
 
 def _compared(

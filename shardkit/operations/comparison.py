@@ -1,4 +1,4 @@
-"""What came of comparing: the tensors that differ, and what was not compared."""
+"""The result of a comparison: the tensors that differ, and what was not compared."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ Change = Literal["added", "removed", "dtype", "shape", "bytes"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One tensor that is not the same on both sides.
+    """One tensor that differs between two checkpoints.
 
     Attributes:
         name: of the tensor.
         change: "added" is on the right side only, "removed" on the left only; else the first thing
             that differs.
         detail: for a person: both values, or the first element that differs.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("model.safetensors", "out", exclude=["2.bias"])
+        >>> shardkit.diff("model.safetensors", "out").differences
+        (Difference(name='2.bias', change='removed', detail='F32 [4]'),)
     """
 
     name: str
@@ -29,7 +35,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
-    """What came of comparing.
+    """The result of `verify` or `diff`.
 
     Attributes:
         tensors: how many were compared.
@@ -37,8 +43,15 @@ class Comparison:
         differences: what differs, in the order of the left side, then what is on the right only.
         notes: sentences that the user should see: what was compared with what, and what was not.
         left_out: weights on either side that were not compared, under the path of that side.
-        unchecked: how many of *tensors* were read, and are in files without a checksum of theirs;
-            0 where two checkpoints were compared.
+        unchecked: how many of *tensors* were read, but are in files without a checksum for them; 0
+            where two checkpoints were compared.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("model.safetensors", "out")
+        >>> comparison = shardkit.verify("out", "model.safetensors")
+        >>> comparison.same, comparison.tensors, comparison.nbytes
+        (True, 4, 304)
     """
 
     tensors: int
@@ -53,4 +66,5 @@ class Comparison:
 
     @property
     def same(self) -> bool:
+        """Whether nothing differs."""
         return not self.differences

@@ -1,6 +1,6 @@
-"""The main job: open → edit → plan → write, as one function.
+"""The main operation: open → edit → plan → write, as one function.
 
-`prepare` decides and touches nothing; `carry_out` has no choices left; `convert` is one after the
+`prepare` decides and writes nothing; `carry_out` has no choices left; `convert` is one after the
 other.
 """
 
@@ -33,19 +33,29 @@ class Report:
         shards: files that hold tensors.
         tensors: tensors written; folded ties are not among them.
         nbytes: bytes of those tensors as stored.
-        engines: bytes of all files by how they came there (the values of `Engine`).
+        engines: bytes of all files by how they were copied (the values of `Engine`).
         aliases: folded ties: each other name to the name that is kept.
         cast: tensors whose type was changed.
         left_out: weights that were not converted, with their bytes: files and subfolders beside
             what was read, and objects in it.
-        objects: names of what is in the source and no tensor.
+        objects: names of the items of the source that are not tensors.
         calls: functions that the source asks to call, which were not called.
         notes: sentences that the user should see.
         resumed: files that an earlier, interrupted run had finished.
         seconds: wall time.
-        stored: bytes of the files that hold tensors, as they lie on the disk; fewer than their
-            content where they are compressed.
-        blocks: how many stand in the shards, each in one run; 0 where these are cut by size alone.
+        stored: size in bytes of the files that hold tensors; less than their content where they are
+            compressed.
+        blocks: contiguous blocks in the shards; 0 where these are cut by size alone.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("training.pt", "out")
+        >>> report.shards, report.tensors, report.nbytes
+        (1, 7, 136)
+        >>> [(part.path, part.reason) for part in report.left_out][:1]
+        [('optimizer_states', 'optimizer state')]
+        >>> report.calls  # what the pickle asked to call
+        ('argparse.Namespace',)
     """
 
     source: Path
@@ -80,8 +90,17 @@ class Report:
         calls: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> Report:
-        """The report on *output*, which is in place; the other arguments are attributes of the
-        report.
+        """Describe *output*, which is in place; the other arguments are attributes.
+
+        Example:
+            >>> from pathlib import Path
+            >>> import shardkit
+            >>> from shardkit.operations.write_output import write_output
+            >>> from shardkit.planning.prepare import prepare
+            >>> output = prepare("model.safetensors", "out", shardkit.Edits()).output
+            >>> written = write_output(output)
+            >>> shardkit.Report.of(output, written, source=Path("model.safetensors")).tensors
+            4
         """
         plan = output.plan
         return cls(
@@ -129,21 +148,20 @@ def convert(
     compress: str | None = None,
     limits: Limits = Limits(),
 ) -> Report:
-    """Convert any checkpoint to size-bounded safetensors shards, without running a byte of a
-    pickle.
+    """Convert any checkpoint to size-bounded safetensors shards, without executing its pickle.
 
     Args:
         src: a torch file (zip, legacy, TorchScript), safetensors, an index JSON, a folder, or a
             ``.zst`` of a file.
-        out: folder to make, or a file to make where it ends like a format that can be written
-            (``.safetensors``); None for ``<stem>-shards`` beside *src*, or in the working folder
-            where that is read-only or a cache.
-        max_shard: bound on each file, header included, as ``"2GB"``, ``"500MiB"`` or bytes; None
-            for one shard. A tensor that alone is larger stands alone.
+        out: folder to create, or a file to create where its name ends like a format that can be
+            written (``.safetensors``); None for ``<stem>-shards`` beside *src*, or in the working
+            folder where that is read-only or a cache.
+        max_shard: limit for each file in bytes, header included, as ``"2GB"``, ``"500MiB"`` or a
+            number; None for one shard. A tensor larger than that gets a file of its own.
         dtype: what floats of 16 bits or more are cast to, as ``"bf16"`` or ``"bfloat16"``; needs
             torch. None keeps each.
-        include: globs of names to take; none takes all. ``*`` crosses dots.
-        exclude: globs of names to leave out.
+        include: glob patterns of names to take; none takes all. ``*`` also matches dots.
+        exclude: glob patterns of names to leave out.
         rename: pairs (regular expression, replacement), applied in order to every name.
         root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
         ties: ``"keep-first"`` writes a tied weight once and records its other names; ``"copy"``
@@ -152,7 +170,7 @@ def convert(
             they are compressed, at most 8.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
-        sync: make every file last (fsync) before the output appears.
+        sync: make every file durable (fsync) before the output appears.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights (config, tokenizer) of a source
             folder.
@@ -161,15 +179,23 @@ def convert(
             neither.
         compress: ``"zstd"`` for shards in the standard seekable format of zstd, which are read in
             place; ``zstd -d`` gives back the plain ones. None for plain shards.
-        limits: what the source may ask for.
+        limits: safety limits for an untrusted source.
 
     Returns:
         What was done.
 
     Raises:
         FormatError: *src* cannot be read.
-        PlanError: what was asked cannot be made of it.
+        PlanError: the options cannot be applied to *src*.
         OutputError: *out* cannot be written or replaced.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("training.pt", "shards", max_shard="2GB", checksum="sha256")
+        >>> report.format, report.shards, report.tensors
+        ('torch-zip', 1, 7)
+        >>> sorted(path.name for path in report.out.iterdir())
+        ['model.safetensors', 'shardkit.manifest.json']
     """
     begun = time.monotonic()
     edits = Edits.asked(
@@ -195,7 +221,7 @@ def carry_out(
     on_bytes: OnBytes = lambda count: None,
     sync: bool = True,
 ) -> Report:
-    """Write what *conversion* decided, and say what was done.
+    """Write what *conversion* decided, and report what was done.
 
     Raises:
         FormatError: the source cannot be read, or changed meanwhile.

@@ -1,8 +1,8 @@
-"""What can be told of bytes without a second copy of them: digests in a manifest, and the CRCs that
-a zip archive keeps.
+"""Check bytes without a second copy of them: by the digests of a manifest, and the CRCs of a zip
+archive.
 
-A fault names the tensor and the bytes of the file that differ. What carries no checksum is counted,
-so that it can be said.
+A fault names the tensor and the bytes of the file that differ. Tensors without a checksum are
+counted and reported.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def listed_faults(folder: Path, file: Listed, algorithm: str, on_bytes: OnBytes)
     """
     path = folder / file.name
     if not path.is_file():
-        return [Fault(file.name, "removed", "the manifest lists it, and it is not there")]
+        return [Fault(file.name, "removed", "the manifest lists it, but it is missing")]
     nbytes = path.stat().st_size
     if nbytes != file.nbytes:
         return [
@@ -122,7 +122,7 @@ def block_fault(
     """
     missing = next((name for name in run.tensors if name not in checkpoint), None)
     if missing is not None:
-        return Fault(run.block, "removed", f"its tensor {shown(missing)} is not there")
+        return Fault(run.block, "removed", f"its tensor {shown(missing)} is missing")
     digest = new_hash(algorithm)
     for name in run.tensors:
         for chunk in checkpoint[name].payload.chunks():
@@ -166,7 +166,8 @@ def refuse_damaged(
     limits: Limits,
     scratch: Path | None,
 ) -> list[str]:
-    """Sentences on how *files*, which hold *entries*, were held against their own checksums.
+    """Compare *files*, which hold *entries*, with their own checksums; return sentences on the
+    result.
 
     Raises:
         Malformed: something differs.
@@ -178,11 +179,9 @@ def refuse_damaged(
                 archive.path,
                 fault.detail,
                 where=fault.name,
-                hint="the file is damaged; fetch it again",
+                hint="the file is corrupt: download it again",
             )
-    return [said(archive) for archive in zips] or [
-        "the source carries no checksums that could be checked"
-    ]
+    return [said(archive) for archive in zips] or ["the source has no checksums to check"]
 
 
 def refuse_unlike_written(
@@ -217,7 +216,7 @@ def refuse_unlike_written(
     for path, faults in zip(wanted, found, strict=True):
         for fault in faults or ():
             raise Malformed(
-                path, fault.detail, where=fault.name, hint="the file is damaged; fetch it again"
+                path, fault.detail, where=fault.name, hint="the file is corrupt: download it again"
             )
     return [path for path, faults in zip(wanted, found, strict=True) if faults is None]
 
@@ -247,13 +246,15 @@ def said(archive: Archive) -> str:
     if not archive.unchecked:
         return f"{name}: compared with its CRCs: {several(count, 'member')}"
     if archive.unchecked == count:
-        return f"{name}: its writer kept no CRCs, so its bytes are unchecked"
-    return f"{name}: unchecked, without a CRC: {archive.unchecked:,} of {several(count, 'member')}"
+        return f"{name}: its writer stored no CRCs, so its bytes are not checked"
+    return (
+        f"{name}: not checked, without a CRC: {archive.unchecked:,} of {several(count, 'member')}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """What lies in a folder and tells of its files."""
+    """The documents in a folder that describe its files."""
 
     manifest: Manifest | None
     record: OffloadRecord | None
@@ -311,7 +312,7 @@ def _differing(file: Listed, algorithm: str, found: Mapping[str, str]) -> Iterat
     for run in file.runs:
         if found[run.name] != file.digests.tensors[run.name]:
             place = f"bytes [{run.start:,}, {run.stop:,}) of {shown(file.name)}"
-            yield Fault(run.name, "bytes", f"{place} have another {algorithm} than was written")
+            yield Fault(run.name, "bytes", f"{place} do not match the recorded {algorithm}")
 
 
 def _outside_tensors(file: Listed, algorithm: str) -> Fault:
@@ -319,7 +320,7 @@ def _outside_tensors(file: Listed, algorithm: str) -> Fault:
     return Fault(
         file.name,
         "bytes",
-        f"{place} of it, which are no tensor's, have another {algorithm} than was written",
+        f"{place} of it, which belong to no tensor, do not match the recorded {algorithm}",
     )
 
 
@@ -364,5 +365,5 @@ def _member_fault(
         f"bytes [{start:,}, {start + member.compressed:,}) of {shown_path(archive.path)} "
         f"(zip member {shown(member.name)})"
     )
-    detail = f"{place} have the CRC {crc:08x}, and {member.crc:08x} was written"
+    detail = f"{place} have the CRC {crc:08x}, expected {member.crc:08x}"
     return Fault(holds.get(member.name, member.name), "bytes", detail)

@@ -1,9 +1,8 @@
-"""offload-prep: the same path as convert, grouped by block, so that what runs as one is read as
-one.
+"""offload-prep: the same path as convert, grouped by block, so that each block is one read.
 
-Blocks are told from names (`named_blocks`) or by a pattern that the user gives. Nothing needs the
-class of the model; who has it, and Transformers, can have the pattern made from it by
-`shardkit.load.no_split_pattern`.
+Blocks are inferred from tensor names (`named_blocks`), or chosen by a pattern that the user gives.
+The class of the model is not needed; `shardkit.load.no_split_pattern` makes the pattern from it
+where Transformers or Diffusers has it.
 """
 
 from __future__ import annotations
@@ -71,44 +70,53 @@ def offload_prep(
     """Write any checkpoint as a folder of safetensors shards from which a model streams with one
     read per block.
 
-    The folder is an ordinary one of Hugging Face. In it the tensors of a block stand in one run of
-    bytes, blocks stand in the order in which they run, and ``offload.json`` says what lies where,
-    with a digest of each block.
+    Hugging Face libraries read the folder as any other. In it the tensors of a block are
+    contiguous, blocks are stored in the order in which they run, and ``offload.json`` lists the
+    byte range and a digest of each block.
 
     Args:
-        src: whatever `convert` reads.
-        out: folder to make; None for ``<stem>-offload`` beside *src*, or in the working folder
+        src: a file, an index or a folder in any format that `convert` reads.
+        out: folder to create; None for ``<stem>-offload`` beside *src*, or in the working folder
             where that is read-only.
-        blocks: a regular expression; each module in whose name it is found is a block. What it
-            leaves, and all if it is None, is told from the names: numbered layers, and the modules
-            beside them.
+        blocks: a regular expression; each module in whose name it is found is a block. Blocks of
+            the other tensors, and all blocks if it is None, are inferred from the names: numbered
+            layers, and the modules beside them.
         order: names of blocks, or of modules or tensors in them, in the order in which they run, as
-            `shardkit.load.recorded_order` has them from a run; None for the order of the source.
-        max_shard: as of `convert`. Only a block that alone is larger is cut.
-        dtype: likewise, as are all that follow.
-        include: globs of names to take.
-        exclude: globs of names to leave out.
+            `shardkit.load.recorded_order` records them; None for the order of the source.
+        max_shard: limit for each file in bytes, as in `convert`; only a block larger than that is
+            split over several files.
+        dtype: what floats of 16 bits or more are cast to; None keeps each.
+        include: glob patterns of names to take.
+        exclude: glob patterns of names to leave out.
         rename: pairs (regular expression, replacement).
-        root: dotted path of the subtree to take.
-        ties: how tied weights are written.
-        jobs: files written at a time.
+        root: dotted path of the subtree to take; None to find the model.
+        ties: ``"keep-first"`` or ``"copy"``, as in `convert`.
+        jobs: files written at a time; None to choose by the number of processors.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
-        sync: make every file last before the output appears.
-        format: name of the format to read *src* as.
+        sync: make every file durable (fsync) before the output appears.
+        format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights.
-        checksum: algorithm of the digests, of which there is a manifest too; None for xxh3 and no
-            manifest.
-        compress: as of `convert`; frames begin where blocks do.
-        limits: what the source may ask for.
+        checksum: algorithm of the digests, which are written to a manifest too; None for xxh3 and
+            no manifest.
+        compress: ``"zstd"`` as in `convert`; frames begin where blocks do.
+        limits: safety limits for an untrusted source.
 
     Returns:
         What was done.
 
     Raises:
         FormatError: *src* cannot be read.
-        PlanError: what was asked cannot be made of it.
+        PlanError: the options cannot be applied to *src*.
         OutputError: *out* cannot be written or replaced.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.offload_prep("model.safetensors", "offload", order=["2", "0"])
+        >>> report.blocks
+        2
+        >>> list(shardkit.open("offload"))  # in the order in which the blocks run
+        ['2.weight', '2.bias', '0.weight', '0.bias']
     """
     begun = time.monotonic()
     edits = Edits.asked(
@@ -139,7 +147,7 @@ def prepare_offload(
 
     Raises:
         FormatError: *src* cannot be read.
-        PlanError: what was asked cannot be made of it.
+        PlanError: the options cannot be applied to *src*.
     """
     src = path_arguments.to_read(src)
     place = output_place(src, out, options, "offload")
@@ -177,7 +185,7 @@ def prepare_offload(
 
 
 def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
-    """The names in the file *path*: a JSON list of them, or one on each line.
+    """Read the names in the file *path*: a JSON list of them, or one on each line.
 
     Raises:
         FormatError: it cannot be read.
@@ -189,7 +197,7 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError:
-        raise PlanError(f"{shown_path(path)} is no text", hint=_ORDER) from None
+        raise PlanError(f"{shown_path(path)} is not UTF-8 text", hint=_ORDER) from None
     if not text.lstrip().startswith("["):
         return tuple(
             line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")
@@ -198,11 +206,11 @@ def read_order(path: str | PathLike[str]) -> tuple[str, ...]:
         names: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PlanError(
-            f"{shown_path(path)} begins like a JSON list, and is none: {error}", hint=_ORDER
+            f"{shown_path(path)} begins like a JSON list but is invalid: {error}", hint=_ORDER
         ) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PlanError(
-            f"{shown_path(path)} must be a list of names, and holds something else", hint=_ORDER
+            f"{shown_path(path)} must be a list of names, and contains something else", hint=_ORDER
         )
     return tuple(names)
 
@@ -213,8 +221,8 @@ def _refuse_one_file(out: Path, options: ConversionOptions) -> None:
         name = name.removesuffix(registry.compressor_named(options.compress).suffix)
     if not out.is_dir() and registry.writer_for(Path(name).suffix):
         raise PlanError(
-            f"{shown_path(out)} is one file, and blocks with their record need a folder",
-            hint=("name one, as in ", output(out.with_name(Path(name).stem))),
+            f"{shown_path(out)} is a file, but offload-prep writes a folder",
+            hint=("name a folder, as in ", output(out.with_name(Path(name).stem))),
         )
 
 
@@ -223,7 +231,7 @@ def _compiled(blocks: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
         return re.compile(blocks) if blocks is not None else None
     except re.error as error:
         raise PlanError(
-            f"{shown(str(blocks))} is no regular expression: {error}",
+            f"{shown(str(blocks))} is not a regular expression: {error}",
             hint=("write one as in ", option("blocks", r"layers\.\d+$")),
         ) from None
 
@@ -247,8 +255,8 @@ def _in_order(
     if not called:
         raise PlanError(
             (
-                f"the order calls {shown(names[0]) if names else 'nothing'}, and no block has this "
-                "name or lies around it"
+                f"the order names {shown(names[0]) if names else 'nothing'}, which is neither a "
+                f"block nor part of one"
             ),
             hint=f"the blocks are called {listed([shown(block.name) for block in blocks])}",
         )
@@ -257,7 +265,7 @@ def _in_order(
     return (
         *called,
         *silent,
-    ), f"not in the order, and so put last: {_listed([block.name for block in silent])}"
+    ), f"not in the order, so written last: {_listed([block.name for block in silent])}"
 
 
 def _cut(plan: Plan, max_shard: int | None) -> Iterator[str]:
@@ -266,8 +274,8 @@ def _cut(plan: Plan, max_shard: int | None) -> Iterator[str]:
     cut = [name for name, count in counts.items() if count > 1]
     if cut and max_shard is not None:
         yield (
-            f"larger than {format_size(max_shard)} with a header, and so cut over several "
-            f"shards: {_listed(cut)}"
+            f"larger than {format_size(max_shard)} with a header, so split over several shards: "
+            f"{_listed(cut)}"
         )
 
 

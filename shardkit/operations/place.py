@@ -1,4 +1,4 @@
-"""place: where the blocks of the model in a checkpoint go, from headers and budgets alone. No
+"""Place the blocks of the model in a checkpoint on devices, from headers and budgets alone. No
 weight is read.
 """
 
@@ -61,7 +61,7 @@ class Placed:
 
     @property
     def runner(self) -> str:
-        """The device that runs what lies on CPU and disk."""
+        """The device that runs the blocks on CPU and disk."""
         return next(iter(self.fit.budgets))
 
     @property
@@ -79,7 +79,7 @@ def placed(
     dtype: DType | None,
     no_split: re.Pattern[str] | None,
 ) -> Placed:
-    """Where the blocks of the model in *checkpoint* would lie.
+    """Choose a device for each block of the model in *checkpoint*.
 
     Raises:
         AmbiguousRoot: several subtrees could be the model, and none is chosen.
@@ -88,26 +88,26 @@ def placed(
     rooted = select_root(checkpoint, root)
     if not rooted.tensors:
         raise NothingSelected(
-            f"{shown_path(source)}: there are no tensors in it",
-            hint="run `shardkit inspect` to see what the file holds",
+            f"{shown_path(source)}: it holds no tensors",
+            hint="run `shardkit inspect` to list the contents of the file",
         )
     entries, notes = (rooted.tensors, ()) if dtype is None else cast_to(rooted.tensors, dtype)
     kept, aliases = fold_ties(entries, reserved=())
     refuse_unfound(no_split, kept)
     blocks = named_blocks(kept, no_split)
-    undense = [other.name for other in rooted.others if other.is_weight]
-    if undense:
+    non_dense = [other.name for other in rooted.others if other.is_weight]
+    if non_dense:
         notes += (
             (
-                f"{several(len(undense), 'weight')} not counted, being no dense tensors: "
-                f"{listed(undense, most=_MOST)}"
+                f"{several(len(non_dense), 'weight')} not counted, because they are not dense "
+                f"tensors: {listed(non_dense, most=_MOST)}"
             ),
         )
     if CPU not in budgets and "mps" not in budgets:
         budgets = {**budgets, CPU: available_memory()}
         notes += (
             (
-                "nothing is said of the CPU: it may hold what this machine has free, "
+                "no budget is given for the CPU: it gets the free memory of this machine, "
                 f"{format_size(budgets[CPU])}"
             ),
         )

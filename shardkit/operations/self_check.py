@@ -1,9 +1,7 @@
-"""What the files of a checkpoint say about themselves, compared with their bytes: every tensor is
-read once.
+"""Compare the files of a checkpoint with their own checksums: every tensor is read once.
 
 Checksums are those of a manifest, of the blocks in an offload.json, of zip members, or in
-compressed frames. Tensors without one are read as well, so that a byte that cannot be read is
-found, and are counted.
+compressed frames. Tensors without one are read as well, to find unreadable bytes, and are counted.
 """
 
 from __future__ import annotations
@@ -103,7 +101,7 @@ def _record_for(out: Path, limits: Limits) -> OffloadRecord | None:
 
 
 def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) -> Comparison:
-    """*comparison* with what lies in the folder and was not looked into."""
+    """Return *comparison* with the files of the folder that were not examined."""
     names = side.others(seen)
     beside = [f"files beside the weights were not checked: {listed(names)}"] if names else []
     notes = (*comparison.notes, *side.checkpoint.notes, *side.indexes(), *beside)
@@ -156,12 +154,12 @@ def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator
     expanded = sum(_reads_only(entry.payload, compressed) for entry in entries)
     if expanded:
         yield (
-            "expanded, and compared with the checksums in the frames, where there are any: "
+            "decompressed, and compared with the checksums in the frames, where there are any: "
             f"{several(expanded, 'tensor')}"
         )
     if expanded < len(entries):
         yield (
-            "readable, but unchecked, being without a checksum: "
+            "readable, but not checked, for lack of a checksum: "
             f"{several(len(entries) - expanded, 'tensor')}"
         )
 
@@ -199,7 +197,7 @@ def _as_listed(
     if unlisted:
         count = several(len(unlisted), "tensor")
         notes.append(
-            f"readable, but unchecked, being in files that the manifest does not list: {count}"
+            f"readable, but not checked, in files that the manifest does not list: {count}"
         )
     nbytes = sum(entry.nbytes for entry in stored.values())
     return _with_rest(
@@ -233,7 +231,11 @@ def _as_recorded(
             f"{OFFLOAD_NAME}"
         )
     ]
-    notes += [f"unchecked, being in no block: {several(len(outside), 'tensor')}"] if outside else []
+    notes += (
+        [f"not checked, because no block contains them: {several(len(outside), 'tensor')}"]
+        if outside
+        else []
+    )
     nbytes = sum(run.stop - run.start for run in record.runs) + sum(
         entry.nbytes for entry in outside
     )

@@ -1,4 +1,4 @@
-"""What lies on one side of a comparison and is not compared: weights, and the files beside them."""
+"""List what a comparison does not compare: weights of one side, and the files beside them."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Side:
         count = sum(other.is_weight for other in self.checkpoint.others)
         if count:
             yield (
-                f"{shown_path(self.path)}: {count:,} weights that are no dense tensors are not "
-                "compared"
+                f"{shown_path(self.path)}: {count:,} weights that are not dense tensors are not "
+                f"compared"
             )
         names = self.others()
         if names:

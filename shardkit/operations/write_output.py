@@ -1,6 +1,4 @@
-"""Carry out an `Output`, for convert, offload-prep and `save`: it appears complete, or not at
-all.
-"""
+"""Write an `Output`, for convert, offload-prep and `save`: it appears complete or not at all."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A weight is an address: a byte string whose length is known before it is read, and of which only
-`chunks()` reads bytes.
+"""Lazy byte strings: the length is known before they are read, and only `chunks()` reads bytes.
 
 ::
 
@@ -12,6 +11,6 @@
     Cast              numbers of another type
     Swapped           the other byte order
 
-`coalesce` joins payloads that touch, `open_files` and `small_reads` open each file once, `digests`
-sums bytes as they pass.
+`coalesce` merges adjacent payloads, `open_files` and `small_reads` open each file once, `digests`
+computes digests of bytes while they are copied.
 """

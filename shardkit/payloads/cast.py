@@ -1,8 +1,7 @@
-"""A payload that changes the type of numbers while it is read, exactly as `Tensor.to` does.
+"""A payload that casts numbers while it is read, exactly as `Tensor.to` does.
 
-Torch is imported when the first byte is asked for. It is given so little at a time that it stays in
-the processor's cache, and that torch finds no work in it for threads of its own: the writer's
-threads are enough, and more would be in their way.
+Torch is imported when the first byte is read. It gets so little at a time that the data stays in
+the processor's cache, and that torch starts no threads of its own: the writer's threads are enough.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Cast:
             )
         if self.inner.nbytes % self.source.itemsize:
             raise ValueError(
-                f"{self.inner.nbytes} bytes are no whole number of {self.source.code} elements"
+                f"{self.inner.nbytes} bytes are not a whole number of {self.source.code} elements"
             )
 
     @property

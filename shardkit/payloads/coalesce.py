@@ -35,8 +35,22 @@ def follows(left: Payload, right: Payload, *, gap: int = 0) -> bool:
 
 
 def coalesced(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """*payloads* in order, each as long as it can be, none of them empty; their bytes are the
-    same.
+    """Merge adjacent *payloads*: runs of one file that touch become one, and empty ones are
+    dropped.
+
+    Args:
+        payloads: in order; nested `Concat` values are flattened.
+
+    Yields:
+        Payloads with the same bytes in the same order, each as long as it can be.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Extent, coalesced
+        >>> file = Path("model.safetensors")
+        >>> runs = [Extent(file, 0, 8), Extent(file, 8, 100), Extent(file, 300, 4)]
+        >>> [(run.start, run.nbytes) for run in coalesced(runs)]
+        [(0, 108), (300, 4)]
     """
     run: Payload | None = None
     for part in _flat(payloads):

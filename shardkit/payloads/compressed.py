@@ -1,11 +1,11 @@
-"""Compressed bytes as payloads, so that what is compressed is read like anything else.
+"""Compressed bytes as payloads, which are read like any other.
 
-1. Without random access they are expanded once, on first use, to a temporary file that has no name
-   (`Expanded`).
-2. With a table of frames each frame is expanded where it is read, and there is no temporary file
-   (`Framed`).
-3. Equality, hashing and `sources` keep naming the original: a plan made from a `.zst` is the same
-   plan on the next day.
+1. Without random access they are decompressed once, on first use, to a temporary file that has no
+   name (`Expanded`).
+2. With a table of frames each frame is decompressed where it is read, and there is no temporary
+   file (`Framed`).
+3. Equality, hashing and `sources` name the compressed original: a plan made from a `.zst` is the
+   same plan the next day.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ _RATIO_FROM = 64 << 20
 
 
 class Spool:
-    """The expansion of one compressed payload. Equal spools expand the same bytes; any thread may
-    read.
-    """
+    """The decompressed form of one payload. Equal spools hold equal bytes; any thread may read."""
 
     def __init__(
         self,
@@ -45,14 +43,14 @@ class Spool:
         scratch: Path | None = None,
         promised: int | None = None,
     ) -> None:
-        """Expand nothing yet.
+        """Prepare; the data is decompressed on first use.
 
         Args:
             origin: the compressed bytes.
             codec: how they are compressed.
-            limits: bounds the expansion.
+            limits: bounds the decompressed size.
             scratch: folder for the temporary file; None for the system's.
-            promised: bytes that it must expand to; None where nothing tells beforehand.
+            promised: bytes that it must decompress to; None where no header states it.
         """
         self.origin = origin
         self.codec = codec
@@ -65,15 +63,15 @@ class Spool:
 
     @property
     def path(self) -> Path:
-        """The file that the compressed bytes lie in."""
+        """The file that holds the compressed bytes."""
         return self.origin.sources[0].path
 
     def file(self) -> IO[bytes]:
-        """The expanded bytes, as an open file without a name.
+        """Return the decompressed bytes, as an open file without a name.
 
         Raises:
             Malformed: the stream is broken.
-            LimitExceeded: it expands too far.
+            LimitExceeded: it decompresses to too many bytes.
             OutputError: there is no room for the temporary file.
         """
         with self._lock:
@@ -83,7 +81,9 @@ class Spool:
             return self._file
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """At most *nbytes* of the expanded bytes, from *start* on; fewer only at their end."""
+        """Read at most *nbytes* of the decompressed bytes, from *start* on; fewer only at their
+        end.
+        """
         file = self.file()
         if hasattr(
             os, "pread"
@@ -120,7 +120,8 @@ class Spool:
                 raise _broken(self.origin, self.codec, error) from None
             except OSError as error:
                 sentence = (
-                    f"cannot expand {shown_path(self.path)} to a temporary file: {error.strerror}"
+                    f"cannot decompress {shown_path(self.path)} to a temporary file: "
+                    f"{error.strerror}"
                 )
                 raise OutputError(sentence, hint=self._elsewhere()) from None
             undo.pop_all()  # from here on the spool owns the file, which goes when the spool goes
@@ -131,14 +132,12 @@ class Spool:
         for piece in self.codec.decompress(self.origin.chunks()):
             expanded += len(piece)
             if self._promised is not None and expanded > self._promised:
-                raise ValueError(
-                    f"expands to more than the {self._promised:,} bytes that were promised"
-                )
+                raise ValueError(f"decompresses to more than the expected {self._promised:,} bytes")
             _check_limits(self.origin, expanded, self._limits)
             self._check_room(expanded)
             file.write(piece)
         if self._promised is not None and expanded < self._promised:
-            raise ValueError(f"expands to {expanded:,} bytes, {self._promised:,} were promised")
+            raise ValueError(f"decompresses to {expanded:,} bytes, expected {self._promised:,}")
 
     def _check_room(self, expanded: int) -> None:
         if expanded % (16 * CHUNK) >= CHUNK:
@@ -147,7 +146,7 @@ class Spool:
         free = shutil.disk_usage(folder).free
         if free < 4 * CHUNK:
             raise OutputError(
-                f"{shown_path(folder)}: no room to expand {shown_path(self.path)}: "
+                f"{shown_path(folder)}: no space to decompress {shown_path(self.path)}: "
                 f"{format_size(expanded)} written, {format_size(free)} free",
                 hint=self._elsewhere(),
             )
@@ -160,7 +159,29 @@ class Spool:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A run of the bytes that a `Spool` expands to."""
+    r"""A run of decompressed bytes, read from a temporary file.
+
+    `Source.member` returns one for a compressed member of a zip archive. Nothing is decompressed
+    before the first read; equality and `sources` refer to the compressed original.
+
+    Attributes:
+        spool: the decompressed form of one payload.
+        start: offset in the decompressed bytes.
+        nbytes: length of the run.
+
+    Example:
+        >>> import zipfile
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Expanded, Limits, Source, read_all
+        >>> with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        ...     archive.writestr("weight", bytes(1000))
+        >>> source = Source.file(Path("a.zip"), Limits())
+        >>> payload = source.member(source.members[0])
+        >>> isinstance(payload, Expanded), payload.nbytes, payload.sources[0].nbytes < 1000
+        (True, 1000, True)
+        >>> bytes(read_all(payload.narrow(990, 10)))
+        b'\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00'
+    """
 
     spool: Spool
     start: int
@@ -181,22 +202,22 @@ class Expanded:
             chunk = self.spool.read(at, wanted)
             if len(chunk) < wanted:  # before it is given out: a short chunk could cut a word
                 raise Malformed(
-                    self.spool.path, f"expands to {at + len(chunk):,} bytes, {stop:,} were promised"
+                    self.spool.path, f"decompresses to {at + len(chunk):,} bytes, expected {stop:,}"
                 )
             yield memoryview(chunk)
             at += len(chunk)
 
 
 class LastFrame:
-    """What one frame expands to, kept so that reading many small things in it expands it once; any
-    thread may use it.
+    """The decompressed data of the last frame read, so that many small reads decompress it once;
+    any thread may use it.
     """
 
     def __init__(self) -> None:
         self._held: tuple[Payload, bytes] | None = None
 
     def content(self, frame: Payload, expand: Callable[[], bytes]) -> bytes:
-        """What *frame* expands to: what is kept, or what *expand* returns."""
+        """Return the decompressed data of *frame*: the cached one, or the result of *expand*."""
         held = self._held
         if held is None or held[0] != frame:
             held = self._held = (frame, expand())
@@ -208,8 +229,24 @@ class LastFrame:
 
 @dataclass(frozen=True, slots=True)
 class Framed:
-    """A run of the bytes that one *frame*, compressed on its own, expands to; *whole* is how many
-    those are.
+    """A run of the bytes that one compressed *frame* holds, decompressed where it is read.
+
+    Attributes:
+        frame: the compressed bytes of the frame.
+        codec: how they are compressed.
+        whole: length of the decompressed frame, in bytes.
+        start: offset of the run in the decompressed frame.
+        nbytes: length of the run.
+        last: cache of the frame decompressed last, shared by the payloads of one file.
+
+    Example:
+        >>> from shardkit.plugin import Framed, Literal, read_all
+        >>> frame = CODEC.compress(memoryview(b"weights of a layer"))
+        >>> payload = Framed(Literal(frame), CODEC, whole=18, start=0, nbytes=18)
+        >>> bytes(read_all(payload.narrow(11, 7)))
+        b'a layer'
+        >>> b"".join(map(bytes, payload.pieces()))
+        b'weights of a layer'
     """
 
     frame: Payload
@@ -237,11 +274,10 @@ class Framed:
             yield memoryview(content)[self.start : self.start + self.nbytes]
 
     def pieces(self, compressed: Iterable[memoryview] | None = None) -> Iterator[memoryview]:
-        """The same bytes in pieces of any length, none of which is kept; for those who may cut
-        elements.
+        """Yield the bytes in pieces of any length, which may cut elements; none of them is cached.
 
         Args:
-            compressed: the bytes of the frame, from who reads them by other means.
+            compressed: the bytes of the frame, if they have been read by other means.
         """
         at, stop = 0, self.start + self.nbytes
         try:
@@ -255,19 +291,18 @@ class Framed:
         except ValueError as error:
             raise _broken(self.frame, self.codec, error) from None
         if at > self.whole or at < stop:
-            lie = f"its table says that a frame holds {self.whole:,} bytes, and it does not"
+            lie = f"its table gives {self.whole:,} bytes for a frame that has another length"
             raise _broken(self.frame, self.codec, ValueError(lie))
 
 
 def expansion(
     origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None
 ) -> Payload:
-    """All that *origin* expands to: read in place if it has a table of frames, otherwise expanded
-    now.
+    """Decompress all of *origin*: in place if it has a table of frames, otherwise now.
 
     Raises:
         Malformed: the stream or its table is broken.
-        LimitExceeded: it expands too far.
+        LimitExceeded: it decompresses to too many bytes.
         OutputError: there is no room for the temporary file.
     """
     try:
@@ -291,7 +326,7 @@ def expansion(
 def expanded_whole(
     origin: Payload, codec: Codec, limits: Limits, scratch: Path | None = None
 ) -> Expanded:
-    """All that *origin* expands to; expands it now, since its length is not known before."""
+    """Decompress all of *origin* now, since its length is not known before."""
     spool = Spool(origin, codec, limits, scratch)
     return Expanded(spool, 0, os.fstat(spool.file().fileno()).st_size)
 
@@ -299,15 +334,15 @@ def expanded_whole(
 def _check_limits(origin: Payload, expanded: int, limits: Limits) -> None:
     path = origin.sources[0].path
     if expanded > limits.expanded_bytes:
-        message = f"expands to more than {format_size(limits.expanded_bytes)}"
+        message = f"decompresses to more than {format_size(limits.expanded_bytes)}"
         raise LimitExceeded(path, message, limit="expanded_bytes", actual=expanded)
     ratio = expanded // max(1, origin.nbytes)
     if expanded > _RATIO_FROM and ratio > limits.ratio:
-        message = f"expands more than {limits.ratio}-fold, as no weights do"
+        message = f"decompresses to more than {limits.ratio} times its size, which no weights do"
         raise LimitExceeded(path, message, limit="ratio", actual=ratio + 1)
 
 
 def _broken(origin: Payload, codec: Codec, error: ValueError) -> Malformed:
     return Malformed(
-        origin.sources[0].path, f"broken {codec.name} data: {error}", hint="fetch the file again"
+        origin.sources[0].path, f"broken {codec.name} data: {error}", hint="download the file again"
     )

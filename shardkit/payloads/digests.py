@@ -1,5 +1,5 @@
-"""Digests of bytes as they pass: which there are, and one pass that sums a whole file and the runs
-in it.
+"""Digests of bytes while they are copied: the algorithms, and one pass over a file and the runs in
+it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def new_hash(name: str) -> Hash:
         return hashlib.sha256()
     if name != "xxh3":
         raise PlanError(
-            f"there is no checksum {name!r}; there are {' and '.join(ALGORITHMS)}",
-            hint="give one of them",
+            f"there is no checksum {name!r}; the checksums are {' and '.join(ALGORITHMS)}",
+            hint="choose one of them",
         )
     try:
         import xxhash
@@ -53,7 +53,7 @@ def new_hash(name: str) -> Hash:
             hint=(
                 "pip install xxhash, or use ",
                 option("checksum", "sha256"),
-                ", which needs nothing",
+                ", which needs no package",
             ),
         ) from None
     return xxhash.xxh3_128()

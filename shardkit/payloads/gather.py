@@ -1,9 +1,9 @@
-"""Reading a box of a strided storage into memory: few large reads, whatever the strides.
+"""Read a box of a strided storage into memory: few large reads, whatever the strides.
 
-A box is a list of axes, each a length and a stride in elements. Its input comes in runs: the axes
-with the smallest strides are read as one piece, gaps included. Runs that lie close together are
-read many at once and picked out; those far apart are read one by one. Which axes make a run, and
-how runs are read, is a matter of price.
+A box is a list of axes, each a length and a stride in elements. Its input consists of runs: the
+axes with the smallest strides are read as one piece, gaps included. Runs that are close together
+are read many at once and picked out; distant ones are read one by one. A cost model chooses which
+axes form a run, and how runs are read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Payloads of tensors joined along any axis: a cat or a stack, made in bounded memory.
 
-1. Joined along the first axis, or along any behind axes of length one, tensors stand one behind the
-   other.
-2. Else rows of the one and rows of the other take turns. Many short rows are read at once, and put
-   in their places in memory; long ones are read one by one.
+1. Joined along the first axis, or along any after axes of length one, tensors follow one another.
+2. Otherwise rows of the parts alternate. Many short rows are read at once, and placed in memory;
+   long ones are read one by one.
 """
 
 from __future__ import annotations

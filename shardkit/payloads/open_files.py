@@ -1,5 +1,5 @@
-"""Extents of files that somebody keeps open: whoever reads a payload again and again puts them in
-the place of its extents.
+"""Extents of files that are kept open: they replace the extents of a payload that is read
+repeatedly.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Byte strings whose length is known before they are read: a weight is an address, and here are the
-kinds of address.
+"""Byte strings whose length is known before they are read: where weights are stored, and how they
+become bytes.
 
-1. Only `chunks` touches weight bytes. It may be called again, and gives the same bytes as long as
-   the file stays as it is.
+1. Only `chunks` reads weight bytes. It may be called again, and gives the same bytes as long as the
+   file stays as it is.
 2. A chunk is at most `CHUNK` bytes; all but the last are a multiple of `PAGE`, so that no element
-   of any type is cut. A chunk is valid until the next one is asked for: its memory is used again.
-3. Payloads are frozen, hashable and picklable. Equal payloads are the same bytes, and that is how
-   ties are found.
+   of any type is cut. A chunk is valid until the next one is requested: its memory is reused.
+3. Payloads are frozen, hashable and picklable. Equal payloads are the same bytes; ties are found by
+   that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,20 @@ PAGE = 4096
 
 @runtime_checkable
 class Payload(Protocol):
-    """A byte string that knows its length, and from which bytes of which files it is made."""
+    r"""A lazy byte string: its length and the file ranges it is made from are known before it is
+    read.
+
+    Plugins may define their own; `shardkit.testing.check_payload` checks one.
+
+    Example:
+        >>> import shardkit
+        >>> payload = shardkit.open("model.safetensors")["0.bias"].payload
+        >>> payload.nbytes, len(payload.sources)
+        (32, 1)
+        >>> first = payload.narrow(0, 8)  # nothing is read yet
+        >>> b"".join(bytes(chunk) for chunk in first.chunks())
+        b'\x00\x00\x00\x00\x00\x00\x00>'
+    """
 
     @property
     def nbytes(self) -> int:
@@ -43,15 +56,15 @@ class Payload(Protocol):
         ...
 
     def narrow(self, start: int, nbytes: int) -> Payload:
-        """The *nbytes* bytes from *start* on.
+        """Return the part of *nbytes* bytes that begins at offset *start*; nothing is read.
 
         Raises:
-            ValueError: they lie outside, or an element of a derived payload would be cut.
+            ValueError: the range lies outside, or would cut an element of a derived payload.
         """
         ...
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes in order, by the rules at the top of this module.
+        """Yield the bytes in order, by the rules at the top of this module.
 
         Raises:
             FormatError: the file cannot be read, or has become shorter.
@@ -61,7 +74,22 @@ class Payload(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of bytes in a file. Equal extents are the same bytes."""
+    """A run of bytes in a file. Equal extents are the same bytes.
+
+    Attributes:
+        path: the file.
+        start: offset of the first byte.
+        nbytes: length in bytes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Extent
+        >>> header = Extent(Path("model.safetensors"), 8, 256)
+        >>> header.narrow(0, 12)
+        Extent(path=PosixPath('model.safetensors'), start=8, nbytes=12)
+        >>> [bytes(chunk) for chunk in header.narrow(0, 12).chunks()]
+        [b'{"0.weight":']
+    """
 
     path: Path
     start: int
@@ -92,7 +120,17 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes that are held: a header, an index, padding."""
+    r"""Bytes in memory: a header, an index, padding.
+
+    Attributes:
+        content: the bytes.
+
+    Example:
+        >>> from shardkit.plugin import Literal
+        >>> magic = Literal(b"\x93NUMPY\x01\x00")
+        >>> magic.nbytes, magic.sources, magic.narrow(1, 5)
+        (8, (), Literal(content=b'NUMPY'))
+    """
 
     content: bytes
 
@@ -115,16 +153,15 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Weights that are in memory already; chunks are views of it, and nothing is copied but to
-    pickle.
+    """Weights that are already in memory; chunks are views, and only pickling copies them.
 
-    Equal are the same runs of one memory: which memory it is, is told by a name that it is given
-    when it is first held. Where tensors share memory, hold it once and narrow.
+    Two buffers are equal if they are the same run of the same memory, which a unique name
+    identifies. Where tensors share memory, create one buffer and narrow it.
 
     Attributes:
-        memory: C-contiguous, and not written while it is held.
-        origin: the name.
-        start: where in that memory the run begins.
+        memory: C-contiguous, and not written while the buffer exists.
+        origin: the unique name of the memory.
+        start: offset of the run in that memory.
     """
 
     memory: bytes | bytearray | memoryview = field(compare=False, repr=False)
@@ -155,7 +192,20 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Concat:
-    """Payloads one after the other."""
+    """Several payloads, one after the other.
+
+    Attributes:
+        parts: the payloads, in order.
+
+    Example:
+        A tensor whose rows are stored in two files:
+
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Concat, Extent, Literal, read_all
+        >>> rows = Concat((Extent(Path("model.safetensors"), 8, 4), Literal(b"....")))
+        >>> bytes(read_all(rows)), rows.narrow(4, 2)
+        (b'{"0.....', Literal(content=b'..'))
+    """
 
     parts: tuple[Payload, ...]
 
@@ -192,8 +242,20 @@ class Concat:
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """The inner bytes with every word of *width* bytes (2, 4 or 8) reversed: big-endian weights
-    made little-endian.
+    r"""Bytes with every word of *width* bytes reversed: big-endian weights made little-endian.
+
+    Attributes:
+        inner: the bytes as they are stored.
+        width: bytes of a word: 2, 4 or 8.
+
+    Example:
+        >>> from shardkit.plugin import Literal, Swapped, read_all
+        >>> big_endian = Literal((1).to_bytes(4, "big") + (2).to_bytes(4, "big"))
+        >>> words = Swapped(big_endian, width=4)
+        >>> bytes(read_all(words))
+        b'\x01\x00\x00\x00\x02\x00\x00\x00'
+        >>> int.from_bytes(read_all(words.narrow(4, 4)), "little")
+        2
     """
 
     inner: Payload
@@ -226,7 +288,15 @@ class Trailer:
 
     Attributes:
         nbytes: length of what *make* returns.
-        make: takes the CRC-32 of each part that stands before this one in the file, in order.
+        make: called with the CRC-32 of each part before this one in the file, in order.
+
+    Example:
+        >>> import zlib
+        >>> from shardkit.plugin import Literal, Trailer
+        >>> checksum = Trailer(4, lambda crcs: crcs[-1].to_bytes(4, "little"))
+        >>> parts = (Literal(b"weights"), checksum)
+        >>> checksum.make([zlib.crc32(b"weights")]).hex()
+        '5873d21a'
     """
 
     nbytes: int
@@ -237,7 +307,21 @@ Part = Payload | Trailer
 
 
 def read_all(payload: Payload) -> bytearray:
-    """The whole of *payload* in memory."""
+    """Read all of *payload* into memory.
+
+    Args:
+        payload: a header or a small tensor; use `Payload.chunks` for large ones.
+
+    Raises:
+        FormatError: the file cannot be read.
+
+    Example:
+        >>> import shardkit
+        >>> from shardkit.plugin import read_all
+        >>> content = read_all(shardkit.open("model.safetensors")["0.bias"].payload)
+        >>> len(content)
+        32
+    """
     content = bytearray()
     for chunk in payload.chunks():
         content += chunk
@@ -245,8 +329,22 @@ def read_all(payload: Payload) -> bytearray:
 
 
 def rechunked(pieces: Iterable[memoryview | bytes], nbytes: int) -> Iterator[memoryview]:
-    """*pieces* of any length, *nbytes* together, as chunks of `CHUNK` bytes and a rest; a piece
-    that is one is not copied.
+    """Join *pieces* of any length into chunks of `CHUNK` bytes and a rest.
+
+    For payloads that compute their bytes: it makes their pieces fit the rules of `Payload.chunks`.
+    A piece that is a chunk already is not copied.
+
+    Args:
+        pieces: byte strings, *nbytes* in total.
+        nbytes: their total length.
+
+    Yields:
+        Chunks that are valid until the next one is requested.
+
+    Example:
+        >>> from shardkit.plugin import rechunked
+        >>> [len(chunk) for chunk in rechunked([b"abc", b"defgh"], 8)]
+        [8]
     """
     buffer = memoryview(b"")
     filled = 0
@@ -271,7 +369,7 @@ def rechunked(pieces: Iterable[memoryview | bytes], nbytes: int) -> Iterator[mem
 
 
 def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], extent: Extent) -> None:
-    """Fill *buffer* from *readinto*, which may give less than it was asked for.
+    """Fill *buffer* from *readinto*, which may return fewer bytes than requested.
 
     Raises:
         Malformed: the file of *extent* ended first.
@@ -286,24 +384,24 @@ def fill(buffer: memoryview, readinto: Callable[[memoryview], int | None], exten
 
 _SHRANK = (
     "it became shorter while it was read: run the command again when nothing writes to it, "
-    "or fetch it again"
+    "or download it again"
 )
 
 
 def ended_early(extent: Extent) -> Malformed:
-    """The file of *extent* ends inside it, though it did not when it was scanned."""
+    """Report that the file of *extent* ends inside it, though it did not when scanned."""
     stop = extent.start + extent.nbytes
     return Malformed(extent.path, f"the file ends before byte {stop:,}", hint=_SHRANK)
 
 
 def unreadable(path: Path, error: OSError) -> FormatError:
-    """What the operating system said of *path*, as a sentence."""
+    """Report the error that the operating system raised for *path*."""
     return FormatError(
         path, f"cannot be read: {error.strerror or error}", hint=after_reading(error)
     )
 
 
 def check_range(start: int, nbytes: int, whole: int) -> None:
-    """Raise ValueError unless [start, start + nbytes) lies inside *whole* bytes."""
+    """Raise ValueError unless [start, start + nbytes) is inside *whole* bytes."""
     if start < 0 or nbytes < 0 or start + nbytes > whole:
         raise ValueError(f"[{start}, {start + nbytes}) lies outside {whole} bytes")

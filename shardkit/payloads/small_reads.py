@@ -1,6 +1,4 @@
-"""Read many small things that lie close together in files: a window at a time, and each file opened
-once.
-"""
+"""Read many small adjacent items of files: a window at a time, and each file opened once."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Payloads of views: the C-contiguous bytes of any window on a storage, gathered in bounded memory.
+"""Payloads of views: the C-contiguous bytes of any view of a storage, gathered in bounded memory.
 
 1. A contiguous view is a plain run of its storage.
 2. Any other is cut into boxes: runs of the output whose input fits the memory for one. Of all ways
-   to cut, the one that reads least is taken, where a read has a price of its own, so that few large
-   ones win.
-3. A box is read as it lies in the storage, and its axes are turned in memory, a slab at a time.
+   to cut, the one that reads least is chosen; each read has a cost of its own, so that few large
+   ones are preferred.
+3. A box is read in storage order, and its axes are permuted in memory, a slab at a time.
 """
 
 from __future__ import annotations
@@ -38,19 +38,34 @@ def strided(
     conj: bool = False,
     neg: bool = False,
 ) -> Payload:
-    """The C-contiguous bytes of a view.
+    """Describe the C-contiguous bytes of a view, such as a transposed or sliced tensor.
+
+    Nothing is read. A contiguous view becomes a plain run of the storage. The arguments mean what
+    they mean in `torch.as_strided`.
 
     Args:
-        storage: what is looked at.
+        storage: the bytes that the view is of.
         dtype: type of the elements; of F4, an element is a byte that holds two, as in torch.
-        offset: the view's first element.
-        shape: lengths of the axes, outermost first.
+        offset: the view's first element, counted in elements.
+        shape: lengths of the axes in elements, outermost first.
         strides: elements from one index to the next on each axis.
         conj: whether the values are the conjugates of those stored.
         neg: whether the values are the negatives of those stored.
 
+    Returns:
+        A payload of as many bytes as *dtype* and *shape* need.
+
     Raises:
         ValueError: there is no such view of the storage.
+
+    Example:
+        The transpose of a 2 × 3 matrix:
+
+        >>> from shardkit.plugin import BY_CODE, Literal, read_all, strided
+        >>> matrix = Literal(bytes([1, 2, 3, 4, 5, 6]))
+        >>> view = strided(matrix, dtype=BY_CODE["U8"], offset=0, shape=(3, 2), strides=(1, 3))
+        >>> list(read_all(view))
+        [1, 4, 2, 5, 3, 6]
     """
     if len(shape) != len(strides):
         raise ValueError(

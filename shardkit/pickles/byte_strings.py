@@ -1,6 +1,6 @@
 """The byte strings of a pickle as payloads.
 
-1. A string of more than 4 KiB is known by its place, and read there.
+1. A string of more than 4 KiB is kept as its byte range, and read there.
 2. Protocol 2, which torch.save uses, writes bytes as text: one character for each byte, in UTF-8.
    Such text is decoded once, when it is first read, to a temporary file.
 3. A shorter string is in memory already. Equal short strings are not one string, so each gets a
@@ -28,7 +28,7 @@ class Strings:
     """The strings of one pickle.
 
     Attributes:
-        path: the file, by which equal short strings of two files are told apart.
+        path: the file, which distinguishes equal short strings of two files.
         pickle: the bytes that the places are counted in.
         limits: bounds what is decoded.
         scratch: folder for temporary files; None for the system's.

@@ -1,8 +1,8 @@
 """The state of a pickle being read: a window on its bytes, the stack, the marks and the memo.
 
-A call makes a stand-in and is listed by name; nothing runs. What goes wrong is an IndexError (a
-stack or a window that runs dry), a KeyError (a memo index never stored) or a ValueError with a
-sentence; `pickles.unpickle` says where.
+A call creates a placeholder and is listed by name; nothing is executed. Faults are an IndexError
+(an empty stack or window), a KeyError (a memo index never stored) or a ValueError with a sentence;
+`pickles.unpickle` adds the position.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Machine:
             raise LimitExceeded(
                 self.path,
                 f"{f'{self.where}: ' if self.where else ''}"
-                f"the pickle makes us hold more than {self.limits.held_bytes:,} bytes",
+                f"parsing the pickle takes more memory than {self.limits.held_bytes:,} bytes",
                 limit="held_bytes",
                 actual=2 * held,
             )
@@ -169,7 +169,7 @@ class Machine:
         return values
 
     def marked(self) -> list[Any]:
-        """What lies above the topmost mark, taken off; the mark goes with it."""
+        """Pop and return the items above the topmost mark; the mark is removed too."""
         values = self.stack
         self.stack = self.below.pop()
         self.held += 8 * len(values)

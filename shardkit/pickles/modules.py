@@ -1,9 +1,9 @@
-"""Whole pickled modules: what `state_dict()` would give, without their classes.
+"""Pickled modules: the result of `state_dict()`, without their classes.
 
-A module is known by the shape of its state: `_parameters`, `_buffers` and `_modules` are dicts.
-Names and order are torch's: own parameters, own buffers but for the non-persistent, then the
-modules inside. A module under two names is given twice, as torch does. What a class computes in
-`get_extra_state` or in hooks cannot be known, and is missing.
+A module is recognised by the shape of its state: `_parameters`, `_buffers` and `_modules` are
+dicts. Names and order are torch's: own parameters, own persistent buffers, then the modules inside.
+A module under two names is listed twice, as in torch. Values that a class computes in
+`get_extra_state` or in hooks cannot be known, and are missing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def packed_class(value: object) -> str | None:
     return None
 
 
-_ATTRIBUTE = "an attribute of a module, which is no part of the state dict"
+_ATTRIBUTE = "an attribute of a module, which is not part of the state dict"
 _SHAPE = ("_parameters", "_buffers", "_modules")
 
 
@@ -120,7 +120,7 @@ def _own(prefix: str, state: Dict, holds: Callable[[object], bool]) -> Iterator[
         yield Item(
             prefix + name,
             value,
-            "a non-persistent buffer, which is no part of the state dict"
+            "a non-persistent buffer, which is not part of the state dict"
             if name in passing
             else "",
         )

@@ -6,7 +6,7 @@ are.
 2. The bytes are in the pickle: `pickle_strings` makes payloads of them.
 3. Arrays of numbers are tensors. Scalars, random-number generators and arrays of text, dates and
    objects are not. Records, masked arrays and numbers without a type here (float128) cannot become
-   tensors: they are `Undense`.
+   tensors: they are `NonDense`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shardkit.errors import shown
 from shardkit.payloads.payload import Payload, Swapped
 from shardkit.payloads.strided import strided
 from shardkit.pickles.objects import Global, LongString, Opaque
-from shardkit.pickles.torch_tensors import TENSORS, Undense
+from shardkit.pickles.torch_tensors import TENSORS, NonDense
 
 _MOST_AXES = 64  # as NumPy 2 has it (NPY_MAXDIMS); torch has as many
 _MOST = 1 << 63  # of anything that is counted
@@ -112,7 +112,7 @@ def dtype_of(array: Array) -> DType | None:
     return _dtype(array._type)
 
 
-def numbers_of(array: Array) -> Numbers | Undense:
+def numbers_of(array: Array) -> Numbers | NonDense:
     """What the *array* of numbers holds.
 
     Raises:
@@ -120,7 +120,7 @@ def numbers_of(array: Array) -> Numbers | Undense:
     """
     fields = _fields(array)
     if fields is None:
-        return Undense(
+        return NonDense(
             OtherKind.UNKNOWN_TENSOR,
             0,
             f"{array.description} of the class {_class(array)}, whose state is unknown",
@@ -128,7 +128,7 @@ def numbers_of(array: Array) -> Numbers | Undense:
     dtype = _dtype(fields.type)
     if dtype is None or array.name == _MASKED:
         what = f"masked {array.description}" if array.name == _MASKED else array.description
-        return Undense(OtherKind.UNKNOWN_TENSOR, _held(fields.content), what)
+        return NonDense(OtherKind.UNKNOWN_TENSOR, _held(fields.content), what)
     shape, content = _shape(fields.shape), _content(fields.content)
     _check_length(content, dtype.nbytes(shape), f"{dtype.code} {_shown_shape(shape)}")
     is_fortran = fields.is_fortran and len(shape) > 1

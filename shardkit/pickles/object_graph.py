@@ -1,5 +1,5 @@
-"""What lies in what among unpickled objects: the parts of containers, and which containers hold a
-tensor, near or far.
+"""Containment among unpickled objects: the parts of containers, and which containers hold a tensor,
+directly or not.
 
 Nothing here recurses, so that a structure may be cyclic, 100,000 deep, or shared until it has more
 paths than atoms.
@@ -87,7 +87,7 @@ def _attributes_of_dict(state: object) -> Iterator[tuple[str, object]]:
 
 
 def inside(node: object) -> Iterator[object]:
-    """What lies directly in a container."""
+    """Yield the direct parts of a container."""
     match node:
         case Dict():
             yield from node.values()

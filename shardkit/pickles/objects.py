@@ -1,7 +1,7 @@
-"""What the objects of a pickle become when nothing is run: text, numbers, lists and tuples are
-themselves, the rest is here.
+"""The representation of a pickle's objects when nothing is executed: text, numbers, lists and
+tuples are themselves, the rest is here.
 
-Nothing here hashes, compares or prints a foreign value, and nothing recurses: a structure may be
+Nothing here hashes, compares or prints an untrusted value, and nothing recurses: a structure may be
 cyclic, 100,000 deep or shared until its size has a thousand digits.
 """
 
@@ -42,8 +42,7 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class LongString:
-    """A byte string or a text too long to be worth holding: where it lies in the pickle, and how
-    long it is.
+    """A byte string or a text too long to be kept in memory: its range in the pickle.
 
     Attributes:
         start: its first byte in the pickle.
@@ -58,7 +57,7 @@ class LongString:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the pickle machine is told of the world.
+    """The globals and persistent ids that the pickle machine knows.
 
     Attributes:
         find: what stands for the global of this module and name: a Builder, a value, or None if it

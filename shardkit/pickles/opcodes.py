@@ -156,7 +156,7 @@ def _number(line: bytes) -> object:
             else float(line)
         )
     except ValueError:
-        raise ValueError(f"{shown(line)} is no number") from None
+        raise ValueError(f"{shown(line)} is not a number") from None
 
 
 def _signed(raw: bytes | LongString) -> object:
@@ -165,11 +165,11 @@ def _signed(raw: bytes | LongString) -> object:
 
 def _unknown(m: Machine) -> None:
     code = m.window[m.at - 1]
-    raise ValueError(f"0x{code:02x} is not an operation of any pickle")
+    raise ValueError(f"0x{code:02x} is not an opcode of pickle")
 
 
 def _out_of_band(m: Machine) -> None:
-    raise ValueError("the pickle keeps a buffer outside of itself, which nothing can follow")
+    raise ValueError("the pickle refers to an out-of-band buffer, which is not in the file")
 
 
 _ESCAPED = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)

@@ -1,9 +1,9 @@
-"""Where the containers of an object tree lie, and whether one that is met again may be walked
-again.
+"""Positions of containers in an object tree, and whether a container that is met again may be
+walked again.
 
-A container that lies at two places gives its tensors at both. Shared containers inside of shared
-ones can make more paths than there is time for, so that only so much is walked again: a container
-is counted first, and then walked whole or not at all.
+A container at two places gives its tensors at both. Shared containers inside of shared ones can
+make more paths than there is time for, so the work of repeated walks is limited: a container is
+counted first, and then walked completely or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Meeting(Enum):
     """What to do with a container that was met."""
 
     ENTER = "walk it"
-    CYCLE = "it lies in itself"
+    CYCLE = "it contains itself"
     TOO_MANY = "what is below it would take too many names"
 
 

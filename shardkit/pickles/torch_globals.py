@@ -1,9 +1,9 @@
-"""What torch names in a pickle: the functions that rebuild tensors, the classes of storages, the
+"""The names of torch in a pickle: the functions that rebuild tensors, the classes of storages, the
 types.
 
 Wrappers (Parameter, subclasses with dense data) are what they wrap, or `Stateful` if they have
-attributes that may hold tensors. What has no dense bytes is `Undense`, with its kind. None of these
-functions runs anything of torch's; they take the arguments apart.
+attributes that may hold tensors. Tensors without dense bytes are `NonDense`, with their kind. No
+function executes torch; they only parse the arguments.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque
 from shardkit.pickles.torch_tensors import (
     STORAGE_CLASSES,
     TENSORS,
+    NonDense,
     Stateful,
     Storage,
     Tensor,
-    Undense,
     View,
     stated,
 )
@@ -58,9 +58,11 @@ def _view(args: tuple[object, ...], dtype: object, flags: object) -> Tensor:
         raise _wrong("_rebuild_tensor", args)
     lengths, steps = _integers(shape), _integers(strides)
     if storage.kind.quantised:
-        return Undense(OtherKind.QUANTISED, storage.nbytes, "a quantised storage without its scale")
+        return NonDense(
+            OtherKind.QUANTISED, storage.nbytes, "a quantised storage without its scale"
+        )
     if not isinstance(dtype, DType):
-        return Undense(OtherKind.UNKNOWN_TENSOR, storage.nbytes, f"of the type {_named(dtype)}")
+        return NonDense(OtherKind.UNKNOWN_TENSOR, storage.nbytes, f"of the type {_named(dtype)}")
     if isinstance(flags, Dict) and flags:
         return View(
             storage,
@@ -141,20 +143,20 @@ def _rebuild_from_type(args: tuple[object, ...]) -> object:
                 return _of_type(build(inner), _named(kind), (*states, state))
             case (_, kind, tuple(inner), *state):
                 nbytes = _nbytes_in(inner, *states, *state)
-                return Undense(OtherKind.UNKNOWN_TENSOR, nbytes, f"of the class {_named(kind)}")
+                return NonDense(OtherKind.UNKNOWN_TENSOR, nbytes, f"of the class {_named(kind)}")
             case _:
                 raise _wrong("_rebuild_from_type_v2", args)
 
 
 def _of_type(made: object, name: str, states: tuple[object, ...]) -> object:
     match made:
-        case Undense(
+        case NonDense(
             kind=OtherKind.UNKNOWN_TENSOR | OtherKind.DISTRIBUTED as kind,
             nbytes=nbytes,
             reason=reason,
         ):
             reason = reason if name in reason else f"of the class {name}, {reason}"
-            return Undense(kind, nbytes + _nbytes_in(*states), reason)
+            return NonDense(kind, nbytes + _nbytes_in(*states), reason)
         case View() | Stateful():
             return stated(made, name, states)
     return made  # what is refused anyway needs no state
@@ -166,12 +168,12 @@ def _rebuild_from_cpu(args: tuple[object, ...]) -> object:
     """
     match args:
         case (View() as view, DType() as dtype, *_) if view.dtype != dtype:
-            return Undense(
+            return NonDense(
                 OtherKind.UNKNOWN_TENSOR,
                 view.nbytes,
                 f"kept as {view.dtype.code}, to be cast to {dtype.code} by a device",
             )
-        case (View() | Undense() | Stateful() as tensor, *_):
+        case (View() | NonDense() | Stateful() as tensor, *_):
             return tensor
     raise _wrong("_rebuild_device_tensor_from_cpu_tensor", args)
 
@@ -184,20 +186,20 @@ def _rebuild_from_numpy(args: tuple[object, ...]) -> object:
         case (Array() as array, DType() as dtype, *_) if dtype_of(array) == dtype:
             return array
         case (Array() as array, DType() as dtype, *_):
-            return Undense(
+            return NonDense(
                 OtherKind.UNKNOWN_TENSOR,
                 array.nbytes,
                 f"{array.description}, to be cast to {dtype.code} by a device",
             )
-    return Undense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a NumPy array")
+    return NonDense(OtherKind.UNKNOWN_TENSOR, 0, "kept as a NumPy array")
 
 
-def _rebuild_sparse(args: tuple[object, ...]) -> Undense:
+def _rebuild_sparse(args: tuple[object, ...]) -> NonDense:
     inside = args[1] if len(args) > 1 and isinstance(args[1], tuple) else ()
     values = [part for part in inside if isinstance(part, View)]
     size = next((part for part in inside if type(part) is tuple), None)
     described = _described(values[-1].dtype if values else None, size)
-    return Undense(
+    return NonDense(
         OtherKind.SPARSE, _nbytes_in(inside), _named(args[0] if args else None) + described
     )
 
@@ -206,35 +208,37 @@ def _layout(args: tuple[object, ...]) -> Global:
     return Global(args[0] if args and isinstance(args[0], str) else "torch.layout")
 
 
-def _rebuild_quantised(args: tuple[object, ...]) -> Undense:
+def _rebuild_quantised(args: tuple[object, ...]) -> NonDense:
     """A tensor of codes: (storage, offset, size, stride, (scheme, scales, …), …)."""
     nbytes = args[0].nbytes if args and isinstance(args[0], Storage) else 0
     scheme = args[4][0] if len(args) > 4 and isinstance(args[4], tuple) and args[4] else None
     described = _described(_dtype_of(args), args[2] if len(args) > 2 else None)
-    return Undense(OtherKind.QUANTISED, nbytes, _named(scheme) + described)
+    return NonDense(OtherKind.QUANTISED, nbytes, _named(scheme) + described)
 
 
-def _rebuild_nested(args: tuple[object, ...]) -> Undense:
+def _rebuild_nested(args: tuple[object, ...]) -> NonDense:
     """Tensors of unequal shapes: (values, sizes, strides, offsets), or a dict with the values and
     the offsets.
     """
-    return Undense(
+    return NonDense(
         OtherKind.NESTED, _nbytes_in(*args[:1]), "several tensors of unequal shapes in one"
     )
 
 
-def _rebuild_meta(args: tuple[object, ...]) -> Undense:
+def _rebuild_meta(args: tuple[object, ...]) -> NonDense:
     described = _described(*args[:2]) if len(args) > 1 else ""
-    return Undense(OtherKind.META, 0, f"saved from the meta device, without data{described}")
+    return NonDense(OtherKind.META, 0, f"saved from the meta device, without data{described}")
 
 
-def _rebuild_wrapper(args: tuple[object, ...]) -> Undense:
+def _rebuild_wrapper(args: tuple[object, ...]) -> NonDense:
     """A tensor whose class keeps the data in attributes: (class, dtype, size, …)."""
     name = _named(args[0] if args else None)
     module, _, last = name.rpartition(".")
     spread = module.startswith("torch.distributed.") and last in ("DTensor", "ShardedTensor")
     kind = OtherKind.DISTRIBUTED if spread else OtherKind.UNKNOWN_TENSOR
-    return Undense(kind, 0, f"of the class {name}{_described(*args[1:3]) if len(args) > 2 else ''}")
+    return NonDense(
+        kind, 0, f"of the class {name}{_described(*args[1:3]) if len(args) > 2 else ''}"
+    )
 
 
 def _described(dtype: object, size: object) -> str:
@@ -287,7 +291,9 @@ def _collection(name: str) -> Callable[[tuple[object, ...]], Opaque]:
 
 def _wrong(name: str, args: tuple[object, ...]) -> ValueError:
     given = ", ".join(shown(arg) for arg in args[:8])
-    return ValueError(f"torch's {name} is called with ({given}), of which it makes no tensor")
+    return ValueError(
+        f"torch's {name} is called with ({given}), from which it cannot make a tensor"
+    )
 
 
 def _named(value: object) -> str:

@@ -162,7 +162,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Undense:
+class NonDense:
     """A tensor that is no plain block of values."""
 
     kind: OtherKind
@@ -173,7 +173,7 @@ class Undense:
 @dataclass(slots=True, eq=False)
 class Stateful:
     """A tensor with attributes of its own, as some subclasses and parameters have. Whether these
-    hold tensors is told later.
+    hold tensors is determined later.
 
     Attributes:
         tensor: its values, if the attributes do not matter.
@@ -215,8 +215,8 @@ def _is_plain(state: object) -> bool:
 _PLAIN = (str, int, float, bytes, DType, type(None))
 
 
-Tensor = View | Undense
-TENSORS = (View, Undense, Storage, Stateful)
+Tensor = View | NonDense
+TENSORS = (View, NonDense, Storage, Stateful)
 
 
 def storage_of(pid: object) -> Storage:
@@ -226,7 +226,7 @@ def storage_of(pid: object) -> Storage:
         ValueError: it means none.
     """
     if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-        raise ValueError(f"the persistent id {shown(pid)} means no storage")
+        raise ValueError(f"the persistent id {shown(pid)} does not name a storage")
     kind, key, count = pid[1], pid[2], pid[4]
     if type(kind) is Global:
         raise ValueError(f"a storage is of the class {shown(kind.name)}, which torch does not have")
@@ -238,7 +238,7 @@ def storage_of(pid: object) -> Storage:
         )
     if type(count) is not int or not 0 <= count < _MOST:
         raise ValueError(
-            f"storage {shown(key)} is said to have {shown(count)} elements, and torch counts "
+            f"storage {shown(key)} claims {shown(count)} elements, and torch counts "
             "from 0 to 2⁶³ - 1"
         )
     root = Storage(kind, key, count, 0, count)
@@ -252,4 +252,4 @@ def _viewed(root: Storage, view: object) -> Storage:
     match view:
         case (_, int(start), int(length)) if 0 <= start <= start + length <= root.count:
             return Storage(root.kind, root.key, root.count, start, length)
-    raise ValueError(f"a view on storage {shown(root.key)} is no part of its {root.count} elements")
+    raise ValueError(f"a view on storage {shown(root.key)} exceeds its {root.count} elements")

@@ -1,14 +1,13 @@
-"""The pickle machine: it reads a pickle of any protocol (0 to 5) and runs nothing.
+"""The pickle machine: it reads a pickle of any protocol (0 to 5) and executes nothing.
 
-1. A global is an opaque stand-in unless the vocabulary knows it; a call makes a stand-in and is
-   listed by name.
+1. A global is an opaque placeholder unless the vocabulary knows it; a call creates a placeholder
+   and is listed by name.
 2. The stream is read through a window of 256 KiB, so a `data.pkl` of any size takes no more memory
-   than what it builds. Strings above 4 KiB (arrays, source code) are skipped over and kept as their
-   address.
-3. Nothing recurses, and no foreign value is hashed, compared or printed; the memo is a dict, so
-   that an index of 2³¹ costs what any other does, and holds only what the pickle may recall.
-4. Whatever the stream does wrong is Malformed with the byte it happened at: a stack that runs dry,
-   a memo index never stored, an end without a STOP.
+   than its objects. Strings above 4 KiB (arrays, source code) are skipped and kept as byte ranges.
+3. Nothing recurses, and no untrusted value is hashed, compared or printed; the memo is a dict, so
+   that an index of 2³¹ costs no more than any other.
+4. Every fault of the stream is Malformed with the offset of its byte: an empty stack, a memo index
+   never stored, an end without a STOP.
 """
 
 from __future__ import annotations
@@ -127,17 +126,17 @@ def _malformed(machine: Machine, error: Exception) -> Malformed:
         case ValueError():
             fault = str(error)
         case KeyError():
-            fault = "the pickle recalls what it never stored"
+            fault = "the pickle reads a memo entry that it never stored"
         case _ if isinstance(error, struct.error) or at + 1 >= len(machine.window):
             fault = "the pickle ends before it is complete"
         case _:
-            fault = "the pickle takes from its stack what is not there"
+            fault = "the pickle pops from an empty stack"
     place = f"{machine.where}, byte {machine.base + at:,}".removeprefix(", ")
     return Malformed(
         machine.path,
         fault,
         where=place,
-        hint="the file is damaged or was cut short; fetch it again",
+        hint="the file is corrupt or truncated: download it again",
     )
 
 

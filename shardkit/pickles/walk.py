@@ -6,7 +6,7 @@ without recursion.
    class cannot be imported. It stands for its state dict: names relative to the outermost module
    are one step, joined with dots, in torch's order. A module under two names gives both, as in
    torch. What `get_extra_state` would compute cannot be known and is missing.
-3. Any other container gives its tensors at every place where it lies, as torch does. It is not
+3. Any other container gives its tensors at every place that refers to it, as torch does. It is not
    entered inside of itself; and where shared containers would give more names than there is time
    for, the places that are not walked are weights left out.
 4. A subtree without a tensor is one `Other` at its top. Plain attributes of a module are not
@@ -45,7 +45,7 @@ from shardkit.pickles.object_graph import (
 )
 from shardkit.pickles.objects import Dict
 from shardkit.pickles.shared_containers import Meeting, Repeats
-from shardkit.pickles.torch_tensors import Record, Stateful, Storage, Undense, View
+from shardkit.pickles.torch_tensors import NonDense, Record, Stateful, Storage, View
 from shardkit.sizes import format_size
 
 Names = tuple[str, ...]
@@ -128,7 +128,7 @@ class _Walk:
         self._held = 0
 
     def everything(self, root: object) -> None:
-        """Visit *root* and, in the order of the file, all that lies below it."""
+        """Visit *root* and, in the order of the file, everything below it."""
         stack = [(0, iter([("", root)]))]
         while stack:
             around, items = stack[-1]
@@ -230,13 +230,15 @@ class _Walk:
     def _unreadable(self, path: Names, value: object) -> None:
         """What stands where a module or a parameter should, and has no state that we know."""
         if id(value) not in self.bearing:
-            self.other(path, OtherKind.OBJECT, f"{described(value)}, whose state is its own affair")
+            self.other(
+                path, OtherKind.OBJECT, f"{described(value)}, whose state has a private layout"
+            )
         elif (packed := packed_class(value)) is not None:
             self.other(
                 path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value)
             )
         else:
-            reason = f"{described(value)}, whose state is its own affair"
+            reason = f"{described(value)}, whose state has a private layout"
             self.other(path, OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
 
     def weight(self, path: Names, value: object) -> None:
@@ -248,7 +250,7 @@ class _Walk:
                 self._array(path, value)
             case Stateful():
                 self._stateful(path, value)
-            case Undense():
+            case NonDense():
                 self.other(path, value.kind, value.reason, value.nbytes)
             case Storage():
                 self.other(
@@ -296,7 +298,7 @@ class _Walk:
     def _array(self, path: Names, array: Array) -> None:
         try:
             found = numbers_of(array)
-            if isinstance(found, Undense):
+            if isinstance(found, NonDense):
                 self.other(path, found.kind, found.reason, found.nbytes)
                 return
             self._spend(8 * len(path) + len(path[-1]))
@@ -314,7 +316,7 @@ class _Walk:
         return numbers.payload(string)
 
     def _refusal(self, path: Names, error: ValueError) -> Malformed:
-        hint = "the file is damaged, or made to mislead: fetch it again, from where you trust it"
+        hint = "the file is corrupt or malicious: download it again, from a source that you trust"
         return Malformed(self.path, str(error), where=f"tensor {shown('.'.join(path))}", hint=hint)
 
     def _spend(self, nbytes: int) -> None:

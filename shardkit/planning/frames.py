@@ -1,11 +1,11 @@
-"""Where a compressed shard is cut into frames: at tensors and blocks, so that each can be read
-without its neighbours. Pure.
+"""Cut a compressed shard into frames: at tensors and blocks, so that each can be read without its
+neighbours. Pure.
 
 1. A frame holds at most 2 MiB. The header has frames of its own.
-2. A tensor that is larger begins a frame and is cut; smaller ones that follow each other in one
-   block share a frame.
-3. The index, and a record of blocks, call a shard by the name that it has once it is expanded:
-   `zstd -d` of every shard gives the folder that would have been written without compression.
+2. A larger tensor begins a frame and is cut; smaller ones that follow each other in one block share
+   a frame.
+3. The index, and a record of blocks, name a shard without the suffix of the codec: `zstd -d` of
+   every shard gives the folder that would have been written without compression.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compressed(plan: Plan, codec: Codec) -> Plan:
     """
     if plan.format != "safetensors":
         raise PlanError(
-            f"only safetensors is compressed, and this output is {plan.format}",
+            f"only safetensors can be compressed, but this output is {plan.format}",
             hint=("leave out ", option("compress"), ", or write safetensors"),
         )
     shards = {file.name: _framed(plan, file, codec) for file in plan.shards}

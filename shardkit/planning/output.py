@@ -1,4 +1,4 @@
-"""What is written and where, as one value, whether a source is converted or a model is saved."""
+"""The content and the place of an output, as one value, for a conversion or a saved model."""
 
 from __future__ import annotations
 

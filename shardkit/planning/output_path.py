@@ -1,8 +1,8 @@
-"""Where an output goes when the user does not say, and what it may replace when the user says so.
+"""Choose the default path of an output, and check what it may replace.
 
-Nothing is replaced without `overwrite`; and with it only what shardkit itself writes: shards, their
-index, and the companions that this very run brings again. The source, a folder around it or inside
-it, and a mount point are never replaced.
+Nothing is replaced without `overwrite`; with it, only files that shardkit itself writes: shards,
+their index, and the files that this run copies again. The source, a folder around it or inside it,
+and a mount point are never replaced.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_output(output: Output, *, overwrite: bool) -> None:
     try:
         _check_output(output, overwrite=overwrite)
     except OSError as error:
-        message = f"{shown_path(output.out)}: cannot be looked at: {error.strerror or error}"
+        message = f"{shown_path(output.out)}: cannot be examined: {error.strerror or error}"
         raise OutputError(message, hint=_ELSEWHERE) from None
 
 
@@ -84,10 +84,10 @@ def check_room(folder: Path, needed: int, name: str) -> None:
 def _check_output(output: Output, *, overwrite: bool) -> None:
     out = output.out
     if not out.parent.is_dir() and out.parent.exists():
-        raise OutputError(f"{shown_path(out.parent)} is no folder", hint=_ELSEWHERE)
+        raise OutputError(f"{shown_path(out.parent)} is not a folder", hint=_ELSEWHERE)
     if out.is_dir() and os.path.ismount(out):
         raise OutputError(
-            f"{shown_path(out)} is a mount point, which no rename can replace",
+            f"{shown_path(out)} is a mount point, which a rename cannot replace",
             hint=("choose a folder in it: ", out_option(out / "shards")),
         )
     if out.exists() and not out.is_dir() and not out.is_file():
@@ -105,7 +105,7 @@ def _check_output(output: Output, *, overwrite: bool) -> None:
 
 
 def _model_folder(source: Path) -> Path:
-    """*source*, or the folder that bears the model's name where it lies in a Hugging Face cache."""
+    """Return *source*, or the folder with the model's name if it is in a Hugging Face cache."""
     return next(
         (
             parent
@@ -141,10 +141,7 @@ def _refuse_working_folder(out: Path) -> None:
     here, place = Path.cwd(), out.resolve()
     if place == here or place in here.parents:
         raise OutputError(
-            (
-                f"{shown_path(out)} is the folder that this runs in, or around it, and cannot be "
-                "replaced"
-            ),
+            (f"{shown_path(out)} is the working folder or contains it, and cannot be replaced"),
             hint=("choose a folder in it: ", out_option(place / "shards")),
         )
 
@@ -155,7 +152,7 @@ def _refuse_source(out: Path, files: Iterable[SourceFile], origin: Path | None) 
     is_inside = origin is not None and origin.is_dir() and origin.resolve() in place.parents
     if is_inside or any(each == place or place in each.parents for each in inputs):
         raise OutputError(
-            f"{shown_path(out)} is, holds or lies in what is being read, and is not overwritten",
+            f"{shown_path(out)} is the input, contains it or is inside it, and is not overwritten",
             hint=_ELSEWHERE,
         )
 

@@ -1,8 +1,8 @@
 """The byte-range plan: every output file as a list of parts, each a literal or a run of a source.
 
 Making a plan is pure: the same entries and options give the same plan, and the same plan the same
-bytes, always. A dry run prints it, the writer carries it out, resuming and verifying hold the
-result against it.
+bytes, always. A dry run prints it, the writer executes it, resuming and verifying compare the
+result with it.
 """
 
 from __future__ import annotations
@@ -86,18 +86,30 @@ class OutputFile:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Everything there is to write, and nothing left to decide.
+    """The complete content of an output, decided before anything is written.
+
+    `shardkit.load.save` and `convert` execute plans; equal plans give the same bytes.
 
     Attributes:
-        files: shards first, then the index, the companions, and what holds digests of others.
+        files: shards first, then the index, the copied files, and what holds digests of others.
         weight_map: name of each tensor to the file that holds it.
         aliases: folded ties: each other name to the name that is kept.
         total_size: bytes of the tensors as they will be stored.
         oversized: names of the tensors that alone are larger than the bound.
         format: name of the format of the shards.
         checksum: algorithm of the digests that a manifest will hold; None for no manifest.
-        record: the blocks that lie in the shards, without their digests; None where they are cut by
+        record: the blocks that the shards hold, without their digests; None where these are cut by
             size alone.
+
+    Example:
+        >>> import shardkit
+        >>> from shardkit.planning.prepare import prepare
+        >>> plan = prepare("model.safetensors", "out", shardkit.Edits()).plan
+        >>> [file.name for file in plan.files], plan.total_size
+        (['model.safetensors'], 304)
+        >>> shard = plan.shards[0]
+        >>> plan.is_safetensors(shard), len(plan.tensors_in(shard)), plan.blocks_in(shard)
+        (True, 4, ())
     """
 
     files: tuple[OutputFile, ...]
@@ -123,13 +135,11 @@ class Plan:
         return tuple(file for file in self.files if file.name in self._shard_names)
 
     def is_safetensors(self, file: OutputFile) -> bool:
-        """Whether *file* is a shard of safetensors, compressed or not."""
+        """Tell whether *file* is a shard of safetensors, compressed or not."""
         return self.format == "safetensors" and file.name in self._shard_names
 
     def tensors_in(self, file: OutputFile) -> tuple[Run, ...]:
-        """Where tensors lie in *file*; none where it is compressed, and they do not lie in it as
-        they are.
-        """
+        """List the byte ranges of tensors in *file*; empty where the file is compressed."""
         if (
             not self.is_safetensors(file)
             or file.codec is not None
@@ -139,14 +149,14 @@ class Plan:
         return tuple(Run(*place) for place in safetensors_header.places(file.parts[0].content))
 
     def blocks_in(self, file: OutputFile) -> tuple[BlockRun, ...]:
-        """Where blocks lie in *file*, expanded if it is compressed."""
+        """List the byte ranges of blocks in *file*, as it is before compression."""
         return self.record.runs_in(file.expanded) if self.record is not None else ()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of what will be written from where: equal digests, equal output.
+        """SHA-256, in hex, of everything that determines the output: equal digests, equal output.
 
-        What is late follows from the other files, the algorithm and the record of blocks.
+        Files that hold digests of others follow from those, the algorithm and the record of blocks.
         """
         sha = hashlib.sha256(f"{self.checksum}\0".encode())
         if self.record is not None:
@@ -411,8 +421,8 @@ def _laid_out(
 ) -> tuple[Part, ...]:
     if layout.lay_out is None:
         raise Unwritable(
-            f"the format {layout.name} is only read",
-            hint=("write safetensors: leave out ", output(), ", or let it end in .safetensors"),
+            f"the format {layout.name} can only be read",
+            hint=("write safetensors: leave out ", output(), ", or end the name in .safetensors"),
         )
     return layout.lay_out(entries, metadata)
 

@@ -1,6 +1,6 @@
-"""What there is to decide before a byte is written: open → edit → plan.
+"""Everything that is decided before a byte is written: open → edit → plan.
 
-`prepare` is the story of convert. offload-prep tells its own from the same steps: `output_place`,
+`prepare` has the steps of convert. offload-prep combines the same steps: `output_place`,
 `open_source`, `companions_of` and `decided`.
 """
 
@@ -250,7 +250,7 @@ def plain_name(out: Path, codec: Codec | None) -> str:
     writer = registry.writer_for(out.suffix)
     if writer is not None and writer.name != "safetensors":
         raise PlanError(
-            f"{shown_path(out)} is a file of {writer.name}, and only safetensors is compressed",
+            f"{shown_path(out)} is a file of {writer.name}, but only safetensors can be compressed",
             hint=("leave out ", option("compress"), ", or write safetensors"),
         )
     if writer is not None:
@@ -275,7 +275,7 @@ def scratch_beside(out: Path) -> Path | None:
 def _refuse_manifest(out: Path, name: str, options: ConversionOptions) -> None:
     if options.checksum is not None:
         raise PlanError(
-            "one file has no place for a manifest of checksums",
+            "a single output file has no manifest for checksums",
             hint=("name a folder, as in ", output_option(out.with_name(Path(name).stem))),
         )
 
@@ -290,23 +290,22 @@ def _notes(opened: OpenedSource, plan: Plan) -> Iterator[str]:
         )
     if src.is_file() and (beside := src.parent / "config.json").is_file() and not _folder(src):
         yield (
-            f"{shown_path(beside)} lies beside the source and is not copied; convert the "
-            "folder to bring it along"
+            f"{shown_path(beside)} is beside the source and is not copied; convert the folder to "
+            f"copy it too"
         )
     if edits.dtype is not None and config.dtype not in (None, edits.dtype.torch):
-        yield f"config.json says {shown(config.dtype)}, and the weights are now {edits.dtype.torch}"
+        yield f"config.json says {shown(config.dtype)}, but the weights are now {edits.dtype.torch}"
     if edits.dtype is not None and config.quantised and not any(map(is_codes, edited.entries)):
         method = shown(config.quantised)
         yield (
-            f"config.json says that the weights are quantised (method {method}), and no tensor "
-            "looks so: all floats were cast"
+            f"config.json says that the weights are quantised (method {method}), but no tensor "
+            f"looks quantised: all floats were cast"
         )
     if plan.oversized and limit is not None:
         more = f" and {len(plan.oversized) - 3} more" if len(plan.oversized) > 3 else ""
         names = ", ".join(map(shown, plan.oversized[:3]))
         yield (
-            f"larger than {format_size(limit)} with a header, and so alone in a shard: "
-            f"{names}{more}"
+            f"larger than {format_size(limit)} with a header, so alone in a shard: {names}{more}"
         )
     if any(file.name in INDEX_NAMES and file.nbytes > LARGEST_READ_BY_HUB for file in plan.files):
         yield (

@@ -1,4 +1,4 @@
-"""From a path to a `Checkpoint`: which file, which format, and a sentence for what is none.
+"""From a path to a `Checkpoint`: which file, which format, and an error for anything else.
 
 ::
 
@@ -6,5 +6,5 @@
                  └ a folder ─ candidates ─→ the model among its files ────────────────┴─→ Checkpoint
                             └ folder_contents, left_out ─→ what is copied, and what is left out
 
-`foreign` names what no format reads.
+`foreign` identifies files that no format reads.
 """

@@ -1,11 +1,11 @@
-"""Which of the weights in one folder are the model: candidates in the order of transformers,
+"""Choose which weights in one folder are the model: candidates in the order of transformers,
 complete ones first.
 
 1. `model.safetensors`, its index, `pytorch_model.bin`, its index; then the names of diffusers in
    the same order; then indexes of other names, and complete sets of numbered shards without an
    index.
-2. A candidate that lacks files is taken by nobody: where no other is complete, the error names what
-   is missing. Variants, tensor-parallel parts and the state of a trainer are no candidates.
+2. An incomplete candidate is never chosen: if no other is complete, the error names the missing
+   files. Variants, tensor-parallel parts and the state of a trainer are not candidates.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def refuse_parallel(folder: Path, names: Sequence[str]) -> None:
 
 
 def stored(path: Path) -> Path:
-    """*path*; or where it lies compressed, if it is not there itself."""
+    """Return *path*, or its compressed form if only that exists."""
     beside = (path.with_name(path.name + suffix) for suffix in registry.codec_suffixes())
     return path if path.exists() else next((each for each in beside if each.exists()), path)
 

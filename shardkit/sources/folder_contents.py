@@ -1,9 +1,9 @@
-"""What lies in a folder beside the weights that were read: files to copy, and weights left out.
+"""The contents of a folder beside the weights that were read: files to copy, and weights left out.
 
 1. A subfolder with weights is a checkpoint of its own: nothing in it or below it is copied.
 2. A file is judged by its first bytes, and only where a format needs it by more. The walk is
-   bounded in depth, in entries and in files that are opened; what is beyond is judged by its name,
-   and a note says so. Links are followed, but not in circles; nothing but regular files is opened.
+   bounded in depth, in entries and in files that are opened; anything beyond is judged by its name,
+   and a note says so. Links are followed, but not in circles; only regular files are opened.
 """
 
 from __future__ import annotations
@@ -195,10 +195,10 @@ class _Walk:
             yield f"the folder holds many files: {self.by_name:,} of them were judged by name alone"
         if self.entries >= _MOST_ENTRIES:
             yield (
-                f"the folder has more than {_MOST_ENTRIES:,} entries; the others were not looked at"
+                f"the folder has more than {_MOST_ENTRIES:,} entries; the others were not examined"
             )
         if self.closed:
-            yield f"folders that cannot be looked into: {_named(self.closed)}"
+            yield f"folders that cannot be read: {_named(self.closed)}"
         if self.dangling:
             yield f"links to files that are missing: {_named(self.dangling)}"
 

@@ -1,8 +1,8 @@
-"""Format: what a format plugin exports, and Source: what it is given.
+"""Format: what a format plugin exports, and Source: what its functions receive.
 
-A format is two functions over a `Source`: *sniff* says whether the file is of this format, *scan*
-reads its headers and returns where each tensor lies. A third, *lay_out*, where there is one, says
-of which parts a new file is made. None of them reads or copies a weight, so every format gets
+A format is two functions over a `Source`: *sniff* decides whether the file is of this format,
+*scan* reads its headers and returns where each tensor is stored. An optional third, *lay_out*,
+lists the parts of a new file. None of them reads or copies a weight, so every format gets
 streaming, kernel copies, dry runs, verification and resume.
 """
 
@@ -25,8 +25,28 @@ _WINDOW = 64 << 10
 
 
 class Source:
-    """A file, or a folder, about to be recognised and scanned. Reads in windows, so that many small
-    reads are cheap.
+    r"""A file, or a folder, to be recognised and scanned; many small reads are cheap.
+
+    Functions of a format receive one. They read through it and never open its path, since the
+    content may be decompressed or in pieces.
+
+    Attributes:
+        path: the file or folder, for messages and for `SourceFile.of`.
+        content: the bytes of the file.
+        names: the names in a folder, sorted; None for a file.
+        limits: safety limits for the file.
+        scratch: folder for temporary files; None for the system's.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Limits, Source
+        >>> source = Source.file(Path("training.pt"), Limits())
+        >>> source.head[:4], source.members[0].name
+        (b'PK\x03\x04', 'archive/data.pkl')
+        >>> pickle = source.peek(source.members[0], 2)
+        >>> storage = source.member(source.members[1])  # a payload: read when it is used
+        >>> Source.folder(Path("folder"), Limits()).names
+        ('config.json', 'model.safetensors')
     """
 
     def __init__(
@@ -38,13 +58,13 @@ class Source:
         limits: Limits,
         scratch: Path | None = None,
     ) -> None:
-        """Hold *content*, the bytes that stand for *path*; see `file` and `folder`.
+        """Wrap *content*, the bytes that stand for *path*; `file` and `folder` are simpler.
 
         Args:
             path: the file or folder, for messages and for `SourceFile.of`.
             content: the bytes to recognise and scan.
-            names: what a folder holds; None for a file.
-            limits: what the file may ask for.
+            names: the names in a folder; None for a file.
+            limits: safety limits for the file.
             scratch: folder for temporary files; None for the system's.
         """
         self.path = path
@@ -58,7 +78,7 @@ class Source:
 
     @classmethod
     def file(cls, path: Path, limits: Limits, scratch: Path | None = None) -> Source:
-        """A regular file, read in place.
+        """Open a regular file, which is read in place.
 
         Raises:
             FormatError: it cannot be opened.
@@ -72,7 +92,11 @@ class Source:
 
     @classmethod
     def folder(cls, path: Path, limits: Limits) -> Source:
-        """A folder: no bytes of its own, only names."""
+        """List a folder: it has no bytes of its own, only names.
+
+        Raises:
+            FormatError: it cannot be listed.
+        """
         try:
             names = tuple(sorted(entry.name for entry in os.scandir(path)))
         except OSError as error:
@@ -85,7 +109,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the file (of its expansion, if it is compressed); 0 for a folder."""
+        """Bytes of the file, after decompression if it is compressed; 0 for a folder."""
         return self.content.nbytes
 
     @property
@@ -101,7 +125,7 @@ class Source:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The members of a zip archive in the order of its directory; empty if it is none.
+        """The members of a zip archive in the order of its directory; empty for any other file.
 
         Raises:
             Malformed: it begins like a zip archive and its directory is broken or missing.
@@ -119,11 +143,10 @@ class Source:
         return self.head[:2] != b"PK" and bool(self.members)
 
     def member(self, member: Member) -> Payload:
-        """The address of what a zip *member* holds; a compressed one is expanded when it is first
-        read.
+        """Describe the content of a zip *member*; a compressed one is decompressed on first use.
 
         Raises:
-            Malformed: its local header is broken, or it is compressed in a way we do not know.
+            Malformed: its local header is broken, or its compression method is not supported.
         """
         stored = self.content.narrow(data_start(self.path, member, self.read), member.compressed)
         if member.method == STORED:
@@ -133,8 +156,8 @@ class Source:
         )
 
     def peek(self, member: Member, nbytes: int) -> bytes:
-        """The first *nbytes* bytes of what a zip *member* holds, or all of fewer; a compressed one
-        is expanded no further.
+        """Read the first *nbytes* bytes of a zip *member*, or all of a shorter one; a compressed
+        one is decompressed no further.
 
         Raises:
             Malformed: as for `member`, or the compressed data is broken.
@@ -157,7 +180,14 @@ class Source:
         return bytes(content[:nbytes])
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """The *nbytes* bytes from *start* on; for headers, never for weights.
+        """Read *nbytes* bytes at offset *start*; for headers, never for weights.
+
+        Example:
+            >>> from pathlib import Path
+            >>> from shardkit.plugin import Limits, Source
+            >>> source = Source.file(Path("model.safetensors"), Limits())
+            >>> int.from_bytes(source.read(0, 8), "little")  # length of the header
+            256
 
         Raises:
             Malformed: the file ends before.
@@ -173,10 +203,16 @@ class Source:
         return self._window[at : at + nbytes]
 
     def payload(self, start: int, nbytes: int) -> Payload:
-        """The address of the *nbytes* bytes from *start* on.
+        """Describe the *nbytes* bytes at offset *start* without reading them; for weights.
+
+        Example:
+            >>> from pathlib import Path
+            >>> from shardkit.plugin import Limits, Source
+            >>> Source.file(Path("model.safetensors"), Limits()).payload(264, 128)
+            Extent(path=PosixPath('model.safetensors'), start=264, nbytes=128)
 
         Raises:
-            ValueError: they lie outside the file.
+            ValueError: the range lies outside the file.
         """
         return self.content.narrow(start, nbytes)
 
@@ -206,19 +242,35 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One file format.
+    """One file format: the record that a format plugin exports.
 
     Attributes:
         name: what it is called in messages, `shardkit formats` and `--format`.
         suffixes: endings that its files usually have; a hint for people, and how a writable format
             is chosen for ``-o``.
-        sniff: whether a source is of this format, judged by its content; cheap. Of what it may
-            raise there is one: the FormatError that `Source.members` has for a broken zip archive.
-        scan: reads the headers. Raises FormatError; files and notes of the checkpoint are its own
-            to fill, the format name is filled in for it.
+        sniff: whether a source is of this format, judged by its content; cheap. It may raise only
+            the FormatError that `Source.members` raises for a broken zip archive.
+        scan: reads the headers. Raises FormatError; it fills in files and notes of the checkpoint,
+            the format name is filled in for it.
         lay_out: the parts of a file that holds these entries with this metadata, in order. Raises
             Unwritable. None for a format that is only read.
         api: version of this contract.
+
+    Example:
+        A format of one vector: four bytes of magic, then float32 values.
+
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import BY_CODE, Checkpoint, Format, Limits, Source, TensorEntry
+        >>> def sniff(source: Source) -> bool:
+        ...     return source.head[:4] == b"VEC1"
+        >>> def scan(source: Source) -> Checkpoint:
+        ...     count = (source.size - 4) // 4
+        ...     values = source.payload(4, 4 * count)
+        ...     return Checkpoint((TensorEntry(("vector",), BY_CODE["F32"], (count,), values),))
+        >>> FORMAT = Format("vec", (".vec",), sniff, scan)
+        >>> _ = Path("one.vec").write_bytes(b"VEC1" + bytes(12))
+        >>> FORMAT.scan(Source.file(Path("one.vec"), Limits()))
+        <Checkpoint: 1 tensor, 12 B: 'vector'>
     """
 
     name: str

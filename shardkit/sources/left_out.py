@@ -1,4 +1,6 @@
-"""Why weights in a folder were not read, each file, set of shards and subfolder with a reason."""
+"""Explain why weights in a folder were not read: each file, set of shards and subfolder with a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -104,15 +106,15 @@ class Reader:
         if (variant := variant_of(plain)) is not None:
             return f"variant {shown(variant)}: give its file or index to read it"
         index = next((each.name for each in self.passed if each.index and name in each.files), None)
-        if plain in PREFERRED or index is not None or self._is_twin(plain):
+        if plain in PREFERRED or index is not None or self._is_same_in_another_format(plain):
             of = f"in {shown(index)}; " if index else ""
             return f"{of}{shown(self.chosen)} comes first"
         if is_adapter(plain):
             return "an adapter, which is applied on top of a model"
         return f"not part of {shown(self.chosen)}"
 
-    def _is_twin(self, name: str) -> bool:
-        """Whether it is called like what was read, but for its ending."""
+    def _is_same_in_another_format(self, name: str) -> bool:
+        """Tell whether the name is that of the file that was read, but for its suffix."""
         return name.rpartition(".")[0] == expanded(self.chosen).rpartition(".")[0]
 
 

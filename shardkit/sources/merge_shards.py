@@ -1,8 +1,8 @@
-"""What an index and its shards say together: one checkpoint, or a sentence on where they disagree.
+"""Merge an index and its shards into one checkpoint, or report where they disagree.
 
-What the shards hold counts, as it does for transformers: a tensor that lies in another shard than
-the index says is taken from there, and a name that no shard contains (a tied weight, a buffer that
-is no longer saved) is reported. Both are notes. A shard that holds nothing of what the index
+The contents of the shards decide, as in transformers: a tensor that is in another shard than the
+index says is taken from there, and a name that no shard contains (a tied weight, a buffer that is
+no longer saved) is reported. Both are notes. A shard that contains nothing of what the index
 expects in it belongs to another model, and is an error.
 """
 
@@ -18,7 +18,7 @@ from shardkit.limits import Limits
 from shardkit.metadata.shard_index import Index
 
 _LISTED = 3
-_FETCH = "the index and the shards are not of one model, or of one version of it: fetch them again"
+_FETCH = "the index and the shards belong to different models or versions: download them again"
 _WRITE = "write an index that names the shard of each tensor, or give the shards one by one"
 
 

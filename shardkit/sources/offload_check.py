@@ -1,6 +1,4 @@
-"""Whether the offload.json in a folder tells of the shards beside it, or was left there by
-others.
-"""
+"""Check that the offload.json in a folder belongs to the shards beside it."""
 
 from __future__ import annotations
 
@@ -60,12 +58,12 @@ def refuse_stale_shard(folder: Path, record: OffloadRecord, shard: Shard, source
     first = source.read(0, min(safetensors_header.LENGTH_NBYTES, source.size))
     stop = len(first) + int.from_bytes(first, "little")
     if stop > source.size or hashlib.sha256(source.read(0, stop)).hexdigest() != shard.header:
-        raise _stale(folder, record, f"the header of {shown(shard.name)} is another")
+        raise _stale(folder, record, f"the header of {shown(shard.name)} differs")
 
 
 def _stale(folder: Path, record: OffloadRecord, what: str) -> Malformed:
     return Malformed(
         folder / OFFLOAD_NAME,
         f"was made with other shards, from {shown(record.origin.name)}: {what}",
-        hint="prepare the folder anew; or, if the shards are what you want, remove this file",
+        hint="run offload-prep again; or, if the shards are what you want, remove this file",
     )

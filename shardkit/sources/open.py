@@ -80,19 +80,31 @@ def open(
     limits: Limits = Limits(),
     scratch: Path | None = None,
 ) -> Checkpoint:
-    """Everything that the checkpoint at *path* holds, read from headers alone.
+    """Open a checkpoint of any format; headers are read, weights are not.
 
     Args:
         path: a file of any format, compressed or not; an index; or a folder with one of them.
         format: name of the format to read it as; None to recognise it.
-        limits: what it may ask for.
-        scratch: folder for temporary files, which hold what compressed data expands to; None for
-            the system's.
+        limits: safety limits for an untrusted file.
+        scratch: folder for temporary files, which hold decompressed data; None for that of the
+            system.
+
+    Returns:
+        A mapping of names to tensors, each with its type, shape and byte range.
 
     Raises:
         FormatError: it cannot be read.
         PlanError: there is no format called *format*.
         PluginError: a plugin that is needed cannot be used.
+
+    Example:
+        >>> import shardkit
+        >>> checkpoint = shardkit.open("training.pt")
+        >>> checkpoint.format, len(checkpoint)
+        ('torch-zip', 20)
+        >>> entry = checkpoint["state_dict.0.weight"]
+        >>> entry.dtype.code, entry.shape, entry.nbytes
+        ('F32', (4, 3), 48)
     """
     scanner = Scanner(registry.format_named(format) if format else None, limits, scratch)
     path = path_arguments.to_read(path)
@@ -357,7 +369,7 @@ def _only_file(
             folder,
             f"holds the state of a trainer and no model: {', '.join(what)}",
             hint=_give_a_folder(folder, _folders_with_weights(folder))
-            or "give the file or folder with the weights",
+            or "pass the file or folder that holds the weights",
         )
     return _without_weights(source, names, scanner)
 

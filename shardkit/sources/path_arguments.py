@@ -1,7 +1,8 @@
-"""What the words of a user name: local paths to read and to write, and a sentence for what is none.
+"""Parse the paths that a user gives: local paths to read and to write, and an error for anything
+else.
 
-A location is looked at before it becomes a `Path`: ``Path("s3://b/x")`` is ``s3:/b/x`` without a
-word.
+A location is examined before it becomes a `Path`: ``Path("s3://b/x")`` silently becomes
+``s3:/b/x``.
 """
 
 from __future__ import annotations
@@ -66,12 +67,11 @@ def to_read(location: str | os.PathLike[str]) -> Path:
     text = _text(location, "the source")
     if text == _PIPE:
         raise PlanError(
-            "'-' is the standard input, and a checkpoint is read at many places, not from start "
-            "to end",
+            "'-' is the standard input, and a checkpoint is read at many offsets, not as a stream",
             hint="write it to a file, and give its name",
         )
     if "\0" in text:
-        raise FormatError(Path(text), "is no path: embedded null byte", hint="check the path")
+        raise FormatError(Path(text), "is not a path: embedded null byte", hint="check the path")
     if scheme := _scheme(text):
         raise PlanError(
             f"{shown(text)} is a URL, and only local files and folders can be read",
@@ -117,7 +117,7 @@ def to_write(location: str | os.PathLike[str], *, is_compressed: bool = False) -
     except (OSError, ValueError) as error:  # a ValueError of a zero byte
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise PlanError(
-            f"{shown(text)} cannot be looked at: {reason}", hint="choose another output"
+            f"{shown(text)} cannot be examined: {reason}", hint="choose another output"
         ) from None
     if not (os.path.isdir(path) or text.endswith(tuple(filter(None, (os.sep, os.altsep))))):
         _refuse_ending(path, is_compressed=is_compressed)
@@ -276,15 +276,12 @@ def _refuse_ending(path: Path, *, is_compressed: bool) -> None:
         return
     if registry.writer_for(stem.suffix):
         hint = ("compress it with ", option("compress", "zstd"))
-        raise PlanError(f"{shown(str(path))} is called like a compressed file", hint=hint)
+        raise PlanError(f"{shown(str(path))} is named like a compressed file", hint=hint)
     known = {Path(f"x{ending}").suffix for ending in (*registry.suffixes(), *_OTHER_ENDINGS)}
     if path.suffix.lower() in known:
         folder = str(path.with_suffix(""))
         raise PlanError(
-            (
-                f"{shown(str(path))} is called like a {path.suffix} file, and shardkit writes no "
-                "such files"
-            ),
+            (f"{shown(str(path))} is named like a {path.suffix} file, which shardkit cannot write"),
             hint=(
                 output(folder),
                 " makes a folder of shards, ",

@@ -1,11 +1,11 @@
-"""Formats and codecs by their entry points, and which of them a file is.
+"""Load formats and codecs from their entry points, and recognise the format of a file.
 
 1. An entry point of the group `shardkit.formats` or `shardkit.codecs` names a `Format` or `Codec`
-   record. The built-in ones come in by the same door; where shardkit runs without being installed,
-   the table below stands for its entry points.
-2. Content decides. A suffix is a hint for people, and the way to choose what is written.
-3. A plugin that cannot be loaded is kept as its error: it never stands in the way of a file that
-   another format reads.
+   record. The built-in ones are entry points too; where shardkit is not installed, the table below
+   replaces them.
+2. Content decides. A suffix is a hint for people, and chooses the format that is written.
+3. A plugin that cannot be loaded is kept as its error: it never prevents another format from
+   reading a file.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def recognise(source: Source) -> Format:
         return claimants[0]
     if claimants:
         names = " and ".join(claimant.name for claimant in claimants)
-        hint = ("say which it is: ", option("format", claimants[0].name))
+        hint = ("choose one with ", option("format", claimants[0].name))
         raise UnknownFormat(source.path, f"could be {names}", claimed=True, hint=hint)
     broken = next((verdict for _, verdict in verdicts if isinstance(verdict, FormatError)), None)
     raise explained(source, broken) if broken else _unknown(source, verdicts)
@@ -139,9 +139,7 @@ def _misread(found: Format, source: Source, error: FormatError) -> FormatError:
     if actual is found:
         return error
     hint = ("leave out ", option("format"), ", or give ", option("format", actual.name))
-    return UnknownFormat(
-        source.path, f"is of the format {actual.name}, and not {found.name}", hint=hint
-    )
+    return UnknownFormat(source.path, f"has the format {actual.name}, not {found.name}", hint=hint)
 
 
 def format_named(name: str) -> Format:
@@ -159,7 +157,9 @@ def format_named(name: str) -> Format:
             option("format"),
             " and the file is recognised by its content",
         )
-        raise PlanError(f"there is no format called {shown(name)}; there are {known}", hint=hint)
+        raise PlanError(
+            f"there is no format called {shown(name)}; the formats are {known}", hint=hint
+        )
     if found.record is None:
         raise found.error or _broken(found, "cannot be used")
     return found.record
@@ -272,13 +272,14 @@ def _broken(plugin: Loaded[Record], message: str) -> PluginError:
 def _fault(point: EntryPoint, record: Format | Codec) -> str | None:
     if record.api != API:
         return (
-            f"is made for version {shown(record.api)} of the plugin contract, and this "
-            f"shardkit has {API}"
+            f"is for version {shown(record.api)} of the plugin contract, and this shardkit has "
+            f"version {API}"
         )
     if record.name != point.name:
-        return f"calls itself {shown(record.name)}, and its entry point says {shown(point.name)}"
+        names = f"{shown(record.name)}, but its entry point is named {shown(point.name)}"
+        return f"is named {names}"
     if _BUILT_IN[point.group].get(point.name, point.value) != point.value:
-        return "has the name of one that comes with shardkit"
+        return "has the name of a built-in one"
     return None
 
 
@@ -299,7 +300,7 @@ def _unknown(source: Source, verdicts: Iterable[tuple[Loaded[Format], object]]) 
     broken = [each.name for each in formats() if each.error]
     broken += [each.name for each, verdict in verdicts if isinstance(verdict, PluginError)]
     also = (
-        f"{', '.join(broken)} could not be asked: run `shardkit formats` to see why"
+        f"{', '.join(broken)} could not be loaded: run `shardkit formats` to see why"
         if broken
         else ""
     )

@@ -1,8 +1,8 @@
 """Scan one file, an index or a set of shards: bytes → `Checkpoint`.
 
 1. Nothing is opened before it is known to be a regular file: a pipe would block for ever. Links are
-   followed, as the caches of Hugging Face are made of them.
-2. Content decides what a file is. Only an index may also be told by its name.
+   followed, because the caches of Hugging Face consist of them.
+2. Content decides the format. Only an index may also be recognised by its name.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _check_regular(path: Path) -> None:
         raise _missing(path, error) from None
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        hint = "copy what it gives to a file first"
+        hint = "copy its content to a file first"
         raise FormatError(path, f"is {kind}, and only files and folders can be read", hint=hint)
 
 
@@ -180,12 +180,12 @@ _KINDS = {
 
 def _missing(path: Path, error: OSError | ValueError) -> FormatError:
     if isinstance(error, ValueError):
-        return FormatError(path, f"is no path: {error}", hint="check the path")
+        return FormatError(path, f"is not a path: {error}", hint="check the path")
     if os.path.islink(path) and not os.path.exists(path):
         target = shown_path(Path(os.readlink(path)))
         return FormatError(
             path,
-            f"is a link to {target}, which is not there",
+            f"is a link to {target}, which does not exist",
             hint="finish the download, and try again",
         )
     if isinstance(error, FileNotFoundError) and (hint := path_arguments.looked_for(path)):

@@ -1,9 +1,9 @@
-"""What the name of a file says of the weights in it. Pure: nothing is opened.
+"""Classify weight files by name. Pure: nothing is opened.
 
 1. Numbered shards of one model are joined. Tensor-parallel parts hold slices of the same tensors,
    and ZeRO partitions slices of flat vectors: they are never joined as shards.
 2. A variant (``model.fp16.safetensors``) is read only where its file or index is given.
-3. What a trainer saves beside a model to go on (optimizer, scheduler, random numbers) is no model.
+3. The state that a trainer saves to resume (optimizer, scheduler, random numbers) is not a model.
 """
 
 from __future__ import annotations

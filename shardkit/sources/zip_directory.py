@@ -1,10 +1,10 @@
-"""The directory of a zip archive as a list of members: where each lies, never what it holds.
+"""The directory of a zip archive as a list of members: where each is stored, never its content.
 
-1. The directory at the end of the file is the truth (APPNOTE 4.3.12); of a local header we use its
-   lengths only, because torch leaves sizes and CRC there at zero.
+1. The directory at the end of the file is authoritative (APPNOTE 4.3.12); of a local header only
+   its lengths are used, because torch leaves sizes and CRC there at zero.
 2. Members may not overlap, share a name or reach into the directory: every byte belongs to one
    member at most.
-3. Dates are not looked at: torch writes the month 0, which other readers choke on.
+3. Dates are ignored: torch writes the month 0, which other readers reject.
 """
 
 from __future__ import annotations
@@ -32,12 +32,19 @@ class Member(NamedTuple):
 
     Attributes:
         name: as the directory has it, with forward slashes.
-        header_start: where its local header begins.
-        compressed: bytes it takes in the archive.
-        nbytes: bytes it holds.
-        method: `STORED` or `DEFLATED`, or a number that we do not know.
-        crc: CRC-32 of what it holds; 0 where the writer kept none, as torch can be told to.
-        stop: where the next member, or the directory, begins.
+        header_start: offset of its local header, in bytes.
+        compressed: size in the archive, in bytes.
+        nbytes: size of its content, in bytes.
+        method: `STORED` or `DEFLATED`, or the number of a method that is not supported.
+        crc: CRC-32 of its content; 0 where the writer stored none, as torch can be configured to.
+        stop: offset of the next member, or of the directory.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import STORED, Limits, Source
+        >>> members = Source.file(Path("training.pt"), Limits()).members
+        >>> all(member.method == STORED for member in members)  # torch does not compress
+        True
     """
 
     name: str
@@ -110,7 +117,7 @@ def data_start(path: Path, member: Member, read: Read) -> int:
     if start + member.compressed > member.stop:
         raise Malformed(
             path,
-            f"runs over what begins at byte {member.stop:,}",
+            f"overlaps what begins at byte {member.stop:,}",
             where=f"zip member {shown(member.name)}",
         )
     if member.method not in (STORED, DEFLATED):
@@ -159,7 +166,7 @@ _STEP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Directory:
-    """Where the directory lies, and how many members it announces."""
+    """The position of the directory, and the number of members that it announces."""
 
     start: int
     nbytes: int
@@ -190,7 +197,7 @@ def _directory(path: Path, size: int, read: Read) -> _Directory:
         )
     if start + nbytes != end:
         _refuse_second(path, read, end - start - nbytes)
-        raise _broken(path, f"it should lie at [{start:,}, {start + nbytes:,}) and ends at {end:,}")
+        raise _broken(path, f"it should be at [{start:,}, {start + nbytes:,}) and ends at {end:,}")
     return _Directory(start, nbytes, count)
 
 
@@ -201,7 +208,7 @@ def _refuse_second(path: Path, read: Read, shift: int) -> None:
     if shift > 0 and read(shift, 4) == b"PK\3\4":
         raise Malformed(
             path,
-            f"holds several zip archives one behind the other; the last begins at byte {shift:,}",
+            f"contains several zip archives in a row; the last begins at byte {shift:,}",
             hint="torch.distributed.checkpoint writes such files, called .distcp: give their "
             "folder to "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER out.pt, and "
@@ -225,14 +232,14 @@ def _end(path: Path, size: int, read: Read) -> int:
         path,
         "begins like a zip archive and has no directory at its end: a truncated download",
         where="zip directory",
-        hint="fetch the file again, and compare its size with the original's",
+        hint="download the file again, and compare its size with the original's",
     )
 
 
 def _end64(path: Path, locator: int, read: Read) -> tuple[int, int, int, int, int]:
     _, _, end, _ = _LOCATOR.unpack(read(locator, _LOCATOR.size))
     if end + _END64.size > locator:
-        raise _broken(path, f"its zip64 record should lie at {end:,}, behind its own locator")
+        raise _broken(path, f"its zip64 record should be at {end:,}, after its own locator")
     signature, _, _, _, disk, _, _, count, nbytes, start = _END64.unpack(read(end, _END64.size))
     if signature != b"PK\6\6":
         if read(locator - _END64.size, 4) == b"PK\6\6":
@@ -314,7 +321,7 @@ def _placed(path: Path, rows: list[_Row], end: int) -> Iterator[Member]:
         rows, _stops(path, rows, end), strict=True
     ):
         if start + _LOCAL.size + compressed > stop:
-            raise _broken(path, f"member {shown(name)} runs over what begins at byte {stop:,}")
+            raise _broken(path, f"member {shown(name)} overlaps what begins at byte {stop:,}")
         if method == STORED and compressed != nbytes:
             raise _broken(
                 path,
@@ -344,4 +351,6 @@ def _stops(path: Path, rows: list[_Row], end: int) -> Iterator[int]:
 
 
 def _broken(path: Path, fault: str) -> Malformed:
-    return Malformed(path, fault, where="zip directory", hint="the file is damaged; fetch it again")
+    return Malformed(
+        path, fault, where="zip directory", hint="the file is corrupt: download it again"
+    )

@@ -1,4 +1,4 @@
-"""Names on a disk: two exchanged at once, those that last a power cut; and files with a lock."""
+"""Exchange two names on a disk at once, make names durable, and lock files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The child of a fork: no other thread is there, and a lock that one of them had stays locked. What
-has locks begins again.
+"""Restore locks and threads in the child of a fork: no other thread exists there, and a lock that
+one of them held stays locked.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ _FILE_PAGES = re.compile(r"^(?:in)?active_file (\d+)$", re.MULTILINE)
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be taken before the machine swaps or the container's limit strikes; on macOS,
-    what is installed.
+    """Return the bytes that can be allocated before the machine swaps or the limit of the container
+    applies; on macOS, the installed memory.
 
     Args:
         root: where /proc and /sys are.

@@ -29,7 +29,7 @@ _SIZE = (80, 24)  # where the terminal does not tell its own
 
 
 class Progress:
-    """What has been done of a whole; any thread may add to it."""
+    """The work done of a total; any thread may add to it."""
 
     def __init__(self, bar: tqdm[Never] | None) -> None:
         """Show it on *bar*; None to show nothing."""

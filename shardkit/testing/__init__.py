@@ -1,4 +1,4 @@
-"""The conformance kit: what every format and every codec must keep, as plain functions that raise
+"""The conformance kit: the rules of formats and codecs, as plain functions that raise
 AssertionError with a sentence.
 
     from shardkit.testing import check_format
@@ -6,9 +6,10 @@ AssertionError with a sentence.
     def test_the_format_keeps_its_promises():
         check_format(FORMAT, samples=[Path("tests/good.npz")])
 
-`check_format` and `check_codec` are made of smaller checks, listed in `READING`, `WRITING` and
-`CODING`, so that a test may be parametrised over them and name the promise that is broken. Samples
-should be small, a few kilobytes: they are cut at every byte.
+`check_format` and `check_codec` run smaller checks, listed in `READING`, `WRITING` and `CODING`, so
+that a test may be parametrised over them and name the rule that is violated. Samples should be
+small, a few kilobytes: they are truncated at every byte. In the examples, ``FORMAT`` and ``CODEC``
+are the records that a plugin exports.
 """
 
 from __future__ import annotations

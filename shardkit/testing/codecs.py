@@ -1,5 +1,5 @@
-"""What every codec keeps, as checks that take a `Codec` and a sample: a compressed file, and the
-bytes that it expands to.
+"""The rules of codecs, as checks that take a `Codec` and a sample: a compressed file, and its
+decompressed content.
 """
 
 from __future__ import annotations
@@ -21,17 +21,40 @@ from shardkit.testing.sources import saying
 
 @dataclass(frozen=True, slots=True)
 class CodecSample:
-    """A compressed file and what it holds."""
+    """A compressed file and its decompressed content.
+
+    Attributes:
+        path: the compressed file.
+        expanded: the bytes that it must decompress to.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import CodecSample
+        >>> _ = Path("small.zst").write_bytes(CODEC.compress(memoryview(b"weights")))
+        >>> CodecSample(Path("small.zst"), b"weights")
+        CodecSample(path=PosixPath('small.zst'))
+    """
 
     path: Path
     expanded: bytes = field(repr=False)
 
 
 def check_codec(codec: Codec, samples: Sequence[CodecSample]) -> None:
-    """All of `CODING`, for every sample.
+    """Run every check of `CODING` on every sample.
+
+    Args:
+        codec: the record that the plugin exports.
+        samples: small compressed files, each with its content; they are truncated at every byte.
 
     Raises:
-        AssertionError: a promise is broken, and which.
+        AssertionError: a rule is violated; the message names it and the sample.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import CodecSample, check_codec
+        >>> content = bytes(range(100))
+        >>> _ = Path("small.zst").write_bytes(CODEC.compress(memoryview(content)))
+        >>> check_codec(CODEC, [CodecSample(Path("small.zst"), content)])
     """
     expect(bool(samples), "a codec needs one sample at least")
     for sample in samples:
@@ -41,8 +64,8 @@ def check_codec(codec: Codec, samples: Sequence[CodecSample]) -> None:
 
 
 def check_recognition(codec: Codec, sample: CodecSample) -> None:
-    """The codec claims the sample by its first bytes, and nothing that is foreign, nor what it
-    expands to.
+    """Check that the codec claims the sample by its first bytes, and neither foreign content nor
+    what it decompresses to.
     """
     expect(
         codec.sniff(sample.path.read_bytes()[:HEAD]) is True,
@@ -55,8 +78,8 @@ def check_recognition(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_pieces(codec: Codec, sample: CodecSample) -> None:
-    """However the compressed bytes are cut, the same bytes come out, at most 8 MiB at a time and
-    when they are asked for.
+    """Check that the same bytes come out however the input is cut, at most 8 MiB at a time and on
+    demand.
     """
     content = sample.path.read_bytes()
     for size in (1, 7, 4096, len(content)):
@@ -72,8 +95,8 @@ def check_pieces(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_early_end(codec: Codec, sample: CodecSample) -> None:
-    """A stream that was cut off raises ValueError; where it is cut between two streams, each of
-    them stands for itself.
+    """Check that a truncated stream raises ValueError; where it is cut between two streams, each of
+    them is valid on its own.
     """
     content = sample.path.read_bytes()
     for nbytes in places(len(content)):
@@ -82,12 +105,12 @@ def check_early_end(codec: Codec, sample: CodecSample) -> None:
             if first is not None:
                 rest = _expanded(codec, content[nbytes:])
                 whole = rest is not None and first + rest == sample.expanded
-                expect(whole, "decompress took it for whole, and must raise ValueError")
+                expect(whole, "decompress accepted it, and must raise ValueError")
 
 
 def check_broken_stream(codec: Codec, sample: CodecSample) -> None:
-    """Bytes changed at random raise ValueError or give other bytes, from decompress and frames
-    alike; nothing else comes out.
+    """Check that bytes changed at random raise ValueError or give other bytes, from decompress and
+    frames; no other exception is raised.
     """
     content = sample.path.read_bytes()
     for damage in damages(content):
@@ -98,8 +121,8 @@ def check_broken_stream(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_frames(codec: Codec, sample: CodecSample) -> None:
-    """The frames, where there is a table, lie in order, cover all that is expanded, and each
-    expands alone.
+    """Check that the frames, where there is a table, are in order, cover all data, and each
+    decompresses alone.
     """
     whole = Extent(sample.path, 0, sample.path.stat().st_size)
     at, stop = 0, 0
@@ -126,8 +149,8 @@ def check_frames(codec: Codec, sample: CodecSample) -> None:
 
 
 def check_compress(codec: Codec, sample: CodecSample) -> None:
-    """What is compressed expands again, frame by frame and as a whole, and is the same bytes each
-    time and in any thread.
+    """Check that compressed data decompresses again, frame by frame and as a whole, and is the same
+    each time and in any thread.
     """
     if codec.compress is None:
         return

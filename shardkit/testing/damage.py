@@ -1,5 +1,5 @@
-"""What every format keeps when a file is not whole: cut off or changed anywhere, it gives a
-sentence and nothing else.
+"""The rule for damaged files: truncated or changed anywhere, they raise a ShardkitError and nothing
+else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,21 @@ _READ = 16 << 20
 
 
 def check_truncation(candidate: Format, sample: Path) -> None:
-    """Wherever the file is cut off, scan raises FormatError; of more than 4 KiB, at the ends and
-    here and there between.
+    """Check that scan raises FormatError wherever the file is truncated.
+
+    Files of up to 4 KiB are cut at every byte; longer ones at both ends, and in places between.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a small file of the format; a folder is skipped.
+
+    Raises:
+        AssertionError: an incomplete file was accepted, or another exception was raised.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_truncation
+        >>> check_truncation(FORMAT, Path("model.safetensors"))
     """
     if sample.is_dir():
         return
@@ -33,13 +46,26 @@ def check_truncation(candidate: Format, sample: Path) -> None:
             claims(candidate, source, "it")
             expect(
                 not _is_scanned(candidate, source),
-                "scan took it for whole, and must raise FormatError",
+                "scan accepted it, and must raise FormatError",
             )
 
 
 def check_damage(candidate: Format, sample: Path) -> None:
-    """Bytes changed at random give a ShardkitError or a checkpoint, from sniff, scan and read
-    alike; nothing else comes out.
+    """Check that a file with bytes changed at random gives a ShardkitError or a checkpoint.
+
+    The bytes are the same in each run. Sniff, scan and reading of weights are checked.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a small file of the format; a folder is skipped.
+
+    Raises:
+        AssertionError: another exception was raised; the message names the changed bytes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_damage
+        >>> check_damage(FORMAT, Path("model.safetensors"))
     """
     if sample.is_dir():
         return
@@ -51,7 +77,7 @@ def check_damage(candidate: Format, sample: Path) -> None:
 
 
 def places(size: int) -> Iterator[int]:
-    """Every length below *size*, or of many those near the ends and some between."""
+    """Yield every length below *size*; for large sizes, those near the ends and some between."""
     if size <= _SWEPT:
         yield from range(size)
     else:
@@ -62,8 +88,8 @@ def places(size: int) -> Iterator[int]:
 
 
 def damages(content: bytes) -> Iterator[dict[int, int]]:
-    """A few changed bytes by their positions, many times; near the ends, where headers are, more
-    often than between.
+    """Yield sets of changed bytes by their positions; near the ends, where headers are, more often
+    than between.
     """
     dice = random.Random(len(content))  # the same damage each time
     for _ in range(_ROUNDS if len(content) <= _SWEPT else _ROUNDS // 10):
@@ -78,7 +104,7 @@ def damages(content: bytes) -> Iterator[dict[int, int]]:
 
 
 def changed(content: bytes, damage: dict[int, int]) -> bytes:
-    """*content* with other bytes at some positions."""
+    """Return *content* with other bytes at some positions."""
     damaged = bytearray(content)
     for at, value in damage.items():
         damaged[at] = value

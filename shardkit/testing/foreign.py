@@ -1,4 +1,4 @@
-"""What is no checkpoint: contents that no format of weights may claim, each with its name."""
+"""Contents that are not checkpoints, each with its name: no format of weights may claim them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\6\0\0\0\x1f\x15\xc4\x8
 
 
 def contents() -> Iterator[tuple[str, bytes]]:
-    """Names and contents."""
+    """Yield names and contents."""
     yield "an empty file", b""
     yield "one byte", b"\0"
     yield "zeros", bytes(8192)

@@ -1,9 +1,8 @@
-"""What every format keeps when it reads a good file, as checks that take a `Format` and the path of
-a sample.
+"""The rules of formats that read, as checks that take a `Format` and the path of a sample.
 
-Each raises AssertionError with a sentence. A sample is a file that the format must read, best of a
-few kilobytes; a sample of a format for folders is a folder, and what is done to the bytes of files
-is left out for it.
+Each raises AssertionError with a sentence. A sample is a file that the format must read, preferably
+of a few kilobytes; a sample of a format for folders is a folder, for which checks of the bytes of a
+file are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +34,26 @@ _MIDDLE = 64 << 20
 
 
 def check_sniff(candidate: Format, sample: Path) -> None:
-    """The format claims the sample, and is quick about it, however large a file is."""
+    """Check that the format claims the sample, and reads little of it, however large the file is.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a file or folder of the format.
+
+    Raises:
+        AssertionError: sniff does not return True, or reads more than 1 MiB.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_sniff
+        >>> check_sniff(FORMAT, Path("model.safetensors"))
+        >>> try:
+        ...     check_sniff(replace(FORMAT, sniff=lambda source: False), Path("model.safetensors"))
+        ... except AssertionError as error:
+        ...     print(error)
+        sniff must return True for model.safetensors, which is a sample of safetensors
+    """
     expect(
         candidate.sniff(source_of(sample)) is True,
         f"sniff must return True for {sample.name}, which is a sample of {candidate.name}",
@@ -53,8 +71,20 @@ def check_sniff(candidate: Format, sample: Path) -> None:
 
 
 def check_foreign(candidate: Format, others: Iterable[Path] = ()) -> None:
-    """The format claims nothing that is foreign: no text, no image, no other archive, none of
+    """Check that the format claims no foreign content: no text, image or other archive, none of
     *others*.
+
+    Args:
+        candidate: the record that the plugin exports.
+        others: files of other formats.
+
+    Raises:
+        AssertionError: sniff claims one of them; the message names it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_foreign
+        >>> check_foreign(FORMAT, [Path("training.pt")])
     """
     for name, content in foreign.contents():
         claimed = claims(
@@ -77,7 +107,20 @@ def check_foreign(candidate: Format, others: Iterable[Path] = ()) -> None:
 
 
 def check_scan(candidate: Format, sample: Path) -> None:
-    """What scan returns is a valid checkpoint, and the same one each time."""
+    """Check that scan returns a valid checkpoint, and an equal one each time.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a file or folder of the format.
+
+    Raises:
+        AssertionError: a value has the wrong type, or the second scan differs from the first.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_scan
+        >>> check_scan(FORMAT, Path("model.safetensors"))
+    """
     checkpoint = candidate.scan(source_of(sample))
     expect(
         type(checkpoint) is Checkpoint,
@@ -109,8 +152,20 @@ def check_scan(candidate: Format, sample: Path) -> None:
 
 
 def check_payloads(candidate: Format, sample: Path) -> None:
-    """Each payload keeps the rules (`check_payload`), and reads from its file what its sources say
-    and nothing else.
+    """Check every payload (`check_payload`), and that it reads only the bytes that its sources
+    name.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a file or folder of the format.
+
+    Raises:
+        AssertionError: a payload violates a rule; the message names the tensor.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_payloads
+        >>> check_payloads(FORMAT, Path("model.safetensors"))
     """
     checkpoint = candidate.scan(source_of(sample))
     for entry in {entry.payload: entry for entry in checkpoint.tensors}.values():
@@ -133,7 +188,20 @@ def check_payloads(candidate: Format, sample: Path) -> None:
 
 
 def check_headers_only(candidate: Format, sample: Path) -> None:
-    """Scan reads headers only: not the weights, and nothing of what it finds depends on them."""
+    """Check that scan reads headers only, and that its result does not depend on the weights.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a file of the format; a folder is skipped.
+
+    Raises:
+        AssertionError: scan read weights; the message names the bytes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_headers_only
+        >>> check_headers_only(FORMAT, Path("model.safetensors"))
+    """
     if sample.is_dir():
         return
     content = watched(sample)
@@ -162,8 +230,19 @@ def check_headers_only(candidate: Format, sample: Path) -> None:
 
 
 def check_unusual_content(candidate: Format, sample: Path) -> None:
-    """The file is read as well where its content is not one run of a file: in pieces, or expanded
-    from something compressed.
+    """Check that the file is also read where its content is in pieces, or decompressed.
+
+    Args:
+        candidate: the record that the plugin exports.
+        sample: a file of the format; a folder is skipped.
+
+    Raises:
+        AssertionError: the format opened the path, or found other tensors.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_unusual_content
+        >>> check_unusual_content(FORMAT, Path("model.safetensors"))
     """
     if sample.is_dir():
         return

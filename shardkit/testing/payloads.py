@@ -1,5 +1,5 @@
-"""Payloads that watch and are watched: the rules of `shardkit.payloads.payload` as a check, and
-contents that remember what was read.
+"""Checks of payloads: the rules of `shardkit.payloads.payload`, and contents that record what is
+read.
 """
 
 from __future__ import annotations
@@ -33,15 +33,20 @@ def expect(condition: bool, sentence: str) -> None:
 
 
 def check_payload(payload: Payload, *, itemsize: int = 1) -> None:
-    """Check that *payload* keeps the rules: chunks, repetition, narrowing, equality, pickling,
+    """Check that *payload* follows the rules: chunks, repetition, narrowing, equality, pickling,
     sources.
 
     Args:
-        payload: what to check; it is read whole, several times.
+        payload: what to check; it is read completely, several times.
         itemsize: bytes of one element; narrowing may cut between elements only.
 
     Raises:
-        AssertionError: it does not.
+        AssertionError: a rule is violated; the message names it.
+
+    Example:
+        >>> from shardkit.plugin import Literal, Swapped
+        >>> from shardkit.testing import check_payload
+        >>> check_payload(Swapped(Literal(bytes(range(16))), width=4), itemsize=4)
     """
     content = _read_by_the_rules(payload)
     expect(
@@ -55,14 +60,25 @@ def check_payload(payload: Payload, *, itemsize: int = 1) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The bytes of a file, or what stands for them, that remember which of them were read.
+    """The bytes of a file, which record which of them are read.
 
     Attributes:
         path: the file that they stand for.
         inner: the bytes.
-        start: where in the file they begin.
-        log: runs of the file that were read, as (start, stop); shared by all that is narrowed from
-            one.
+        start: offset in the file.
+        log: runs of the file that were read, as (start, stop); shared by all narrowed payloads.
+
+    Example:
+        Which bytes does a scan read?
+
+        >>> from pathlib import Path
+        >>> from shardkit.plugin import Limits, Literal, Source
+        >>> from shardkit.testing import Watched
+        >>> path = Path("model.safetensors")
+        >>> content = Watched(path, Literal(path.read_bytes()))
+        >>> checkpoint = FORMAT.scan(Source(path, content, limits=Limits()))
+        >>> content.log[0][0], len(content.log) > 0
+        (0, True)
     """
 
     path: Path
@@ -91,7 +107,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """As many zero bytes as one likes, in no memory."""
+    """Any number of zero bytes, in constant memory."""
 
     nbytes: int
 
@@ -112,9 +128,7 @@ class Zeros:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A payload that nobody may read: what decides where bytes go has no business with what they
-    are.
-    """
+    """A payload that must not be read: deciding where bytes go needs no values."""
 
     nbytes: int
 
@@ -126,11 +140,11 @@ class Unreadable:
         return Unreadable(nbytes)
 
     def chunks(self) -> Iterator[memoryview]:
-        raise AssertionError("weights were read where only addresses are needed")
+        raise AssertionError("weights were read where only their byte ranges are needed")
 
 
 def grown(content: bytes, nbytes: int) -> Payload:
-    """The *content* of a file with *nbytes* zero bytes in its middle."""
+    """Insert *nbytes* zero bytes into the middle of *content*."""
     middle = len(content) // 2
     return Concat((Literal(content[:middle]), Zeros(nbytes), Literal(content[middle:])))
 
@@ -138,7 +152,7 @@ def grown(content: bytes, nbytes: int) -> Payload:
 def overlap(
     runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """The first piece of *runs* that lies in one of *others* too."""
+    """Return the first piece of *runs* that lies in one of *others* too."""
     within = list(others)
     for start, stop in runs:
         for low, high in within:
@@ -150,7 +164,7 @@ def overlap(
 def outside(
     runs: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """The first of *runs* with a byte that lies in none of *others*."""
+    """Return the first of *runs* with a byte that lies in none of *others*."""
     within = sorted(others)
     for start, stop in runs:
         at = start

@@ -1,4 +1,4 @@
-"""Sources as the checks need them, and sentences that say which one a check was about."""
+"""The sources that checks need, and failure messages that name the check."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from shardkit.testing.payloads import Watched, expect
 
 
 class Exact(Source):
-    """A source that reads what it is asked for and no window around it, so that it can be told what
-    a format asks for.
-    """
+    """A source that reads exactly what is requested, so that reads can be observed."""
 
     def read(self, start: int, nbytes: int) -> bytes:
         if start < 0 or nbytes < 0 or start + nbytes > self.size:
@@ -25,17 +23,19 @@ class Exact(Source):
 
 
 def source_of(path: Path) -> Source:
-    """The file or folder *path*, as shardkit gives it to a format."""
+    """Return the source of *path*, as shardkit passes it to a format."""
     return Source.folder(path, Limits()) if path.is_dir() else Source.file(path, Limits())
 
 
 def watched(path: Path) -> Watched:
-    """The content of the file *path*, which remembers what is read of it."""
+    """Return the content of the file *path*, which records what is read of it."""
     return Watched(path, Extent(path, 0, path.stat().st_size))
 
 
 def claims(candidate: Format, source: Source, name: str) -> bool:
-    """What sniff says; of the errors it may raise there is one, for a broken zip archive."""
+    """Return the result of sniff; the only error that it may raise is the one for a broken zip
+    archive.
+    """
     try:
         verdict = candidate.sniff(source)
     except FormatError:
@@ -57,7 +57,7 @@ def claims(candidate: Format, source: Source, name: str) -> bool:
 
 @contextmanager
 def saying(where: str) -> Iterator[None]:
-    """Begin every failure inside with *where*; an exception of any other kind is a failure too."""
+    """Prefix every failure inside with *where*; any other exception becomes a failure too."""
     try:
         yield
     except AssertionError as error:

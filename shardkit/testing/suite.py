@@ -1,4 +1,4 @@
-"""All checks of a format, one after the other."""
+"""Run all checks of a format."""
 
 from __future__ import annotations
 
@@ -35,17 +35,22 @@ READING: tuple[ReadingCheck, ...] = (
 def check_format(
     candidate: Format, samples: Sequence[Path], *, foreign: Sequence[Path] = ()
 ) -> None:
-    """All of `READING` for every sample, and all of `WRITING` if the format has a lay_out.
+    """Run every check of `READING` on every sample, and of `WRITING` if the format has a lay_out.
 
     Args:
         candidate: the record that the plugin exports.
-        samples: good files of the format, small: they are cut at every byte. The first tensor of
-            the first gives the name that tensors get where writing is checked, for the sake of
-            formats that know one name only.
+        samples: small, valid files of the format; they are truncated at every byte. Where writing
+            is checked, tensors get the name of the first tensor of the first sample, for formats
+            that allow one name only.
         foreign: files of other formats, which it must not claim.
 
     Raises:
-        AssertionError: a promise is broken, and which.
+        AssertionError: a rule is violated; the message names the check and the sample.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from shardkit.testing import check_format
+        >>> check_format(FORMAT, [Path("model.safetensors")], foreign=[Path("training.pt")])
     """
     expect(bool(samples), "a format needs one sample at least")
     with saying(f"{candidate.name}, check_foreign"):

@@ -1,8 +1,8 @@
-"""What every format keeps when it writes, as checks that take a `Format` and the name of a tensor
-that it can hold.
+"""The rules of formats that write, as checks that take a `Format` and the name of a tensor that it
+can store.
 
-The law behind them: what is laid out is scanned as it was, or else lay_out raises Unwritable;
-nothing is lost in silence.
+The law behind them: what is laid out is scanned unchanged, or else lay_out raises Unwritable;
+nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -55,18 +55,43 @@ _SLACK = 256 << 10
 
 
 def check_dtypes(candidate: Format, name: str = "weight") -> None:
-    """Every type comes back bit for bit or is refused, and one at least is taken."""
+    """Check that every element type is read back bit for bit or refused, and at least one is
+    accepted.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: a type changes, or none is accepted.
+
+    Example:
+        >>> from shardkit.testing import check_dtypes
+        >>> check_dtypes(FORMAT, "layers.0.weight")
+    """
     taken = [
         dtype.code
         for dtype in DTYPES
         if _comes_back(candidate, [_entry(name, dtype, (2, 4))], {}, f"type {dtype.code}")
     ]
-    expect(bool(taken), "lay_out refuses every type; leave it out of a format that is only read")
+    expect(
+        bool(taken), "lay_out refuses every type; leave it out of a format that can only be read"
+    )
 
 
 def check_shapes(candidate: Format, name: str = "weight") -> None:
-    """Scalars, empty tensors and tensors of any number of axes come back as they were, or are
-    refused.
+    """Check that scalars, empty tensors and any number of axes are read back unchanged or refused.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: a shape changes, or none is accepted.
+
+    Example:
+        >>> from shardkit.testing import check_shapes
+        >>> check_shapes(FORMAT, "layers.0.weight")
     """
     taken = [
         s
@@ -79,8 +104,18 @@ def check_shapes(candidate: Format, name: str = "weight") -> None:
 
 
 def check_names(candidate: Format, name: str = "weight") -> None:
-    """Any name comes back as it was or is refused; several tensors keep theirs, and no two get the
-    same.
+    """Check that any name is read back unchanged or refused, and that two tensors cannot share one.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: a name changes, or a duplicate is accepted.
+
+    Example:
+        >>> from shardkit.testing import check_names
+        >>> check_names(FORMAT, "layers.0.weight")
     """
     dtype = _plain(candidate, name)
     for each in _NAMES:
@@ -95,8 +130,20 @@ def check_names(candidate: Format, name: str = "weight") -> None:
 
 
 def check_metadata(candidate: Format, name: str = "weight") -> None:
-    """Metadata comes back or is refused; only "format", which names the home of a safetensors file,
-    may be dropped or added.
+    """Check that metadata is read back unchanged or refused.
+
+    Only "format", which marks the origin of a safetensors file, may be dropped or added.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: metadata is lost.
+
+    Example:
+        >>> from shardkit.testing import check_metadata
+        >>> check_metadata(FORMAT, "layers.0.weight")
     """
     entries = [_entry(name, _plain(candidate, name), (3,))]
     _comes_back(
@@ -107,8 +154,19 @@ def check_metadata(candidate: Format, name: str = "weight") -> None:
 
 
 def check_ties(candidate: Format, name: str = "weight") -> None:
-    """A tie that is recorded in the metadata (``alias: kept``) comes back as a tensor of that name,
-    or is refused.
+    """Check that a tie recorded in the metadata (``alias: kept``) is read back as a tensor, or
+    refused.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: the tied tensor is missing or differs.
+
+    Example:
+        >>> from shardkit.testing import check_ties
+        >>> check_ties(FORMAT, "layers.0.weight")
     """
     entry = _entry(name, _plain(candidate, name), (3,))
     alias = replace(entry, path=(f"tied.{name}",))
@@ -118,8 +176,18 @@ def check_ties(candidate: Format, name: str = "weight") -> None:
 
 
 def check_layout(candidate: Format, name: str = "weight") -> None:
-    """lay_out reads no weights, tells the length of each part beforehand, and gives the same parts
-    each time.
+    """Check that lay_out reads no weights, states the length of each part, and is deterministic.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: weights are read, a length is wrong, or two results differ.
+
+    Example:
+        >>> from shardkit.testing import check_layout
+        >>> check_layout(FORMAT, "layers.0.weight")
     """
     dtype = _plain(candidate, name)
     entry = TensorEntry((name,), dtype, (1 << 20,), Unreadable(dtype.nbytes((1 << 20,))))
@@ -137,7 +205,19 @@ def check_layout(candidate: Format, name: str = "weight") -> None:
 
 
 def check_large_tensor(candidate: Format, name: str = "weight") -> None:
-    """A tensor of 32 MiB that the format wrote is scanned without reading it."""
+    """Check that a tensor of 32 MiB that the format wrote is scanned without being read.
+
+    Args:
+        candidate: the record that the plugin exports.
+        name: a tensor name that the format can store.
+
+    Raises:
+        AssertionError: scan reads more than 256 KiB.
+
+    Example:
+        >>> from shardkit.testing import check_large_tensor
+        >>> check_large_tensor(FORMAT, "layers.0.weight")
+    """
     dtype = _plain(candidate, name)
     shape = (_LARGE // dtype.itemsize,)
     parts = _lay_out(candidate, [TensorEntry((name,), dtype, shape, Zeros(_LARGE))], {})
@@ -153,7 +233,23 @@ def check_large_tensor(candidate: Format, name: str = "weight") -> None:
 
 
 def assembled(parts: Sequence[Part]) -> bytes:
-    """The file that *parts* make, as the writer would write it."""
+    """Join *parts* into the content of a file, as shardkit writes it.
+
+    Args:
+        parts: what lay_out returned; trailers are computed.
+
+    Returns:
+        The complete file, in memory.
+
+    Example:
+        >>> import shardkit
+        >>> from pathlib import Path
+        >>> from shardkit.testing import assembled
+        >>> entries = shardkit.open("model.safetensors").tensors
+        >>> _ = Path("copy.safetensors").write_bytes(assembled(FORMAT.lay_out(entries, {})))
+        >>> shardkit.diff("model.safetensors", "copy.safetensors").same
+        True
+    """
     return b"".join(bytes(read_all(payload)) for payload in _payloads(parts))
 
 
@@ -250,7 +346,7 @@ def _lay_out(
     candidate: Format, entries: Sequence[TensorEntry], metadata: Mapping[str, str]
 ) -> tuple[Part, ...]:
     if candidate.lay_out is None:
-        raise AssertionError(f"{candidate.name} has no lay_out: it is only read")
+        raise AssertionError(f"{candidate.name} has no lay_out: it can only be read")
     return tuple(candidate.lay_out(entries, metadata))
 
 
@@ -284,7 +380,9 @@ def _plain(candidate: Format, name: str) -> DType:
         except Unwritable:
             continue
         return dtype
-    raise AssertionError("lay_out refuses every type; leave it out of a format that is only read")
+    raise AssertionError(
+        "lay_out refuses every type; leave it out of a format that can only be read"
+    )
 
 
 def _entry(name: str, dtype: DType, shape: tuple[int, ...]) -> TensorEntry:

@@ -1,6 +1,6 @@
-"""Do: a `Plan` becomes files, complete or not at all.
+"""Execute: a `Plan` becomes files, complete or not at all.
 
-`transaction` draws the states of an output on disk, and takes up each that a killed run may leave.
-`writer` writes the files of a plan, each by `copier` or, where it is compressed, by `compress`.
-`reference_check` opens what was written.
+`transaction` lists the states of an output on disk, and resumes from each that an interrupted run
+may leave. `writer` writes the files of a plan, each by `copier` or, where it is compressed, by
+`compress`. `reference_check` opens what was written.
 """

@@ -1,8 +1,7 @@
-"""Write a file compressed: its frames made side by side, put down in their order, and listed at the
-end.
+"""Write a file compressed: its frames are compressed in parallel, written in order, and listed at
+the end.
 
-Memory is that of the frames under way, a few for each processor; it is used again for those that
-follow.
+Memory is that of the frames in progress, a few for each processor; it is reused for later frames.
 """
 
 from __future__ import annotations

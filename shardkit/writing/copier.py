@@ -1,13 +1,13 @@
-"""Move the bytes of a part into an open file, by the fastest means that the two file systems share.
+"""Copy the bytes of a part into an open file, by the fastest means that the two file systems share.
 
-    clone            FICLONERANGE: no bytes move and no space is taken (Btrfs, XFS); needs whole
+    clone            FICLONERANGE: no bytes move and no space is taken (Btrfs, XFS); needs complete
                      pages at congruent offsets
-    copy_file_range  inside the kernel, without a visit to this process
+    copy_file_range  inside the kernel, without passing through this process
     sendfile         the same, on older kernels and between file systems
     read and write   anywhere
 
-Each is tried in this order, and what fails for a pair of files is not tried for it again. What is
-not a plain run of a file is made by its payload, chunk by chunk, and written.
+Each is tried in this order, and one that fails for a pair of files is not tried for it again. A
+part that is not a plain run of a file is computed by its payload, chunk by chunk, and written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the reference reader of safetensors says of a file that was written.
+"""Check a written file with the safetensors library.
 
-It takes about 1 kB for each tensor, as much as everything else here. A long header it reads in a
-process of its own, which gives that back at its end, and is not in the memory of this one.
+It takes about 1 kB for each tensor, as much as everything else here. A long header is checked in a
+separate process, which releases that memory at its end.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def fetch() -> None:
 
 
 def check(path: Path, file: OutputFile) -> None:
-    """Open *path* with the reference reader of safetensors; where it is not installed, hold its
-    size against the plan.
+    """Open *path* with the safetensors library; where that is not installed, compare its size with
+    the plan.
 
-    One that is compressed is held against the plan by its table of frames.
+    The table of frames of a compressed file is compared with the plan.
 
     Raises:
-        OutputError: it does not take the file.
+        OutputError: the library cannot read the file.
     """
     if file.codec is not None:
         listed = tuple(
@@ -53,7 +53,7 @@ def check(path: Path, file: OutputFile) -> None:
             ) from None
     else:
         if fault:
-            raise _faulty(path, f"the reference reader does not take it: {fault}")
+            raise _faulty(path, f"the safetensors library cannot read it: {fault}")
 
 
 def fault_of(path: Path) -> str:
@@ -98,6 +98,6 @@ def _fault_told_by_child(path: Path) -> str | None:
 
 def _faulty(path: Path, message: str) -> OutputError:
     return OutputError(
-        f"{shown_path(path)} was not written right: {message}",
-        hint="run the command again; if it stays so, it is a bug in shardkit",
+        f"{shown_path(path)} was not written correctly: {message}",
+        hint="run the command again; if the error persists, report it as a bug of shardkit",
     )

@@ -118,8 +118,8 @@ class Transaction:
                 folders.sync_folder(parent.parent)
             if os.listdir(self.folder) and not path.exists():
                 raise OutputError(
-                    f"{shown_path(self.folder)} is where the output would be prepared, "
-                    "and it holds files that no run of shardkit left there",
+                    f"{shown_path(self.folder)}, where the output is prepared, contains files "
+                    f"that shardkit did not write",
                     hint=("move the folder away, or choose another output with ", output()),
                 )
             with open(path, "ab+", buffering=0) as self._journal:

@@ -1,6 +1,4 @@
-"""Carry out a plan: write, sync and check every file of it, a few at a time, with no choices
-left.
-"""
+"""Execute a plan: write, sync and check every file of it, a few at a time, with no choices left."""
 
 from __future__ import annotations
 

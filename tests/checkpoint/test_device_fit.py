@@ -40,7 +40,7 @@ def test_what_is_brought_has_room_unless_it_says_so(
     sizes: dict[str, int], budgets: dict[str, int]
 ) -> None:
     fitted = fit(sizes, budgets)
-    for device, block in fitted.brought.items():
+    for device, block in fitted.largest_loaded.items():
         assert fitted.left[device] + fitted.lacking.get(device, 0) >= sizes[block]
     assert not fitted.lacking or all(
         not fitted.used[device] or device not in fitted.lacking for device in budgets

@@ -110,12 +110,11 @@ def test_two_tensors_of_one_name_are_a_clash_that_names_both() -> None:
     ) as caught:
         edit(checkpoint, Edits(root="."))
     assert (
-        caught.value.hint
-        == "take what is below one of them with root=, or leave both out with exclude="
+        caught.value.hint == "select one of the subtrees with root=, or exclude both with exclude="
     )
     assert (
         caught.value.command_hint
-        == "take what is below one of them with --root, or leave both out with --exclude"
+        == "select one of the subtrees with --root, or exclude both with --exclude"
     )
     assert names(Edits(root="a"), checkpoint) == ["b"]
 
@@ -150,11 +149,11 @@ def test_a_glob_that_stands_alone_is_one(option: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"ties": "keep"}, "ties is 'keep', and must be one of 'keep-first', 'copy'"),
-        ({"rename": ["^w=weight"]}, "a rename is '^w=weight', and must be a pair"),
-        ({"rename": ("ab", "cd")}, "a rename is 'ab', and must be a pair"),
-        ({"rename": [("w",)]}, "a rename is a tuple of 1, and must be a pair"),
-        ({"dtype": "int8"}, "'int8' is no floating-point type"),
+        ({"ties": "keep"}, "ties is 'keep'; expected one of 'keep-first', 'copy'"),
+        ({"rename": ["^w=weight"]}, "a rename is '^w=weight'; expected a pair"),
+        ({"rename": ("ab", "cd")}, "a rename is 'ab'; expected a pair"),
+        ({"rename": [("w",)]}, "a rename is a tuple of 1; expected a pair"),
+        ({"dtype": "int8"}, "'int8' is not a floating-point type"),
     ],
     ids=str,
 )
@@ -198,7 +197,7 @@ def test_the_hint_leaves_out_all_that_is_undense_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "edits", "reason"),
     [
-        (Checkpoint(()), Edits(), "the source: there are no tensors in it"),
+        (Checkpoint(()), Edits(), "the source: it holds no tensors"),
         (WEIGHTS, Edits(exclude=("*",)), "leave none of the 4 tensors"),
     ],
 )

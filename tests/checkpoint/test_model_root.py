@@ -157,16 +157,25 @@ AMBIGUOUS: dict[str, tuple[list[TensorEntry | Other], str]] = {
         [*model("state_dict"), tensor("ema", "v")],
         "--root state_dict, or its moving average",
     ),
-    "two models": ([*model("discriminator"), *model("model")], "--root model, or take all"),
-    "a model and a head": ([*model("model"), *model("projector")], "--root model, or take all"),
+    "two models": (
+        [*model("discriminator"), *model("model")],
+        "--root model, or convert everything",
+    ),
+    "a model and a head": (
+        [*model("model"), *model("projector")],
+        "--root model, or convert everything",
+    ),
     "a model and a part without a matrix": (
         [*model("model"), tensor("norm", "v")],
-        "--root model, or take all",
+        "--root model, or convert everything",
     ),
-    "two conventional names": ([*model("model"), *model("net")], "--root model, or take all"),
+    "two conventional names": (
+        [*model("model"), *model("net")],
+        "--root model, or convert everything",
+    ),
     "state dicts of several": (
         [*model("state_dict"), tensor("obs_norm_state_dict", "mean")],
-        "--root state_dict, or take all",
+        "--root state_dict, or convert everything",
     ),
 }
 
@@ -259,7 +268,7 @@ def test_a_file_that_is_no_model_is_refused_with_what_it_is_and_where_the_model_
     contents: list[TensorEntry | Other], state: str, model: str
 ) -> None:
     checkpoint = checkpoint_of(contents)
-    with pytest.raises(NothingSelected, match=f"holds .*{state}, and no model") as caught:
+    with pytest.raises(NothingSelected, match=f"holds .*{state} but no model") as caught:
         select_root(checkpoint, None)
     assert model in str(caught.value.command_hint)
     assert "--root ." in str(caught.value.command_hint)
@@ -310,10 +319,12 @@ def test_several_candidates_are_listed_with_their_sizes_and_the_largest_is_sugge
         AmbiguousRoot, match=re.escape("'generator' (8 B), 'discriminator' (4.00 kB)")
     ) as caught:
         select_root(checkpoint, None)
-    assert caught.value.hint == "choose one with root='discriminator', or take all with root='.'"
+    assert caught.value.hint == (
+        "choose one with root='discriminator', or convert everything with root='.'"
+    )
     assert (
         caught.value.command_hint
-        == "choose one with --root discriminator, or take all with --root ."
+        == "choose one with --root discriminator, or convert everything with --root ."
     )
 
 
@@ -339,7 +350,7 @@ def test_a_name_on_the_way_may_hold_dots() -> None:
 
 def test_a_root_that_is_not_there_says_what_is() -> None:
     with pytest.raises(
-        NothingSelected, match=re.escape("nothing to enter at 'modle'; the file holds 'model', 'n'")
+        NothingSelected, match=re.escape("no subtree 'modle'; the file holds 'model', 'n'")
     ):
         select_root(Checkpoint((tensor("model", "w"), tensor("n", "w"))), "modle")
 

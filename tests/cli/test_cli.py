@@ -91,11 +91,11 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "sentence"),
     [
         (["conver", "x"], "there is no command 'conver'; did you mean convert?"),
-        ([str(TRAINING)], "is a file, and a command comes first, as in: shardkit inspect"),
+        ([str(TRAINING)], "is a file; a command must come first, as in: shardkit inspect"),
         (["convert"], "Missing argument 'SRC'"),
         (["convert", "x", "--maxshard", "1"], "--max-shard"),
         (["convert", "x", "--max-shard", "3QB"], "'3QB' is not a size; write a number of bytes"),
-        (["convert", "x", "--dtype", "int8"], "'int8' is no floating-point type"),
+        (["convert", "x", "--dtype", "int8"], "'int8' is not a floating-point type"),
         (["convert", "x", "--rename", "a"], "'a' must be REGEX=REPL"),
         (["convert", "x", "--rename", "=a"], "'=a' must be REGEX=REPL"),
         (["convert", "x", "--limit", "speed=3"], "and NAME one of header_bytes, tensors"),
@@ -108,7 +108,7 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["verify", "x", "--ties", "copy"], "name it with --against"),
         (["inspect", "x", "--all", "--json"], "--all has no effect with --json"),
         (["convert", "x", "--quiet", "--json"], "--quiet has no effect with --json"),
-        (["diff", "x", "y", "-q", "-v"], "--quiet and --verbose contradict each other"),
+        (["diff", "x", "y", "-q", "-v"], "--quiet and --verbose exclude each other"),
         (["place", "x", "--tokens", "4"], "--tokens has no effect without --predict"),
         (
             ["place", "x", "--tokens", "4", "--rates", "compute=1GB"],
@@ -116,7 +116,7 @@ def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["place", "x", "--tokens", "4", "--predict", "--rates", "compute=1GB"],
-            "--tokens has no effect: --rates gives how fast",
+            "--tokens has no effect: --rates gives the compute throughput",
         ),
         (
             ["place", "x", "--predict", "--rates", "disk=1GB,copy=1GB,link=1GB,compute=1GB"],
@@ -240,8 +240,8 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
             "rename '^module\\.' matches none of the 7 names, as in '0.weight'",
         ),
         (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
-        (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),
-        (["place", "--no-split", "layers"], "'layers' is found in the name of no module"),
+        (["offload-prep", "--blocks", "layers"], "'layers' matches no module name"),
+        (["place", "--no-split", "layers"], "'layers' matches no module name"),
         (
             ["place", "--max-memory", "cpu=1GB", "--rates", "disk=1GB,link=1GB"],
             "rates of disk, link have no effect: nothing is read",
@@ -292,7 +292,7 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     (line,) = done.stderr.splitlines()
     assert "out.partial" in line
-    assert "the same command goes on from there" in line
+    assert "the same command resumes from there" in line
     assert python("-m", "shardkit", *arguments, cwd=tmp_path).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -177,7 +177,7 @@ def test_it_says_what_convert_would_take(tmp_path: Path, capsys: Capture) -> Non
     (line,) = (
         line for line in inspected(capsys, tmp_path / "two.pt") if line.startswith("convert")
     )
-    assert "several parts of the file could be the model: 'model' (16 B), 'ema' (16 B)" in line
+    assert "several subtrees of the file could be the model: 'model' (16 B), 'ema' (16 B)" in line
     assert "--root" in line
 
 

@@ -112,12 +112,12 @@ def test_verify_holds_it_against_its_digests_and_its_source(capsys: Capture) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["--blocks", "("], 2, "'(' is no regular expression"),
-        (["--blocks", "a", "--model-class"], 2, "both say what is a block"),
+        (["--blocks", "("], 2, "'(' is not a regular expression"),
+        (["--blocks", "a", "--model-class"], 2, "exclude each other"),
         (
             ["-o", "x.safetensors"],
             1,
-            "x.safetensors is one file, and blocks with their record need a folder",
+            "x.safetensors is a file, but offload-prep writes a folder",
         ),
         (["--order", "nowhere"], 1, "nowhere: cannot be read"),
         (["--model-class"], 1, "has no config.json"),

@@ -52,7 +52,7 @@ def test_blocks_are_drawn_by_device(llama: Path, capsys: Capture) -> None:
         ["lm_head", "1", "block", "2.00", "MB"],
     ]
     assert "left on 0    2.00 MB of 9.00 MB" in lines
-    assert "on disk      5.00 MB, read for every forward" in lines
+    assert "on disk      5.00 MB, read in every forward" in lines
     assert any(line.split()[0] == "largest" for line in lines)
     assert not [line for line in lines if line.startswith("does not fit")]
 
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_said(llama: Path, capsys: Capture) -> None:
     lines = placed(capsys, llama, "--max-memory", "0=1.5MB,cpu=1GB")
     (line,) = (line for line in lines if line.startswith("does not fit"))
     assert line.endswith(
-        "model.embed_tokens, 2.00 MB, is to be brought to 0, which lacks 500 kB for it"
+        "model.embed_tokens (2.00 MB) must be loaded onto 0, which is 500 kB short"
     )
 
 
@@ -113,7 +113,9 @@ def test_ties_count_once_and_training_state_does_not(capsys: Capture) -> None:
 
 def test_without_a_word_on_the_cpu_this_machine_is_meant(llama: Path, capsys: Capture) -> None:
     lines = placed(capsys, llama)
-    assert any(line.startswith("note") and "what this machine has free" in line for line in lines)
+    assert any(
+        line.startswith("note") and "the free memory of this machine" in line for line in lines
+    )
     assert lines[1].split()[0] == "cpu"
 
 
@@ -124,14 +126,14 @@ def test_without_a_word_on_the_cpu_this_machine_is_meant(llama: Path, capsys: Ca
         (["--max-memory", "disk=1GB"], "DEVICE cpu, mps or the number"),
         (["--max-memory", "0=1GB,cuda:0=2GB"], "device 0 has two sizes"),
         (["--max-memory", "0=much"], "'much' is not a size"),
-        (["--no-split", "("], "no regular expression"),
+        (["--no-split", "("], "not a regular expression"),
         (
             ["--rates", "disc=1GB"],
             "'disc=1GB' must be NAME=SIZE, and NAME one of disk, copy, link, compute",
         ),
         (["--rates", "disk=fast"], "'fast' is not a size"),
         (["--predict", "--tokens", "0"], "0 is not in the range"),
-        (["--dtype", "int8"], "no floating-point type"),
+        (["--dtype", "int8"], "not a floating-point type"),
     ],
 )
 def test_a_command_line_that_says_nothing_is_refused(
@@ -144,7 +146,7 @@ def test_a_command_line_that_says_nothing_is_refused(
 def test_a_file_without_tensors_has_nothing_to_place(tmp_path: Path, capsys: Capture) -> None:
     torch.save({"epoch": 3}, tmp_path / "x.pt")
     assert main(["place", str(tmp_path / "x.pt")]) == 1
-    assert "there are no tensors in it" in capsys.readouterr().err
+    assert "it holds no tensors" in capsys.readouterr().err
 
 
 def test_a_part_of_a_file_can_be_placed(tmp_path: Path, capsys: Capture) -> None:
@@ -191,7 +193,7 @@ def test_a_forward_is_predicted_from_rates_that_are_given(matrices: Path, capsys
     ring = document["forecast"]["ring"]
     assert ring["lacking"] == max(0, ring["nbytes"] - document["left"]["cpu"])
     assert any(
-        line.startswith("ring") and line.endswith("more than is left for it") for line in lines
+        line.startswith("buffer") and line.endswith("more than is left") for line in lines
     ) == bool(ring["lacking"])
 
 
@@ -202,11 +204,11 @@ def test_without_a_rate_of_computing_it_says_what_bringing_the_weights_takes(
         capsys, matrices, "--max-memory", "0=6MB,cpu=4MB", "--rates", "disk=1MB,link=2MB"
     )
     assert [line for line in lines if line.startswith(("on disk", "on cpu"))] == [
-        "on disk      4.00 MB, read for every forward",
-        "on cpu       3.00 MB, brought to 0 for every forward",
+        "on disk      4.00 MB, read in every forward",
+        "on cpu       3.00 MB, copied to 0 in every forward",
     ]
     (line,) = (line for line in lines if line.startswith("at least"))
-    assert line.startswith("at least     4 s for a forward, which bringing the weights takes")
+    assert line.startswith("at least     4 s for a forward, to transfer the weights")
     assert not [line for line in lines if line.startswith("a forward")]
 
 

@@ -104,8 +104,8 @@ def test_a_stream_cut_anywhere_is_an_error(whole: bytes) -> None:
 
 
 BROKEN = {
-    "garbage after the frame": (frame(TEXT) + b"garbage!", "begins no frame"),
-    "zeros after the frame": (frame(TEXT) + bytes(64), "begins no frame"),
+    "garbage after the frame": (frame(TEXT) + b"garbage!", "is not the start of a frame"),
+    "zeros after the frame": (frame(TEXT) + bytes(64), "is not the start of a frame"),
     "a wrong checksum": (frame(TEXT, with_checksum=True)[:-1] + b"\x99", "checksum"),
     "a window of 2 GiB": (bytes.fromhex("28b52ffd") + b"\0\xa8" + b"\1\0\0", "memory"),
     "a dictionary": (bytes.fromhex("28b52ffd") + b"\x01\x50\x07" + b"\1\0\0", "(?i)dictionary"),
@@ -186,7 +186,7 @@ def test_a_table_that_lies_about_what_a_frame_holds_is_found_when_it_is_read(
     payload = expansion(Extent(tmp_path / "m.zst", 0, len(content)), CODEC, Limits())
     with pytest.raises(
         Malformed,
-        match=r"its table says that a frame holds (299,999|300,001) bytes, and it does not",
+        match=r"its table gives (299,999|300,001) bytes for a frame that has another length",
     ):
         read_all(payload)
 

@@ -98,13 +98,15 @@ def test_a_line_that_points_elsewhere_is_listed_and_not_read(folder: Path) -> No
     changed(folder, scalar={"safetensors_file": "/etc/passwd", "dtype": "float32", "shape": []})
     checkpoint = shardkit.open(folder)
     assert [(other.name, other.is_weight) for other in checkpoint.others] == [("scalar", True)]
-    with pytest.raises(Unwritable, match="its values lie in '/etc/passwd'"):
+    with pytest.raises(Unwritable, match="its values are stored in '/etc/passwd'"):
         shardkit.convert(folder, folder.with_name("out"))
 
 
 def test_files_that_the_index_does_not_know_are_said(folder: Path) -> None:
     (folder / "older.weight.dat").write_bytes(b"abcd")
-    assert shardkit.open(folder).notes == ("left out, being not in index.json: 1 .dat file",)
+    assert shardkit.open(folder).notes == (
+        "left out, because index.json does not list them: 1 .dat file",
+    )
 
 
 def test_a_file_that_changes_while_it_is_converted_is_noticed(folder: Path, tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_file_that_changes_while_it_is_converted_is_noticed(folder: Path, tmp_
 def test_what_is_no_regular_file_is_never_opened(folder: Path) -> None:
     (folder / "scalar.dat").unlink()
     os.mkfifo(folder / "scalar.dat")
-    with pytest.raises(Malformed, match=r"its file, 'scalar\.dat', is not there"):
+    with pytest.raises(Malformed, match=r"its file, 'scalar\.dat', is missing"):
         shardkit.open(folder)
 
 
@@ -182,7 +184,7 @@ def test_an_index_of_accelerate_with_its_folder_is_dispatched(offloaded: Path) -
         model()(X),
     )
     with pytest.raises(
-        LoadError, match=r"holds '0\.bias' as float32 \[4\], and offload_index says float16 \[4\]"
+        LoadError, match=r"holds '0\.bias' as float32 \[4\], but offload_index says float16 \[4\]"
     ):
         dispatch_model(
             empty(),

@@ -160,7 +160,7 @@ BAD = {
     "count negative": (legacy({"a": tensor("0", -1)}, ["0"], storage(1)), "-1 elements"),
     "view outside": (
         legacy({"a": tensor("0", 2, ("9", 1, 2))}, ["0"], storage(1, 2)),
-        "is no part of its 2 elements",
+        "exceeds its 2 elements",
     ),
     "class unknown": (
         legacy(
@@ -168,7 +168,7 @@ BAD = {
         ),
         "pathlib.Path",
     ),
-    "pid of nothing": (legacy({"a": Pid("x")}, ["0"], b""), "a tuple of 1 means no storage"),
+    "pid of nothing": (legacy({"a": Pid("x")}, ["0"], b""), "a tuple of 1 does not name a storage"),
     "shape of texts": (
         legacy({"a": Rebuilt(pid("0", 2), 0, ("2",), (1,))}, ["0"], storage(1, 2)),
         "not all whole numbers",

@@ -32,7 +32,7 @@ Place = tuple[Any, Any]  # a dict or a list of JSON, and a key or an index in it
 
 
 def changed(content: bytes, random: Random) -> bytes | None:
-    """*content* with one value in it renamed, removed or replaced; None where it is no JSON that
+    """*content* with one value in it renamed, removed or replaced; None where it is not JSON that
     holds any.
     """
     try:

@@ -96,15 +96,21 @@ BROKEN = {
         changed(shards={"b": {"nbytes": 1}}),
         "must have a length and the digest of its header",
     ),
-    "a block that is none": (changed(blocks=[3]), "a block must have a name and a place, found 3"),
-    "a block in no file": (changed(blocks=[{**BLOCK, "shard": "c"}]), "the block 'x' lies nowhere"),
+    "a block that is none": (
+        changed(blocks=[3]),
+        "a block must have a name and a byte range, found 3",
+    ),
+    "a block in no file": (
+        changed(blocks=[{**BLOCK, "shard": "c"}]),
+        "the block 'x' has no byte range",
+    ),
     "a block behind the end": (
         changed(blocks=[{**BLOCK, "stop": 51}]),
-        "the block 'x' lies nowhere",
+        "the block 'x' has no byte range",
     ),
     "blocks that overlap": (
         changed(blocks=[BLOCK, {**BLOCK, "start": 4}]),
-        "lies nowhere, or over another",
+        "has no byte range, or overlaps another",
     ),
     "tensors that are no names": (
         changed(blocks=[{**BLOCK, "tensors": [1]}]),

@@ -68,8 +68,8 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "a space before it": (b' {"a": 1}', 4, "must begin with '{'"),
     "no UTF-8": (b'{"\xff": 1}', 4, "not UTF-8"),
     "broken JSON": (b'{"a": ', 4, "broken JSON"),
-    "a tensor that stands twice": (TWICE, 4, "the key 'a' stands twice"),
-    "a field that stands twice": (LIST, 4, "'shape' stands twice"),
+    "a tensor that occurs twice": (TWICE, 4, "the key 'a' occurs twice"),
+    "a field that occurs twice": (LIST, 4, "'shape' occurs twice"),
     "metadata that is no object": (
         {"__metadata__": ["a"], "a": tensor()},
         4,
@@ -93,9 +93,21 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4, "tensor 'a': has no dtype"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4, "tensor 'a': has no shape"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, 4, "tensor 'a': has no data_offsets"),
-    "an unknown dtype": ({"a": tensor("Q8")}, 4, "tensor 'a': dtype 'Q8' is none of the format's"),
-    "a dtype that only torch has": ({"a": tensor("C32")}, 4, "dtype 'C32' is none of the format's"),
-    "a dtype that is no text": ({"a": tensor([])}, 4, "dtype a list of 0 is none of the format's"),
+    "an unknown dtype": (
+        {"a": tensor("Q8")},
+        4,
+        "tensor 'a': dtype 'Q8' is not a type of the format",
+    ),
+    "a dtype that only torch has": (
+        {"a": tensor("C32")},
+        4,
+        "dtype 'C32' is not a type of the format",
+    ),
+    "a dtype that is not UTF-8 text": (
+        {"a": tensor([])},
+        4,
+        "dtype a list of 0 is not a type of the format",
+    ),
     "a shape that is no list": ({"a": tensor(shape=4)}, 4, "shape must be a list of whole numbers"),
     "a float in the shape": (
         {"a": tensor(shape=[1.0])},
@@ -140,7 +152,7 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "half a byte": (
         {"a": tensor("F4", [7], [0, 4])},
         4,
-        "F4 [7] is 28 bits, which is no whole number of bytes",
+        "F4 [7] is 28 bits, which is not a whole number of bytes",
     ),
     "three quarters of a byte": ({"a": tensor("F6_E2M3", [1], [0, 1])}, 1, "is 6 bits"),
     "too little data for the shape": (
@@ -156,12 +168,12 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "a hole at the start": (
         {"a": tensor(offsets=[4, 8])},
         8,
-        "data starts at 4, behind 4 bytes of no tensor",
+        "data starts at 4, after 4 bytes belonging to no tensor",
     ),
     "a hole in between": (
         {"a": tensor(), "b": tensor(offsets=[6, 10])},
         10,
-        "data starts at 6, behind 2 bytes of no tensor",
+        "data starts at 6, after 2 bytes belonging to no tensor",
     ),
     "an overlap": (
         {"a": tensor(), "b": tensor(offsets=[2, 6])},
@@ -181,10 +193,14 @@ FAULTS: dict[str, tuple[object, int, str]] = {
     "data that is cut off": (
         {"a": tensor(), "b": tensor(offsets=[4, 8])},
         6,
-        "6 are there; the first to miss some is 'b'",
+        "6 are there; the first incomplete one is 'b'",
     ),
-    "bytes after the last": ({"a": tensor()}, 7, "after the last tensor, 3 bytes of no tensor"),
-    "bytes and no tensor": ({}, 1, "after the last tensor, 1 byte of no tensor"),
+    "bytes after the last": (
+        {"a": tensor()},
+        7,
+        "after the last tensor, 3 bytes belonging to no tensor",
+    ),
+    "bytes and no tensor": ({}, 1, "after the last tensor, 1 byte belonging to no tensor"),
 }
 
 FINE: dict[str, tuple[object, int]] = {
@@ -219,7 +235,7 @@ def test_a_fault_is_named_with_its_tensor(
     assert str(caught.value).startswith("m.safetensors: ")
 
 
-TAKEN_BY_THE_REFERENCE = {"a space before it", "a tensor that stands twice"}
+TAKEN_BY_THE_REFERENCE = {"a space before it", "a tensor that occurs twice"}
 
 
 @pytest.mark.parametrize(
@@ -252,8 +268,12 @@ def test_more_tensors_than_the_limit_are_refused() -> None:
 
 
 LENGTHS = {
-    "an empty file": (b"", 0, "the file has 0 bytes, and 8 are needed"),
-    "seven bytes": (bytes(7), 7, "the file has 7 bytes, and 8 are needed"),
+    "an empty file": (b"", 0, "the file has 0 bytes, and the length of the header alone takes 8"),
+    "seven bytes": (
+        bytes(7),
+        7,
+        "the file has 7 bytes, and the length of the header alone takes 8",
+    ),
     "beyond the format": (
         (100_000_001).to_bytes(8, "little"),
         2**40,
@@ -335,17 +355,17 @@ UNWRITABLE = {
     "a dtype without a code": (
         [entry("a", code="C128"), entry("b"), entry("c", code="C32")],
         {},
-        "safetensors has no such types as these tensors have: 'a' (C128), 'c' (C32)",
+        "safetensors does not have the types of these tensors: 'a' (C128), 'c' (C32)",
     ),
     "the name of the metadata": (
         [entry("__metadata__")],
         {},
         "no tensor of a safetensors file can be called __metadata__",
     ),
-    "half a surrogate pair": (
+    "unpaired surrogate": (
         [entry("a"), entry("b\ud800")],
         {},
-        "'b\\ud800' holds half a surrogate pair",
+        "'b\\ud800' contains an unpaired surrogate",
     ),
     "the same in the metadata": ([entry("a")], {"x": "\udfff"}, "the metadata"),
 }

@@ -33,15 +33,15 @@ NAMES = {
     "/etc/passwd": "is an absolute path",
     "C:\\x": "is an absolute path",
     "c:x": "is an absolute path",
-    "a\\b": "holds a backslash",
+    "a\\b": "contains a backslash",
     "../x.bin": "leads out of the folder",
     "a/../../x.bin": "leads out of the folder",
     "..": "leads out of the folder",
-    "a\nb": "holds a control character",
-    "a\x00": "holds a control character",
-    "a\x85": "holds a control character",
-    "a//b": "holds an empty step",
-    "a/": "holds an empty step",
+    "a\nb": "contains a control character",
+    "a\x00": "contains a control character",
+    "a\x85": "contains a control character",
+    "a//b": "contains an empty component",
+    "a/": "contains an empty component",
 }
 
 
@@ -75,7 +75,7 @@ def test_more_tensors_than_the_limit_are_refused() -> None:
 
 
 def test_a_tensor_listed_twice_is_refused() -> None:
-    with pytest.raises(Malformed, match="the key 'a' stands twice"):
+    with pytest.raises(Malformed, match="the key 'a' occurs twice"):
         shard_index.parse(PATH, b'{"weight_map": {"a": "x", "a": "y"}}', Limits())
 
 

@@ -14,12 +14,12 @@ from shardkit.metadata.strict_json import parse_json
 PATH = Path("some.json")
 
 FAULTS = {
-    "a key that stands twice": (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
-    "not a number": (b'{"a": NaN}', "NaN is no JSON number"),
-    "infinity": (b'{"a": [-Infinity]}', "-Infinity is no JSON number"),
+    "a key that occurs twice": (b'{"a": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
+    "not a number": (b'{"a": NaN}', "NaN is not a JSON number"),
+    "infinity": (b'{"a": [-Infinity]}', "-Infinity is not a JSON number"),
     "bytes that are no UTF-8": (b'{"a\xff": 1}', "byte 3 is not UTF-8 text"),
-    "half a surrogate pair in a key": (b'{"\\ud800": 1}', "half a surrogate pair"),
-    "half a surrogate pair in a value": (b'{"a": ["x", "\\uDFFF"]}', "half a surrogate pair"),
+    "unpaired surrogate in a key": (b'{"\\ud800": 1}', "unpaired surrogate"),
+    "unpaired surrogate in a value": (b'{"a": ["x", "\\uDFFF"]}', "unpaired surrogate"),
     "an integer of too many digits": (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON"),
     "cut off": (b'{"a": [1, 2', "broken JSON"),
     "something after the document": (b'{"a": 1} x', "Extra data at character 9"),

@@ -288,7 +288,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[shardkit.ShardkitError]]] = {
     "a rename that is no expression": ({"rename": [("(", "")]}, PlanError),
     "a replacement that names no group": ({"rename": [("a", r"\7")]}, PlanError),
     "a name that safetensors keeps": ({"rename": [("^steps$", "__metadata__")]}, Unwritable),
-    "a name that is no text": ({"rename": [("^steps$", "\ud800")]}, Unwritable),
+    "a name that is not UTF-8 text": ({"rename": [("^steps$", "\ud800")]}, Unwritable),
 }
 
 

@@ -155,7 +155,7 @@ def test_what_is_prepared_is_what_the_source_holds(
     folder = tmp_path_factory.mktemp("law")
     save_file(state, folder / "big.safetensors")
     if blocks and not any(re.search(blocks, head) for name in state for head in heads(name)):
-        with pytest.raises(PlanError, match="is found in the name of no module"):
+        with pytest.raises(PlanError, match="matches no module name"):
             shardkit.offload_prep(folder / "big.safetensors", folder / "out", blocks=blocks)
         blocks = None
     shardkit.offload_prep(
@@ -237,8 +237,8 @@ def test_a_block_larger_than_a_shard_is_cut_and_that_is_said(tmp_path: Path) -> 
         tmp_path / "m.safetensors",
     )
     report = shardkit.offload_prep(tmp_path / "m.safetensors", tmp_path / "out", max_shard="20kB")
-    assert [note for note in report.notes if "cut over several shards" in note] == [
-        "larger than 20.0 kB with a header, and so cut over several shards: 'layers.0', 'layers.1'"
+    assert [note for note in report.notes if "split over several shards" in note] == [
+        "larger than 20.0 kB with a header, so split over several shards: 'layers.0', 'layers.1'"
     ]
     assert [block["name"] for block in record_of(tmp_path / "out")["blocks"]] == [
         f"layers.{n}" for n in (0, 0, 0, 1, 1, 1)
@@ -267,12 +267,10 @@ def test_the_type_is_fixed_when_it_is_written(model: Path, tmp_path: Path) -> No
 def test_the_user_says_what_is_a_block(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, tmp_path / "out", blocks=r"self_attn$|mlp$")
     assert {"model.layers.0.self_attn", "model.layers.0.mlp"} <= set(blocks_of(tmp_path / "out"))
-    with pytest.raises(
-        PlanError, match="'decoder_layer' is found in the name of no module"
-    ) as raised:
+    with pytest.raises(PlanError, match="'decoder_layer' matches no module name") as raised:
         shardkit.offload_prep(model, tmp_path / "other", blocks="decoder_layer")
     assert "'model.embed_tokens', 'model.layers.0'" in (raised.value.hint or "")
-    with pytest.raises(PlanError, match=r"'\(' is no regular expression"):
+    with pytest.raises(PlanError, match=r"'\(' is not a regular expression"):
         prepare_offload(model, None, Edits(), blocks="(")
 
 
@@ -287,12 +285,12 @@ def test_an_order_that_was_recorded_is_kept(model: Path, tmp_path: Path) -> None
     report = shardkit.offload_prep(model, tmp_path / "out", order=order)
     assert blocks_of(tmp_path / "out")[:3] == ["lm_head", "model.layers.1", "model.embed_tokens"]
     assert (
-        "not in the order, and so put last: 'model.layers.0', 'model.layers.2', 'model.norm'"
+        "not in the order, so written last: 'model.layers.0', 'model.layers.2', 'model.norm'"
         in report.notes
     )
     assert "in the order, but not in the checkpoint: 'rotary'" in report.notes
     assert shardkit.verify(tmp_path / "out", model).same
-    with pytest.raises(PlanError, match="the order calls 'nobody', and no block has this name"):
+    with pytest.raises(PlanError, match="the order names 'nobody', which is neither a block"):
         shardkit.offload_prep(model, tmp_path / "none", order=["nobody"])
 
 
@@ -302,13 +300,13 @@ def test_an_order_is_a_list_in_json_or_a_name_on_each_line(tmp_path: Path) -> No
     assert read_order(tmp_path / "lines") == read_order(tmp_path / "json") == ("embed", "layers.0")
     for text, sentence in (
         ("[1]", "must be a list of names"),
-        ("[", "begins like a JSON list, and is none"),
+        ("[", "begins like a JSON list but is invalid"),
     ):
         (tmp_path / "bad").write_text(text)
         with pytest.raises(PlanError, match=sentence):
             read_order(tmp_path / "bad")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(PlanError, match="is no text"):
+    with pytest.raises(PlanError, match="is not UTF-8 text"):
         read_order(tmp_path / "bytes")
     with pytest.raises(FormatError, match="cannot be read"):
         read_order(tmp_path / "missing")
@@ -316,10 +314,12 @@ def test_an_order_is_a_list_in_json_or_a_name_on_each_line(tmp_path: Path) -> No
 
 def test_one_file_is_no_place_for_blocks(model: Path) -> None:
     with pytest.raises(
-        PlanError, match=r"x\.safetensors is one file, and blocks with their record need a folder"
+        PlanError, match=r"x\.safetensors is a file, but offload-prep writes a folder"
     ):
         shardkit.offload_prep(model, "x.safetensors")
-    with pytest.raises(PlanError, match=r"x\.safetensors\.zst is one file, and blocks") as caught:
+    with pytest.raises(
+        PlanError, match=r"x\.safetensors\.zst is a file, but offload-prep"
+    ) as caught:
         shardkit.offload_prep(model, "x.safetensors.zst", compress="zstd")
     assert "'x'" in str(caught.value.hint)
 
@@ -361,7 +361,10 @@ def test_verify_says_what_no_block_holds(model: Path, tmp_path: Path) -> None:
     shardkit.offload_prep(model, tmp_path / "out")
     record = record_of(tmp_path / "out")
     (tmp_path / "out" / RECORD).write_text(json.dumps({**record, "blocks": record["blocks"][1:]}))
-    assert "unchecked, being in no block: 1 tensor" in shardkit.verify(tmp_path / "out").notes
+    assert (
+        "not checked, because no block contains them: 1 tensor"
+        in shardkit.verify(tmp_path / "out").notes
+    )
 
 
 def other_shards(out: Path) -> None:

@@ -154,8 +154,7 @@ def test_a_flipped_bit_is_named_by_its_tensor_and_bytes(
     start, stop = place["layers.3"]["start"], place["layers.3"]["stop"]
     flip(shard, start + 17)
     detail = (
-        f"bytes [{start:,}, {stop:,}) of 'model.safetensors' have another {algorithm} than "
-        "was written"
+        f"bytes [{start:,}, {stop:,}) of 'model.safetensors' do not match the recorded {algorithm}"
     )
     assert found(shardkit.verify(tmp_path / "out")) == [("layers.3", detail)]
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 1
@@ -176,7 +175,7 @@ def test_what_is_missing_or_cut_off_is_named(out: Path) -> None:
     os.truncate(out / "model-00002-of-00006.safetensors", 100)
     assert found(shardkit.verify(out)) == [
         ("model-00002-of-00006.safetensors", f"has 100 bytes, and {nbytes:,} were written"),
-        ("config.json", "the manifest lists it, and it is not there"),
+        ("config.json", "the manifest lists it, but it is missing"),
     ]
 
 
@@ -254,15 +253,15 @@ def test_what_carries_no_crc_is_said_to_be_unchecked(source: Path, tmp_path: Pat
         torch.save({"a": torch.ones(100)}, tmp_path / "unsummed.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert "unchecked" in shardkit.verify(tmp_path / "unsummed.pt").notes[0]
+    assert "not checked" in shardkit.verify(tmp_path / "unsummed.pt").notes[0]
     report = shardkit.convert(tmp_path / "unsummed.pt", tmp_path / "out", checksum="sha256")
-    assert any("unchecked" in note for note in report.notes)
+    assert any("not checked" in note for note in report.notes)
     (tmp_path / "out" / MANIFEST_NAME).unlink()
-    assert "unchecked" in shardkit.verify(tmp_path / "out" / "model.safetensors").notes[0]
+    assert "not checked" in shardkit.verify(tmp_path / "out" / "model.safetensors").notes[0]
 
 
 def test_one_file_has_no_place_for_a_manifest(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="no place for a manifest"):
+    with pytest.raises(PlanError, match="no manifest for checksums"):
         shardkit.convert(source, tmp_path / "out.safetensors", checksum="sha256")
 
 

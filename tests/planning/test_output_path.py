@@ -189,7 +189,7 @@ PLACES: dict[str, Callable[[Path], tuple[Path, Path]]] = {
 def test_the_source_is_never_replaced(place: str, source: Path) -> None:
     read, out = PLACES[place](source)
     before = content(source.parent)
-    with pytest.raises(OutputError, match="what is being read"):
+    with pytest.raises(OutputError, match="is the input"):
         shardkit.convert(read, out, overwrite=True)
     assert content(source.parent) == before
 
@@ -198,13 +198,13 @@ def test_a_file_is_not_replaced_by_its_own_conversion(source: Path, tmp_path: Pa
     shardkit.convert(source, tmp_path / "x.safetensors")
     (tmp_path / "link.safetensors").symlink_to("x.safetensors")
     for out in ("x.safetensors", "link.safetensors"):
-        with pytest.raises(OutputError, match="what is being read"):
+        with pytest.raises(OutputError, match="is the input"):
             shardkit.convert(tmp_path / "x.safetensors", tmp_path / out, overwrite=True)
 
 
 def test_an_earlier_output_inside_the_source_is_not_replaced(source: Path) -> None:
     shardkit.convert(source, source / "out")
-    with pytest.raises(OutputError, match="what is being read"):
+    with pytest.raises(OutputError, match="is the input"):
         shardkit.convert(source, source / "out", overwrite=True)
 
 

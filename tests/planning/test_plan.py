@@ -113,7 +113,7 @@ def test_one_file_takes_everything() -> None:
 
 
 def test_a_format_that_is_only_read_is_refused() -> None:
-    with pytest.raises(Unwritable, match="safetensors is only read"):
+    with pytest.raises(Unwritable, match="safetensors can only be read"):
         plan_file(edited(tensor("a", 1)), replace(FORMAT, lay_out=None), name="x", metadata={})
 
 

@@ -103,7 +103,7 @@ def test_the_files_that_were_read_are_told(tmp_path: Path) -> None:
 
 def test_a_format_that_is_named_is_not_questioned(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(b"x" * 100)
-    with pytest.raises(UnknownFormat, match="is a text and holds no weights"):
+    with pytest.raises(UnknownFormat, match="is text and holds no weights"):
         open_checkpoint(tmp_path / "m", format="safetensors")
     with pytest.raises(PlanError, match="there is no format called 'gguf'"):
         open_checkpoint(tmp_path / "m", format="gguf")
@@ -156,7 +156,7 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="nowhere: cannot be read: No such file or directory"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="is no path"):
+    with pytest.raises(FormatError, match="is not a path"):
         open_checkpoint("a\0b")
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(FormatError, match="Not a directory"):
@@ -185,7 +185,7 @@ def test_a_pipe_a_socket_and_a_device_never_block(tmp_path: Path) -> None:
 def test_a_link_to_nothing_names_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "m").symlink_to("../../blobs/0123")
     with pytest.raises(
-        FormatError, match=r"is a link to \.\./\.\./blobs/0123, which is not there"
+        FormatError, match=r"is a link to \.\./\.\./blobs/0123, which does not exist"
     ) as caught:
         open_checkpoint(tmp_path / "m")
     assert caught.value.hint == "finish the download, and try again"
@@ -248,7 +248,7 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UnknownFormat, match=r"it holds 'model_index\.json', 'scheduler'") as caught:
         open_checkpoint(tmp_path)
-    assert caught.value.hint == "give the file or folder with the weights"
+    assert caught.value.hint == "pass the file or folder that holds the weights"
 
 
 def test_a_folder_of_pointers_names_the_pointer(tmp_path: Path) -> None:
@@ -410,8 +410,8 @@ DISAGREEMENTS: dict[str, tuple[dict[str, str | None], str]] = {
         {"a": "sub"},
         "sub: is a folder, and only files and folders can be read",
     ),
-    "a shard that is a text": ({"a": "text.txt"}, "text.txt: is a text and holds no weights"),
-    "a shard that is the index": ({"a": "model.safetensors.index.json"}, "is a JSON text"),
+    "a shard that is a text": ({"a": "text.txt"}, "text.txt: is text and holds no weights"),
+    "a shard that is the index": ({"a": "model.safetensors.index.json"}, "is JSON text"),
     "a name that escapes": ({"a": "../m-1.safetensors"}, "leads out of the folder of the index"),
 }
 

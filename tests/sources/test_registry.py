@@ -136,7 +136,7 @@ BROKEN = {
     ),
     "its name is another": (
         PLUGIN.replace('"toy"', '"tin"'),
-        "calls itself 'tin', and its entry point says 'toy'",
+        "is named 'tin', but its entry point is named 'toy'",
     ),
 }
 
@@ -156,7 +156,7 @@ def test_a_broken_plugin_is_kept_as_its_error_and_blocks_nothing(
         registry.format_named("toy")
     with pytest.raises(UnknownFormat) as caught:
         registry.recognise(held(b"TOY!" * 9))
-    assert "toy could not be asked: run `shardkit formats` to see why" in str(caught.value.hint)
+    assert "toy could not be loaded: run `shardkit formats` to see why" in str(caught.value.hint)
 
 
 def test_a_plugin_that_fails_on_a_file_blocks_no_other_format(install: Install) -> None:
@@ -164,14 +164,14 @@ def test_a_plugin_that_fails_on_a_file_blocks_no_other_format(install: Install) 
     assert registry.recognise(held(SAFETENSORS)).name == "safetensors"
     with pytest.raises(UnknownFormat) as caught:
         registry.recognise(held(b"TOY!"))
-    assert "toy could not be asked" in str(caught.value.hint)
+    assert "toy could not be loaded" in str(caught.value.hint)
 
 
 def test_a_plugin_cannot_take_the_name_of_a_built_in_format(install: Install) -> None:
     install("shardkit-toy", PLUGIN.replace('"toy"', '"safetensors"'), entry="safetensors")
     assert registry.format_named("safetensors").lay_out is not None
     errors = [str(each.error) for each in registry.formats() if each.error]
-    assert any("has the name of one that comes with shardkit" in error for error in errors)
+    assert any("has the name of a built-in one" in error for error in errors)
 
 
 def test_two_claimants_are_both_named(install: Install) -> None:
@@ -180,7 +180,7 @@ def test_two_claimants_are_both_named(install: Install) -> None:
     with pytest.raises(UnknownFormat, match=r"file\.bin: could be tin and toy") as caught:
         registry.recognise(held(b"TOY!"))
     assert caught.value.claimed
-    assert caught.value.hint == "say which it is: format='tin'"
+    assert caught.value.hint == "choose one with format='tin'"
 
 
 def test_a_codec_is_found_by_the_first_bytes(install: Install) -> None:
@@ -197,7 +197,7 @@ def test_a_codec_is_found_by_the_first_bytes(install: Install) -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        PlanError, match=r"there is no format called 'gguf'; there are .*safetensors"
+        PlanError, match=r"there is no format called 'gguf'; the formats are .*safetensors"
     ):
         registry.format_named("gguf")
 

@@ -127,11 +127,11 @@ BROKEN = {
     "no directory": (archive()[:-30], "truncated download"),
     "cut in a member": (archive()[:500], "truncated download"),
     "several disks": (patched(archive(), b"PK\5\6", 4, b"\1"), "split over several files"),
-    "wrong place": (patched(archive(), b"PK\5\6", 16, b"\1\0\0\0"), "should lie at"),
+    "wrong place": (patched(archive(), b"PK\5\6", 16, b"\1\0\0\0"), "should be at"),
     "wrong count": (patched(archive(), b"PK\5\6", 10, b"\x09"), "announces 9"),
     "no entry": (patched(archive(), b"PK\1\2", 0, b"XX"), "no entry at byte"),
     "name too long": (patched(archive(), b"PK\1\2", 28, b"\xff\xff"), "cut short"),
-    "member too long": (patched(archive(), b"PK\1\2", 20, b"\xff\xff\0\0" * 2), "runs over"),
+    "member too long": (patched(archive(), b"PK\1\2", 20, b"\xff\xff\0\0" * 2), "overlaps"),
     "sizes differ": (patched(archive(), b"PK\1\2", 24, b"\1\0"), "is not compressed"),
     "shared start": (
         patched(archive(), b"PK\1\2", 42, struct.pack("<I", archive().index(b"PK\3\4", 4))),
@@ -144,7 +144,7 @@ BROKEN = {
     ),
     "zip64 far away": (
         wide_archive()[:-34] + b"\xff" + wide_archive()[-33:],
-        "behind its own locator",
+        "after its own locator",
     ),
 }
 
@@ -160,7 +160,7 @@ def test_a_broken_directory_is_refused_with_a_sentence(fault: str, tmp_path: Pat
 BROKEN_MEMBERS = {
     "no local header": (patched(archive(), b"PK\3\4", 3, b"\5"), "no local header"),
     "encrypted": (patched(archive(), b"PK\3\4", 6, b"\1"), "is encrypted"),
-    "extra over the next": (patched(archive(), b"PK\3\4", 28, b"\xff"), "runs over"),
+    "extra over the next": (patched(archive(), b"PK\3\4", 28, b"\xff"), "overlaps"),
     "unknown method": (
         patched(patched(archive(), b"PK\1\2", 10, b"\x0c"), b"PK\3\4", 8, b"\x0c"),
         "method 12",

@@ -249,7 +249,7 @@ def test_a_file_of_another_format_is_not_compressed_whatever_it_is_called(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(registry, "writer_for", lambda suffix: toy if suffix == ".toy" else None)
         for name in ("m.toy", "m.toy.zst"):
-            with pytest.raises(PlanError, match="only safetensors is compressed") as caught:
+            with pytest.raises(PlanError, match="only safetensors can be compressed") as caught:
                 shardkit.convert(source, tmp_path / name, compress="zstd")
             assert caught.value.hint == "leave out compress=, or write safetensors"
 
@@ -292,7 +292,7 @@ def test_verify_says_that_frames_were_held_against_their_checksums(
     assert beside == "files beside the weights were not checked: 'config.json'"
     held = sum(tensor.nbytes > 0 for tensor in state().values())
     assert note == (
-        "expanded, and compared with the checksums in the frames, where there are any: "
+        "decompressed, and compared with the checksums in the frames, where there are any: "
         f"{held} tensors"
     )
 

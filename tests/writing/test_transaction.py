@@ -184,7 +184,7 @@ def test_two_runs_at_a_time_are_refused(source: Path, tmp_path: Path) -> None:
 def test_a_folder_that_no_run_left_there_is_not_touched(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_text("mine")
-    with pytest.raises(OutputError, match="no run of shardkit left there") as caught:
+    with pytest.raises(OutputError, match="shardkit did not write") as caught:
         shardkit.convert(source, tmp_path / "out")
     assert caught.value.hint
     assert files_in(tmp_path / "out.partial") == {"model.safetensors": b"mine"}

@@ -253,7 +253,7 @@ def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> 
 
 def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_path: Path) -> None:
     broken = OutputFile("model.safetensors", (Literal(b"no header at all"),))
-    with pytest.raises(OutputError, match="the reference reader does not take it"):
+    with pytest.raises(OutputError, match="the safetensors library cannot read it"):
         written(plan_of(broken, shards=["model.safetensors"], form="safetensors"), tmp_path / "out")
     assert "done" not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
 
@@ -271,7 +271,7 @@ def test_a_long_header_is_read_by_a_process_of_its_own_if_there_can_be_one(
     check(tmp_path / "good", OutputFile("good", (Literal(content),)))
     (tmp_path / "bad").write_bytes(content[:-1])
     with pytest.raises(
-        OutputError, match=r"the reference reader does not take it: .*invalid header length"
+        OutputError, match=r"the safetensors library cannot read it: .*invalid header length"
     ):
         check(tmp_path / "bad", OutputFile("bad", (Literal(content),)))
 

@@ -223,17 +223,17 @@ HEADERS = {
     ),
     "{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}": "there are 8",
     "{'descr': 'f4', 'fortran_order': False, 'shape': (2,)}": (
-        "descr is 'f4', which is no type of numpy"
+        "descr is 'f4', which is not a NumPy type"
     ),
     "{'descr': 4, 'fortran_order': False, 'shape': (2,)}": "descr is 4",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "no literal",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1": "not a literal",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}}": "something follows",
     "{'descr': '<f4' 'fortran_order': False}": "',' or '}' must follow",
-    "{'descr': __import__('os').system('true')}": "no literal",
+    "{'descr': __import__('os').system('true')}": "not a literal",
     "{[]: 1}": "needs texts for keys",
     "{'descr': " + "(" * 60_000: "nested more than 32 deep",
-    "{'descr': " + "-" * 60_000 + "1}": "no literal",
-    "{'shape': " + "9" * 60_000 + "}": "no literal",
+    "{'descr': " + "-" * 60_000 + "1}": "not a literal",
+    "{'shape': " + "9" * 60_000 + "}": "not a literal",
 }
 
 
@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Format, list[TensorEntry], dict[str, str]]] = {
     "metadata in .npy": (npy.FORMAT, [PLAIN], {"author": "me"}),
     "too much metadata": (npz.FORMAT, [PLAIN], {"author": "x" * 70_000}),
     "a NUL in a name": (npz.FORMAT, [replace(PLAIN, path=("a\0b",))], {}),
-    "half a surrogate": (npz.FORMAT, [replace(PLAIN, path=("\ud800",))], {}),
+    "unpaired surrogate": (npz.FORMAT, [replace(PLAIN, path=("\ud800",))], {}),
     "a long name": (npz.FORMAT, [replace(PLAIN, path=("x" * 70_000,))], {}),
     "33 axes": (npz.FORMAT, [TensorEntry(("a",), BY_CODE["U8"], (1,) * 33, Literal(b"1"))], {}),
 }

@@ -1,1 +1,1 @@
-"""The commands, a module for each, imported only when it is asked for."""
+"""The commands, one module each, imported only when it is run."""

@@ -26,7 +26,7 @@ For example:
   shardkit convert run/last.ckpt --root ema --rename '^module\\.=' --dtype bf16 -o ema-bf16
   shardkit convert llama/ -o llama.safetensors
 
-A run that was stopped goes on where it was when the same command is given again.""",
+An interrupted run resumes when the same command is run again.""",
 )
 @options.path_argument("source", "SRC")
 @click.option(
@@ -34,7 +34,7 @@ A run that was stopped goes on where it was when the same command is given again
     "--output",
     type=click.Path(),
     metavar="OUT",
-    help="Folder to make, or one file if it ends in .safetensors. By default SRC's name with "
+    help="Folder to create, or a file if it ends in .safetensors. Default: SRC's name with "
     "-shards, beside it.",
 )
 @options.shard_size_option
@@ -52,8 +52,8 @@ def command(
     """Write the checkpoint SRC as safetensors shards of bounded size.
 
     SRC is a torch file of any age, a TorchScript archive, safetensors, an index, a folder, or a
-    .zst of a file. Nothing in a pickle is run, and memory does not grow with the size of SRC. OUT
-    appears whole, or not at all.
+    .zst of a file. No pickle is executed, and memory does not grow with the size of SRC. OUT
+    appears complete or not at all.
 
     The edits are applied in the order in which they are listed below: root, include and exclude,
     rename, dtype, ties.

@@ -27,7 +27,7 @@ For example:
 @options.path_argument("a", "A")
 @options.path_argument("b", "B")
 @click.option(
-    "--root", metavar="PATH", help="Compare what lies below this dotted path; '.' for everything."
+    "--root", metavar="PATH", help="Compare the subtree at this dotted path; '.' for everything."
 )
 @options.limit_option
 @options.json_option("all differences")

@@ -27,10 +27,10 @@ For example:
 )
 @options.json_option("them")
 def command(as_json: bool) -> None:
-    """List the formats and codecs that are installed, what brings them, and the plugins that cannot
-    be used.
+    """List the installed formats and codecs, the packages that provide them, and the plugins that
+    cannot be used.
 
-    What a file is, its content decides; the endings are those that such files usually have.
+    Files are recognised by their content; the suffixes are those that such files usually have.
     """
     from shardkit.sources import registry
 

@@ -26,11 +26,11 @@ For example:
 )
 @options.path_argument("source", "SRC")
 @click.option(
-    "--all", "everything", is_flag=True, help="Show every tensor, however many lines that takes."
+    "--all", "everything", is_flag=True, help="Show every tensor, in any number of lines."
 )
 @options.format_option
 @options.limit_option
-@options.json_option("every tensor, with the place of its bytes,")
+@options.json_option("every tensor, with its byte range,")
 @click.pass_context
 def command(
     context: click.Context,
@@ -40,11 +40,11 @@ def command(
     limits: Limits,
     as_json: bool,
 ) -> None:
-    """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and what is no
-    tensor.
+    """Show what the checkpoint SRC holds: names, types, shapes, bytes, ties, views, and objects
+    that are not tensors.
 
-    Only headers are read, and nothing in a pickle is run; what it asks to call is listed by name.
-    Beyond 200 lines, numbered parts that look alike are folded, and then what lies deepest.
+    Only headers are read, and no pickle is executed; functions that it asks to call are listed by
+    name. Beyond 200 lines, numbered parts with equal content are folded, then the deepest parts.
     """
     from shardkit.cli.output.inspect_json import document
     from shardkit.cli.output.inspect_text import portrait

@@ -26,7 +26,7 @@ For example:
   shardkit offload-prep mixtral/ --max-shard 2GB -o /nvme/mixtral
   shardkit offload-prep unet.bin --blocks 'transformer_blocks\\.\\d+$'
 
-A run that was stopped goes on where it was when the same command is given again.""",
+An interrupted run resumes when the same command is run again.""",
 )
 @options.path_argument("source", "SRC")
 @click.option(
@@ -34,20 +34,20 @@ A run that was stopped goes on where it was when the same command is given again
     "--output",
     type=click.Path(),
     metavar="OUT",
-    help="Folder to make. By default SRC's name with -offload, beside it.",
+    help="Folder to create. Default: SRC's name with -offload, beside it.",
 )
 @options.shard_size_option
 @click.option(
     "--blocks",
     metavar="REGEX",
     callback=options.parse_pattern,
-    help="Each module in whose name this is found is a block. By default numbered layers are, "
-    "and the modules beside them.",
+    help="Each module whose name matches is a block. By default these are numbered layers, and "
+    "the modules beside them.",
 )
 @click.option(
     "--model-class",
     is_flag=True,
-    help="Blocks are what the class that config.json names says must not be split; needs "
+    help="Take the blocks from _no_split_modules of the class that config.json names; needs "
     "transformers.",
 )
 @click.option(
@@ -75,13 +75,13 @@ def command(
     read per block.
 
     OUT is an ordinary folder of safetensors shards, which every library of Hugging Face loads. In
-    it each block (a numbered layer with its experts, the embeddings, the head) stands in one run of
-    bytes, and blocks stand in the order in which they run; offload.json says what lies where, with
-    a digest of each block that `shardkit verify` checks. Cast with --dtype here, once, to what the
-    model is run in.
+    it each block (a numbered layer with its experts, the embeddings, the head) is contiguous, and
+    blocks are stored in the order in which they run. offload.json lists the byte range and a digest
+    of each block; `shardkit verify` checks the digests. Use --dtype to cast once here, to the type
+    that the model runs in.
 
-    SRC may be anything that convert reads; no class of a model is needed, and nothing in a pickle
-    is run.
+    SRC may be in any format that convert reads. No model class is needed, and no pickle is
+    executed.
     """
     from shardkit.cli.run_conversion import write
     from shardkit.operations.offload_prep import prepare_offload, read_order
@@ -89,7 +89,7 @@ def command(
     begun = time.monotonic()
     if blocks is not None and model_class:
         raise click.UsageError(
-            "--blocks and --model-class both say what is a block: give one of them", context
+            "--blocks and --model-class exclude each other: remove one of them", context
         )
     conversion = prepare_offload(
         source,

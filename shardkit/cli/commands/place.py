@@ -82,8 +82,8 @@ For example:
     metavar="DEVICE=SIZE,...",
     multiple=True,
     callback=parse_budgets,
-    help="What each device may hold: accelerators by number, cpu, mps. Without cpu, it has what "
-    "this machine has free.",
+    help="Memory budget of each device: accelerators by number, cpu, mps. Without cpu, all free "
+    "memory of this machine is used.",
 )
 @click.option(
     "--dtype",
@@ -96,26 +96,27 @@ For example:
     "--no-split",
     metavar="REGEX",
     callback=options.parse_pattern,
-    help="Keep each module whole in whose name this is found. By default numbered layers are.",
+    help="Keep each module whose name matches on one device. By default these are the numbered "
+    "layers.",
 )
 @click.option(
     "--predict",
     is_flag=True,
-    help="Measure this machine for a second, and say what a forward would take; needs torch.",
+    help="Measure this machine for a second, and predict the time of a forward; needs torch.",
 )
 @click.option(
     "--rates",
     metavar="NAME=SIZE,...",
     callback=parse_rates,
     shell_complete=completion.rates,
-    help="Say it at these bytes per second: disk, copy (in memory), link (to an accelerator), "
+    help="Predict with these bytes per second: disk, copy (in memory), link (to an accelerator), "
     "compute (weights multiplied).",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(1),
     default=1,
-    help="How many go in at once, where it is measured. Default: 1.",
+    help="Tokens in a forward, for --predict. Default: 1.",
 )
 @options.root_option
 @options.format_option
@@ -136,17 +137,17 @@ def command(
     limits: Limits,
     as_json: bool,
 ) -> None:
-    """Show on which device each part of the model in SRC would lie, what is left, and what does not
+    """Show on which device each part of the model in SRC would be, what is left, and what does not
     fit.
 
-    Only headers are read, and no model class is needed: what is run as one is told from the names.
+    Only headers are read, and no model class is needed: blocks are inferred from tensor names.
     Accelerators are filled one after the other, as with device_map="sequential", then the CPU; the
-    rest lies on disk. What lies on CPU or disk is brought to the first accelerator to be run, so
-    that room for the largest block is kept there. Activations are not counted.
+    rest stays on disk. Blocks on CPU or disk are copied to the first accelerator to be run, so room
+    for the largest block is reserved there. Activations are not counted.
 
-    With --predict or --rates it also says how long a forward would take, and what limits it. Where
-    it is not known how fast is computed, as on an accelerator that is not here, it says how long
-    bringing the weights takes at least.
+    --predict and --rates also show how long a forward would take, and what limits it. If compute
+    throughput is unknown, as for an accelerator of another machine, only a lower bound is shown:
+    the time to transfer the weights.
     """
     from shardkit.cli.output.place_report import document, drawn, foreseen
     from shardkit.operations.place import placed
@@ -168,14 +169,12 @@ def _refuse_idle(context: click.Context, *, predict: bool, rates: Mapping[str, i
     """Options that change nothing look like a prediction for what they say."""
     tokens = context.get_parameter_source("tokens") is ParameterSource.COMMANDLINE
     if tokens and not predict:
-        raise click.UsageError(
-            "--tokens has no effect without --predict, which measures with so many", context
-        )
+        raise click.UsageError("--tokens has no effect without --predict", context)
     if predict and len(rates) == len(completion.RATES):
         raise click.UsageError("--predict has no effect: --rates gives every rate", context)
     if tokens and "compute" in rates:
         raise click.UsageError(
-            "--tokens has no effect: --rates gives how fast is computed", context
+            "--tokens has no effect: --rates gives the compute throughput", context
         )
 
 

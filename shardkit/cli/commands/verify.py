@@ -33,7 +33,7 @@ For example:
     "--against",
     metavar="SRC",
     type=click.Path(),
-    help="Hold OUT against this checkpoint, bit for bit.",
+    help="Compare OUT with this checkpoint, bit for bit.",
 )
 @options.edit_options
 @options.limit_option
@@ -49,19 +49,18 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that OUT is complete: every header, the index against its shards, every byte there to
-    be read, and every checksum that there is: the digests of shardkit.manifest.json or
-    offload.json, or the CRCs of a zip archive.
+    """Check that OUT is complete and intact: every header, the index against its shards, that no
+    byte is missing, and every checksum: the digests of shardkit.manifest.json or offload.json, or
+    the CRCs of a zip archive.
 
-    With --against, check that it holds the tensors that converting SRC gives: the same names,
-    types, shapes and bits, a tied weight under each of its names. Give the edits that were given to
-    convert. Two checkpoints of any formats can be compared.
+    With --against, check that OUT holds the tensors that converting SRC gives: the same names,
+    types, shapes and bits, a tied weight under each of its names. Repeat the edits that were used
+    with convert. Checkpoints of different formats can be compared.
 
-    What is not compared (subfolders, other weights, files beside the weights) is listed.
+    Items that are not compared (subfolders, other weights, files beside the weights) are listed.
 
-    The exit code is 0 if all is well, 1 if something differs or is damaged, and 2 if OUT or SRC
-    cannot be read. In the list,
-    - is missing from OUT, + is only in OUT, and ~ differs.
+    The exit code is 0 if nothing differs, 1 if something differs or is damaged, and 2 if OUT or SRC
+    cannot be read. In the list, - is missing from OUT, + is only in OUT, and ~ differs.
     """
     from shardkit.cli.output.comparison_report import report
     from shardkit.operations.compare import verify

@@ -1,4 +1,4 @@
-"""What comparing two checkpoints gave, printed: the shared end of verify and diff."""
+"""Print the result of a comparison, for verify and diff."""
 
 from __future__ import annotations
 

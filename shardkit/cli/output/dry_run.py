@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan printed, and whether it can be carried out."""
+"""`--dry-run`: print the plan, and whether it can be executed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def rehearse(command: str, conversion: Conversion, *, overwrite: bool, as_json: 
     check_output(conversion.output, overwrite=overwrite)
     if not os.access(folder, os.W_OK):
         raise OutputError(
-            f"{shown_path(folder)} may not be written to",
+            f"{shown_path(folder)} is not writable",
             hint=("choose another output with ", output()),
         )
     check_room(folder, needed, conversion.output.name)

@@ -1,6 +1,4 @@
-"""A checkpoint drawn for a person: a header, the tree of names, and what there is to know
-besides.
-"""
+"""A checkpoint as text: a header, the tree of names, and notes."""
 
 from __future__ import annotations
 

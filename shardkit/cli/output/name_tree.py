@@ -215,7 +215,7 @@ def _items(place: Place, *, fold: bool) -> Iterator[Item]:
 
 
 def _drawn(place: Place) -> Iterator[Item]:
-    """The lines for *place*: one for each leaf it has, and one for what lies below it."""
+    """The lines for *place*: one for each leaf it has, and one for everything below it."""
     labels = [place.label]
     while len(place.children) == 1 and not place.leaves:
         (place,) = place.children.values()

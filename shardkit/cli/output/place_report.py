@@ -1,4 +1,4 @@
-"""Where the blocks of a checkpoint would lie, for a person and for a machine."""
+"""Report the device of each block of a checkpoint, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
         from shardkit.load.performance.forecast import forecast, rates_here
     except ModuleNotFoundError:
         raise LoadError(
-            "to predict needs torch, which is not installed", hint="pip install torch"
+            "a prediction needs torch, which is not installed", hint="pip install torch"
         ) from None
     homes = found.fit.homes
     measured = Rates() if tokens is None else rates_here(found.blocks, homes, tokens, found.runner)
@@ -63,7 +63,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
     if tokens is None and set(rates) <= set(expected.idle):
         raise PlanError(
             f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}",
-            hint="give the rate of compute too",
+            hint="add the compute rate, as in compute=900GB",
         )
     return expected
 
@@ -105,7 +105,7 @@ def document(found: Placed, forecast: Forecast | None) -> dict[str, object]:
         "used": fitted.used,
         "left": fitted.left,
         "largest": {"name": found.largest.name, "nbytes": found.largest.nbytes},
-        "largest_loaded": fitted.brought,
+        "largest_loaded": fitted.largest_loaded,
         "lacking": fitted.lacking,
         "read_per_forward": found.read,
         "forecast": forecast.as_dict() if forecast else None,
@@ -123,8 +123,8 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
         yield (
             "at least",
             (
-                f"{forecast.least:.3g} s for a forward, which bringing the weights takes; how fast "
-                "is computed is not known"
+                f"{forecast.least:.3g} s for a forward, to transfer the weights; the compute "
+                "throughput is unknown"
             ),
         )
     if predicted is not None:
@@ -139,12 +139,8 @@ def _expectations(forecast: Forecast) -> Iterator[tuple[str, str]]:
             ),
         )
     if forecast.ring:
-        lacking = (
-            f"; {format_size(forecast.lacking)} more than is left for it"
-            if forecast.lacking
-            else ""
-        )
-        yield "ring", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
+        lacking = f"; {format_size(forecast.lacking)} more than is left" if forecast.lacking else ""
+        yield "buffer", f"{format_size(forecast.ring)}, {forecast.depth}{lacking}"
     yield "rates", f"{forecast.rates}" or "none"
     known = asdict(forecast.rates)
     if idle := [name for name in forecast.idle if known[name] is not None]:
@@ -168,19 +164,18 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
     for device, left in fitted.left.items():
         yield f"left on {device}", f"{format_size(left)} of {format_size(fitted.budgets[device])}"
     if fitted.used[DISK]:
-        yield "on disk", f"{format_size(fitted.used[DISK])}, read for every forward"
+        yield "on disk", f"{format_size(fitted.used[DISK])}, read in every forward"
     if found.read[CPU]:
         yield (
             "on cpu",
-            f"{format_size(found.read[CPU])}, brought to {found.runner} for every forward",
+            f"{format_size(found.read[CPU])}, copied to {found.runner} in every forward",
         )
     yield "largest", f"{printable(found.largest.name)}, {format_size(found.largest.nbytes)}"
     for device, nbytes in fitted.lacking.items():
-        block = fitted.brought[device]
-        what = (
-            f"{printable(block)}, {format_size(fitted.sizes[block])}, is to be brought to {device}"
-        )
-        yield "does not fit", f"{what}, which lacks {format_size(nbytes)} for it"
+        block = fitted.largest_loaded[device]
+        what = f"{printable(block)} ({format_size(fitted.sizes[block])})"
+        needs = f"{what} must be loaded onto {device}, which is {format_size(nbytes)} short"
+        yield "does not fit", needs
     for alias, kept in list(found.aliases.items())[:_MOST]:
         yield "tied", f"{printable(alias)} = {printable(kept)}"
     if len(found.aliases) > _MOST:

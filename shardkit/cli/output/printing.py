@@ -1,5 +1,5 @@
-"""The only place that prints: data to stdout, everything else to stderr, and no control characters
-of strangers.
+"""The only module that prints: data to stdout, everything else to stderr, and control characters
+escaped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a conversion did, or would do, in sentences for a person."""
+"""Summarise what a conversion did, or would do."""
 
 from __future__ import annotations
 

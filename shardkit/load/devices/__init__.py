@@ -1,1 +1,1 @@
-"""Devices: how much each may hold, memory that they copy out of, and the transfers to them."""
+"""Devices: their budgets, pinned memory, and the transfers to them."""

@@ -1,4 +1,4 @@
-"""How much each device may hold: what the user says, and what the devices have."""
+"""Memory budgets of devices: those that the user gives, and the free memory of each device."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ MaxMemory = Mapping[int | str | torch.device, int | float | str]
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?)\s*%\s*", re.ASCII)
 _NAMED = ("mps", "cpu", "disk")
-_HINT = 'name devices 0, 1, ..., "cuda:0", "mps", "cpu" or "disk"'
+_HINT = 'use 0, 1, ..., "cuda:0", "mps", "cpu" or "disk"'
 
 
 def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
-    """Bytes that each device may hold: accelerators by number first, then "mps", "cpu" and "disk".
+    """Return the memory budget of each device in bytes: accelerators, then "mps", "cpu" and "disk".
 
-    A device that is left out may hold nothing, but for the CPU: what is available. The disk has no
-    limit, whatever is said.
+    A device that is left out gets no memory, but for the CPU, which gets what is available. The
+    disk has no limit, even if one is given. The name and argument are those of Accelerate.
 
     Args:
-        max_memory: a size for each device: bytes, "10GB", or "80%" of what it has free; None for
-            what there is. Devices are numbers, names or `torch.device`.
+        max_memory: a size for each device: bytes, "10GB", or "80%" of its free memory; None for all
+            that is free. Devices are numbers, names or `torch.device`.
+
+    Returns:
+        Bytes for each device, accelerators by number first.
 
     Raises:
-        LoadError: what is named is no device, or what is said of it no size.
-        BadSize: a size cannot be read.
+        LoadError: a key is not a device, or a value is not a size.
+        BadSize: a size cannot be parsed.
+
+    Example:
+        >>> from shardkit.load import get_max_memory
+        >>> get_max_memory({"cpu": "6GB"})["cpu"]
+        6000000000
     """
     if max_memory is None:
         return _all_there_is()
@@ -40,7 +48,8 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
         device = device_key(key)
         if device in budgets:
             raise LoadError(
-                f"max_memory has two sizes for device {shown(device)}", hint="give each device one"
+                f"max_memory has two sizes for device {shown(device)}",
+                hint="give one size for each device",
             )
         budgets[device] = _nbytes(device, size)
     if "cpu" not in budgets and not any(map(_shares_host_memory, budgets)):
@@ -63,7 +72,7 @@ def device_key(device: object) -> Device:
             return _key_of(device)
         case str():
             return _key_of(_parsed(device))
-    raise LoadError(f"{shown(device)} is no device", hint=_HINT)
+    raise LoadError(f"{shown(device)} is not a device", hint=_HINT)
 
 
 def accelerator() -> torch.device | None:
@@ -84,7 +93,7 @@ def _parsed(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise LoadError(f"{shown(name)} is no device", hint=_HINT) from None
+        raise LoadError(f"{shown(name)} is not a device", hint=_HINT) from None
 
 
 def _key_of(device: torch.device) -> Device:
@@ -114,8 +123,8 @@ def _nbytes(device: Device, size: object) -> int:
         case str():
             return parse_size(size, least=0)
     raise LoadError(
-        f"{shown(size)} is no size for device {shown(device)}",
-        hint='write bytes, "10GB", or "80%" of what it has',
+        f"{shown(size)} is not a size for device {shown(device)}",
+        hint='use a number of bytes, "10GB", or "80%" of its free memory',
     )
 
 
@@ -123,7 +132,7 @@ def _free(device: Device) -> int:
     free = free_memory(device)
     if free is None:
         raise LoadError(
-            f"device {shown(device)} does not say what it has free", hint="give it a size in bytes"
+            f"the free memory of device {shown(device)} is unknown", hint="give it a size in bytes"
         )
     return free
 

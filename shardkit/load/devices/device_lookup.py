@@ -11,20 +11,20 @@ from shardkit.load.devices.budgets import Device, accelerator
 
 
 def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
-    """Where the tensor or module *name* goes: what is said of it, or else of the nearest module
-    around it.
+    """Return the device of the tensor or module *name*: its own, or that of the nearest enclosing
+    module.
 
     >>> device_of("layers.0.weight", {"": "cpu", "layers": 0})
     0
 
     Raises:
-        LoadError: nothing is said of any.
+        LoadError: the map has no device for it.
     """
     around = name
     while around not in device_map:
         if not around:
             raise LoadError(
-                f"the device map says nothing of {shown(name)}",
+                f"the device map has no device for {shown(name)}",
                 hint='give the rest of the model a device, as in {"": "cpu"}',
             )
         around = around.rpartition(".")[0]
@@ -57,7 +57,8 @@ def torch_device(device: Device | torch.device) -> torch.device:
         there = accelerator()
         if there is None:
             raise LoadError(
-                f"there is no accelerator {device}, nor any other", hint='use "cpu" and "disk" only'
+                f"there is no accelerator {device}: this machine has none",
+                hint='use "cpu" and "disk" only',
             )
         device = f"{there.type}:{device}"
     try:
@@ -68,6 +69,6 @@ def torch_device(device: Device | torch.device) -> torch.device:
         NotImplementedError,
     ) as error:  # torch raises what it likes, device by device
         raise LoadError(
-            f"{str(device)!r} is no device that torch can use here: {error}",
+            f"torch cannot use the device {str(device)!r} here: {error}",
             hint='give another, as in "cpu" or "cuda:0"',
         ) from None

@@ -1,5 +1,5 @@
-"""Weights in the memory of an accelerator, as bytes that come to main memory when they are asked
-for.
+"""Weights in the memory of an accelerator, as payloads that are copied to main memory when they are
+read.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Main memory that an accelerator copies out of by itself, in exactly the size that is asked for.
+"""Pinned main memory, from which an accelerator copies asynchronously, in exactly the requested
+size.
 
-1. What torch pins it rounds up to a power of two, which can be as much again. So the memory is made
-   here, and CUDA (or HIP, which goes by the same name) is told to pin it. Other accelerators have
-   no such call, and get what torch pins for them.
-2. What is kept is shared with forks: of pinned pages that are private, a fork copies every one at
-   once.
-3. What cannot be pinned serves as it is: copies out of it are right, and slower. A warning says so.
-4. It is let go when no copy out of it is under way.
+1. torch rounds pinned memory up to a power of two, which can double it. So the memory is allocated
+   here, and registered with CUDA (or HIP, which uses the same names). Other accelerators have no
+   such call, and get memory that torch pins.
+2. Pinned host copies are shared with forks: a fork would copy every private pinned page at once.
+3. Memory that cannot be pinned is used as it is: copies from it are correct but slower. A warning
+   is raised.
+4. It is released when no copy from it is in progress.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""The device seam: how weights come to where a block runs, and who must wait for whom.
+"""Transfers to the device that runs a block, and the order between copies and computation.
 
-1. A lane makes the memory of a device, and main memory that is copied to it: such as is filled
-   again and again, and such as is filled once, and kept. On the CPU the first is that of the
-   device, and nothing is copied. An accelerator gets copies out of pinned memory, on a stream of
-   its own, which nobody waits for but who needs them.
-2. A ticket stands for work that was issued and may not be done yet. Whoever needs it done says so
+1. A lane allocates the memory of a device, and the main memory that is copied to it: buffers that
+   are filled repeatedly, and pinned host copies, which are filled once. On the CPU the first is the
+   memory of the device, and nothing is copied. An accelerator copies from pinned memory, on a
+   stream of its own, for which only the work that needs the data waits.
+2. A ticket stands for work that was issued and may not be done yet. Code that needs it done says so
    on the ticket: either the work that this thread issues next comes after it (`precede`), or the
    thread itself waits (`finish`).
-3. A moment stands for when such work is done, and is there to be looked at later: nobody waits for
-   a clock.
-4. Whoever fills main memory finishes the tickets of the copies out of it. Whoever sends it to
-   memory passes the tickets of all that used that; whoever uses it lets the ticket of the sending
-   precede.
+3. A moment records when such work is done, to be read later: no thread waits for a timer.
+4. A thread that fills main memory finishes the tickets of the copies from it. A thread that copies
+   to device memory passes the tickets of all work that used that memory; work that uses the copy
+   lets the ticket of the copy precede.
 """
 
 from __future__ import annotations
@@ -206,7 +205,7 @@ class AcceleratorTransfer:
         try:
             self._stream = torch.Stream(device=device)
         except RuntimeError as error:
-            hint = 'let all weights lie there, or run the model on "cpu"'
+            hint = 'keep all weights on that device, or run the model on "cpu"'
             raise LoadError(
                 f"weights cannot stream to {device}, which has no streams: {error}", hint=hint
             ) from None
@@ -255,7 +254,7 @@ class AcceleratorTransfer:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
-            hint = "let fewer weights stay there, or give a smaller ring"
+            hint = "keep fewer weights on that device, or reduce ring="
             raise LoadError(
                 f"no memory on {self.device} for {format_size(nbytes)} of weights", hint=hint
             ) from error
@@ -268,8 +267,8 @@ def _issuing_on(stream: torch.Stream) -> AbstractContextManager[object]:
             stream
         )
         return context
-    # A twin, because the object remembers what to go back to: it is a context of one thread at a
-    # time.
+    # A second object, because each remembers the stream to return to: it is a context of one thread
+    # at a time.
     return torch.Stream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )

@@ -1,3 +1,3 @@
-"""`explain`: why each part of a model is where it is, and what a forward takes, predicted beside
+"""`explain`: why each part of a model is where it is, and how long a forward takes, predicted and
 measured.
 """

@@ -1,10 +1,10 @@
-"""Why each part of a model is where it is, and what a forward takes: predicted beside measured.
+"""Why each part of a model is where it is, and how long a forward takes: predicted and measured.
 
-1. What is said is found in the model as it is now: in its hooks, and in what stands in the places
-   of its weights.
-2. Rates are measured, in about a second, if something streams and none are given.
-3. A prediction is for models whose time goes into products with matrices, as that of language
-   models does. Whatever else a forward computes is not in it.
+1. Everything is read from the model as it is now: from its hooks, and from its parameters and
+   buffers.
+2. Throughput is measured, in about a second, if something streams and none is given.
+3. A prediction is for models whose time goes into matrix products, as that of language models does.
+   Other operations of a forward are not counted.
 """
 
 from __future__ import annotations
@@ -53,20 +53,33 @@ def explain(
 def explain(
     model: nn.Module | Pipeline, *, rows: int | None = None, rates: Rates | None = None
 ) -> Explanation | PipelineExplanation:
-    """Say why each part of *model* is where it is, and what a forward of it takes.
+    """Explain why each part of *model* is where it is, and how long a forward of it takes.
 
     Args:
         model: a model that was dispatched, or any other; or a pipeline of Diffusers, for each of
             its models.
         rows: vectors that a forward multiplies, such as tokens; None for as many as in the last
             forward, or else one.
-        rates: those of this machine; None to measure them, if something streams.
+        rates: throughput of this machine in bytes per second; None to measure it, if something
+            streams.
 
     Returns:
         A value that prints as a table, and has `as_dict`.
 
     Raises:
-        FormatError: a file that something streams from cannot be read.
+        FormatError: a file that weights stream from cannot be read.
+
+    Example:
+        >>> from shardkit.load import Rates, close, explain, init_empty_weights
+        >>> from shardkit.load import load_checkpoint_and_dispatch
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = load_checkpoint_and_dispatch(model, "model.safetensors", {"": "disk"})
+        >>> print(explain(model, rates=Rates(disk=1e9, copy=5e9, compute=2e10)))
+        Sequential: 304 B of weights, of which 304 B stream
+          disk  ...
+        >>> close(model)
     """
     if isinstance(model, nn.Module):
         return _explained(_Found.of(model, getattr(model, "hf_device_map", {})), rows, rates)
@@ -119,15 +132,15 @@ class _Draft:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What there is in a model.
+    """The state of a model that `explain` reports.
 
     Attributes:
         model: the model.
-        pagers: for each place that weights come to, what brings them, and the name of the block.
-        names: of the blocks.
-        clock: what its forwards are timed by.
-        device_map: where its parts were to go; of what it does not say, nothing is known.
-        units: names of the modules that are told as one.
+        pagers: for each slot of a streamed weight, the hook that loads it.
+        names: the names of the blocks, by hook.
+        clock: the timer of its forwards.
+        device_map: the device map that was given; it may not cover every part.
+        units: names of the modules that are reported as one part.
     """
 
     model: nn.Module
@@ -197,11 +210,7 @@ class _Found:
             place = "disk" if weight.tensor.recipe.storage.sources else "cpu"
             return _Draft(self._unit(weight), place, "closed: read whenever it is used")
         if pager is None or written:
-            why = (
-                "it was written, and has memory of its own"
-                if written
-                else self._why_it_stays(weight)
-            )
+            why = "modified, so it stays in memory" if written else self._why_it_stays(weight)
             return _Draft(self._unit(weight), _place(weight.tensor.device), why)
         from_file = not isinstance(weight.tensor, Streamed) or bool(
             weight.tensor.recipe.storage.sources
@@ -213,7 +222,9 @@ class _Found:
         )
 
     def _unit(self, weight: Weight) -> str:
-        """The module that *weight* is told with; its own name if its module has others in it."""
+        """Return the module that *weight* is reported with; its own name if its module has
+        submodules.
+        """
         around = [name for name in prefixes(weight.names[0]) if name in self.units]
         owner = weight.names[0].rpartition(".")[0]
         return (
@@ -226,9 +237,11 @@ class _Found:
 
     def _why_it_streams(self, weight: Weight, *, from_file: bool) -> str:
         if not from_file and self._said(weight) == "disk":
-            return "no file has it: it was computed when the model was made"
+            return "in no file: computed when the model was created"
         return (
-            "no room beside what stays" if self.clock and self.clock.chosen else "the map says so"
+            "does not fit beside the resident weights"
+            if self.clock and self.clock.chosen
+            else "set by the device map"
         )
 
     def _why_it_stays(self, weight: Weight) -> str:
@@ -236,16 +249,16 @@ class _Found:
         if not self.pagers or (
             said not in (None, "disk") and (said != "cpu" or self.runner.type == "cpu")
         ):
-            return "fits" if not self.clock or self.clock.chosen else "the map says so"
+            return "fits" if not self.clock or self.clock.chosen else "set by the device map"
         if len(weight.seats) > 1:
-            return "tied: it has one home for all its names"
+            return "tied: one copy for all its names"
         if weight.is_buffer:
             return "a buffer"
         below = set(weight.seats[0].owner.modules())
         contains = any(seat.owner in below for seat in self.pagers)
         if contains:
-            return "stands beside blocks in its module"
-        return "in memory" if said is None else "several blocks share it"
+            return "direct weight of a module with blocks"
+        return "in memory" if said is None else "shared by several blocks"
 
     def _said(self, weight: Weight) -> Device | None:
         """Where the map sends *weight*; None if there is none, or it says nothing."""

@@ -1,5 +1,5 @@
-"""What `explain` says, as a value that prints: the parts of a model, where they are and why, and
-what a forward takes.
+"""The result of `explain`, as a value that prints: the parts of a model, where they are and why,
+and how long a forward takes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MANY = 5  # numbers that are written out; of more, the first and the last
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A block that streams, or weights that stay for one reason.
+    """A block that streams, or resident weights that have the same reason.
 
     Attributes:
         name: of the module, or of the weight where the module holds more; "" for the model.
-        place: the device that has it: "disk", "cpu", the number of an accelerator.
+        place: the device that stores it: "disk", "cpu", the number of an accelerator.
         runs_on: the device that runs it.
         nbytes: its size where it is run.
         why: the reason.
-        step: what it asks of a forward.
+        step: the work that it adds to a forward.
         cast: bytes of it that are cast whenever they are read.
         compressed: bytes of it that are decompressed whenever they are read.
-        askew: how many of its weights lie off multiples of 64 bytes in their files, and are moved
+        askew: how many of its weights are not aligned to 64 bytes in their files, and are moved
             when they are read.
     """
 
@@ -51,23 +51,34 @@ class Part:
 
     @property
     def streams(self) -> bool:
-        """Whether its weights are brought when it is run."""
+        """Whether its weights are loaded for each forward."""
         return bool(self.step.room)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
-    """Why each part is where it is, and what a forward takes.
+    """The result of `explain`: where each part is and why, and how long a forward takes.
 
     Attributes:
         model: the class of the model.
         parts: in the order of the model.
-        ring: bytes of the memory that blocks stream through.
-        depths: of each device that they stream to, how deep its ring is, and why.
+        ring: size in bytes of the prefetch buffer, which blocks stream through.
+        depths: for each device that blocks stream to, how many are prefetched, and why.
         rows: vectors that a forward multiplies, such as tokens.
-        rates: what the prediction is made with; None where nothing streams.
-        predicted: what a forward should take; None where nothing streams.
+        rates: the throughput that the prediction uses; None where nothing streams.
+        predicted: how long a forward should take; None where nothing streams.
         measured: the forwards that were run with as many rows; None where there were none.
+
+    Example:
+        >>> from shardkit.load import explain, init_on_device
+        >>> from torch import nn
+        >>> with init_on_device("cpu"):
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> explanation = explain(model)
+        >>> explanation.held  # bytes of weights on each device
+        {'cpu': 304}
+        >>> sorted(explanation.as_dict())[:4]
+        ['advice', 'bytes', 'depths', 'host_ring']
     """
 
     model: str
@@ -84,8 +95,8 @@ class Explanation:
 
     @property
     def read(self) -> dict[str, int]:
-        """Bytes that each forward reads from files, and from main memory for another device;
-        nothing if all is in the ring.
+        """Bytes that each forward reads from files, and from main memory for another device; empty
+        if all weights fit the prefetch buffer.
         """
         streamed = [part for part in self.parts if part.streams and not self.stays]
         memory = sum(part.nbytes for part in streamed if part.place != "disk")
@@ -93,15 +104,15 @@ class Explanation:
 
     @property
     def stays(self) -> bool:
-        """Whether all that streams has room in the ring at once, so that it is read by the first
-        forward only.
+        """Whether all streamed blocks fit the prefetch buffer at once, so that only the first
+        forward reads them.
         """
         return sum(part.step.room for part in self.parts) <= self.ring
 
     @property
     def host_ring(self) -> int:
-        """Bytes of main memory through which what is on disk comes to another device: as many as
-        there.
+        """Bytes of the host staging buffer, through which blocks on disk are copied to another
+        device; as large as the prefetch buffer there.
         """
         passing = any(
             part.streams and part.place == "disk" and part.runs_on != "cpu" for part in self.parts
@@ -110,8 +121,8 @@ class Explanation:
 
     @property
     def held(self) -> dict[Device, int]:
-        """Bytes of weights on each device; what has its place on disk is there and nowhere else,
-        but for the ring.
+        """Bytes of weights on each device; streamed weights on disk count there only, without the
+        prefetch buffer.
         """
         held: dict[Device, int] = {}
         for part in self.parts:
@@ -120,7 +131,7 @@ class Explanation:
 
     @property
     def seconds(self) -> float | None:
-        """Those of a forward, as measured."""
+        """Seconds of a forward, as measured."""
         return self.measured.seconds / self.measured.forwards if self.measured else None
 
     @property
@@ -131,10 +142,10 @@ class Explanation:
 
     @property
     def hidden(self) -> float | None:
-        """Which share of the reading no forward waited for, as measured.
+        """Share of the read time that no forward waited for, as measured.
 
-        An accelerator is given work before the weights are there, and nobody sees it wait: there,
-        what a forward took is held against what computing should take.
+        An accelerator gets its work before the weights are there, so its waiting cannot be
+        observed: there, the measured time is compared with the predicted compute time.
         """
         if any(part.streams and part.runs_on != "cpu" for part in self.parts):
             taken = (
@@ -148,11 +159,11 @@ class Explanation:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What would make it faster, sentence by sentence."""
+        """Sentences that suggest how to make a forward faster."""
         return tuple(self._advice())
 
     def as_dict(self) -> dict[str, object]:
-        """The same for JSON."""
+        """Return the same as a dict that JSON can store."""
         measured = self.measured
         return {
             "model": self.model,
@@ -191,24 +202,23 @@ class Explanation:
             )
         if compressed:
             yield (
-                f"{format_size(compressed)} are decompressed whenever they are read, which pays "
-                "on slow disks: "
-                "`shardkit offload-prep` writes them plainly."
+                f"{format_size(compressed)} are decompressed whenever they are read, which is "
+                f"faster only on slow disks: "
+                "`shardkit offload-prep` writes them uncompressed."
             )
         if askew:
             yield (
-                f"{several(askew, 'weight')} off multiples of {ALIGNMENT} bytes, moved "
-                "whenever they are read: "
-                "`shardkit offload-prep` lays them out."
+                f"{several(askew, 'weight')} not aligned to {ALIGNMENT} bytes, moved whenever they "
+                "are read: `shardkit offload-prep` aligns them."
             )
 
     def _heading(self) -> Iterator[str]:
         streamed = sum(part.nbytes for part in self.parts if part.streams)
         total = sum(part.nbytes for part in self.parts)
-        says = f"{format_size(streamed)} of it stream" if streamed else "nothing streams"
+        says = f"of which {format_size(streamed)} stream" if streamed else "nothing streams"
         if streamed and not self.ring:
             says = (
-                f"{format_size(streamed)} of it are read whenever they are used: the model is "
+                f"of which {format_size(streamed)} are read whenever they are used: the model is "
                 "closed; load it again to stream"
             )
         yield f"{self.model}: {format_size(total)} of weights, {says}"
@@ -232,11 +242,12 @@ class Explanation:
                 runner,
                 "",
                 format_size(self.ring),
-                "the ring that blocks stream through",
+                "prefetch buffer",
                 "; ".join(self.depths),
             )
         if self.host_ring:
-            yield "cpu", "", format_size(self.host_ring), "its twin, for what is on disk", ""
+            what = "host staging buffer, for blocks on disk"
+            yield "cpu", "", format_size(self.host_ring), what, ""
 
     def _forward(self) -> Iterator[str]:
         if self.predicted is None or self.rates is None:
@@ -247,7 +258,7 @@ class Explanation:
         ]
         yield (
             f"A forward of {rows} reads "
-            f"{' and '.join(sources) or 'nothing: all that streams has room in the ring'}."
+            f"{' and '.join(sources) or 'nothing: all streamed blocks fit the prefetch buffer'}."
         )
         busy = [
             (name, taken) for name, taken in zip(STAGES, self.predicted.busy, strict=True) if taken
@@ -263,10 +274,7 @@ class Explanation:
 
     def _measured(self) -> str:
         if self.measured is None or self.seconds is None:
-            return (
-                "nothing yet: two forwards of this size are needed, of which the first does "
-                "not count"
-            )
+            return "nothing yet: run two forwards of this size; the first is not counted"
         many = f"the mean of {self.measured.forwards}" if self.measured.forwards > 1 else "once"
         rate = f"; disk {format_size(int(self.achieved))}/s" if self.achieved else ""
         hidden = f"; {self.hidden:.0%} of reading hidden" if self.hidden is not None else ""
@@ -275,10 +283,11 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PipelineExplanation:
-    """The same for models that are called one by one, and stream through one ring.
+    """The explanations of the models of a pipeline, which run one by one and share one prefetch
+    buffer.
 
     Attributes:
-        pipeline: the class of what calls them.
+        pipeline: the class of the pipeline.
         models: by their names in it.
     """
 
@@ -290,11 +299,11 @@ class PipelineExplanation:
 
     @property
     def ring(self) -> int:
-        """Bytes of the memory that the blocks of all of them stream through."""
+        """Bytes of the prefetch buffer that the blocks of all models share."""
         return max((each.ring for each in self.models.values()), default=0)
 
     def as_dict(self) -> dict[str, object]:
-        """The same for JSON."""
+        """Return the same as a dict that JSON can store."""
         models = {name: each.as_dict() for name, each in self.models.items()}
         return {"pipeline": self.pipeline, "ring": self.ring, "models": models}
 
@@ -303,12 +312,12 @@ class PipelineExplanation:
 
     def _lines(self) -> Iterator[str]:
         parts = [part for each in self.models.values() for part in each.parts]
-        ring = f", through one ring of {format_size(self.ring)}" if self.ring else ""
+        ring = f", through one prefetch buffer of {format_size(self.ring)}" if self.ring else ""
         streamed = format_size(sum(part.nbytes for part in parts if part.streams))
         total = format_size(sum(part.nbytes for part in parts))
         yield (
             f"{self.pipeline}: {several(len(self.models), 'model')}, {total} of weights, "
-            f"{streamed} of it stream{ring}"
+            f"of which {streamed} stream{ring}"
         )
         for name, each in self.models.items():
             yield f"{name}: {each}"
@@ -329,7 +338,7 @@ def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _names(parts: Iterable[Part]) -> Iterator[str]:
-    """Their names; those that differ in a number are one."""
+    """Yield their names; those that differ in a number become one."""
     numbers: dict[tuple[str, str], list[int]] = {}
     for part in parts:
         found = _NUMBERED.fullmatch(part.name)
@@ -340,7 +349,7 @@ def _names(parts: Iterable[Part]) -> Iterator[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """As in "0-3, 5" or "0, 2, 4 … 38"."""
+    """Shorten, as in "0-3, 5" or "0, 2, 4 … 38"."""
     ranges: list[list[int]] = [[numbers[0], numbers[0]]]
     for before, number in pairwise(numbers):
         if number == before + 1:

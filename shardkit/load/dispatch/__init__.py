@@ -1,3 +1,1 @@
-"""Attach a model to what it streams from: the functions of Accelerate, and how they are carried
-out.
-"""
+"""Attach a model to its stream of weights: the functions of Accelerate, and what is behind them."""

@@ -1,17 +1,17 @@
-"""Accelerate's family of big-model inference, with its names, arguments and meaning, on what
-shardkit can open.
+"""Accelerate's family of big-model inference, with its names, arguments and meaning, for every
+format that shardkit can open.
 
-What is different, and why:
+What differs, and why:
 
 1. Weights that the device map sends to the disk stream from the checkpoint itself, whatever its
    format. Nothing is written for it, so *offload_folder* stays empty; *offload_dir* is written to
    only where a model that is in memory goes to disk.
-2. Everything that is wrong is said before a weight is touched, and for every device. *strict* means
-   both directions.
-3. Outside its block's forward a streamed weight is an address that is read when it is used, and not
-   a meta tensor.
-4. *preload_module_classes* are classes whose modules stream as one. That is so for more than they
-   name (see `blocks`), so that it is seldom needed.
+2. Every error is raised before a weight is modified, and for every device. *strict* refuses both
+   missing and unexpected names.
+3. Outside its block's forward a streamed weight is a lazy tensor that is read when it is used, and
+   not a meta tensor.
+4. *preload_module_classes* are classes whose modules stream as one block. More modules than these
+   do (see `blocks`), so the argument is seldom needed.
 """
 
 from __future__ import annotations
@@ -81,47 +81,66 @@ def load_checkpoint_and_dispatch(
     ring: int | str | None = None,
     verify: bool = False,
 ) -> _Model:
-    """Load a checkpoint into *model*, and let it run over accelerators, CPU and disk.
+    """Load a checkpoint into *model*, and prepare it to run over accelerators, CPU and disk.
+
+    The arguments are those of Accelerate's function of this name, and three more.
 
     Args:
-        model: the model, empty or not. It is changed, and returned.
-        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, a folder.
-        device_map: a device for each part of the model, by name; or how to make one: "auto" and
-            "balanced" spread it over the accelerators, and choose what streams so that most of it
-            is hidden; "balanced_low_0" leaves the first as empty as can be, "sequential" fills one
-            after the other. None loads all weights where the model has them, empty ones onto the
-            CPU, and attaches nothing.
-        max_memory: what each device may hold, as in ``{0: "10GB", "cpu": "80%"}``, where
-            *device_map* is a word.
+        model: the model, empty or not. It is modified and returned.
+        checkpoint: a file of any format, an index or a folder, as `shardkit.open` takes it.
+        device_map: a device for each part of the model, by name; or how to choose one: "auto" and
+            "balanced" spread the model over the accelerators, and choose the resident blocks so
+            that computation hides most reads; "balanced_low_0" leaves the first accelerator as
+            empty as possible, "sequential" fills one after the other. None loads all weights where
+            the model has them, empty ones onto the CPU, and attaches nothing.
+        max_memory: budget of each device, as in ``{0: "10GB", "cpu": "80%"}``, where *device_map*
+            is a word.
         no_split_module_classes: names of classes whose modules stay on one device, and stream as
-            one.
-        offload_folder: has no meaning, since weights stream from *checkpoint* itself; a warning
-            says so.
-        offload_buffers: let buffers stream with the parameters beside them, where they would stay
-            in memory.
+            one block.
+        offload_folder: ignored with a warning, since weights stream from *checkpoint* itself.
+        offload_buffers: stream buffers with the parameters beside them, instead of keeping them in
+            memory.
         dtype: what floats are cast to; None for the types that *model* has.
-        offload_state_dict: likewise.
-        skip_keys: keys of arguments that stay where they are.
-        preload_module_classes: names of classes whose modules stream as one, for forwards that use
-            their parts' weights.
+        offload_state_dict: ignored with a warning, since weights are never in memory twice.
+        skip_keys: keys of arguments that are not moved to another device.
+        preload_module_classes: names of classes whose modules stream as one block, for forwards
+            that use their submodules' weights.
         force_hooks: move inputs and outputs even if all of the model is on one device.
-        strict: let missing and unexpected names be errors. If not, they are warnings, and missing
-            weights keep their values.
-        full_state_dict: a checkpoint is read by one process, whole; False is an error.
-        broadcast_from_rank0: likewise; True is an error.
-        offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
-            they may take, as in "500MB", where the map is a dict. A map that is made here counts
-            them, and may have room for fewer. None for as many as pay at the rates of this machine,
-            which take a second to measure if more than 64 MiB stream.
-        verify: hold the files against their checksums first, those that stream too, as
+        strict: raise an error for missing and unexpected names. Otherwise they are warnings, and
+            missing weights keep their values.
+        full_state_dict: False is an error: one process reads the complete checkpoint.
+        broadcast_from_rank0: True is an error, for the same reason.
+        offload: "never" to raise an error rather than stream weights from disk.
+        ring: size of the prefetch buffer: a number of blocks, at least two, or bytes, as in
+            "500MB", where the map is a dict. A map that is made here may prefetch fewer blocks,
+            because the buffer counts in its budgets. None to choose the number from the measured
+            disk, copy and compute throughput; measuring takes a second, and is skipped if at most
+            64 MiB stream.
+        verify: check the files against their checksums first, including those that stream, as
             `load_checkpoint_in_model` does.
+
+    Returns:
+        *model*, with `hf_device_map` set.
 
     Raises:
         FormatError: the checkpoint cannot be read.
-        PlanError: several parts of it could be the model.
-        LoadError: it does not fit the model, or the model the memory; and before a weight is
-            touched.
+        PlanError: several subtrees of it could be the model.
+        LoadError: it does not match the model, or the model does not fit the memory; raised before
+            a weight is modified.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = load_checkpoint_and_dispatch(
+        ...     model, "model.safetensors", device_map={"0": "cpu", "1": "cpu", "2": "disk"}
+        ... )
+        >>> with torch.inference_mode():
+        ...     tuple(model(torch.ones(3, 4)).shape)
+        (3, 4)
+        >>> close(model)
     """
     if (
         device_map is None or broadcast_from_rank0 or not full_state_dict
@@ -196,31 +215,47 @@ def dispatch_model(
     *,
     ring: int | str | None = None,
 ) -> _Model:
-    """Let *model* run over accelerators, CPU and disk.
+    """Prepare *model*, whose weights are loaded, to run over accelerators, CPU and disk.
 
     Args:
-        model: the model. It is changed, and returned.
+        model: the model. It is modified and returned.
         device_map: a device for each part of it, by name.
-        main_device: what runs the parts on CPU and disk; None for the first accelerator in
-            *device_map*, or else the CPU.
+        main_device: the device that runs the parts on CPU and disk; None for the first accelerator
+            in *device_map*, or else the CPU.
         state_dict: the values of weights that are on the meta device.
         offload_dir: a checkpoint with the values of weights that are on the meta device, from which
-            those on disk stream. Where weights that go to disk are in memory, they are written
-            there, to a folder that is new, empty, or holds just them.
+            those on disk stream. Weights in memory that go to disk are written there, to a folder
+            that is new, empty, or holds only them.
         offload_index: the files of weights that are on the meta device, as in ``{"a.weight":
             {"safetensors_file": "x.safetensors"}}``; or, for what *offload_dir* holds, type and
             shape.
-        offload_buffers: let buffers stream with the parameters beside them.
-        skip_keys: keys of arguments that stay where they are.
-        preload_module_classes: names of classes whose modules stream as one.
+        offload_buffers: stream buffers with the parameters beside them.
+        skip_keys: keys of arguments that are not moved to another device.
+        preload_module_classes: names of classes whose modules stream as one block.
         force_hooks: move inputs and outputs even if all of the model is on one device.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
-            they may take, as in "500MB"; None for as many as pay.
+        ring: size of the prefetch buffer: a number of blocks, at least two, or bytes, as in
+            "500MB"; None to choose it from the measured throughput.
+
+    Returns:
+        *model*, with `hf_device_map` set.
 
     Raises:
         FormatError: a file cannot be read.
         OutputError: *offload_dir* cannot be written.
-        LoadError: the map or the files do not fit the model, or a weight has no value.
+        LoadError: the map or the files do not match the model, or a weight has no value.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import close, dispatch_model
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> with torch.inference_mode():
+        ...     before = model(torch.ones(3, 4))
+        ...     device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
+        ...     model = dispatch_model(model, device_map, offload_dir="spilled")
+        ...     torch.equal(model(torch.ones(3, 4)), before)
+        True
+        >>> close(model)
     """
     check_device_map(model, device_map)
     wish = _wish(
@@ -243,18 +278,33 @@ def cpu_offload(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     preload_module_classes: Names = None,
 ) -> _Model:
-    """Keep the weights of *model* in main memory, and let them stream to *execution_device*.
+    """Keep the weights of *model* in main memory, and stream them to *execution_device* in each
+    forward.
 
     Args:
-        model: the model. It is changed, and returned.
-        execution_device: what runs it; None for the device of its first parameter. On the CPU
-            nothing needs to stream.
-        offload_buffers: let buffers stream too.
+        model: the model. It is modified and returned.
+        execution_device: the device that runs it; None for the device of its first parameter. On
+            the CPU nothing needs to stream.
+        offload_buffers: stream buffers too.
         state_dict: the values of weights that are on the meta device.
-        preload_module_classes: names of classes whose modules stream as one.
+        preload_module_classes: names of classes whose modules stream as one block.
+
+    Returns:
+        *model*.
 
     Raises:
-        LoadError: a weight has no value, or there is no room.
+        LoadError: a weight has no value, or there is not enough memory.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import cpu_offload, remove_hooks
+        >>> from torch import nn
+        >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+        >>> model = cpu_offload(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), device)
+        >>> with torch.inference_mode():
+        ...     tuple(model(torch.ones(3, 4, device=device)).shape)
+        (3, 4)
+        >>> remove_hooks(model)
     """
     wish = _wish(
         {"": "cpu"},
@@ -276,19 +326,33 @@ def disk_offload(
     offload_buffers: bool = False,
     preload_module_classes: Names = None,
 ) -> _Model:
-    """Let the weights of *model* stream from *offload_dir*.
+    """Write the weights of *model* to *offload_dir*, and stream them from there in each forward.
 
     Args:
-        model: the model. It is changed, and returned.
-        offload_dir: as for `dispatch_model`.
-        execution_device: what runs it; None for the device of its first parameter.
-        offload_buffers: let buffers stream too.
-        preload_module_classes: names of classes whose modules stream as one.
+        model: the model. It is modified and returned.
+        offload_dir: a folder that is new, empty, or holds only these weights; or a checkpoint with
+            the values of weights that are on the meta device.
+        execution_device: the device that runs it; None for the device of its first parameter.
+        offload_buffers: stream buffers too.
+        preload_module_classes: names of classes whose modules stream as one block.
+
+    Returns:
+        *model*.
 
     Raises:
         FormatError: a file cannot be read.
         OutputError: *offload_dir* cannot be written.
-        LoadError: the files do not fit the model, or a weight has no value.
+        LoadError: the files do not match the model, or a weight has no value.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import close, disk_offload
+        >>> from torch import nn
+        >>> model = disk_offload(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), "offload")
+        >>> with torch.inference_mode():
+        ...     tuple(model(torch.ones(3, 4)).shape)
+        (3, 4)
+        >>> close(model)
     """
     wish = _wish(
         {"": "disk"},
@@ -341,20 +405,20 @@ def _wish(
 
 
 def _rates(homes: Sequence[Match], device: Device) -> Rates:
-    """Those at which what lives in *homes* streams to *device*."""
+    """Measure the throughput at which the weights of *homes* stream to *device*."""
     return rates_for(
         ((home.payload, home.dtype, home.shape) for home in homes), torch_device(device)
     )
 
 
 def _stored(parts: Cut, homes: Iterable[Match], files: tuple[SourceFile, ...]) -> dict[str, Recipe]:
-    """Where those of *homes* are that stream, in a checkpoint that consists of *files*."""
+    """Map the streamed weights among *homes* to their bytes in a checkpoint of *files*."""
     streamed = {weight.names[0] for block in parts.blocks for weight in block.weights}
     return {home.name: Recipe.of(home.stored, files) for home in homes if home.name in streamed}
 
 
 def _runs_on(model: nn.Module, device: AnyDevice | None) -> AnyDevice:
-    """*device*, which may be 0; or that of the first weight of *model*."""
+    """Return *device*, which may be 0; or the device of the first weight of *model*."""
     if device is not None:
         return device
     return next((weight.tensor.device for weight in weights_of(model)), torch.device("cpu"))

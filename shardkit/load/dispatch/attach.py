@@ -1,14 +1,14 @@
-"""Put the weights of a model where a device map wants them, in memory or as addresses that hooks
-page in and out.
+"""Place the weights of a model as a device map says, in memory or as lazy tensors that hooks load
+and release.
 
-1. A weight is a tensor in memory, or a `Paged` that tells where it is. A model may have both.
-2. What the map sends to an accelerator is in its memory. What it sends to the CPU is in main
-   memory, and streams from there if the model runs on an accelerator, which copies it out of memory
-   that is made for that (see `kept`). What it sends to the disk streams from where it lies. Tensors
-   that are the model's own, and of none of its parts, go to its main device rather than to another,
-   as in Accelerate: that is where its inputs come.
+1. A weight is a tensor in memory, or a `Paged`, which is lazy. A model may have both.
+2. Weights mapped to an accelerator are in its memory. Weights mapped to the CPU are in main memory,
+   and stream from there if the model runs on an accelerator, which copies them from a pinned host
+   copy. Weights mapped to the disk stream from their files in place. Tensors that belong to the
+   model itself, and to none of its submodules, go to its main device, as in Accelerate: its inputs
+   arrive there.
 3. A weight that should stream and is in no block stays in the memory of the device that it is
-   needed on, as do buffers unless they are to be offloaded; those that no checkpoint holds always
+   needed on, as do buffers unless they are to be offloaded; buffers that no checkpoint holds always
    do, on the main device if the map leaves them out.
 """
 
@@ -64,7 +64,7 @@ class DispatchConfig:
         offload_buffers: whether buffers stream like parameters.
         skip: keys of arguments that are not moved between devices.
         ring: blocks of streamed weights that are in memory at a time, or how much they may take;
-            None for as many as pay.
+            None to choose automatically.
         hooks: whether arguments are moved where nothing streams and all is on one device.
         chosen: whether the map was made from a word.
     """
@@ -277,7 +277,7 @@ def _refuse_empty(weights: Iterable[Weight]) -> None:
     if empty:
         raise LoadError(
             f"the model has {several(len(empty), 'weight')} without values: {listed(empty)}",
-            hint="load a checkpoint into the model, or pass what holds them as state_dict or "
+            hint="load a checkpoint into the model, or pass their values as state_dict or "
             "offload_dir",
         )
 
@@ -317,7 +317,7 @@ def _stream(
         ring = depth.blocks if isinstance(depth, Depth) else depth
         stream = Stream([each.pieces for each in group], lane, ring=ring, verify=sources.verify)
         streams.append(stream)
-        depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as was asked for")
+        depths.append(str(depth) if isinstance(depth, Depth) else f"{depth}, as requested")
         for number, each in enumerate(group):
             Pager(stream, number, each.seats, each.recipes).attach(each.module)
     guard(model, [each.module for each in streamed])

@@ -1,4 +1,4 @@
-"""What `arrange` attached to a model: to find it, to take it off, and to give back what it took."""
+"""The hooks that `arrange` attached to a model: find and remove them, and release memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from shardkit.load.modules.torch_internals import forward_hook_tables
 def attachments(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module, tuple[dict[int, Any], ...], int, object]]:
-    """What `arrange` attached to *model* or what it was copied from: module, tables of hooks, key
-    in them, and what is behind.
+    """Yield what `arrange` attached to *model* or to what it was copied from: module, tables of
+    hooks, key in them, and the object behind the hook.
     """
     for module in model.modules():
         for tables in forward_hook_tables(module):
@@ -35,14 +35,25 @@ def attachments(
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take away what was attached to *model*. What it had in memory before it was dispatched is
-    there again.
+    """Remove every hook that was attached to *model*, and restore the weights that it had in
+    memory.
 
-    Weights that were loaded to stream stay addresses, which are read whenever they are used: right,
-    and slow.
+    Weights that were loaded to stream become lazy tensors, which are read whenever they are used:
+    the results are the same, but slow.
+
+    Args:
+        model: a model that was dispatched; any other is left unchanged.
 
     Raises:
         FormatError: a file cannot be read.
+
+    Example:
+        >>> from shardkit.load import close, disk_offload, remove_hooks
+        >>> from torch import nn
+        >>> model = disk_offload(nn.Linear(4, 8), "offload")
+        >>> remove_hooks(model)
+        >>> type(model.weight).__name__, tuple(model.weight.shape)
+        ('Parameter', (8, 4))
     """
     for pager in detach(model):
         pager.let_go()
@@ -60,10 +71,26 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def close(model: nn.Module | Pipeline) -> None:
-    """Give back the threads and the memory that streaming took, for *model* and all copies of it,
-    or the models of a pipeline.
+    """Stop the threads and release the memory that streaming uses.
 
-    The model still runs where it ran, and reads each weight whenever it is used.
+    This covers *model* and all copies of it, or the models of a pipeline. The model still runs
+    where it ran, and reads each weight whenever it is used.
+
+    Args:
+        model: a model that was dispatched, or a pipeline of Diffusers; any other is left unchanged.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import close, init_empty_weights, load_checkpoint_and_dispatch
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = load_checkpoint_and_dispatch(model, "model.safetensors", {"": "disk"})
+        >>> try:
+        ...     with torch.inference_mode():
+        ...         answer = model(torch.ones(1, 4))
+        ... finally:
+        ...     close(model)
     """
     for pager in (
         pager
@@ -75,7 +102,7 @@ def close(model: nn.Module | Pipeline) -> None:
 
 
 def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
-    """Take the hooks of `arrange` that are of these *kinds* away from *model*, and give the pagers
+    """Remove the hooks of `arrange` that are of these *kinds* from *model*, and return the pagers
     among what was attached.
     """
     if kinds is object:

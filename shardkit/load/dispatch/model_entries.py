@@ -35,8 +35,8 @@ def entries_of(state: Mapping[str, object]) -> list[TensorEntry]:
 def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
     if not isinstance(value, torch.Tensor):
         raise LoadError(
-            f"{shown(name)} is {shown(value)} and no tensor, which safetensors cannot hold",
-            hint="save it apart, as with torch.save",
+            f"{shown(name)} is {shown(value)}, not a tensor, so safetensors cannot store it",
+            hint="save it separately, as with torch.save",
         )
     dtype = dtype_of(value)
     if dtype is None or value.layout is not torch.strided or value.is_nested:
@@ -46,7 +46,7 @@ def _entry(name: str, value: object, storages: _Held) -> TensorEntry:
                 "can "
                 "be written"
             ),
-            hint="make it dense first, or save it apart with torch.save",
+            hint="make it dense first, or save it separately with torch.save",
         )
     if value.is_meta:
         raise LoadError(

@@ -1,5 +1,5 @@
-"""Addresses for weights: where a checkpoint holds them, or where a model that is in memory is
-written to stream from.
+"""Lazy tensors for weights: read from a checkpoint, or from the folder that a model in memory is
+written to.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def spill(model: nn.Module, wish: DispatchConfig, folder: Path | None) -> dict[s
     if folder is None:
         raise LoadError(
             (
-                f"{listed(names)}: in memory, and mapped to disk, and there is no offload_dir to "
-                "write them to"
+                f"{listed(names)}: in memory and mapped to the disk, but no offload_dir is given "
+                f"to write them to"
             ),
-            hint="give a folder as offload_dir, or what holds them on disk as state_dict or "
+            hint="pass a folder as offload_dir, or the files that hold them as state_dict or "
             "offload_index",
         )
     entries = tuple(entries_of({weight.names[0]: weight.tensor for weight in weights}))
@@ -133,11 +133,11 @@ def _check_shape(weight: Weight, found: torch.Tensor) -> None:
         shapes = (tuple(found.shape), tuple(weight.tensor.shape))
         raise Mismatch(
             (
-                f"the state dict does not fit the model: {shown(weight.names[0])} is "
+                f"the state dict does not match the model: {shown(weight.names[0])} is "
                 f"{list(shapes[0])} there, {list(shapes[1])} here"
             ),
             wrong_shape={weight.names[0]: shapes},
-            hint="give the state dict of a model with this configuration",
+            hint="pass the state dict of a model with this configuration",
         )
 
 
@@ -158,7 +158,7 @@ def _indexed(index: Mapping[str, Mapping[str, Any]], folder: Path | None) -> dic
             opened[Path(file)] = LoadedHeaders.at(file)
         if there not in opened[Path(file)].entries:
             raise LoadError(
-                f"{shown_path(Path(file))} has no {shown(there)}, which offload_index says it has",
+                f"{shown_path(Path(file))} has no {shown(there)}, which offload_index lists",
                 hint="give the offload_index that was made with this file",
             )
         entries[name] = opened[Path(file)].entries[there]
@@ -178,7 +178,7 @@ def _check_line(name: str, place: Mapping[str, Any], entry: TensorEntry, file: P
             f"{place.get('dtype')} {list(shape)}",
         )
         raise LoadError(
-            f"{shown_path(file)} holds {shown(name)} as {found}, and offload_index says {said}",
+            f"{shown_path(file)} holds {shown(name)} as {found}, but offload_index says {said}",
             hint=_HINT,
         )
 
@@ -189,11 +189,11 @@ def _check_holds(folder: Path, entries: Sequence[TensorEntry]) -> None:
     """
     stored = LoadedHeaders.at(folder).entries
     for entry in entries:
-        twin = stored.get(entry.name)
+        earlier = stored.get(entry.name)
         if (
-            twin is None
-            or (twin.dtype, twin.shape) != (entry.dtype, entry.shape)
-            or twin.read() != entry.read()
+            earlier is None
+            or (earlier.dtype, earlier.shape) != (entry.dtype, entry.shape)
+            or earlier.read() != entry.read()
         ):
             raise LoadError(
                 f"{shown_path(folder)} holds weights of another model: "

@@ -1,5 +1,5 @@
-"""A block that streams: where its weights are, what stands in their places meanwhile, and the ring
-that it goes through.
+"""A block that streams: where its weights are stored, what replaces them meanwhile, and its
+prefetch buffer.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _origin(tensor: torch.Tensor) -> Origin:
 
 
 def ring_for(blocks: Sequence[StreamedBlock], model: nn.Module, ring: Ring) -> Depth | int | str:
-    """*ring*, or as many of *blocks* as pay, which all run on one device and are in their places in
-    *model*.
+    """*ring*, or the number of *blocks* chosen automatically, which all run on one device and are
+    in their places in *model*.
 
     Raises:
         FormatError: a file cannot be read, in which the disk is measured.

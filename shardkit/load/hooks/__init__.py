@@ -1,3 +1,3 @@
-"""Forward hooks: weights in and out, inputs to where they are needed, models that take turns, and
-what all that takes.
+"""Forward hooks: load and release weights, move inputs, let models share a device by turns, and
+measure forwards.
 """

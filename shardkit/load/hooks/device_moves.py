@@ -1,7 +1,7 @@
-"""Inputs to where they are needed, and the output back to where they came from.
+"""Move inputs to the device that needs them, and outputs back to the device of the inputs.
 
-Containers keep their type. What need not move is the same object before and after, and so is a
-container in which nothing moves: a cache that a block writes into stays the caller's.
+Containers keep their type. A value that need not move is the same object before and after, and so
+is a container in which nothing moves: a cache that a block writes to stays the caller's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def stays(value: object, device: torch.device, skip: Collection[str] = ()) -> bo
         return value.device == device
     if isinstance(value, tuple | list):
         parts: Iterable[object] = value
-    elif isinstance(value, dict | Mapping):  # the first is told at once
+    elif isinstance(value, dict | Mapping):  # the first is recognised at once
         parts = (part for key, part in value.items() if key not in skip) if value else ()
     else:
         return True
@@ -108,7 +108,7 @@ class Mover:
 
 
 class RoundTrip(Mover):
-    """The same for a whole model, whose output goes back to where its first input was."""
+    """The same for a complete model, whose output returns to the device of its first input."""
 
     def __init__(self, device: torch.device, skip: Collection[str] = ()) -> None:
         """Move nothing yet; the arguments are those of `Mover`."""

@@ -1,10 +1,10 @@
-"""How long the forwards of a model that streams take, and what its streams did meanwhile.
+"""Measure the forwards of a model that streams, and the reads during them.
 
-1. Forwards of one size are a series. The first of a series is not counted: it finds in the ring
-   what another left there.
-2. A forward takes from when its device comes to it until it is done there, which may be long after
-   it was issued.
-3. A clock costs a few microseconds for each forward, and nothing for each block.
+1. Forwards of one size are a series. The first of a series is not counted: the prefetch buffer
+   still has the blocks of another size.
+2. A forward is measured from when its device starts it until the device has finished it, which may
+   be long after it was issued.
+3. A timer costs a few microseconds for each forward, and nothing for each block.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Clock:
 
     def _forked(self) -> None:
         if self._issued:
-            never_free(self._issued)  # what they are told from is on the device of the parent
+            never_free(self._issued)  # they refer to the device of the parent
         self._begin()
 
     def _moments(self) -> list[Timestamp]:

@@ -1,11 +1,11 @@
-"""Autograd and weights that stream: which path torch takes, and what it is told where a gradient
-cannot be had.
+"""Autograd and weights that stream: which path torch takes, and which error is raised where a
+gradient is impossible.
 
-1. A weight that streams requires no gradient while gradients are on: autograd would keep it. The
-   modules of torch that choose a path by the flag look at the attribute, and an `Asking` weight
-   says there what it said in memory.
-2. A backward through a block whose weights were replaced in the ring raises `NotTrained` before
-   torch meets the first of them.
+1. A weight that streams requires no gradient while gradients are enabled: autograd would keep it in
+   memory. The modules of torch that choose a path by the flag read the attribute, and an `Asking`
+   weight returns there what it returned in memory.
+2. A backward through a block whose weights were evicted from the prefetch buffer raises
+   `NotTrained` before torch reaches the first of them.
 3. A backward of a model in training mode warns of weights that stream, and would have been trained
    in memory.
 """

@@ -1,8 +1,8 @@
-"""`load_state_dict` into a model that streams some of its weights: it is refused before it copies
-anything.
+"""`load_state_dict` into a model that streams some of its weights: refused before anything is
+copied.
 
-torch copies into all weights that it can, and tells of the others afterwards. The model would then
-be part of one checkpoint and part of another.
+torch copies all weights that it can, and reports the others afterwards. The model would then be a
+mixture of two checkpoints.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Whole models that take turns on a device: each is moved there for its first forward, and back
-when it is told to.
+"""Models that share a device by turns: each is moved there for its forward, and back to main memory
+on request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class UserCpuOffloadHook:
-    """What `cpu_offload_with_hook` gives to move its model with.
+    """The hook that `cpu_offload_with_hook` returns, which moves its model back to main memory.
 
     Attributes:
         model: the model.
@@ -28,7 +28,7 @@ class UserCpuOffloadHook:
         self, model: nn.Module, device: torch.device, previous: UserCpuOffloadHook | None
     ) -> None:
         """Attach to *model*, which is moved to *device* when it is called, after *previous* has
-        gone from there.
+        left it.
         """
         self.model = model
         self._device = device
@@ -50,7 +50,7 @@ class UserCpuOffloadHook:
         args: tuple[Any, ...],  # Any: whatever a model takes
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The hook."""
+        """Run before each forward: move the model and its inputs to the device."""
         if self._previous is not None:
             self._previous.offload()
         module.to(self._device)
@@ -62,19 +62,35 @@ def cpu_offload_with_hook(
     execution_device: str | int | torch.device | None = None,
     prev_module_hook: UserCpuOffloadHook | None = None,
 ) -> tuple[_Model, UserCpuOffloadHook]:
-    """Keep *model* in main memory until it is called; then it moves to *execution_device*, and
+    """Keep *model* in main memory until it is called; then move it to *execution_device*, where it
     stays.
 
+    For pipelines whose models run one after the other; the name and arguments are those of
+    Accelerate.
+
     Args:
-        model: the model. It is moved, and returned.
-        execution_device: what runs it; None for the accelerator that there is, or else the CPU.
-        prev_module_hook: that of the model which makes room when this one is called.
+        model: the model. It is moved and returned.
+        execution_device: the device that runs it; None for the accelerator of this machine, or else
+            the CPU.
+        prev_module_hook: the hook of the model that is moved back when this one is called.
 
     Returns:
-        The model, and what moves it back.
+        The model, and the hook that moves it back.
 
     Raises:
         LoadError: there is no such device.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import cpu_offload_with_hook
+        >>> from torch import nn
+        >>> encoder, hook = cpu_offload_with_hook(nn.Linear(4, 8))
+        >>> decoder, last = cpu_offload_with_hook(nn.Linear(8, 4), prev_module_hook=hook)
+        >>> with torch.inference_mode():
+        ...     output = decoder(encoder(torch.ones(1, 4)))  # makes room for the decoder
+        >>> last.offload()
+        >>> decoder.weight.device
+        device(type='cpu')
     """
     if execution_device is None:
         execution_device = accelerator() or "cpu"

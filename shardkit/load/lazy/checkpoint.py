@@ -95,9 +95,8 @@ class LoadedHeaders:
         if unchecked:
             raise LoadError(
                 (
-                    f"{shown_path(unchecked[0])} cannot be verified: it carries no checksums, "
-                    "and no "
-                    "file beside it has any"
+                    f"{shown_path(unchecked[0])} cannot be verified: it has no checksums, and no "
+                    f"file beside it lists any"
                 ),
                 hint="write it with `shardkit convert --checksum sha256`, or load without verify",
             )
@@ -132,48 +131,63 @@ def tensors(
     device: str | torch.device = "cpu",
     limits: Limits = Limits(),
 ) -> Mapping[str, Paged]:
-    """The weights of the checkpoint at *path* by their names, none of which is read before it is
+    """Return the weights of a checkpoint as lazy tensors by name; each is read only when it is
     used.
 
+    A safe replacement of `torch.load`: no pickle is executed.
+
     Args:
-        path: whatever `shardkit.open` opens: a file of any format, compressed or not; an index; a
-            folder with one of them.
+        path: a file of any format, compressed or not; an index; or a folder with one of them.
         root: dotted path of the subtree to take; ``"."`` for everything; None to find the model.
-        device: where tensors are put when they are read.
-        limits: what the file may ask for.
+        device: where tensors are placed when they are read.
+        limits: safety limits for an untrusted file.
 
     Returns:
         A mapping that `Module.load_state_dict` takes, with ``assign=True`` or without. Tied weights
-        are one object. A weight that is no dense tensor is listed, and a LoadError when it is asked
-        for.
+        are one object. A weight that is not a dense tensor is listed, and raises a LoadError when
+            it
+        is requested.
 
     Raises:
         FormatError: the checkpoint cannot be read.
-        PlanError: several parts of it could be the model, or there is nothing at *root*.
+        PlanError: several subtrees of it could be the model, or there is nothing at *root*.
         LoadError: two weights have one name, or there is no such device.
+
+    Example:
+        >>> from shardkit.load import tensors
+        >>> weights = tensors("training.pt")
+        >>> list(weights)[:2]
+        ['0.weight', '0.bias']
+        >>> rows = weights["0.weight"][1:]  # a view; nothing is read
+        >>> tuple(rows.shape), rows.dtype
+        ((3, 3), torch.float32)
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model.load_state_dict(tensors("model.safetensors"))
+        <All keys matched successfully>
     """
     opened = LoadedHeaders.at(path, root=root, limits=limits)
-    undense = {name: other for name, other in opened.others.items() if other.is_weight}
-    return _Weights(opened.entries, undense, torch_device(device), opened.files)
+    non_dense = {name: other for name, other in opened.others.items() if other.is_weight}
+    return _Weights(opened.entries, non_dense, torch_device(device), opened.files)
 
 
 class _Weights(Mapping[str, Paged]):
     def __init__(
         self,
         entries: Mapping[str, TensorEntry],
-        undense: Mapping[str, Other],
+        non_dense: Mapping[str, Other],
         device: torch.device,
         files: tuple[SourceFile, ...],
     ) -> None:
         self._entries = entries
-        self._undense = undense
+        self._non_dense = non_dense
         self._device = device
         self._files = files
         self._made: dict[tuple[Payload, DType, tuple[int, ...]] | str, Paged] = {}
 
     def __getitem__(self, name: str) -> Paged:
-        if name in self._undense:
-            raise _undense(self._undense[name])
+        if name in self._non_dense:
+            raise _non_dense(self._non_dense[name])
         entry = self._entries.get(name)
         if entry is None:
             raise UnknownTensor(name, near(name, self))
@@ -192,13 +206,13 @@ class _Weights(Mapping[str, Paged]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._entries
-        yield from self._undense
+        yield from self._non_dense
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._undense)
+        return len(self._entries) + len(self._non_dense)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._undense
+        return name in self._entries or name in self._non_dense
 
     def __repr__(self) -> str:
         count = f"{len(self):,} tensor{'s' * (len(self) != 1)}"
@@ -209,9 +223,10 @@ class _Weights(Mapping[str, Paged]):
         )
 
 
-def _undense(other: Other) -> LoadError:
+def _non_dense(other: Other) -> LoadError:
     return LoadError(
-        f"{shown(other.name)} is no dense tensor but a {other.kind}: {shown(other.reason)[1:-1]}",
+        f"{shown(other.name)} is not a dense tensor but a {other.kind}: "
+        f"{shown(other.reason)[1:-1]}",
         hint="such weights are not read; leave the name out, or load the file with torch.load if "
         "you trust it",
     )

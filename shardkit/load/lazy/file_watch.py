@@ -22,8 +22,8 @@ def changed(file: SourceFile) -> LoadError:
     """The *file* that weights are read from is no longer what it was when it was opened."""
     return LoadError(
         (
-            f"{shown_path(file.path)} changed since it was opened, and weights that were not read "
-            "yet lie in it"
+            f"{shown_path(file.path)} changed since it was opened, and holds weights that were "
+            f"not read yet"
         ),
         hint="load it again; to save over a checkpoint that is in use, save to another file, and "
         "rename that",

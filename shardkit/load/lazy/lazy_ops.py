@@ -1,17 +1,17 @@
-"""What becomes of an address when a tensor operation is done to it: another address, where nothing
-must be read to say which.
+"""Tensor operations on lazy tensors: the result is lazy too, if it can be described without
+reading.
 
-The functions here take and give `Address` wherever the operation has a tensor without memory;
-NotImplemented stands for what only values can tell. What torch documents as a copy is marked as one
-that must be read:
+The functions here take and return `Address` wherever the operation has a tensor without memory;
+NotImplemented means that values are needed. What torch documents as a copy is marked as one that
+must be read:
 
 1. A clone, and a cast to the type that the tensor has.
 2. Any cast of a weight of a model, which is then used as any other tensor. A cast of a tensor of a
-   checkpoint stays an address, because libraries that load models cast every weight.
+   checkpoint stays lazy, because libraries that load models cast every weight.
 
-A join, and what only makes contiguous, is an address: libraries that save models do that to every
-weight. Made of weights of a model it has a backing of its own, so that it can be written like any
-other tensor.
+A concatenation, and an operation that only makes contiguous, stays lazy: libraries that save models
+apply these to every weight. Made of weights of a model it has a backing of its own, so that it can
+be written like any other tensor.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _empty(func: Operation, args: Arguments, options: Options) -> object:
 
 
 def _fill(func: Operation, args: Arguments, options: Options) -> object:
-    """A copy into memory that is there: read straight into it, where it lies in one piece and torch
+    """A copy into memory that is there: read straight into it, if it is in one piece and torch
     need not compute.
     """
     target, source, *_ = args

@@ -1,9 +1,9 @@
 """Recipes: which bytes of a payload are the elements of a tensor, and in which order its strides
-put them in memory.
+place them in memory.
 
-Strides are those that torch would give. A product computed with a turned matrix may differ in its
-last bit from one computed with the same matrix made contiguous, and what is computed with an
-address must not differ from what is computed with memory.
+Strides are those that torch would give. A product computed with a transposed matrix may differ in
+its last bit from one computed with the same matrix made contiguous, and results with lazy tensors
+must not differ from results in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Recipe:
 
     @classmethod
     def of(cls, entry: TensorEntry, files: tuple[SourceFile, ...] = ()) -> Recipe:
-        """The whole of *entry*, of a checkpoint that consists of *files*.
+        """Describe all of *entry*, of a checkpoint that consists of *files*.
 
         Raises:
             LoadError: torch has no such tensors.
@@ -57,17 +57,17 @@ class Recipe:
                     f"{shown(entry.name)} is {entry.dtype.code}, and torch {torch.__version__} has "
                     "no such type"
                 ),
-                hint=f"it has {entry.nbytes:,} bytes, which shardkit.open gives as they are",
+                hint=f"it has {entry.nbytes:,} bytes, which shardkit.open can read",
             )
         shape = entry.shape
         if entry.dtype.packed > 1:
             if not shape or shape[-1] % entry.dtype.packed:
                 raise LoadError(
                     (
-                        f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row fills "
-                        "no whole bytes"
+                        f"{shown(entry.name)} is {entry.dtype.code} {list(shape)}, and a row is "
+                        f"not a whole number of bytes"
                     ),
-                    hint="leave the name out; shardkit.open gives its bytes as they are",
+                    hint="leave the name out; shardkit.open can read its bytes",
                 )
             shape = (*shape[:-1], shape[-1] // entry.dtype.packed)
         return cls(entry.payload, entry.dtype, shape, _contiguous(shape), files=files)

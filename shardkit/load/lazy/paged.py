@@ -1,21 +1,21 @@
-"""Paged: a tensor that is an address. It has shape, type and device as any tensor, and its bytes
-are read when they are used.
+"""Paged: a lazy tensor. It has shape, type and device as any tensor, and its bytes are read when
+they are used.
 
-1. What only moves elements or changes their float type is written into the recipe, and nothing is
-   read: views of every kind, splits, casts, stacks and cats. What only asks for shapes is answered
-   from them.
-2. Anything else reads its Paged arguments, and gives what torch computes with them. Nothing is
-   kept: each use reads again.
-3. A clone is an ordinary tensor in memory of its own, and so is a deep copy, but for that of a
+1. Operations that only move elements or change their float type are recorded, and nothing is read:
+   views of every kind, splits, casts, stacks and cats. Questions about shapes are answered from the
+   record.
+2. Any other operation reads its Paged arguments, and returns the result of torch. Nothing is
+   cached: each use reads again.
+3. A clone is an ordinary tensor that owns its memory, and so is a deep copy, but for that of a
    module. So is a cast of a weight of a model.
 4. A tensor of a checkpoint cannot be written. A weight of a model can: it gets memory of its own,
-   which its views share. So can stacks and cats of weights. What is copied from a Paged goes from
-   its file into the target's own memory.
-5. It stands below autograd, autocast and the decomposition of composite operations
-   (`__torch_dispatch__`, and no `__torch_function__`), so that every path that leads to a kernel
-   leads here first, those inside C++ too. Where such an operation chooses its kernel by the kind of
-   tensor, as LSTM and singular values do, a last bit may differ.
-6. But for that memory, and the attributes that torch and others hang on it, it is immutable. Any
+   which its views share. So can stacks and cats of weights. Copying from a Paged reads its file
+   into the target's own memory.
+5. It works below autograd, autocast and the decomposition of composite operations
+   (`__torch_dispatch__`, and no `__torch_function__`), so that every path to a kernel, including
+   those inside C++, passes here first. Where such an operation chooses its kernel by the kind of
+   tensor, as LSTM and singular values do, the last bit may differ.
+6. But for that memory, and the attributes that torch and others set on it, it is immutable. Any
    number of threads may use it.
 """
 
@@ -68,12 +68,25 @@ OWN = ("recipe", "backing", "seated", "origin", "learned", "copied", "_storage")
 
 
 class Paged(torch.Tensor):
-    """A tensor whose bytes are read when they are used; see the rules of its module.
+    """A lazy tensor: it has shape, type and device, and its bytes are read whenever they are used.
+
+    Views, casts, stacks and cats are recorded and read nothing; `tensors` returns values of this
+    class.
 
     Attributes:
-        recipe: which bytes, and how they become elements.
+        recipe: which bytes it consists of, and how they become elements.
         backing: what it shares with the weight of a model that it is, or is a view of, and the
             memory of what was written; None for a tensor of a checkpoint.
+
+    Example:
+        >>> import shardkit
+        >>> from shardkit.load import Paged
+        >>> weight = Paged.of(shardkit.open("model.safetensors")["0.weight"])
+        >>> half = weight.T[:2].half()  # recorded; nothing is read
+        >>> half
+        Paged(torch.float16, [2, 8], device='cpu', 32 B of model.safetensors, not read)
+        >>> half.read()[0, :3]
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float16)
     """
 
     recipe: Recipe
@@ -87,7 +100,7 @@ class Paged(torch.Tensor):
     def __new__(
         cls: type[Paged], recipe: Recipe, device: torch.device, requires_grad: bool = False
     ) -> Paged:
-        """A tensor that claims to be on *device*, which is where `read` puts it."""
+        """Create a tensor that reports *device*, which is where `read` puts it."""
         with torch.inference_mode(
             False
         ):  # so that views taken in inference mode are what torch expects, and can outlive it
@@ -111,27 +124,27 @@ class Paged(torch.Tensor):
         *,
         files: tuple[SourceFile, ...] = (),
     ) -> Paged:
-        """The tensor that *entry* describes.
+        """Create the lazy tensor that *entry* describes.
 
         Args:
             entry: its bytes, type and shape.
             device: where `read` puts it.
-            files: those of its checkpoint, as they were when it was opened. To read from one that
-                changed is an error.
+            files: the files of its checkpoint, as they were when it was opened. Reading from one
+                that changed is an error.
 
         Raises:
-            LoadError: torch has no such tensors, or there is no such device.
+            LoadError: torch has no such type, or there is no such device.
         """
         return cls(Recipe.of(entry, files), torch_device(device))
 
     @property
     def payload(self) -> Payload:
-        """The address of its bytes: C order, little-endian, whatever its strides."""
+        """Its bytes: C order, little-endian, whatever its strides."""
         return self._current.payload
 
     @property
     def stored(self) -> DType:
-        """The type of the bytes that `payload` gives, which is that of the tensor."""
+        """The type of the bytes of `payload`, which is that of the tensor."""
         return self.recipe.dtype
 
     @property
@@ -142,13 +155,13 @@ class Paged(torch.Tensor):
 
     @unseen
     def read(self) -> torch.Tensor:
-        """Its values in memory of their own, on its device.
+        """Read the values into an ordinary tensor on its device, which owns its memory.
 
         Strides are kept, but for those that leave gaps.
 
         Raises:
             FormatError: the file cannot be read, or has become shorter.
-            LoadError: the file changed since it was opened, or there is no room for the tensor.
+            LoadError: the file changed since it was opened, or there is not enough memory.
         """
         if (held := self.held) is not None:
             return held.clone()
@@ -236,18 +249,18 @@ class Paged(torch.Tensor):
             if is_address(self) and any(
                 isinstance(each, nn.Module) for each in reversed(memo.values())
             ):
-                twin = self._twin()
+                copy = self._lazy_copy()
             else:
-                twin = self._ordinary()
+                copy = self._ordinary()
                 attributes.pop(PARAMETER_MARK, None)
-            twin.__dict__.update(attributes)
-            memo[id(self)] = twin
+            copy.__dict__.update(attributes)
+            memo[id(self)] = copy
         found = memo[id(self)]
         assert isinstance(found, torch.Tensor)
         return found
 
-    def _twin(self) -> torch.Tensor:
-        """The same in the deep copy of its module."""
+    def _lazy_copy(self) -> torch.Tensor:
+        """Return the same lazy tensor for the deep copy of its module."""
         return _rebuilt(self.recipe, self.device, self.requires_grad, {})
 
     def _ordinary(self) -> torch.Tensor:
@@ -280,8 +293,8 @@ class Paged(torch.Tensor):
         return _value(self).__dlpack__(**asked)
 
     def data_ptr(self) -> int:
-        """Where the values can be read: in the pages of the file, or of a temporary one (see
-        `storages`); 0 if there are none.
+        """Return where the values can be read: in the memory-mapped file, or in that of a temporary
+        one (see `storages`); 0 for an empty tensor.
         """
         if (held := self.held) is not None:
             return held.data_ptr()
@@ -291,7 +304,9 @@ class Paged(torch.Tensor):
         return start and start + self.recipe.offset * self.recipe.dtype.itemsize
 
     def untyped_storage(self) -> Storage | torch.UntypedStorage:  # type: ignore[override]  # it has what those ask for who save
-        """What tells apart the storages of tensors, and finds ties; nothing is read."""
+        """Return an object that identifies the storage, by which libraries find ties; nothing is
+        read.
+        """
         return self._lazy_storage() if (held := self.held) is None else held.untyped_storage()
 
     def _typed_storage(self) -> torch.TypedStorage:
@@ -342,8 +357,8 @@ def _holding(tensor: torch.Tensor) -> Paged:
 
 def _no_memory() -> LoadError:
     return LoadError(
-        "a Paged is the address of a weight in a checkpoint, and has no memory to point at",
-        hint="take its value first: tensor.read(); to save a model that has such weights: "
+        "a Paged is a lazy tensor, and has no memory to point to",
+        hint="read it first: tensor.read(); to save a model that has such weights: "
         "shardkit.load.save(model, folder)",
     )
 
@@ -387,7 +402,7 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
     targets = [each for each in written(func, args, options) if isinstance(each, Paged)]
     fixed = [each for each in targets if each.backing is None or changes_shapes(func)]
     if fixed:
-        what = "write to a Paged, which is the address of a weight and cannot be written"
+        what = "write to a Paged, which is a lazy tensor and cannot be written"
         hint = "write to a copy of it: tensor.clone()"
         if (backing := fixed[0].backing) is not None:
             what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"

@@ -1,16 +1,16 @@
 """Storages of lazy tensors, for libraries that save tensors through pointers: safetensors, and all
 that call it.
 
-1. To ask for a storage reads nothing. Libraries ask every tensor for the address and the size of
-   its storage, to find ties.
-2. A run of a file lies in the pages of the file itself, which are mapped read-only: they are no
-   memory of the process. The system reads them when they are touched, and drops them when it needs
-   room. What is in memory already stays where it is.
-3. Anything else (a cast, a join, what is compressed) gets a place in a temporary file without a
-   name, which is mapped too. Its bytes are written there when somebody asks for a pointer.
-4. A storage keeps the files that it needs: one that is replaced meanwhile, as by safetensors, which
-   writes beside it and renames, is read as it was. One that was written to in place is an error.
-   One that is cut while somebody reads through a pointer ends the process, as any mapped file does.
+1. Requesting a storage reads nothing. Libraries request the pointer and the size of every storage,
+   to find ties.
+2. A run of a file is mapped read-only from the file itself: it takes no memory of the process. The
+   system reads the pages when they are touched, and drops them when it needs memory. Tensors in
+   memory stay where they are.
+3. Anything else (a cast, a concatenation, compressed data) gets a range of a temporary file without
+   a name, which is mapped too. Its bytes are written there when a pointer is requested.
+4. A storage keeps its files open: one that is replaced meanwhile, as by safetensors, which writes
+   beside it and renames, is read as it was. A file that was written to in place is an error. If a
+   file is truncated during a read through a pointer, the process ends, as with any mapped file.
 5. Equal payloads of the same files have one storage for as long as a tensor has it. So ties are
    found, and cost no second copy.
 """
@@ -198,7 +198,7 @@ class Pages:
         self.address = address_of(self._memory)
 
     def check(self, extent: Extent) -> None:
-        """Raise Malformed unless *extent* lies in the file."""
+        """Raise Malformed unless *extent* is inside the file."""
         if extent.start + extent.nbytes > self._file.size:
             raise ended_early(extent)
 
@@ -276,7 +276,7 @@ class Place:
 
 
 def no_room(nbytes: int, error: OSError) -> NoRoom:
-    """What the system said when a temporary file was made or written to."""
+    """Report the error of the system for a temporary file."""
     return NoRoom(
         f"{shown_path(Path(tempfile.gettempdir()))}: a temporary file with {format_size(nbytes)} "
         "of weights cannot be written: "

@@ -1,13 +1,13 @@
-"""Streamed: what stands in the place of a weight that streams, outside its block's forward.
+"""Streamed: the lazy tensor that replaces a streamed weight outside its block's forward.
 
-1. It cannot leave the device that its block runs on, and is not trained: it says that it requires
-   no gradient. Only while the forward of a module runs it says what the weight said before it
-   streamed, because modules of torch choose their path by that.
-2. Once it was written, or was given other data, it is in memory of its own, and its block uses
-   that. Then it can be trained.
-3. A deep copy of its module has one of its own. That gets memory when it is asked to train, as the
-   modules do that PEFT saves.
-4. Where a module is cast, its weights stay addresses.
+1. It cannot leave the device that its block runs on, and is not trained: it reports that it
+   requires no gradient. Only during the forward of a module it reports the flag that the weight had
+   before it streamed, because modules of torch choose their path by that.
+2. Once it was written, or was given other data, it has memory of its own, and its block uses that.
+   Then it can be trained.
+3. A deep copy of its module has one of its own. That gets memory when it is set to train, as the
+   modules that PEFT saves do.
+4. When a module is cast, its weights stay lazy.
 """
 
 from __future__ import annotations
@@ -176,16 +176,16 @@ class Streamed(Paged):
         """
         return Address(self.recipe, self.device, None if is_module_cast() else self.backing)
 
-    def _twin(self) -> torch.Tensor:
+    def _lazy_copy(self) -> torch.Tensor:
         if not self.seated:
             return self._ordinary()
         name, origin, learned = self.backing.name, self.origin, self.learned
         is_buffer = not self._is_parameter
-        twin = self.standing_for(
+        copy = self.standing_for(
             self.recipe, self.device, is_buffer=is_buffer, name=name, origin=origin, learned=learned
         )
-        twin.copied = True
-        return twin
+        copy.copied = True
+        return copy
 
     def _ordinary(self) -> torch.Tensor:
         value = self.read()

@@ -1,5 +1,5 @@
-"""What torch says of its operations: what they write, and what they are made of; and what
-`Tensor.to` was asked for.
+"""Facts about the operations of torch: what they write, their decompositions, and the arguments of
+`Tensor.to`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the class of a model and a run of it know about blocks: which modules are not split, and in
-which order they run.
+"""Blocks and their order, from the class of a model and from a run of it: which modules are not
+split, and in which order they run.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from shardkit.load.modules.torch_internals import own_buffers, own_parameters
 def no_split_pattern(
     path: str | PathLike[str], *, trust_remote_code: bool = False
 ) -> re.Pattern[str]:
-    """What is found in the names of those modules that the class of the model in a folder says must
-    not be split.
+    """Return a regular expression for the modules that must not be split, for
+    `shardkit.offload_prep`.
 
-    Transformers or Diffusers makes the model of config.json, without memory, and each module of a
-    class in its ``_no_split_modules`` counts. Without them there is no such class, and names have
-    to tell what is a block, as they do by
-    default: for models whose layers are numbered it is the same.
+    Transformers or Diffusers creates the model from config.json, without memory, and each module of
+    a class in its ``_no_split_modules`` counts. Without this, blocks are inferred from tensor
+    names; for models whose layers are numbered the result is the same.
 
     Args:
         path: the folder; or the name of a model on the Hub that is in its cache.
-        trust_remote_code: run the code that lies in the folder, where its config.json asks for it.
+        trust_remote_code: run the code that the folder contains, where its config.json asks for it.
+
+    Returns:
+        A pattern that is found in the names of these modules.
 
     Raises:
-        LoadError: the library is not there, or the folder names no class; or the class says
-            nothing.
+        LoadError: the library is not installed, the folder names no class, or the class does not
+            declare such modules.
+
+    Example:
+        >>> from shardkit.load import no_split_pattern
+        >>> bool(no_split_pattern("llama").search("model.layers.0"))
+        True
     """
     folder = ModelFolder.at(path)
     if folder.kind == "pipeline":
@@ -54,8 +61,7 @@ def no_split_pattern(
     names = [name for name, module in model.named_modules() if type(module).__name__ in whole]
     if not names:
         raise LoadError(
-            f"{shown_path(folder.path)}: {type(model).__name__} does not say "
-            "what must not be split",
+            f"{shown_path(folder.path)}: {type(model).__name__} does not declare _no_split_modules",
             hint=(
                 "give a pattern with ",
                 option("blocks"),
@@ -71,14 +77,28 @@ def no_split_pattern(
 
 @contextmanager
 def recorded_order(model: nn.Module) -> Iterator[list[str]]:
-    """A list that gets the name of each module with weights of its own when it is first run, until
-    the context ends.
+    """Record the order in which the modules of *model* run, until the context ends.
 
-    ``json.dump`` it, and give the file to ``shardkit offload-prep --order``, or the list to
-    `shardkit.offload_prep`.
+    The list gets the name of each module that has weights of its own, when it is first run. Pass it
+    to `shardkit.offload_prep`, or save it with ``json.dump`` for ``shardkit offload-prep --order``.
 
     Args:
         model: resident or streamed.
+
+    Yields:
+        The names, in the order of their first run.
+
+    Example:
+        >>> import shardkit
+        >>> import torch
+        >>> from shardkit.load import recorded_order
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> with recorded_order(model) as order, torch.inference_mode():
+        ...     _ = model(torch.ones(1, 4))
+        >>> order
+        ['0', '2']
+        >>> report = shardkit.offload_prep("model.safetensors", "offload", order=order)
     """
     order: dict[str, None] = {}
     names: list[str] = []

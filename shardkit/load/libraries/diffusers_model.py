@@ -1,9 +1,8 @@
-"""A model as Diffusers makes it, with addresses for weights.
+"""Create a model of Diffusers with lazy weights.
 
-1. Its class makes it of its configuration, empty, and renames what old checkpoints call otherwise.
-   The weights are then matched and put in as for any other model.
-2. Where no type is asked for, it has the type that most of its weights have. Diffusers would make
-   it float32.
+1. Its class creates it from its configuration, empty, and renames the weights of old checkpoints.
+   The weights are then matched and installed as for any other model.
+2. If no type is requested, it has the type of most of its weights. Diffusers would make it float32.
 """
 
 from __future__ import annotations
@@ -130,8 +129,8 @@ def _check_not_quantised(folder: ModelFolder) -> None:
         method = config.get("quant_method") if isinstance(config, dict) else config
         raise LoadError(
             (
-                f"{shown_path(folder.path)} is quantised with {shown(method)}, of which Diffusers "
-                "makes no plain tensors"
+                f"{shown_path(folder.path)} is quantised with {shown(method)}, which Diffusers "
+                f"does not load as plain tensors"
             ),
             hint="load it with Diffusers itself",
         )
@@ -170,10 +169,10 @@ def _has_code(folder: ModelFolder) -> bool:
 
 
 def _own_code(folder: ModelFolder, trusted: bool) -> Callable[[dict[str, object]], _Model]:
-    """How a model is made whose code lies in *folder*."""
+    """Create a model whose code is in *folder*."""
     if not trusted:
         raise LoadError(
-            f"{shown_path(folder.path)} has code of its own for its model",
+            f"{shown_path(folder.path)} contains code for its model",
             hint="read it, and if you trust it, pass trust_remote_code=True",
         )
     import diffusers
@@ -198,11 +197,12 @@ def _class(folder: ModelFolder) -> _Kind:
                 "Diffusers "
                 f"{diffusers.__version__} has not"
             ),
-            hint="a newer Diffusers may have it",
+            hint="update Diffusers",
         )
     if not loads_as_all_do(found, diffusers.ModelMixin):
         raise LoadError(
-            f"{shown_path(folder.path)} holds a {name}, which Diffusers loads in a way of its own",
+            f"{shown_path(folder.path)} holds a {name}, which Diffusers loads by a method of its "
+            f"own",
             hint=MAKE_IT,
         )
     return found

@@ -1,14 +1,13 @@
-"""A pipeline of Diffusers, its models with addresses for weights.
+"""Create a pipeline of Diffusers whose models have lazy weights.
 
-1. The models are made one by one, as they are from folders of their own. Diffusers then makes the
-   pipeline around them, and all that is no model in it: schedulers, tokenizers, image processors.
-2. A model of another library, or one that Diffusers or Transformers loads in a way of its own, is
-   read by them, and in memory.
-3. The classes are those of Diffusers and Transformers, and code of other origin only where it is
-   trusted.
-4. Where no type is asked for, each model has the type that its weights have, whatever its
-   config.json says: the models of a pipeline must fit together.
-5. What is given for one of its parts stands in its place as it is, and where it is.
+1. The models are created one by one, as they are from folders of their own. Diffusers then creates
+   the pipeline around them, and its other parts: schedulers, tokenizers, image processors.
+2. A model of another library, or one that Diffusers or Transformers loads by a method of its own,
+   is read by them, and is in memory.
+3. The classes are those of Diffusers and Transformers, and other code only where it is trusted.
+4. If no type is requested, each model has the type of its weights, whatever its config.json says:
+   the models of a pipeline must be compatible.
+5. A replacement for one of its parts is used as it is, and is not moved.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def _parts(folder: ModelFolder) -> Iterator[tuple[str, str, str]]:
 
 
 def _known(home: str) -> ModuleType | None:
-    """The module of Diffusers or Transformers that model_index.json calls *home*."""
+    """Return the module of Diffusers or Transformers that model_index.json calls *home*."""
     import diffusers
 
     if home == "diffusers":
@@ -150,8 +149,8 @@ def _refuse_code(folder: ModelFolder) -> None:
     asking += [] if isinstance(folder.fields.get("_class_name"), str) else ["_class_name"]
     if asking:
         raise LoadError(
-            f"{shown_path(folder.path)} asks for code that is neither of Diffusers nor of "
-            "Transformers: "
+            f"{shown_path(folder.path)} needs code that is part of neither Diffusers nor "
+            f"Transformers: "
             f"{shown(asking[0])} is {shown(folder.fields.get(asking[0]))}",
             hint="read it, and if you trust it, pass trust_remote_code=True",
         )

@@ -1,6 +1,6 @@
-"""A folder as Transformers or Diffusers saves it: what is in it, and in which file its weights are.
+"""A folder as Transformers or Diffusers saves it: its contents, and the files of its weights.
 
-Nothing is fetched from the network, and no code of the folder is run.
+Nothing is downloaded, and no code of the folder is executed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shardkit.load.modules.weights import torch_type
 from shardkit.metadata.shard_names import STEM
 from shardkit.sources import path_arguments
 
-MAKE_IT = "make the model yourself, and call load_checkpoint_and_dispatch"
+MAKE_IT = "create the model yourself, and call load_checkpoint_and_dispatch"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PIPELINE, _MODEL = "model_index.json", "config.json"
 Kind = Literal["pipeline", "diffusers", "transformers"]
@@ -77,7 +77,7 @@ class ModelFolder:
             return cls(folder, name, "pipeline", _fields(folder / _PIPELINE))
         if (folder / "adapter_config.json").is_file():
             raise LoadError(
-                f"{shown_path(folder)} holds an adapter, which PEFT puts on top of a model",
+                f"{shown_path(folder)} holds an adapter, which PEFT applies to a model",
                 hint="load the folder of the model, and give it to "
                 "peft.PeftModel.from_pretrained with this one",
             )
@@ -130,7 +130,7 @@ class ModelFolder:
     def _of_model(cls, folder: Path, name: str) -> ModelFolder:
         if not (folder / _MODEL).is_file():
             raise LoadError(
-                f"{shown_path(folder)} has no config.json, which says what model it is",
+                f"{shown_path(folder)} has no config.json, which names the class of the model",
                 hint=MAKE_IT,
             )
         fields = _fields(folder / _MODEL)
@@ -310,7 +310,7 @@ def _local(
     what = (
         "is a file"
         if given.exists()
-        else f"is no folder, and no model in the cache of the Hub{meant}"
+        else f"is neither a folder nor a model in the cache of the Hub{meant}"
     )
     raise LoadError(
         f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
@@ -326,12 +326,12 @@ def _fields(file: Path) -> dict[str, object]:
         fields: object = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise LoadError(
-            f"{shown_path(file)} is no JSON: {error}", hint="download it anew"
+            f"{shown_path(file)} is not JSON: {error}", hint="download it again"
         ) from None
     if not isinstance(fields, dict):
         raise LoadError(
             f"{shown_path(file)} must hold an object, found {shown(fields)}",
-            hint="download it anew",
+            hint="download it again",
         )
     return fields
 

@@ -1,15 +1,13 @@
 """A folder as Transformers or Diffusers saves it → the model or the pipeline in it, running over
 accelerators, CPU and disk.
 
-1. Each library does what it knows best, by arguments that it documents, and gets addresses for
-   weights.
-2. Then the addresses are put where the device map wants them, as for any other model: read, or left
-   to stream.
-3. What a library computes from weights, rather than moves or casts, has been read, and stays in
-   memory. If it should have streamed, a warning says so.
-4. The models of a pipeline share one device map, in which their names stand first:
-   "unet.mid_block". Where a map is made, the largest comes first, as in Diffusers: it runs most
-   often.
+1. Each library builds the model by arguments that it documents, and gets lazy tensors for weights.
+2. Then the weights are placed as the device map says, as for any other model: read, or left to
+   stream.
+3. Weights that a library computes from others, rather than moves or casts, have been read, and stay
+   in memory. If they should have streamed, a warning is raised.
+4. The models of a pipeline share one device map, in which their names come first: "unet.mid_block".
+   Where a map is made, the largest comes first, as in Diffusers: it runs most often.
 """
 
 from __future__ import annotations
@@ -68,48 +66,61 @@ def from_pretrained(
     ring: int | str | None = None,
     **components: object,
 ) -> Any:  # Any: the folder says of which class it is
-    """The model in a folder, or the pipeline of Diffusers, in evaluation mode.
+    """Load the model in a folder, or the pipeline of Diffusers, in evaluation mode.
 
     Args:
-        path: the folder; or the name of what is on the Hub, if it is in the cache.
+        path: the folder; or the name of a repository on the Hub, if it is in the cache.
         device_map: a device for each part of the model, by name; a device for all of it; or how to
-            make a map: "auto", "balanced", "balanced_low_0", "sequential". None for the CPU, with
-            nothing attached.
+            choose a map: "auto", "balanced", "balanced_low_0", "sequential". None for the CPU, with
+            no hooks.
         dtype: what floats are cast to, but for those that the model keeps in float32. "auto" for
-            what config.json says, and with Diffusers, whose config.json says nothing, for what most
-            of the weights are.
+            the type in config.json, and with Diffusers, whose config.json has none, for the type of
+            most weights.
         torch_dtype: the older name of *dtype*, which Diffusers has.
-        max_memory: what each device may hold, where *device_map* says how to make a map.
-        trust_remote_code: run the code that lies in the folder, where it asks for it.
-        attn_implementation: "eager", "sdpa" or what else Transformers has, for models of
+        max_memory: budget of each device, where *device_map* is a word.
+        trust_remote_code: run the code that the folder contains, where it asks for it.
+        attn_implementation: "eager", "sdpa" or another name that Transformers knows, for models of
             Transformers.
-        subfolder: the folder inside *path* that is meant.
+        subfolder: the folder inside *path* to load.
         variant: the word in the names of the weights, as "fp16" in ``model.fp16.safetensors``. In a
             pipeline it is for those models that have it.
-        revision: the branch, tag or commit of what is on the Hub; None for "main".
-        cache_dir: where the cache of the Hub is; None for where huggingface_hub has it.
-        use_safetensors: True or False to take the weights from safetensors, or from what torch
-            saved, and from nothing else.
-        output_loading_info: also give what is said of missing and unexpected weights; of a
-            pipeline, by the names of its models.
-        quantization_config: weights are not quantised while they are loaded; anything but None is
-            an error.
-        offload_folder: has no meaning, since weights stream from *path* itself; a warning says so.
-        offload_state_dict: likewise.
-        low_cpu_mem_usage: likewise: weights are never in memory twice.
-        offload: "never" to fail rather than let weights stream from disk.
-        ring: how many blocks of streamed weights are in memory at a time, at least two; or how much
-            they may take, as in "500MB", where the map is a dict. A map that is made here counts
-            them, and may have room for fewer. None for as many as pay at the rates of this machine,
-            which take a second to measure if more than 64 MiB stream.
-        components: what a pipeline has in place of the parts of these names, as in ``scheduler=…``
-            or ``safety_checker=None``; it is taken as it is, and stays where it is.
+        revision: the branch, tag or commit on the Hub; None for "main".
+        cache_dir: where the cache of the Hub is; None for the default of huggingface_hub.
+        use_safetensors: True to load safetensors files only, False to load torch files only; None
+            for either.
+        output_loading_info: return missing and unexpected names too; for a pipeline, by the names
+            of its models.
+        quantization_config: anything but None is an error: weights are not quantised while they are
+            loaded.
+        offload_folder: ignored with a warning, since weights stream from *path* itself.
+        offload_state_dict: ignored with a warning, since weights are never in memory twice.
+        low_cpu_mem_usage: ignored with a warning, for the same reason.
+        offload: "never" to raise an error rather than stream weights from disk.
+        ring: size of the prefetch buffer: a number of blocks, at least two, or bytes, as in
+            "500MB", where the map is a dict. A map that is made here may prefetch fewer blocks,
+            because the buffer counts in its budgets. None to choose the number from the measured
+            disk, copy and compute throughput; measuring takes a second, and is skipped if at most
+            64 MiB stream.
+        components: replacements for the parts of a pipeline, by name, as in ``scheduler=…`` or
+            ``safety_checker=None``; they are not moved.
+
+    Returns:
+        The model or the pipeline; with *output_loading_info* a pair, of which it is the first.
 
     Raises:
         FormatError: the weights cannot be read.
-        PlanError: several parts of them could be the model.
-        LoadError: Transformers or Diffusers is not there, or makes no model of the folder; or it
-            does not fit the memory. A weight that has another shape is a Mismatch.
+        PlanError: several subtrees of them could be the model.
+        LoadError: Transformers or Diffusers is not installed, or cannot create the model; or it
+            does not fit the memory. A weight of another shape is a Mismatch.
+
+    Example:
+        >>> import torch
+        >>> from shardkit.load import close, from_pretrained
+        >>> model = from_pretrained("llama", device_map={"": "disk", "lm_head": "cpu"})
+        >>> with torch.inference_mode():
+        ...     tuple(model(torch.tensor([[1, 2, 3]])).logits.shape)
+        (1, 3, 32)
+        >>> close(model)
     """
     if quantization_config is not None:
         raise LoadError(
@@ -191,16 +202,15 @@ def _made(
     if components:
         raise LoadError(
             (
-                f"{shown(next(iter(components)))} is no argument of from_pretrained where a "
-                "model is "
-                "loaded"
+                f"{shown(next(iter(components)))} is not an argument of from_pretrained for a "
+                f"single model"
             ),
             hint="leave it out; parts are given for a pipeline of Diffusers only",
         )
     if folder.kind == "diffusers" and request.attn_implementation:
         raise LoadError(
             "attn_implementation is for models of Transformers, and this is one of Diffusers",
-            hint="call its set_attention_backend when it is loaded",
+            hint="call set_attention_backend of the model after loading it",
         )
     maker = diffusers_model if folder.kind == "diffusers" else transformers_model
     made = maker.addressed(folder, request)
@@ -260,8 +270,7 @@ def _with_what_stays(
         nbytes = sum(weight.tensor.nbytes for weight in streams)
         warnings.warn(
             f"in memory, and not streamed: {format_size(nbytes)} of weights, and more from the "
-            "first forward on, in which "
-            "compressed-tensors expands them all",
+            "first forward on, in which compressed-tensors decompresses them all",
             UserWarning,
             stacklevel=3,
         )
@@ -301,13 +310,13 @@ def _warn_of_computed(model: nn.Module, wish: DispatchConfig) -> None:
         if not isinstance(weight.tensor, Paged)
     ]
     if should:
-        _warn_of(should, "which were computed, or of which the checkpoint has none")
+        _warn_of(should, "which the library computed, or which the checkpoint does not have")
     packed = [weight for weight in parts.resident if is_packed(weight.tensor)]
     offloaded = [
         weight for weight in packed if device_of(weight.names[0], wish.device_map) == "disk"
     ]
     if offloaded:
-        _warn_of(offloaded, "of which bitsandbytes makes objects of its own")
+        _warn_of(offloaded, "which bitsandbytes turns into objects of its own")
 
 
 def _warn_of(weights: Sequence[Weight], why: str) -> None:

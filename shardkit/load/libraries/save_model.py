@@ -1,5 +1,5 @@
-"""Write a model out, whether its weights are in memory or addresses: streamed, sharded, and whole
-or not at all.
+"""Save a model, whether its weights are in memory or lazy: streamed, sharded, and complete or not
+at all.
 """
 
 from __future__ import annotations
@@ -40,29 +40,40 @@ def save(
 ) -> Report:
     """Write *model* to *folder*, as safetensors shards and an index.
 
-    `from_pretrained` loads what is written of a model of Transformers or Diffusers: its
-    configuration is there too, and weights have the names that they have in its checkpoints, such
-    as one for each expert. Of other models it is the state dict.
+    A model of Transformers or Diffusers is written with its configuration and under the weight
+    names of its checkpoints, so that `from_pretrained` loads it. Of other models the state dict is
+    written.
 
-    Weights that are addresses go from their files to the output without being held, and those on an
-    accelerator by way of main memory, a few MB at a time. A weight under several names is written
-    once, and its other names recorded.
+    Lazy weights are copied from their files to the output in chunks, and those on an accelerator by
+    way of main memory, a few MB at a time. A weight under several names is written once, and its
+    other names are recorded.
 
     Args:
         model: on any device, dispatched or not.
-        folder: what will appear, whole or not at all.
-        max_shard: bound on each file, header included, as ``"2GB"`` or bytes; None for one shard.
+        folder: what will appear, complete or not at all.
+        max_shard: limit for each file in bytes, header included, as ``"2GB"`` or a number; None for
+            one shard.
         overwrite: replace an earlier output of shardkit.
 
     Returns:
         What was done.
 
     Raises:
-        LoadError: *model* is no module, or has adapters of PEFT; something in its state dict is no
-            dense tensor, or has no value.
+        LoadError: *model* is not a module, or has adapters of PEFT; an item of its state dict is
+            not a dense tensor, or has no value.
         FormatError: a file that weights are read from has changed since it was opened.
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
+
+    Example:
+        >>> import shardkit
+        >>> from shardkit.load import save
+        >>> from torch import nn
+        >>> report = save(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), "saved")
+        >>> report.tensors, report.nbytes
+        (4, 304)
+        >>> list(shardkit.open("saved"))
+        ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     _check_whole(model)
     known = transformers_model.saved(model) or diffusers_model.saved(model)
@@ -86,8 +97,8 @@ def save(
     out = followed(path_arguments.to_write(folder))
     if not out.is_dir() and registry.writer_for(out.suffix):
         raise OutputError(
-            f"{shown_path(out)} is called like one file, and a folder is made",
-            hint="name a folder, without an ending",
+            f"{shown_path(out)} is named like a file, but a folder is written",
+            hint="name a folder, without a suffix",
         )
     name = type(model).__name__
     output = Output(name, out, plan, tuple(_files(state, entries)))
@@ -102,7 +113,7 @@ def _check_whole(model: object) -> None:
             other names.
     """
     if not isinstance(model, nn.Module):
-        what, hint = "no torch.nn.Module", "give the model itself: save(model, folder)"
+        what, hint = "not a torch.nn.Module", "give the model itself: save(model, folder)"
         if hasattr(model, "components") and hasattr(model, "save_pretrained"):
             what, hint = (
                 "a pipeline of several",

@@ -1,8 +1,8 @@
-"""A model as Transformers makes it, with addresses for weights.
+"""Create a model of Transformers with lazy weights.
 
-Transformers gets the configuration and a state dict of addresses, by arguments that it documents.
-It makes the model without memory, renames, fuses and casts the weights, ties them, fills in what is
-missing, and says so.
+Transformers gets the configuration and a state dict of lazy tensors, by arguments that it
+documents. It creates the model without memory, renames, fuses and casts the weights, ties them,
+initialises missing ones, and reports them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def addressed(
             {name: weights[name].read() for name in packed},
             config=config,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # which are told below, by name
+            ignore_mismatched_sizes=True,  # which are reported below, by name
             output_loading_info=True,
             **options,
         )
@@ -260,10 +260,10 @@ def _class(folder: ModelFolder, trusted: bool) -> type[PreTrainedModel]:
     raise LoadError(
         f"{where} asks for {shown(name)}, which Transformers {transformers.__version__} has not",
         hint=(
-            "its code lies in the folder: read it, and if you trust it, pass trust_remote_code=True"
+            "its code is in the folder: read it, and if you trust it, pass trust_remote_code=True"
         )
         if remote is not None
-        else "a newer Transformers may have it",
+        else "update Transformers",
     )
 
 
@@ -307,7 +307,8 @@ def _weights(folder: ModelFolder, request: Request, config: PreTrainedConfig) ->
         return folder.weights(_WEIGHTS, request)
     if ".." in Path(named).parts or Path(named).is_absolute():
         raise LoadError(
-            f"{shown_path(folder.path)}: config.json has its weights elsewhere, in {shown(named)}",
+            f"{shown_path(folder.path)}: config.json places its weights elsewhere, in "
+            f"{shown(named)}",
             hint="move that file into the folder, and name it so under transformers_weights",
         )
     if not (folder.path / named).is_file():
@@ -329,7 +330,7 @@ def _check_shapes(
         first, (there, here) = next(iter(wrong.items()))
         more = f", and so with {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Mismatch(
-            f"{shown_path(folder)}: config.json asks for another model: {shown(first)} would be "
+            f"{shown_path(folder)}: config.json describes another model: {shown(first)} would be "
             f"{list(here)}, "
             f"and is {list(there)}{more}",
             wrong_shape=wrong,
@@ -354,7 +355,7 @@ def _check_plain(folder: Path, model: nn.Module) -> None:
             (
                 f"{shown_path(folder)}: {shown(odd.names[0])} becomes a "
                 f"{type(odd.tensor).__name__}, "
-                "and is no plain tensor then"
+                "which is not a plain tensor"
             ),
             hint="load it with Transformers itself, or store it in a format whose weights are "
             "plain tensors",

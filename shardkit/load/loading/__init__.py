@@ -1,3 +1,1 @@
-"""Fill a model from a checkpoint: match names, shapes and types first, read, and touch the model
-last.
-"""
+"""Fill a model from a checkpoint: match names, shapes and types, read, and modify it last."""

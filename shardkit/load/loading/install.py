@@ -1,12 +1,12 @@
-"""Give weights their values: read them into memory of their devices, and only when all are there,
-put them into the model.
+"""Install values in a model: read them into memory of their devices, and modify the model only when
+all are there.
 
-1. A tensor that is real keeps its identity and gets new memory, so that optimizers, and modules
-   that hold it by other means, see the new values. One on the meta device is replaced, by the same
+1. A tensor with memory keeps its identity and gets new memory, so that optimizers, and modules that
+   refer to it by other means, see the new values. One on the meta device is replaced, by the same
    new one under each of its names.
-2. Class, attributes and `requires_grad` of a parameter stay as they are; one that gets integers
-   asks for no gradient.
-3. Reading may fail, and has not touched the model then; putting in does not fail.
+2. Class, attributes and `requires_grad` of a parameter are kept; one that gets integers requires no
+   gradient.
+3. Reading may fail, and has not modified the model then; installing does not fail.
 """
 
 from __future__ import annotations

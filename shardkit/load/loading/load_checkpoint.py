@@ -1,5 +1,5 @@
-"""Load a checkpoint into a model: open, match, read, and only when nothing can go wrong any more,
-touch the model.
+"""Load a checkpoint into a model: open, match and read, and modify the model only when nothing can
+fail any more.
 """
 
 from __future__ import annotations
@@ -42,42 +42,51 @@ def load_checkpoint_in_model(
     mmap: bool = False,
     verify: bool = False,
 ) -> Assignment:
-    """Give *model* the weights of *checkpoint*; if that fails, the model is as it was.
+    """Load the weights of *checkpoint* into *model*; if that fails, the model is unchanged.
 
-    The arguments stand in the order of Accelerate's function of this name. Weights come into memory
-    of the model's own, and change no more when the checkpoint does. What is said about the match
-    (missing and unexpected names above all) is returned, and each sentence of it is a warning too.
+    The arguments are in the order of Accelerate's function of this name. Weights are read into
+    memory that the model owns, and do not change when the checkpoint does. Every sentence about the
+    match (missing and unexpected names above all) is returned, and is a warning too.
 
     Args:
         model: empty or not; tied weights stay tied.
-        checkpoint: whatever `shardkit.open` opens: a file of any format, an index, or a folder with
-            one of them.
-        device_map: where each module goes; None for where the weights are, and for the CPU where
-            they are on the meta device. What goes to "disk" is read from the checkpoint itself each
-            time it is used.
-        offload_folder: has no meaning, since nothing is written; a warning says so.
+        checkpoint: a file of any format, an index or a folder, as `shardkit.open` takes it.
+        device_map: a device for each module, by name; None for where the weights are, and for the
+            CPU where they are on the meta device. Weights on "disk" are read from the checkpoint
+            itself each time they are used.
+        offload_folder: ignored with a warning, since nothing is written.
         dtype: what floats are cast to; None for the types that the model has.
-        offload_state_dict: has no meaning, since no state dict is held in memory; a warning says
-            so.
-        offload_buffers: whether buffers of modules that go to "disk" stay there too.
+        offload_state_dict: ignored with a warning, since no state dict is held in memory.
+        offload_buffers: whether buffers of modules on "disk" stay there too.
         keep_in_fp32_modules: names of modules whose floats become float32 where *dtype* is
             narrower.
-        offload_8bit_bnb: weights are not quantised here; True is an error.
-        strict: whether names that only the model or only the checkpoint has are an error.
-        full_state_dict: a checkpoint is read by one process, whole; False is an error.
-        broadcast_from_rank0: likewise; True is an error.
-        mmap: share the page cache with the files instead, where tensors lie in them as they are in
-            memory. Such weights cost no memory until they are used, and change when the file is
-            written to.
-        verify: read the files that the weights lie in once before, whole, and hold them against the
-            checksums that were written with them: those of shardkit.manifest.json or of
-            offload.json, or the CRCs of a zip file. It is an error if there are none.
+        offload_8bit_bnb: True is an error: weights are not quantised here.
+        strict: raise an error for names that only the model or only the checkpoint has.
+        full_state_dict: False is an error: one process reads the complete checkpoint.
+        broadcast_from_rank0: True is an error, for the same reason.
+        mmap: map tensors from the files, where they are stored as they are in memory. Such weights
+            take no memory until they are used, and change when the file is written to.
+        verify: read the files once before, completely, and compare them with the checksums that
+            were written with them: those of shardkit.manifest.json or of offload.json, or the CRCs
+            of a zip file. It is an error if there are none.
+
+    Returns:
+        The match: which tensor became which weight, missing and unexpected names, and notes.
 
     Raises:
         FormatError: the checkpoint cannot be read.
-        PlanError: several parts of it could be the model.
-        Mismatch: it is not of this model.
-        LoadError: an argument cannot be met, or there is no room for the weights.
+        PlanError: several subtrees of it could be the model.
+        Mismatch: it does not match the model.
+        LoadError: an argument is not supported, or there is not enough memory for the weights.
+
+    Example:
+        >>> from shardkit.load import init_empty_weights, load_checkpoint_in_model
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> assignment = load_checkpoint_in_model(model, "model.safetensors", strict=True)
+        >>> model[0].weight.device, model[0].weight[0, 1].item()
+        (device(type='cpu'), 0.125)
     """
     _refuse(
         offload_8bit_bnb=offload_8bit_bnb,
@@ -116,23 +125,23 @@ def match(
     """What of the checkpoint that is *opened* goes where in *model*; see `assign`.
 
     Raises:
-        BadDType: *dtype* is no floating-point type.
+        BadDType: *dtype* is not a floating-point type.
         Mismatch: it is not of this model, or one of its weights is no dense tensor.
     """
     others = {name: other for name, other in opened.others.items() if other.is_weight}
-    undense = (
+    non_dense = (
         [others[name] for weight in weights_of(model) for name in weight.names if name in others]
         if others
         else []
     )
-    if undense:
-        sentences = ", ".join(f"{shown(other.name)} is a {other.kind}" for other in undense[:5])
+    if non_dense:
+        sentences = ", ".join(f"{shown(other.name)} is a {other.kind}" for other in non_dense[:5])
         raise Mismatch(
             (
-                f"{opened.where} does not fit the model: its weights must be dense tensors, and "
+                f"{opened.where} does not match the model: its weights must be dense tensors, and "
                 f"{sentences}"
             ),
-            missing=tuple(other.name for other in undense),
+            missing=tuple(other.name for other in non_dense),
             hint="load the checkpoint with the library that wrote it, or store its weights as "
             "dense tensors",
         )
@@ -150,7 +159,7 @@ def floating(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """*dtype* as torch has it: "float16", "torch.bfloat16", "bf16", torch.float32.
 
     Raises:
-        BadDType: it is no floating-point type.
+        BadDType: it is not a floating-point type.
         LoadError: the torch that is installed has no such type.
     """
     if dtype is None:
@@ -173,14 +182,15 @@ def _refuse(*, offload_8bit_bnb: bool, full_state_dict: bool, broadcast_from_ran
     if broadcast_from_rank0 or not full_state_dict:
         name = "broadcast_from_rank0=True" if broadcast_from_rank0 else "full_state_dict=False"
         raise LoadError(
-            f"{name}: a checkpoint is loaded by one process, whole", hint="load it in each process"
+            f"{name} is not supported: one process loads the complete checkpoint",
+            hint="load it in each process",
         )
 
 
 def without_meaning(**given: object) -> list[str]:
     """A sentence for each argument that Accelerate has a use for, and that is *given* here."""
     why = "weights are read from the checkpoint itself when they are needed, and nothing is written"
-    return [f"{name} has no meaning here: {why}" for name, value in given.items() if value]
+    return [f"{name} is ignored: {why}" for name, value in given.items() if value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +223,8 @@ class _Places:
         given: object = device_map
         if not isinstance(given, Mapping):
             raise LoadError(
-                f"a device map is a dict here, and {shown(given)} is none",
-                hint="load_checkpoint_and_dispatch makes one, as does infer_auto_device_map",
+                f"device_map must be a dict here, found {shown(given)}",
+                hint="make one with infer_auto_device_map, or call load_checkpoint_and_dispatch",
             )
         if set(device_map) != {""}:  # which is right for any model
             check_device_map(model, device_map)
@@ -262,13 +272,10 @@ def _fill(
 def _objects(opened: LoadedHeaders, assignment: Assignment) -> Iterator[str]:
     names = [name for name in assignment.missing if name in opened.others]
     if names:
-        yield f"{listed(names)}: an object of a pickle in {opened.where}, and no pickle is run here"
+        yield f"{listed(names)}: an object of the pickle in {opened.where}, which is not executed"
 
 
 def _unshared(copied: Iterable[Match]) -> Iterator[str]:
     names = [home.name for home in copied if home.nbytes]
     if names:
-        yield (
-            "read into memory, since they do not lie in a file as they are in memory: "
-            f"{listed(names)}"
-        )
+        yield (f"read into memory, because the file stores them in another form: {listed(names)}")

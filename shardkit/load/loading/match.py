@@ -269,11 +269,9 @@ class _Matching:
         """Raise Mismatch with everything that is wrong, if anything is."""
         lacking = tuple(dict.fromkeys([*(self.missing if strict else ()), *stuck]))
         wrong = [
-            f"of another shape: {_shapes(self.wrong_shape)}" if self.wrong_shape else "",
-            f"of a type that torch cannot make: {_types(self.wrong_type)}"
-            if self.wrong_type
-            else "",
-            f"missing{'' if strict else ', with no values here to keep'}: {listed(lacking)}"
+            f"shape mismatch: {_shapes(self.wrong_shape)}" if self.wrong_shape else "",
+            f"type not supported by torch: {_types(self.wrong_type)}" if self.wrong_type else "",
+            f"missing{'' if strict else ', with no values in the model to keep'}: {listed(lacking)}"
             if lacking
             else "",
             f"not in the model: {listed(self.unexpected)}" if self.unexpected and strict else "",
@@ -283,7 +281,7 @@ class _Matching:
         ]
         if any(wrong):
             raise Mismatch(
-                f"{where} does not fit the model: {'; '.join(filter(None, wrong))}",
+                f"{where} does not match the model: {'; '.join(filter(None, wrong))}",
                 missing=tuple(dict.fromkeys([*self.missing, *stuck])),
                 unexpected=tuple(self.unexpected),
                 wrong_shape=self.wrong_shape,
@@ -293,13 +291,13 @@ class _Matching:
     def _other_hint(self, stuck: Sequence[str]) -> str | None:
         if set(stuck) - set(self.missing):
             return (
-                "make the model in shardkit.load.init_empty_weights(), which leaves buffers "
-                "that no checkpoint holds real"
+                "create the model in shardkit.load.init_empty_weights(), which keeps buffers "
+                "that no checkpoint holds in memory"
             )
         if stuck:
             return (
-                "is the whole checkpoint given, and is the model the one that was saved, its "
-                "weights tied as they were then?"
+                "check that all shards are present and that the model has the same architecture "
+                "and tied weights as the saved one"
             )
         return None
 
@@ -310,7 +308,8 @@ class _Matching:
                 f"{where} has no {listed(self.missing)}, which {kept} the values that the model has"
             )
         if self.unexpected:
-            yield f"{where} has {listed(self.unexpected)}, which the model has not: not loaded"
+            names = listed(self.unexpected)
+            yield f"{where} has {names}, which the model does not have: not loaded"
         if self.several:
             yield (
                 f"{listed(self.several)}: one weight in the model, and several in {where}, of "
@@ -318,10 +317,8 @@ class _Matching:
             )
         if self.upcast:
             yield (
-                f"{where} holds {listed(self.upcast)} in 8-bit floats, and they become wider: if "
-                "they are the codes of a "
-                "quantised weight, their scales lie in other tensors, and the values are wrong "
-                "without them"
+                f"{where} holds {listed(self.upcast)} in 8-bit floats, which will be upcast: if "
+                "they are quantised, the result is wrong without their scale tensors"
             )
         if self.other_kind:
             yield (
@@ -331,13 +328,13 @@ class _Matching:
 
 
 def _lies_in(name: str, module: str) -> bool:
-    """Whether *module* is a run of whole steps of the dotted *name*."""
+    """Tell whether *module* is a run of complete steps of the dotted *name*."""
     return f".{module}." in f".{name}."
 
 
 def _shapes(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
     return _each(
-        f"{shown(name)} ({list(found)} there, {list(needed)} here)"
+        f"{shown(name)} ({list(found)} in the checkpoint, {list(needed)} in the model)"
         for name, (found, needed) in wrong.items()
     )
 
@@ -353,18 +350,18 @@ def _each(sentences: Iterable[str]) -> str:
 
 
 def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """What to do about names that differ by what stands before them: said, and never guessed."""
+    """Suggest what to do about names that differ by a prefix, which is never guessed."""
     if prefix := _prefix(missing, unexpected):
         return (
-            f"the names there begin with {shown(prefix)}, as wrappers of a model write them; "
-            "take it away with "
+            f"the names in the checkpoint begin with {shown(prefix)}, as model wrappers write "
+            f"them; remove it with "
             f"`shardkit convert --rename {shown('^' + re.escape(prefix) + '=')}`, and load the "
             "output"
         )
     if prefix := _prefix(unexpected, missing):
         return (
-            f"the names here begin with {shown(prefix)}, and those there do not: load into "
-            "that submodule"
+            f"the names in the model begin with {shown(prefix)}, and those in the checkpoint do "
+            f"not: load into that submodule"
         )
     return None
 

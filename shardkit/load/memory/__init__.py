@@ -1,1 +1,1 @@
-"""Where bytes go: memory that is made once, and large reads side by side that fill it."""
+"""Memory for weights: allocated once, and filled by large parallel reads."""

@@ -1,13 +1,13 @@
-"""Memory for weights: made once at its exact size, and filled by large reads side by side.
+"""Memory for weights: allocated once at its exact size, and filled by large parallel reads.
 
-1. First touch of fresh memory costs more than the copy. `FirstTouch` makes it cheaper, and the
-   threads that read share it.
-2. Tensors share an arena of `_ARENA` bytes, so that huge pages round up none of the small ones; a
+1. The first touch of fresh memory costs more than the copy. `FirstTouch` makes it cheaper, and is
+   shared by the threads that read.
+2. Tensors share an arena of `_ARENA` bytes, so that huge pages waste no memory for small ones; a
    larger tensor has one of its own. Each tensor is a storage of its own, so that saving one saves
    no other, and an arena lives as long as one of its tensors does.
 3. Tensors begin at multiples of `ALIGNMENT` bytes: the result of a float32 product can differ in
    its last bit where they do not.
-4. What raises leaves nothing behind: no thread, no open file, no memory.
+4. After an exception nothing is left behind: no thread, no open file, no memory.
 """
 
 from __future__ import annotations

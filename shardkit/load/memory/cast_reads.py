@@ -1,8 +1,8 @@
-"""Cast numbers on their way into memory: what is read waits in a buffer that each thread has once,
-and torch does the rest.
+"""Cast numbers while they are read into memory: the stored bytes are read into a buffer of each
+thread, and torch casts from there.
 
-Torch is given so little at a time that it finds no work in it for threads of its own. It holds no
-interpreter lock while it casts, and so other threads read and cast meanwhile.
+Torch gets so little at a time that it starts no threads of its own. It releases the interpreter
+lock while it casts, so that other threads read and cast meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _numbers(cast: Cast, files: Files | None) -> Iterator[torch.Tensor]:
 
 
 def _read_directly(extent: Extent, files: Files) -> Iterator[memoryview]:
-    """The same by reads of whole sectors."""
+    """The same by reads of complete sectors."""
     file = files.at(extent.path)
     stop = extent.start + extent.nbytes
     for at in range(extent.start, stop, ROOM):

@@ -1,16 +1,16 @@
-"""Give fresh memory its pages before it is filled: huge pages where they come faster than small
-ones, which is measured.
+"""Allocate the pages of fresh memory before it is filled: huge pages where they are faster than
+small ones, which is measured.
 
-1. Memory that a read touches first costs a page fault for each page. One call brings many pages at
-   half that price, and other threads run meanwhile.
-2. A huge page costs a quarter of the 512 small ones that it replaces, if its memory is at hand. It
-   costs up to five times as much as they do in a virtual machine whose host takes free memory back,
-   because the host takes large blocks only. So both kinds are timed on the processor's clock, the
-   cheaper kind is used, and the other one is tried again now and then.
-3. To say which kind is wanted takes a lock of the process, for which the calls that bring pages
-   must end: two threads that said it each time would bring them in turn, and not at once. So it is
-   said once, of all of an arena.
-4. All of this is advice. Where the system refuses it, the read that follows brings the pages.
+1. Memory that a read touches first costs a page fault for each page. One call allocates many pages
+   at half that cost, and other threads run meanwhile.
+2. A huge page costs a quarter of the 512 small ones that it replaces, if its memory is available.
+   It costs up to five times as much in a virtual machine whose host reclaims free memory, because
+   the host reclaims large blocks only. So both kinds are timed by processor time, the cheaper kind
+   is used, and the other one is tried again now and then.
+3. Selecting the kind takes a lock of the process, for which the calls that allocate pages must end:
+   two threads that select it each time would allocate one after the other. So it is selected once,
+   for an entire arena.
+4. All of this is advice. Where the system refuses it, the read that follows allocates the pages.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class FirstTouch:
             self._arenas[id(arena.mapping)] = _Range(start, start + nbytes)
 
     def bring(self, buffers: Sequence[memoryview]) -> None:
-        """Bring the pages of *buffers*, those of one arena in order; a huge page is brought with
-        its first byte.
+        """Allocate the pages of *buffers*, those of one arena in order; a huge page is allocated
+        with its first byte.
         """
         known = [buffer for buffer in buffers if id(buffer.obj) in self._arenas and buffer]
         for mapping, of_one in groupby(known, key=lambda buffer: id(buffer.obj)):

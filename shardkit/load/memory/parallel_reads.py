@@ -1,11 +1,9 @@
-"""Fill memory with weights: by few large reads side by side, of which each fills what lies together
-in a file.
+"""Fill memory with weights by few large parallel reads, each of a contiguous range of a file.
 
-1. What raises leaves nothing behind: no thread, no open file.
-2. Bytes go straight into the memory that they are for. What must be made of them is made in buffers
-   that are used again.
-3. A disk is read by more threads than there are cores; what is computed is computed by one thread
-   for each core.
+1. After an exception nothing is left behind: no thread, no open file.
+2. Bytes are read directly into the memory that they are for. Computed values pass through buffers
+   that are reused.
+3. A disk is read by more threads than there are cores; computation uses one thread for each core.
 """
 
 from __future__ import annotations
@@ -113,7 +111,9 @@ def copy(source: memoryview, target: memoryview) -> None:
 
 
 def address(payload: Payload) -> tuple[str, int]:
-    """Where *payload* is read first, so that what lies together is read together."""
+    """Return the position that *payload* is read from first, so that adjacent ranges are read
+    together.
+    """
     first = payload if isinstance(payload, Extent) else next(iter(payload.sources), None)
     return (str(first.path), first.start) if first else ("", 0)
 

@@ -1,6 +1,6 @@
 """Payloads of weights that stay in host memory, from which a device copies them.
 
-`PinnedPayload` is an address in the memory of its block. It keeps that memory alive, and does not
+`PinnedPayload` is a range of the memory of its block. It keeps that memory alive, and does not
 change when a file does.
 """
 

@@ -1,5 +1,5 @@
-"""A buffer that each thread has once, for what it reads and does not keep: fresh memory costs more
-than what is read into it.
+"""A buffer for each thread, for data that is read and not kept: fresh memory costs more than the
+read.
 """
 
 from __future__ import annotations

@@ -1,3 +1,1 @@
-"""What there is to know of an `nn.Module`: its weights, its blocks, their sizes, and what torch
-does to it.
-"""
+"""Inspect an `nn.Module`: its weights, its blocks, their sizes, and what torch does to it."""

@@ -1,15 +1,15 @@
-"""Which modules stream as one (pure: modules are looked at, and nothing is read or changed).
+"""Which modules stream as one block (pure: modules are inspected, and nothing is read or changed).
 
-1. A block is a module of a class that must stay whole; else a child of a `ModuleList`, `ModuleDict`
-   or `Sequential`; else a module without children. A container is none: the first two are never
-   called, and the children of the third are better.
-2. The device map cuts: a module whose weights do not all go to one place is no block, and its
-   children are looked at.
-3. What torch.jit.script has compiled takes no hooks, and is no block; nor is a block what contains
-   it.
+1. A block is a module of a class that must not be split; else a child of a `ModuleList`,
+   `ModuleDict` or `Sequential`; else a module without children. A container is not a block: the
+   first two are never called, and the children of the third are better.
+2. The device map cuts: a module whose weights do not all go to one place is not a block, and its
+   children are examined.
+3. Modules that torch.jit.script has compiled take no hooks, and are not blocks; nor are modules
+   that contain one.
 4. Blocks are disjoint and never nest. A streamed weight is in exactly one block, or stays in
-   memory: what is tied, what is in a module that two blocks share, and what a module owns that
-   contains blocks.
+   memory: tied weights, weights in a module that two blocks share, and direct weights of a module
+   that contains blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who asks: what can be told from the frames of this thread, which torch does not hand to its
+"""Which code is calling: facts from the frames of this thread, which torch does not pass to its
 hooks.
 """
 

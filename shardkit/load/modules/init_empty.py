@@ -1,15 +1,13 @@
-"""Build models without their weights: parameters go elsewhere, to the meta device above all, as
-soon as they are registered.
+"""Build models without memory for their weights: parameters move to another device, usually the
+meta device, as soon as they are registered.
 
 1. The registration hooks of torch do it; nothing of torch is replaced. They are installed once,
-   when the first context is entered, and stay, idle outside of contexts: taking one away while
-   another thread registers a parameter would end that thread's walk over the hooks with an error.
-2. Only the thread that entered a context is affected, and of nested contexts only the innermost
-   acts.
-3. An object that is registered again gets the twin that it got the first time, so that tied weights
-   stay tied.
-4. Whether a buffer is persistent is known only after the hook has run, so a buffer goes elsewhere
-   one registration late.
+   when the first context is entered, and stay, idle outside of contexts: removing one while another
+   thread registers a parameter would end that thread's walk over the hooks with an error.
+2. Only the thread that entered a context is affected, and of nested contexts only the innermost.
+3. An object that is registered again gets the same moved copy, so that tied weights stay tied.
+4. Whether a buffer is persistent is known only after the hook has run, so a buffer is moved one
+   registration late.
 """
 
 from __future__ import annotations
@@ -38,14 +36,22 @@ from shardkit.load.modules.torch_internals import (
 
 @contextmanager
 def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
-    """Within this context, models are built with no memory for their weights: parameters are on the
-    meta device.
+    """Build models without memory for their weights: within this context, parameters are created on
+    the meta device.
 
-    At any moment one parameter at most takes memory, the one under construction. Buffers that no
+    At any moment at most one parameter takes memory, the one under construction. Buffers that no
     checkpoint holds are real.
 
     Args:
         include_buffers: whether persistent buffers are on the meta device too.
+
+    Example:
+        >>> from shardkit.load import init_empty_weights
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(20)])  # 80 MB
+        >>> model[0].weight.device
+        device(type='meta')
     """
     with init_on_device(torch.device("meta"), include_buffers):
         yield
@@ -55,7 +61,7 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
 def init_on_device(
     device: torch.device | str | int, include_buffers: bool = False
 ) -> Iterator[None]:
-    """Within this context, models are built with their parameters on *device*.
+    """Build models on *device*: within this context, parameters are created there.
 
     Class, attributes and ties of parameters are kept; those of lazy modules, which have no shape
     yet, are left as they are.
@@ -63,6 +69,14 @@ def init_on_device(
     Args:
         device: where the parameters go.
         include_buffers: whether persistent buffers go there too.
+
+    Example:
+        >>> from shardkit.load import init_on_device
+        >>> from torch import nn
+        >>> with init_on_device("meta", include_buffers=True):
+        ...     norm = nn.BatchNorm1d(8)
+        >>> norm.weight.device.type, norm.running_mean.device.type
+        ('meta', 'meta')
     """
     _install()
     context = _Context(torch.device(device), include_buffers)
@@ -78,12 +92,12 @@ def init_on_device(
 class _Context:
     device: torch.device
     include_buffers: bool
-    twins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    moved: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     pending: tuple[nn.Module, str, torch.Tensor] | None = None
 
     def parameter(self, parameter: torch.Tensor) -> torch.Tensor:
         self.settle()
-        return self._twin(parameter)
+        return self._moved_copy(parameter)
 
     def buffer(self, module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
         self.settle()
@@ -91,32 +105,32 @@ class _Context:
             self.pending = (module, name, buffer)
 
     def settle(self) -> None:
-        """Move the buffer that was registered last, if it is still there and persistent."""
+        """Move the buffer that was registered last, if it still exists and is persistent."""
         if self.pending is None:
             return
         module, name, buffer = self.pending
         self.pending = None
         if own_buffers(module).get(name) is buffer and name not in non_persistent_buffers(module):
-            own_buffers(module)[name] = self._twin(buffer)
+            own_buffers(module)[name] = self._moved_copy(buffer)
 
-    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _moved_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if is_lazy(tensor):
             return tensor
-        if tensor not in self.twins:
-            twin = tensor if tensor.device == self.device else _moved(tensor, self.device)
-            self.twins[tensor] = twin
-            self.twins[twin] = (
+        if tensor not in self.moved:
+            copy = tensor if tensor.device == self.device else _moved(tensor, self.device)
+            self.moved[tensor] = copy
+            self.moved[copy] = (
                 # itself; a dictionary that held what it knows by weak references would keep it
                 # alive
                 None
             )
-            return twin
-        found = self.twins[tensor]
+            return copy
+        found = self.moved[tensor]
         return found if isinstance(found, torch.Tensor) else tensor
 
 
 class _Here(threading.local):
-    """The contexts that this thread is in, innermost last."""
+    """The active contexts of this thread, innermost last."""
 
     def __init__(self) -> None:
         self.contexts: list[_Context] = []
@@ -146,8 +160,8 @@ def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> Non
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """*tensor* on *device*, of the same class and with the same attributes; no method of the class
-    is asked to make it.
+    """Return *tensor* on *device*, of the same class and with the same attributes, without calling
+    methods of the class.
     """
     if issubclass(type(tensor), nn.Parameter):
         moved = make_subclass(type(tensor), tensor.data.to(device), tensor.requires_grad)

@@ -1,5 +1,5 @@
-"""Models that are called one by one, and are placed as one: they share budgets, a device map, and
-the ring of what streams.
+"""Models that run one by one and are placed together: they share budgets, a device map, and a
+prefetch buffer.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Checkpoints that a library has quantised: which of their weights must be in memory, whatever the
 device map says.
 
-1. bitsandbytes makes objects of quantised weights, whose state is more than their bytes. They are
+1. bitsandbytes turns quantised weights into objects whose state is more than their bytes. They are
    read, and stay in memory; the other weights of the model stream.
-2. compressed-tensors expands all weights of a model in its first forward, and puts them where it
-   likes. None of them streams.
-3. What other libraries make are plain tensors, which stream, or what is computed from the
-   checkpoint, which does not.
+2. compressed-tensors decompresses all weights of a model in its first forward, and chooses their
+   place itself. None of them streams.
+3. Other libraries create plain tensors, which stream, or compute tensors from the checkpoint, which
+   do not.
 """
 
 from __future__ import annotations

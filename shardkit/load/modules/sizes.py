@@ -1,5 +1,5 @@
-"""What each part of a model takes when it is loaded, which weights are tied, and which modules stay
-whole. No value is read.
+"""The size of each part of a model when it is loaded, tied weights, and modules that are not split.
+No value is read.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def tied_groups(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def class_names(no_split: Iterable[str] | str | None) -> frozenset[str]:
-    """The names of the classes whose modules stay whole."""
+    """Return the names of the classes whose modules are not split."""
     return frozenset([no_split] if isinstance(no_split, str) else no_split or ())
 
 

@@ -1,7 +1,7 @@
 """The private names of torch that shardkit depends on; no other module uses one.
 
-A new release of torch may move any of them. So each stands here once, under a name that says what
-it is for. A test looks for each in the torch that is installed, and for private names elsewhere.
+A new release of torch may move any of them. So each appears here once, under a name that states its
+purpose. A test looks for each in the installed torch, and for private names elsewhere.
 
 Verified for torch 2.6.0 and 2.13.0 unless a comment says otherwise: the tests run with 2.13.0, and
 2.6.0, the oldest that shardkit declares, has every name in its wheel.

@@ -86,8 +86,8 @@ def refuse_trace() -> None:
     """
     if is_tracing():
         raise LoadError(
-            "torch.jit.trace writes down what it meets, and cannot do so with the address of a "
-            "weight that is used where it lies",
+            "torch.jit.trace records the tensors that it meets, and cannot record a lazy tensor "
+            "that is used in place",
             hint="trace a model that is in memory: load it with device_map=None",
         )
 

@@ -1,8 +1,8 @@
-"""What of a model a checkpoint fills: its weights, each physical one once with all its names.
+"""The weights of a model that a checkpoint fills: each physical one once, with all its names.
 
-Names are tied where they hold the same object, whether it is a parameter or a buffer, real or on
-the meta device. Seats and weights are not frozen, though nothing changes them: they are made for
-every tensor, and a frozen one takes three times as long.
+Names are tied where they refer to the same object, whether it is a parameter or a buffer, in memory
+or on the meta device. Seats and weights are not frozen, though nothing changes them: they are made
+for every tensor, and a frozen one takes three times as long.
 """
 
 from __future__ import annotations

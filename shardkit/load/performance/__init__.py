@@ -1,3 +1,3 @@
-"""How fast this machine is, and how long a forward takes: measured bandwidth → predicted
+"""The throughput of this machine, and the time of a forward: measured bandwidth → predicted
 seconds.
 """

@@ -1,11 +1,11 @@
-"""How fast this machine does what a forward is made of: reads of files, copies in memory and to a
-device, products.
+"""Measure the throughput of this machine: reads of files, copies in memory and to a device, matrix
+products.
 
 1. A probe ends after a bounded number of bytes or a fraction of a second, and all of them take
    about one second.
-2. Files are read as they stream: rows of large pieces side by side, spread over what streams; past
-   the page cache, or out of it what it has. What was not cached before is not cached afterwards.
-3. A disk, the memory and a device are measured once in a process, and not before somebody asks.
+2. Files are read as they stream: rows of large adjacent pieces, spread over what streams; past the
+   page cache, or dropped from it afterwards. What was not cached before is not cached afterwards.
+3. A disk, the memory and a device are measured once in a process, when the result is first needed.
 """
 
 from __future__ import annotations
@@ -43,15 +43,23 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes per second; None of what is not there, and so limits nothing.
+    """The throughput of a machine in bytes per second; None for a resource that does not limit a
+    forward.
 
     Attributes:
         disk: large reads of files.
         copy: copies in main memory.
         link: copies from pinned memory to the device.
-        compute: weights that products on the device get through.
-        spread: of those that were measured, by their names: the lowest and the highest of a few
-            rounds.
+        compute: bytes of weights that matrix products on the device process.
+        spread: for each measured resource, the lowest and the highest of a few rounds.
+
+    Example:
+        >>> from shardkit.load import Rates
+        >>> rates = Rates(disk=2.5e9, copy=8e9, compute=4e10)
+        >>> print(rates)
+        disk 2.50 GB/s, copy 8.00 GB/s, compute 40.0 GB/s
+        >>> print(rates.given(disk=5e8))  # the same machine with a slower disk
+        disk 500 MB/s, copy 8.00 GB/s, compute 40.0 GB/s
     """
 
     disk: float | None = None
@@ -64,13 +72,20 @@ class Rates:
 
     @classmethod
     def measured(cls, **rates: Rate | None) -> Rates:
-        """Those that were measured; None of what is not there."""
+        """Build a value from measurements; None for a resource that does not exist.
+
+        Example:
+            >>> from shardkit.load import Rates
+            >>> from shardkit.load.performance.bandwidth import Rate
+            >>> Rates.measured(disk=Rate(2e9, 1.5e9, 2.2e9), link=None).slowest.disk
+            1500000000.0
+        """
         found = {name: rate for name, rate in rates.items() if rate is not None}
         spread = {name: (rate.low, rate.high) for name, rate in found.items()}
         return cls(**{name: rate.typical for name, rate in found.items()}, spread=spread)
 
     def given(self, **rates: float | None) -> Rates:
-        """The same, but for *rates*, which are known exactly."""
+        """Return a copy with *rates*, which are known exactly."""
         return replace(
             self,
             **rates,
@@ -79,12 +94,12 @@ class Rates:
 
     @property
     def slowest(self) -> Rates:
-        """The lowest that were measured, and what was given."""
+        """The lowest measured values, and those that were given."""
         return self.given(**{name: low for name, (low, _) in self.spread.items()})
 
     @property
     def fastest(self) -> Rates:
-        """The highest that were measured, and what was given."""
+        """The highest measured values, and those that were given."""
         return self.given(**{name: high for name, (_, high) in self.spread.items()})
 
     def __str__(self) -> str:
@@ -95,20 +110,20 @@ class Rates:
 
 
 class Rate(NamedTuple):
-    """What a probe gave: the median of all, and the lowest and highest of a few rounds."""
+    """The result of a probe: the median of all, and the lowest and highest of a few rounds."""
 
     typical: float
     low: float
     high: float
 
     def times(self, nbytes: float) -> Rate:
-        """Bytes per second, where this is how often so many are done."""
+        """Return bytes per second, where this is a frequency and each event has *nbytes*."""
         return Rate(self.typical * nbytes, self.low * nbytes, self.high * nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """What stands for the computing of a model: a matrix of weights times some vectors.
+    """The matrix product that stands for the computation of a model.
 
     Attributes:
         dtype: of the weights.
@@ -125,8 +140,8 @@ _PRODUCT = Product(torch.bfloat16, (4096, 4096))
 
 
 def common_product(matrices: Iterable[tuple[torch.dtype, Sequence[int]]]) -> Product:
-    """The one that most of *matrices* take part in; types and shapes that are no matrix are passed
-    over.
+    """Return the product that covers most bytes of *matrices*; shapes that are not a matrix are
+    ignored.
     """
     nbytes: Counter[Product] = Counter()
     for dtype, shape in matrices:
@@ -136,8 +151,8 @@ def common_product(matrices: Iterable[tuple[torch.dtype, Sequence[int]]]) -> Pro
 
 
 def rates_for(weights: Iterable[Item], device: torch.device) -> Rates:
-    """The rates at which *weights* are read, and at which *device* gets and uses them, one vector
-    at a time.
+    """Measure the throughput at which *weights* are read, and at which *device* receives and uses
+    them, one vector at a time.
 
     Raises:
         FormatError: a file cannot be read.
@@ -148,9 +163,10 @@ def rates_for(weights: Iterable[Item], device: torch.device) -> Rates:
 
 
 def measure(extents: Iterable[Extent], device: torch.device, product: Product) -> Rates:
-    """The rates at which *extents* are read, and at which *device* gets and uses what is in them.
+    """Measure the throughput at which *extents* are read, and at which *device* receives and uses
+    them.
 
-    Of several disks the slowest is given.
+    Of several disks, the slowest is reported.
 
     Raises:
         FormatError: a file cannot be read.
@@ -177,7 +193,7 @@ def _disk_of(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Disk:
-    """A file system, and what is read from it; the same whatever is read."""
+    """A file system, and what is read from it; equal whatever is read."""
 
     number: int
     extents: tuple[Extent, ...] = field(compare=False)
@@ -269,7 +285,7 @@ def _per_second(work: Callable[[], object], device: torch.device | None = None) 
     """How often *work* is done in a second, by *device*, if that is none that is waited for anyway.
 
     The first time is left out, and the median of the others taken: what else the machine does
-    strikes some of them, and hard.
+    slows some of them considerably.
     """
 
     def finish() -> None:

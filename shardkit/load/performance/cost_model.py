@@ -1,15 +1,15 @@
-"""How long a forward takes, and how many blocks to prefetch: the work of the blocks, and rates →
-seconds (pure).
+"""The time of a forward, and the number of blocks to prefetch: the work of the blocks, and
+throughput → seconds (pure).
 
 1. A forward is a row of steps. The weights of a step go through stages: they are read, copied in
    main memory, copied to the device, multiplied; those in memory are only multiplied. A stage does
    one thing at a time, in the order of the steps.
-2. What streams has room in the ring from when it is read until it was multiplied. While there is
-   none, nothing is read.
-3. Forwards follow one another, and the reading for the next begins during the last. What is
-   predicted is one of a long row. If all that streams has room in the ring at once, only the first
-   reads it.
-4. Where the user does not choose a depth, the ring holds as many blocks as make a forward faster.
+2. A streamed step occupies the prefetch buffer from when it is read until it was multiplied. While
+   the buffer is full, nothing is read.
+3. Forwards follow one another, and the reading for the next begins during the last. The prediction
+   is for one of a long row. If all streamed steps fit the buffer at once, only the first forward
+   reads them.
+4. If the user does not choose a depth, the buffer has as many blocks as make a forward faster.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Prediction:
 
     @property
     def hidden(self) -> float:
-        """Which share of the reading goes on while the model computes; all of nothing."""
+        """Share of the read time during which the model computes; 1 if nothing is read."""
         waited = self.seconds - self.busy[-1]
         return min(1.0, max(0.0, 1 - waited / self.reading)) if self.reading else 1.0
 
@@ -196,9 +196,9 @@ class _Line:
 
 
 LEAST = 2  # blocks in a ring: one is computed while one is read
-USUAL = 4  # where little streams, and nothing is measured for it
+USUAL = 4  # where too little streams to be worth measuring
 LITTLE = 64 << 20  # bytes
-SMALL = "little streams, and nothing is measured for it"
+SMALL = "too little streams to be worth measuring"
 MOST = 8
 _STALLS = {2: 1.08, 3: 1.03}  # as measured
 _ENOUGH = 1.005  # as fast, but for what no one can measure
@@ -217,7 +217,7 @@ class Depth:
 
 Ring = (
     int | str | Depth | None
-)  # how many blocks, or how much it may take, as in "500MB"; None for as many as pay
+)  # how many blocks, or bytes, as in "500MB"; None to choose automatically
 
 
 def depth_for(steps: Sequence[Step], rates: Rates, room: int) -> Depth:
@@ -259,7 +259,7 @@ def chosen(seconds: Mapping[int, float]) -> Depth:
         blocks,
         "more would be no faster"
         if len(seconds) > 1
-        else "more have no room, or would be all that streams",
+        else "more do not fit, or would be all streamed blocks",
     )
 
 

@@ -1,11 +1,11 @@
-"""What a forward of a checkpoint would take, if its blocks lay where they are placed: from sizes,
-names and rates alone.
+"""Predict the time of a forward of a checkpoint, if its blocks were placed as planned: from sizes,
+names and throughput alone.
 
-1. What is on disk or, for an accelerator, on the CPU is brought for each forward, through a ring in
-   the room that is left.
-2. Matrices are multiplied, but for those that are named like tables to look into. How fast is asked
-   of a product of their type and shape, and only of a device that is there. Without that there is
-   no prediction, but what bringing them takes at least.
+1. Blocks on disk or, for an accelerator, on the CPU are transferred in each forward, through a
+   prefetch buffer in the memory that is left.
+2. Matrices are multiplied, but for those that are named like lookup tables. The throughput is that
+   of a product of their type and shape, on a device of this machine. Without it there is only a
+   lower bound: the time to transfer the weights.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _step(block: BlockEntries, home: str, runner: str) -> Step:
         for entry in block.entries
         if len(entry.shape) > 1 and not _TABLE.search(entry.name)
     )
-    brought = home == "disk" or (home == "cpu" and runner != "cpu")
-    if not brought:
+    streams = home == "disk" or (home == "cpu" and runner != "cpu")
+    if not streams:
         return Step(compute=compute)
     step = step_of(
         [entry.payload for entry in block.entries], compute=compute, linked=runner != "cpu"

@@ -1,17 +1,19 @@
-"""Choose which blocks of a model stay in memory, where not all of them can.
+"""Choose which blocks of a model stay in memory, where not all of them fit.
 
-Pure: modules and sizes are looked at, and nothing is read. From top to bottom:
+Pure: modules and sizes are inspected, and nothing is read. From top to bottom:
 
-1. `choose_residents` makes a better device map of a given one. It moves what streams, and what lies
-   beside it, between the device that runs it, the CPU if that is another, and the disk. What other
-   accelerators hold stays there. A map that keeps the budgets and has less on disk stays as it is.
-2. `_Movable` is what there is to choose from. The budget of the runner also pays for the prefetch
-   buffer, and for what cannot stream: tied weights, buffers, and what a module owns that contains
-   blocks.
-3. `search` chooses, from sizes alone. As many bytes stay as there is room for: each is one less to
-   read in every forward. But a large block that streams makes the buffer large, and a deep buffer
-   takes room from blocks: the way whose forward takes the fewest seconds is chosen.
-4. `spread` has what streams lie evenly between what stays: it is read while that is computed.
+1. `choose_residents` improves a given device map. It moves streamed blocks, and what is placed
+   beside them, between the device that runs them, the CPU if that is another, and the disk. The
+   parts on other accelerators stay there. A map that keeps the budgets and has less on disk stays
+   as it is.
+2. `_Movable` is the set of blocks to choose from. The budget of the runner also covers the prefetch
+   buffer, and weights that cannot stream: tied weights, buffers, and direct weights of modules that
+   contain blocks.
+3. `search` chooses, from sizes alone. As many bytes stay as fit: each is one less to read in every
+   forward. But a large streamed block makes the buffer large, and a deep buffer takes memory from
+   blocks: the choice whose forward takes the fewest seconds wins.
+4. `spread` distributes streamed blocks evenly between resident ones: they are read while those are
+   computed.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def choose_residents(
         return given
     if not isinstance(found.ring, int) or found.ring == ring:
         return Residents(made, found.ring)
-    fewer = f"at most {ring} were asked for, and fewer leave more blocks in memory"
+    fewer = f"at most {ring} were requested, and fewer keep more blocks resident"
     return Residents(made, Depth(found.ring, SMALL if ring is None else fewer))
 
 
@@ -217,11 +219,12 @@ class _Movable:
             OverBudget: one is.
         """
         nbytes = ring_bytes(self.sizes, ring if isinstance(ring, str) else LEAST)
-        blocks = f"room for {ring} of blocks" if isinstance(ring, str) else "room for two blocks"
-        what = f"{format_size(self.fixed)} that cannot stream, and {blocks} at a time"
+        blocks = f"{ring} of blocks" if isinstance(ring, str) else "two blocks"
+        cannot = f"{format_size(self.fixed)} for weights that cannot be offloaded"
+        what = f"{cannot}, plus a buffer for {blocks}"
         needs = [(self.runner, self.fixed + nbytes, what)]
         if self.runner != "cpu":
-            what = f"{blocks} that pass through it on their way from disk"
+            what = f"a host staging buffer for {blocks}"
             needs.append(("cpu", nbytes, what))
         for device, needed, reason in needs:
             available = budgets.get(device, 0)
@@ -229,13 +232,13 @@ class _Movable:
                 pairs = zip(self.sizes, self.blocks, strict=True)
                 largest, name = max((size, block.name) for size, block in pairs)
                 raise OverBudget(
-                    f"device {shown(device)} may hold {format_size(available)}, and needs "
-                    f"{format_size(needed)} at least: {reason}; "
-                    f"the largest is {shown(name)} with {format_size(largest)}",
+                    f"device {shown(device)} needs at least {format_size(needed)} (budget: "
+                    f"{format_size(available)}): {reason}; the largest block is {shown(name)} "
+                    f"with {format_size(largest)}",
                     needed=needed,
                     available=available,
-                    hint="raise its max_memory, give a narrower dtype, "
-                    "or give a device_map that says where each part goes",
+                    hint="raise its max_memory, pass a narrower dtype, or pass a device_map with "
+                    "a device for each part",
                 )
 
     def device_map_of(self, found: ResidentSet, names: Iterable[str]) -> dict[str, Device]:

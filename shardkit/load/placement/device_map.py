@@ -23,14 +23,14 @@ _LISTED = 8
 
 
 def covers(device_map: Mapping[str, object], name: str) -> bool:
-    """Whether *device_map* gives a device to the tensor or module *name*, or to a module around
-    it.
+    """Tell whether *device_map* gives a device to the tensor or module *name*, or to an enclosing
+    module.
     """
     return any(prefix in device_map for prefix in prefixes(name))
 
 
 def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
-    """What *device_map* says of *module*, by the names that its parts have in it."""
+    """Return the part of *device_map* below *module*, by the names of its parts in it."""
     own = {
         name.removeprefix(f"{module}."): device
         for name, device in device_map.items()
@@ -43,16 +43,16 @@ def inside(module: str, device_map: Mapping[str, Device]) -> dict[str, Device]:
 def reported(
     device_map: DeviceMap, main: Device, streamed: Iterable[str]
 ) -> dict[str, int | str | torch.device]:
-    """What a model that *device_map* dispatched reports as its hf_device_map, which libraries read.
+    """Return the map that a dispatched model reports as its hf_device_map, which libraries read.
 
     A part that is offloaded is on the device that runs it, as are its buffers and whatever is added
     to it later; its weights are named one by one, with where they stream from. So an adapter that
-    is loaded into such a part goes to where it is used, and the first device of the map is one that
-    inputs can be moved to.
+    is loaded into such a part is placed where it is used, and the first device of the map is one
+    that inputs can be moved to.
 
     Args:
-        device_map: what was asked for, or chosen.
-        main: what runs the parts that are on CPU or disk.
+        device_map: what was given, or chosen.
+        main: the device that runs the parts on CPU or disk.
         streamed: names of the weights that stream.
     """
     below: dict[str, list[str]] = {}
@@ -70,9 +70,7 @@ def reported(
 
 
 def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
-    """The same map with fewer names: where all names below one have the same device, that one
-    stands for them.
-    """
+    """Shorten the map: where all names below one have the same device, that one replaces them."""
     places = [_Place("")]
     for name, device in device_map.items():
         _grow(places, name).device = device
@@ -82,13 +80,31 @@ def clean_device_map(device_map: Mapping[str, Device]) -> dict[str, Device]:
 
 
 def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
-    """Warn of names that are none in *model*, and see that each of its tensors has a device.
+    """Check that *device_map* gives a device to each tensor of *model*; warn of names that it does
+    not have.
 
     A buffer that no checkpoint holds needs none, as in Accelerate: without one, it is on the main
     device.
 
+    Args:
+        model: the model, on any device.
+        device_map: a device for each module or tensor, by name; "" is the whole model.
+
     Raises:
-        LoadError: one has none.
+        LoadError: a tensor has no device.
+
+    Example:
+        >>> import shardkit
+        >>> from shardkit.load import check_device_map, init_empty_weights
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> check_device_map(model, {"": "cpu", "2": "disk"})
+        >>> try:
+        ...     check_device_map(model, {"0": "cpu"})
+        ... except shardkit.LoadError as error:
+        ...     print(error)
+        the device map gives no device to 2 of the model's tensors: '2.weight', '2.bias'
     """
     weights = list(model.state_dict(keep_vars=True))
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
@@ -96,7 +112,7 @@ def check_device_map(model: nn.Module, device_map: DeviceMap) -> None:
     unknown = [name for name in device_map if name not in known]
     if unknown:
         warnings.warn(
-            f"the model has no part that the device map calls {_listed(unknown)}",
+            f"the device map names parts that the model does not have: {_listed(unknown)}",
             UserWarning,
             stacklevel=2,
         )
@@ -119,11 +135,10 @@ def refuse_disk(
     dtype: AnyDType | None = None,
     special_dtypes: Mapping[str, AnyDType] | None = None,
 ) -> None:
-    """See that nothing lands on disk.
+    """Check that nothing is placed on disk.
 
     Raises:
-        OverBudget: something does; with what the last device before the disk would need, and what
-            it may hold.
+        OverBudget: something is; with what the last device before the disk needs, and its budget.
     """
     sizes = module_sizes(model, dtype, special_dtypes)
     devices = {
@@ -131,20 +146,20 @@ def refuse_disk(
         for name, _ in named_tensors(model)
         if covers(device_map, name)
     }
-    landed = sum(sizes[name] for name, device in devices.items() if device == "disk")
+    offloaded = sum(sizes[name] for name, device in devices.items() if device == "disk")
     if "disk" not in devices.values():
         return
     last = next((device for device in reversed(list(budgets)) if device != "disk"), "cpu")
-    needed = landed + sum(sizes[name] for name, device in devices.items() if device == last)
+    needed = offloaded + sum(sizes[name] for name, device in devices.items() if device == last)
     available = min(budgets.get(last, 0), needed)
     parts = [name for name, device in device_map.items() if device == "disk"]
     raise OverBudget(
-        f"{format_size(landed)} would land on disk: {_listed(parts)}; {last!r} would have to "
-        f"hold {format_size(needed)}, "
-        f"and may hold {format_size(available)}: {format_size(needed - available)} are missing",
+        f"{format_size(offloaded)} would be offloaded to disk: {_listed(parts)}; {last!r} needs "
+        f"{format_size(needed)} but its budget is {format_size(available)} "
+        f"({format_size(needed - available)} short)",
         needed=needed,
         available=available,
-        hint="raise max_memory, give a narrower dtype, or allow the disk",
+        hint="raise max_memory, pass a narrower dtype, or allow the disk",
     )
 
 
@@ -153,8 +168,8 @@ class _Place:
     """A name of a map or part of one.
 
     Attributes:
-        name: the whole of it.
-        device: what the map says of it.
+        name: the complete name.
+        device: its device in the map.
         children: the names one step longer.
         count: how many names of the map there are at it and below.
         shared: the one device of all these; None where there are several.
@@ -167,7 +182,7 @@ class _Place:
     shared: Device | None = None
 
     def close(self) -> None:
-        """Fill in what is known when it is known of all below."""
+        """Compute what follows from all names below."""
         below = self.children.values()
         devices = {child.shared for child in below} | (
             {self.device} if self.device is not None else set()
@@ -176,7 +191,7 @@ class _Place:
         self.shared = devices.pop() if len(devices) == 1 else None
 
     def written(self) -> Iterator[tuple[str, Device]]:
-        """The names that are needed, and their devices."""
+        """Yield the names that are needed, and their devices."""
         if self.shared is not None and (self.count > 1 or self.device is not None):
             yield self.name, self.shared
             return
@@ -187,8 +202,8 @@ class _Place:
 
 
 def _grow(places: list[_Place], name: str) -> _Place:
-    """The place called *name*; it and those above it are made, and added to *places*, where they
-    are missing.
+    """Return the place called *name*; create it and those above it in *places*, where they are
+    missing.
     """
     place = places[0]
     for prefix in list(prefixes(name))[1:] if name else ():

@@ -1,13 +1,13 @@
 """Choose a device for each part of a model: accelerators first, then the CPU, then the disk.
 
-It means what Accelerate's function of the same name means:
+The rules are those of Accelerate's function of the same name:
 
 1. Parts are taken in the order of the model, each onto the first device from the current one on
-   that has room for it. A part that has none is split into what stands in it, unless it is a layer;
-   then the next device is the current one, for good.
-2. The first accelerator, and the CPU, keep room for the largest layer among those that are yet to
-   be placed: what lies further down is brought there to be run.
-3. Parts with tied weights go together; one of them is split if that makes them fit.
+   that has room for it. A part that fits none is split into its submodules, unless it is a layer;
+   then the next device becomes the current one, for good.
+2. The first accelerator, and the CPU, keep room for the largest layer among those that are not
+   placed yet: layers on lower tiers are loaded there to be run.
+3. Parts with tied weights are placed together; one of them is split if that makes them fit.
 
 `get_balanced_memory` gives the budgets that spread a model evenly over the accelerators.
 """
@@ -55,27 +55,41 @@ def infer_auto_device_map(
     offload_buffers: bool = False,
     fallback_allocation: bool = False,
 ) -> dict[str, Device]:
-    """A device for every part of *model*, from sizes alone; the weights may be on the meta device.
+    """Choose a device for every part of *model*, from sizes alone; weights may be on the meta
+    device.
+
+    Accelerators are filled first, then the CPU, then the disk, by the rules of Accelerate's
+    function of this name.
 
     Args:
         model: the model.
-        max_memory: what each device may hold, as `get_max_memory` takes it.
+        max_memory: budget of each device, as `get_max_memory` takes it.
         no_split_module_classes: names of classes whose modules stay on one device, such as those
             with a residual connection.
         dtype: what floats are cast to when the weights are loaded; None for the types that the
             model has.
-        special_dtypes: the types of some tensors, by name, that overrule *dtype*.
+        special_dtypes: the types of some tensors, by name, that override *dtype*.
         verbose: log every decision at level INFO, and not at DEBUG, to the logger
             ``shardkit.load.placement.infer_device_map``.
-        clean_result: name a module in place of all that is in it where that has one device.
-        offload_buffers: whether the buffers of what lies on CPU or disk lie there too; if not, a
-            warning is given where no accelerator has room for them.
-        fallback_allocation: before a device is left empty, look for a later part that it has room
-            for.
+        clean_result: name a module in place of its parts where all have one device.
+        offload_buffers: whether buffers of modules on CPU or disk stay there too; if not, a warning
+            is raised where no accelerator has room for them.
+        fallback_allocation: before a device is left empty, look for a later part that fits.
+
+    Returns:
+        A device for each name: the number of an accelerator, "mps", "cpu" or "disk".
 
     Raises:
-        LoadError: a device or a budget cannot be understood.
-        BadSize: a size cannot be read.
+        LoadError: a device or a budget is invalid.
+        BadSize: a size cannot be parsed.
+
+    Example:
+        >>> from shardkit.load import infer_auto_device_map, init_empty_weights
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(4)])
+        >>> infer_auto_device_map(model, max_memory={"cpu": "13MB"})
+        {'0': 'cpu', '1': 'cpu', '2': 'disk', '3': 'disk'}
     """
     budgets = get_max_memory(max_memory)
     layers = Layers(
@@ -169,7 +183,7 @@ class _Planner:
     def _split_one_of(self, items: list[Item]) -> bool:
         for item in items:
             if not self.layers.is_whole(item[1]):
-                self._log_of(item[0], "is split, for the sake of what it is tied to")
+                self._log_of(item[0], "is split, to fit with the weights tied to it")
                 at = next(at for at, (name, _) in enumerate(self.queue) if name == item[0])
                 del self.queue[at]
                 self._replace(at - 1, item)
@@ -252,7 +266,7 @@ def _keepers(budgets: Iterable[Device]) -> tuple[Device, ...]:
 
 
 def _outside(group: tuple[str, ...], name: str) -> list[str]:
-    """The names in *group* that do not lie in *name*, if others do."""
+    """Return the names in *group* that are not inside *name*, if others are."""
     outside = [tied for tied in group if not _is_in(tied, name)]
     return outside if len(outside) < len(group) else []
 
@@ -295,24 +309,35 @@ def get_balanced_memory(
     special_dtypes: Mapping[str, AnyDType] | None = None,
     low_zero: bool = False,
 ) -> dict[Device, int]:
-    """Budgets for `infer_auto_device_map` with which all accelerators get about as much of *model*.
+    """Return budgets for `infer_auto_device_map` that spread *model* evenly over the accelerators.
 
-    The last accelerator keeps its whole budget, so that nothing is left over. An only one gets 90%
-    of what it has free, if *max_memory* is not given.
+    The last accelerator keeps its complete budget, so that everything is placed. A single one gets
+    90% of its free memory, if *max_memory* is not given.
 
     Args:
         model: the model, on any device.
-        max_memory: what each device may hold at most, as `get_max_memory` takes it.
+        max_memory: budget of each device, as `get_max_memory` takes it.
         no_split_module_classes: names of classes whose modules stay on one device.
         dtype: what floats are cast to when the weights are loaded; None for the types that the
             model has.
-        special_dtypes: the types of some tensors, by name, that overrule *dtype*.
+        special_dtypes: the types of some tensors, by name, that override *dtype*.
         low_zero: give the first accelerator only what the others cannot hold; `generate` needs
             memory there.
 
+    Returns:
+        Bytes for each device.
+
     Raises:
-        LoadError: a device or a budget cannot be understood.
-        BadSize: a size cannot be read.
+        LoadError: a device or a budget is invalid.
+        BadSize: a size cannot be parsed.
+
+    Example:
+        >>> from shardkit.load import get_balanced_memory, init_empty_weights
+        >>> from torch import nn
+        >>> with init_empty_weights():
+        ...     model = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(4)])
+        >>> get_balanced_memory(model, {"cpu": "1GB"})["cpu"]  # no accelerator to balance
+        1000000000
     """
     budgets = get_max_memory(max_memory)
     accelerators = [device for device in budgets if isinstance(device, int)]

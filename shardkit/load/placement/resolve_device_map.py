@@ -1,9 +1,9 @@
-"""Device maps as they are asked for: a dict that is taken as it is, or a word that says how to make
-one.
+"""Resolve a device map as it is given: a dict that is used as it is, or a word that says how to
+choose one.
 
 "auto" and "balanced" spread a model evenly over the accelerators, "balanced_low_0" leaves the first
-as empty as can be, and "sequential" fills one after the other. Where something streams, the first
-two also choose what does (`choose_residents`).
+as empty as possible, and "sequential" fills one after the other. If something streams, the first
+two also choose the resident blocks (`choose_residents`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True, slots=True)
 class PlacementOptions:
-    """What a map is made under.
+    """The options that a device map is chosen with.
 
     Attributes:
-        ring: how many blocks the ring has room for, at most where a map is made; or how much it may
-            take, as in "500MB"; None for as many as pay.
+        ring: size of the prefetch buffer: a number of blocks, at most where a map is made, or
+            bytes, as in "500MB"; None to choose automatically.
         offload: "never" to refuse the disk.
         max_memory: what each device may hold.
         no_split: names of classes whose modules stay on one device, and stream as one.
@@ -76,7 +76,7 @@ class PlacementOptions:
         """The map that *word* asks for, and the budgets that it keeps."""
         if word not in MODES:
             raise LoadError(
-                f"{shown(word)} is no device map",
+                f"{shown(word)} is not a device map",
                 hint=f"choose one of {', '.join(MODES)}, or give a dict",
             )
         budgets: Mapping[Device, int] = get_max_memory(self.max_memory)

@@ -1,13 +1,14 @@
-"""How the tensors of a page lie in memory, and which reads bring them there (pure).
+"""The layout of a block buffer: where its tensors are in memory, and which reads fill it (pure).
 
-1. What lies together in a file is read together, gaps of up to `_GAP` along with it. Such a run
-   begins at a multiple of `SECTOR` in memory as in the file, so that it can be read directly; its
-   edges are read along.
+1. Adjacent ranges of a file are read together, with gaps of up to `_GAP`. Such a run begins at a
+   multiple of `SECTOR` in memory as in the file, so that it can be read directly; the sectors at
+   its edges are read completely.
 2. Tensors begin at multiples of `ALIGNMENT`. One that would not is moved down to the next when its
-   run is there, or, where another lies in the way, to a room of its own behind the runs.
-3. What is no plain run of a file, or too little to be read directly, has a room of its own.
-4. Blocks that are alike can differ by a sector, as their runs begin. Their lengths are made equal:
-   in a ring, each must fit exactly where another one was, or nothing is read ahead.
+   run is there, or, if another occupies that place, to a range of its own after the runs.
+3. A tensor that is not a plain run of a file, or too small for a direct read, has a range of its
+   own.
+4. Equal blocks can differ by a sector, as their runs begin. Their lengths are made equal: in the
+   ring buffer, each must fit exactly where another one was, or nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ALIKE = 100  # lengths are, that differ by less than one part in so many
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One read of whole sectors.
+    """One read of complete sectors.
 
     Attributes:
         path: the file.

@@ -1,8 +1,8 @@
-"""Weights that stay in main memory and stream from there: each block is one run of memory, which
-its device copies out of.
+"""Pinned host copies: weights that stay in main memory and stream from there. Each block is one run
+of memory, from which its device copies.
 
-A block is read into its memory once, laid out as in the ring, and is sent from there as it lies: no
-reader touches it again.
+A block is read into its memory once, laid out as in the prefetch buffer, and is copied from there
+unchanged: no reader touches it again.
 """
 
 from __future__ import annotations

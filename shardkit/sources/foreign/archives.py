@@ -37,7 +37,7 @@ def zip_kind(source: Source) -> Kind | None:
     try:
         names = [member.name for member in source.members]
     except FormatError:
-        return Kind("begins like a zip archive, and is none", AGAIN)
+        return Kind("begins like a zip archive but is not one", AGAIN)
     steps = {step for name in names for step in name.split("/")}
     if names and all(name.endswith(".npy") for name in names):
         return Kind(

@@ -70,7 +70,7 @@ def _unknown(head: bytes) -> Kind:
         return Kind(f"has {several(len(head), 'byte')}, too few for any format", AGAIN)
     if is_text(head):
         begin = shown(head[:40].decode("utf-8", "replace"))
-        what = f"is a text and holds no weights; it begins with {begin}"
-        return Kind(what, "give the file or folder with the weights")
-    what = f"is of no known format; it begins with {head[:8].hex(' ')}"
+        what = f"is text and holds no weights; it begins with {begin}"
+        return Kind(what, "pass the file or folder that holds the weights")
+    what = f"has no known format; it begins with {head[:8].hex(' ')}"
     return Kind(what, "`shardkit formats` lists what can be read")

@@ -34,8 +34,8 @@ from shardkit.sources.format import Source
 _POINTER_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
 _TOKEN = f"{AGAIN}, with a token if it needs one"
 _UNPACK = "unpack it, and convert what is inside"
-_WEIGHTS = "give the file or folder with the weights"
-_LLAMA = "take the model's original safetensors or .bin files"
+_WEIGHTS = "pass the file or folder that holds the weights"
+_LLAMA = "convert the model's original safetensors or .bin files"
 _RESAVE = "load it where it was made and save it with torch.save"
 _BY_TENSORFLOW = f"tf.train.load_checkpoint reads them; {ARRAYS}"
 _BY_FLAX = (
@@ -127,35 +127,35 @@ _failure = _first(
     (
         (
             begins_like(_MARKUP + b"<(!doctype html|html|head|body)"),
-            "is an HTML page, as a download saves an error or a login",
+            "is an HTML page: the download saved an error or a login page",
             _TOKEN,
         ),
         (
             begins_like(_MARKUP + rb"<error\b"),
-            "is an error in XML, as a storage server answers a download",
+            "is an XML error message of a storage server",
             _TOKEN,
         ),
-        (is_blank, "begins with nothing but zeros, as a download that was never filled", AGAIN),
+        (is_blank, "begins with zeros only, like an unfinished download", AGAIN),
     )
 )
 _other = _first(
     (
         (
             begins_like(_MARKUP + b"<net name="),
-            "is the text of an OpenVINO model, whose weights lie in a .bin",
+            "is the text of an OpenVINO model, whose weights are in a .bin file",
             ORIGIN,
         ),
         (
             begins_like(rb"(\xef\xbb\xbf)?\s*<\?xml"),
-            "is an XML text and holds no weights",
+            "is XML text and holds no weights",
             _WEIGHTS,
         ),
         (
             is_table,
-            "is the index of a TensorFlow checkpoint, whose weights lie in .data files",
+            "is the index of a TensorFlow checkpoint, whose weights are in .data files",
             _BY_TENSORFLOW,
         ),
-        (is_json, "is a JSON text and holds no weights", _WEIGHTS),
+        (is_json, "is JSON text and holds no weights", _WEIGHTS),
     )
 )
 _weights = _first(
@@ -207,7 +207,7 @@ _weights = _first(
         (
             is_paddle_inference,
             "looks like weights for Paddle Inference (.pdiparams)",
-            "take the .pdparams it was made from",
+            "use the .pdparams it was made from",
         ),
         (
             _is_cut_off_relabelled_zip,

@@ -108,4 +108,4 @@ def _inside(folder: Path, names: list[str]) -> str:
             "this is an entry of a Hugging Face cache: give one of the folders in "
             f"{folder / 'snapshots'}"
         )
-    return "give the file or folder with the weights"
+    return "pass the file or folder that holds the weights"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 # stands for the path in an advice: no name of a file, nor what `shown` makes of one, holds it
 FILE = "\0"
-AGAIN = "fetch it again"
-ORIGIN = "take the torch checkpoint that it was made from"
+AGAIN = "download it again"
+ORIGIN = "convert the torch checkpoint that it was made from"
 ARRAYS = "save_file of safetensors.numpy writes a dict of its arrays"
 NPZ = "pip install shardkit-npz"
 

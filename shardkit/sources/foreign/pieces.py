@@ -69,7 +69,7 @@ def unfinished_download(path: Path) -> FormatError | None:
     return FormatError(
         path,
         "is an unfinished download, by its name",
-        hint="finish the download, or fetch it again",
+        hint="finish the download, or download it again",
     )
 
 

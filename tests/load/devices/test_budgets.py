@@ -95,25 +95,25 @@ def test_a_percentage_is_of_what_the_device_has_free(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(budgets, "available_memory", lambda: 1000)
     monkeypatch.setattr(budgets, "_free_on_accelerator", lambda index: 500 if index == 0 else None)
     assert get_max_memory({"cpu": "80%", 0: "12.5 %"}) == {0: 62, "cpu": 800}
-    with pytest.raises(LoadError, match="device 1 does not say what it has free"):
+    with pytest.raises(LoadError, match="the free memory of device 1 is unknown"):
         get_max_memory({1: "80%"})
-    with pytest.raises(LoadError, match="'disk' does not say"):
+    with pytest.raises(LoadError, match="free memory of device 'disk' is unknown"):
         get_max_memory({"disk": "80%"})
 
 
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
-        ({"tpu:x": 1}, "'tpu:x' is no device"),
-        ({-1: 1}, "-1 is no device"),
-        ({True: 1}, "True is no device"),
+        ({"tpu:x": 1}, "'tpu:x' is not a device"),
+        ({-1: 1}, "-1 is not a device"),
+        ({True: 1}, "True is not a device"),
         ({"meta": 1}, "the meta device holds no weights"),
-        ({None: 1}, "None is no device"),
+        ({None: 1}, "None is not a device"),
         ({0: 1, "cuda:0": 2}, "two sizes for device 0"),
-        ({0: -5}, "-5 is no size for device 0"),
-        ({0: float("nan")}, "nan is no size"),
-        ({0: None}, "None is no size"),
-        ({0: True}, "True is no size"),
+        ({0: -5}, "-5 is not a size for device 0"),
+        ({0: float("nan")}, "nan is not a size"),
+        ({0: None}, "None is not a size"),
+        ({0: True}, "True is not a size"),
     ],
 )
 def test_what_cannot_be_a_budget_is_refused(said: Any, sentence: str) -> None:

@@ -118,9 +118,9 @@ def test_each_part_has_its_place_and_its_reason(loaded: Load) -> None:
     told = explain(loaded({"": "disk"}), rates=RATES)
     layers = {f"layers.{number}" for number in range(LAYERS)}
     assert reasons(told) == {
-        ("start", "cpu", "stands beside blocks in its module"),
-        ("embedding", "cpu", "tied: it has one home for all its names"),
-        *((name, "disk", "the map says so") for name in (*layers, "norm")),
+        ("start", "cpu", "direct weight of a module with blocks"),
+        ("embedding", "cpu", "tied: one copy for all its names"),
+        *((name, "disk", "set by the device map") for name in (*layers, "norm")),
         *((name, "cpu", "a buffer") for name in layers),
     }
     assert sum(part.nbytes for part in told.parts) == module_sizes(Toy())[""]
@@ -138,14 +138,14 @@ def test_a_chosen_map_says_what_fits_and_what_has_no_room(loaded: Load) -> None:
         *dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in on_disk)
     ]
     assert {why for _, place, why in reasons(told) if place == "disk"} == {
-        "no room beside what stays"
+        "does not fit beside the resident weights"
     }
     assert ("layers.2", "cpu", "fits") in reasons(told)
 
 
 def test_a_map_that_is_given_says_so(loaded: Load) -> None:
     told = explain(loaded({"": "cpu", "layers.3": "disk"}), rates=RATES)
-    assert {why for _, _, why in reasons(told)} == {"the map says so", "a buffer"}
+    assert {why for _, _, why in reasons(told)} == {"set by the device map", "a buffer"}
     assert streamed(told) == ["layers.3"]
 
 
@@ -164,7 +164,7 @@ def test_a_model_in_which_nothing_streams_needs_no_rates(
 def test_a_model_without_a_map_is_explained_too(tmp_path: Path) -> None:
     model = disk_offload(Toy().eval(), tmp_path / "offload")
     told = explain(model, rates=RATES)
-    assert ("start", "cpu", "stands beside blocks in its module") in reasons(told)
+    assert ("start", "cpu", "direct weight of a module with blocks") in reasons(told)
     assert len(streamed(told)) == LAYERS + 1
     close(model)
 
@@ -175,14 +175,14 @@ def test_what_two_blocks_share_says_so(tmp_path: Path) -> None:
     told = explain(
         dispatch_model(model, {"": "disk"}, offload_dir=tmp_path / "offload"), rates=RATES
     )
-    assert ("layers.0", "cpu", "several blocks share it") in reasons(told)
+    assert ("layers.0", "cpu", "shared by several blocks") in reasons(told)
     close(model)
 
 
 def test_of_a_part_of_a_model_no_reason_is_made_up(loaded: Load) -> None:
     told = explain(loaded({"": "cpu", "layers.1": "disk"}).layers, rates=RATES)
     assert ("0", "cpu", "in memory") in reasons(told)
-    assert ("1", "disk", "the map says so") in reasons(told)
+    assert ("1", "disk", "set by the device map") in reasons(told)
 
 
 def test_a_forward_is_predicted_from_rates_that_are_given(loaded: Load) -> None:
@@ -203,7 +203,7 @@ def test_what_has_room_in_the_ring_at_once_is_read_once(loaded: Load) -> None:
     assert told.predicted is not None
     assert told.predicted.first > 10 * told.predicted.seconds
     assert told.read == {"disk": 0, "memory": 0}
-    assert "reads nothing: all that streams has room in the ring" in str(told)
+    assert "reads nothing: all streamed blocks fit the prefetch buffer" in str(told)
 
 
 def test_rates_are_measured_for_what_streams_if_none_are_given(loaded: Load) -> None:
@@ -267,7 +267,7 @@ def test_what_is_done_to_weights_on_each_read_is_told_with_what_to_do(
     starts = [weight.payload.sources[0].start for weight in weights]
     askew = explain(loaded({"": "cpu", "layers": "disk"}), rates=RATES)
     assert sum(part.askew for part in askew.parts) == sum(start % 64 > 0 for start in starts)
-    assert " off multiples of 64 bytes, moved whenever they are read" in askew.advice[0]
+    assert " not aligned to 64 bytes, moved whenever they are read" in askew.advice[0]
     pytest.importorskip("zstandard")
     shardkit.convert(file, tmp_path / "packed", compress="zstd")
     packed = explain(loaded({"": "disk"}, file=tmp_path / "packed"), rates=RATES)
@@ -280,9 +280,7 @@ def test_weights_that_no_file_has_are_told_from_those_on_disk() -> None:
     arrange(model, DispatchConfig({"": "disk"}, torch.device("cpu")))
     model.hf_device_map = {"": "disk"}  # type: ignore[assignment]  # an attribute that no module declares
     told = explain(model, rates=RATES)
-    assert ("norm", "cpu", "no file has it: it was computed when the model was made") in reasons(
-        told
-    )
+    assert ("norm", "cpu", "in no file: computed when the model was created") in reasons(told)
     assert told.read == {"disk": 0, "memory": LAYERS * 2 * WIDTH * WIDTH * 4 + 2 * WIDTH * 4}
     close(model)
 
@@ -297,9 +295,9 @@ def test_it_goes_through_json_and_prints_one_line_for_each_reason(loaded: Load) 
     assert document["measured"]["forwards"] == 1
     assert document["read_per_forward"] == {"disk": 4 * 2 * WIDTH * WIDTH * 4, "memory": 0}
     lines = str(told).splitlines()
-    assert lines[0] == "Toy: 201 kB of weights, 131 kB of it stream"
-    assert [line.split() for line in lines if line.startswith("  disk")] == [
-        ["disk", "131", "kB", "4", "parts", "the", "map", "says", "so", "layers.[0,", "2-3,", "5]"]
+    assert lines[0] == "Toy: 201 kB of weights, of which 131 kB stream"
+    assert [" ".join(line.split()) for line in lines if line.startswith("  disk")] == [
+        "disk 131 kB 4 parts set by the device map layers.[0, 2-3, 5]"
     ]
     assert [line.split()[0] for line in lines[-5:]] == ["A", "predicted", "with", "measured", "8"]
     assert "limit: disk" in lines[-4]
@@ -329,19 +327,19 @@ def test_the_ring_has_a_twin_in_main_memory_where_a_device_gets_weights_from_dis
 ) -> None:
     told = Explanation(
         "Toy",
-        (Part("h.0", place, runs_on, 50, "the map says so", Step(room=64)),),
+        (Part("h.0", place, runs_on, 50, "set by the device map", Step(room=64)),),
         ring=100,
         depths=("2, why",),
     )
     assert told.host_ring == told.as_dict()["host_ring"] == twin
-    assert (str(told).count("its twin, for what is on disk") == 1) == bool(twin)
+    assert (str(told).count("host staging buffer, for blocks on disk") == 1) == bool(twin)
 
 
 @pytest.mark.parametrize(("runs_on", "hidden"), [("cpu", 0.25), ("cuda:0", 0.4)])
 def test_what_is_hidden_is_told_by_waiting_or_where_a_forward_is_only_issued_by_the_time_it_took(
     runs_on: str, hidden: float
 ) -> None:
-    part = Part("h.0", "cpu", runs_on, 50, "the map says so", Step(link=50, room=64))
+    part = Part("h.0", "cpu", runs_on, 50, "set by the device map", Step(link=50, room=64))
     measured = Series(1, forwards=2, seconds=4.4, counts=Counters(reading=4.0, waited=3.0))
     told = Explanation(
         "Toy", (part,), predicted=Prediction(2.0, 2.0, (0.0, 0.0, 2.0, 1.0)), measured=measured
@@ -447,7 +445,7 @@ def test_a_closed_model_is_said_to_be_closed(loaded: Load, monkeypatch: pytest.M
     assert streamed(told) == streamed(before)
     assert {part.why for part in told.parts if part.streams} == {"closed: read whenever it is used"}
     assert {part.place for part in told.parts if part.streams} == {"disk"}
-    assert "197 kB of it are read whenever they are used: the model is closed" in str(told)
+    assert "of which 197 kB are read whenever they are used: the model is closed" in str(told)
     assert "nothing streams" not in str(told)
     assert (told.predicted, told.ring) == (None, 0)
     assert told.as_dict()["predicted"] is None

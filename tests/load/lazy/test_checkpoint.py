@@ -97,7 +97,7 @@ def test_the_root_may_be_chosen(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(3)}, "ema": {"w": torch.zeros(3)}}, tmp_path / "two.pt")
     assert tensors(tmp_path / "two.pt", root="ema")["w"].sum() == 0
     assert list(tensors(tmp_path / "two.pt", root=".")) == ["model.w", "ema.w"]
-    with pytest.raises(AmbiguousRoot, match="several parts"):
+    with pytest.raises(AmbiguousRoot, match="several subtrees"):
         tensors(tmp_path / "two.pt")
     with pytest.raises(NothingSelected):
         tensors(tmp_path / "two.pt", root="optimizer")
@@ -124,9 +124,9 @@ def test_a_weight_that_is_not_dense_is_listed_and_told_when_it_is_asked_for() ->
     found = tensors(GOOD / "zip-others.pt")
     assert {"coo", "quantised", "nested", "meta", "weight"} <= set(found)
     assert isinstance(found["weight"], Paged)
-    with pytest.raises(LoadError, match="'coo' is no dense tensor but a sparse tensor"):
+    with pytest.raises(LoadError, match="'coo' is not a dense tensor but a sparse tensor"):
         found["coo"]
-    with pytest.raises(LoadError, match="no dense tensor"):
+    with pytest.raises(LoadError, match="not a dense tensor"):
         nn.Linear(1, 1).load_state_dict(found)
 
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         tensors(tmp_path / "page.bin")
     with pytest.raises(FormatError):
         tensors(tmp_path / "nothing.bin")
-    with pytest.raises(LoadError, match="no device"):
+    with pytest.raises(LoadError, match="cannot use the device"):
         tensors(GOOD / "safetensors-tied.safetensors", device="nowhere")
 
 

@@ -80,7 +80,7 @@ def test_a_class_that_says_nothing_is_a_sentence(
     source = saved(tmp_path / "model", "LlamaForCausalLM")
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", [])
     with pytest.raises(
-        LoadError, match="LlamaForCausalLM does not say what must not be split"
+        LoadError, match="LlamaForCausalLM does not declare _no_split_modules"
     ) as caught:
         no_split_pattern(source)
     assert (

@@ -315,7 +315,9 @@ def test_what_is_unexpected_is_told_and_what_is_missing_is_an_error(tmp_path: Pa
         tmp_path / "diffusion_pytorch_model.bin",
     )
     _, theirs = diffusers.UNet2DModel.from_pretrained(tmp_path, output_loading_info=True)
-    with pytest.warns(UserWarning, match=r"has 'extra\.weight', which the model has not") as told:
+    with pytest.warns(
+        UserWarning, match=r"has 'extra\.weight', which the model does not have"
+    ) as told:
         _, ours = from_pretrained(tmp_path, output_loading_info=True)
     assert told[0].filename == __file__
     assert ours == theirs
@@ -324,7 +326,9 @@ def test_what_is_unexpected_is_told_and_what_is_missing_is_an_error(tmp_path: Pa
         {name: each for name, each in model.state_dict().items() if name != "conv_in.bias"},
         tmp_path / "diffusion_pytorch_model.bin",
     )
-    with pytest.raises(Mismatch, match=r"missing, with no values here to keep: 'conv_in\.bias'"):
+    with pytest.raises(
+        Mismatch, match=r"missing, with no values in the model to keep: 'conv_in\.bias'"
+    ):
         from_pretrained(tmp_path)
 
 
@@ -348,9 +352,7 @@ def test_what_a_model_knows_to_be_of_no_use_is_not_told(tmp_path: Path) -> None:
 def test_another_shape_is_a_mismatch_that_says_which(tmp_path: Path) -> None:
     saved(tmp_path)
     edit(tmp_path / "config.json", out_channels=4)
-    with pytest.raises(
-        Mismatch, match=r"'conv_out\.weight' \(\[3, 16, 3, 3\] there, \[4, 16, 3, 3\] here\)"
-    ):
+    with pytest.raises(Mismatch, match=r"'conv_out\.weight' \(\[3, 16, 3, 3\] in the checkpoint"):
         from_pretrained(tmp_path)
 
 
@@ -378,7 +380,7 @@ def test_code_of_the_folder_runs_only_when_it_is_trusted(
     edit(
         folder / "config.json", _class_name="Twice", auto_map={"AutoModel": "modeling_twice.Twice"}
     )
-    with pytest.raises(LoadError, match="has code of its own for its model") as refused:
+    with pytest.raises(LoadError, match="contains code for its model") as refused:
         from_pretrained(folder)
     assert refused.value.hint is not None
     assert "trust_remote_code=True" in refused.value.hint
@@ -394,7 +396,7 @@ FAULTS: dict[str, tuple[Given, str]] = {
     "odd class": ({"_class_name": ["a", "b"]}, "asks for .*, which Diffusers"),
     "several": (
         {"_class_name": "MultiAdapter"},
-        "a MultiAdapter, which Diffusers loads in a way of its own",
+        "a MultiAdapter, which Diffusers loads by a method of its own",
     ),
     "wrong config": (
         {"down_block_types": ["Nothing"] * 2},

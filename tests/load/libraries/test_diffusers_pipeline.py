@@ -205,10 +205,10 @@ def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ri
         == {"text_encoder", "unet"}
     )
     assert told.ring == told.models["unet"].ring == told.models["text_encoder"].ring
-    assert {part.why for part in told.models["vae"].parts} == {"the map says so"}
-    assert {part.place for part in told.models["unet"].parts if part.why == "the map says so"} == {
-        "disk"
-    }
+    assert {part.why for part in told.models["vae"].parts} == {"set by the device map"}
+    assert {
+        part.place for part in told.models["unet"].parts if part.why == "set by the device map"
+    } == {"disk"}
     measured = told.models["unet"].measured
     assert measured is not None
     assert (
@@ -218,7 +218,7 @@ def test_explain_tells_of_each_model_of_a_pipeline_where_it_is_and_of_the_one_ri
     assert list(document) == ["pipeline", "ring", "models"]
     lines = str(told).splitlines()
     assert lines[0].startswith("StableDiffusionPipeline: 3 models, ")
-    assert lines[0].endswith(f"through one ring of {format_size(told.ring)}")
+    assert lines[0].endswith(f"through one prefetch buffer of {format_size(told.ring)}")
     assert all(f"{name}: {each}".splitlines()[0] in lines for name, each in told.models.items())
     close(pipe)
 
@@ -249,7 +249,7 @@ def test_its_models_stream_through_one_ring(folder: Path) -> None:
 
 def test_a_name_that_no_model_has_is_a_warning(folder: Path) -> None:
     saved(folder)
-    with pytest.warns(UserWarning, match="no part that the device map calls 'unte'"):
+    with pytest.warns(UserWarning, match="parts that the model does not have: 'unte'"):
         from_pretrained(folder, {"": "cpu", "unte": "disk"})
     with pytest.raises(LoadError, match=r"no device to .* of the model's tensors: 'vae\."):
         from_pretrained(folder, {"unet": "disk", "text_encoder": "cpu"})
@@ -404,7 +404,7 @@ def test_code_that_is_not_trusted_does_not_run(
         "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(folder.parent / "modules")
     )
     with pytest.raises(
-        LoadError, match="asks for code that is neither of Diffusers nor of Transformers"
+        LoadError, match="needs code that is part of neither Diffusers nor Transformers"
     ) as refused:
         from_pretrained(folder)
     assert refused.value.hint is not None
@@ -464,7 +464,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "broken index": (
         lambda folder: (folder / "model_index.json").write_text("{"),
-        r"model_index\.json is no JSON",
+        r"model_index\.json is not JSON",
     ),
     "quantised": (
         lambda folder: edit(

@@ -196,7 +196,7 @@ def test_auto_fills_what_may_be_filled_and_the_rest_streams(tmp_path: Path) -> N
     assert torch.equal(
         logits(model), logits(aligned(transformers.LlamaForCausalLM.from_pretrained(tmp_path)))
     )
-    with pytest.raises(OverBudget, match="would land on disk"):
+    with pytest.raises(OverBudget, match="would be offloaded to disk"):
         from_pretrained(tmp_path, "auto", max_memory={"cpu": 80_000}, offload="never")
 
 
@@ -279,14 +279,14 @@ def test_a_type_goes_by_either_of_its_names_and_not_by_both(tmp_path: Path) -> N
 def test_an_argument_that_has_no_meaning_here_is_told(name: str, tmp_path: Path) -> None:
     saved(tmp_path / "model")
     idle: dict[str, Any] = {name: "offload" if name == "offload_folder" else True}
-    with pytest.warns(UserWarning, match=f"{name} has no meaning here"):
+    with pytest.warns(UserWarning, match=f"{name} is ignored"):
         from_pretrained(tmp_path / "model", "disk", **idle)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_argument_that_there_is_not_is_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.raises(LoadError, match="'tokken' is no argument"):
+    with pytest.raises(LoadError, match="'tokken' is not an argument"):
         from_pretrained(tmp_path, tokken="secret")
 
 
@@ -326,7 +326,9 @@ def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(cache: Path, tmp_p
     model = saved(tmp_path / "plain")
     cached(tmp_path / "plain", cache, "f" * 40, "main")
     assert torch.equal(logits(from_pretrained("someone/tiny", "disk")), logits(model))
-    with pytest.raises(LoadError, match="someone/other is no folder, and no model in the cache"):
+    with pytest.raises(
+        LoadError, match="someone/other is neither a folder nor a model in the cache"
+    ):
         from_pretrained("someone/other")
 
 
@@ -339,9 +341,11 @@ def test_a_revision_is_found_in_whichever_cache_is_meant(cache: Path, tmp_path: 
             "someone/tiny", "disk", revision=revision, cache_dir=tmp_path / "own"
         )
         assert torch.equal(logits(ours), logits(model))
-    with pytest.raises(LoadError, match=r"no model in the cache of the Hub \(revision 'other'\)"):
+    with pytest.raises(
+        LoadError, match=r"nor a model in the cache of the Hub \(revision 'other'\)"
+    ):
         from_pretrained("someone/tiny", revision="other", cache_dir=tmp_path / "own")
-    with pytest.raises(LoadError, match="no model in the cache of the Hub;"):
+    with pytest.raises(LoadError, match="nor a model in the cache of the Hub;"):
         from_pretrained("someone/tiny")
 
 
@@ -584,7 +588,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "broken config": (
         lambda folder: (folder / "config.json").write_text("{"),
-        r"config\.json is no JSON",
+        r"config\.json is not JSON",
     ),
     "no object": (
         lambda folder: (folder / "config.json").write_text("[]"),
@@ -596,7 +600,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "elsewhere": (
         lambda folder: edit(folder / "config.json", transformers_weights="../x.bin"),
-        "has its weights elsewhere",
+        "places its weights elsewhere",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "truncated": (
@@ -623,7 +627,7 @@ def test_what_cannot_be_meant_is_refused_before_the_folder_is_looked_at(tmp_path
         from_pretrained(nowhere, "automatic")
     with pytest.raises(BadDType, match="half-ish"):
         from_pretrained(nowhere, dtype="half-ish")
-    with pytest.raises(LoadError, match="nowhere is no folder"):
+    with pytest.raises(LoadError, match="nowhere is not a folder"):
         from_pretrained(nowhere)
     (tmp_path / "file").touch()
     with pytest.raises(LoadError, match="file is a file; a folder"):

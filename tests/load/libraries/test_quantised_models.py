@@ -142,7 +142,7 @@ def test_what_bitsandbytes_quantised_is_what_transformers_makes_of_it(
 
 
 def test_a_warning_says_what_of_it_cannot_stream_and_how_much_that_is(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="of which bitsandbytes makes objects") as told:
+    with pytest.warns(UserWarning, match="which bitsandbytes turns into objects") as told:
         ours = from_pretrained(folder, DISK)
     held = sum(each.nbytes for each in ours.parameters() if is_packed(each))
     [sentence] = [str(each.message) for each in told]
@@ -178,7 +178,7 @@ def test_what_compressed_tensors_expands_is_what_transformers_makes_of_it(
     if place in ("disk", "mixed"):
         with pytest.warns(
             UserWarning,
-            match=r"not streamed: .*B of weights, and more .* compressed-tensors expands",
+            match=r"not streamed: .*B of weights, and more .* compressed-tensors decompresses",
         ):
             ours = from_pretrained(folder, MAPS[place])
     else:

@@ -241,7 +241,7 @@ def test_a_model_is_not_written_over_the_files_that_it_reads(tmp_path: Path) -> 
     save(model(), tmp_path / "out")
     lazy = model()
     lazy.load_state_dict(tensors(tmp_path / "out"), assign=True)
-    with pytest.raises(OutputError, match="is being read"):
+    with pytest.raises(OutputError, match="is the input"):
         save(lazy, tmp_path / "out", overwrite=True)
     assert state_of(lazy) == state_of(model())
 
@@ -266,7 +266,7 @@ def test_what_has_no_value_or_no_place_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(LoadError, match="on the meta device"):
         save(model().to("meta"), tmp_path / "out")
-    with pytest.raises(LoadError, match="'_extra_state' is a dict of 1 and no tensor"):
+    with pytest.raises(LoadError, match="'_extra_state' is a dict of 1, not a tensor"):
         save(Stateful(2, 2), tmp_path / "out")
     module = nn.Module()
     module.register_buffer("sparse", torch.eye(3).to_sparse())

@@ -187,7 +187,7 @@ def test_what_would_stay_on_meta_is_an_error(tmp_path: Path) -> None:
         empty(lambda: nn.Linear(2, 2)), tmp_path / "x.safetensors", device_map={"": "cpu"}
     )
     assert left.get_parameter("bias").is_meta
-    with pytest.raises(Mismatch, match="with no values here to keep: 'bias'"):
+    with pytest.raises(Mismatch, match="with no values in the model to keep: 'bias'"):
         load_checkpoint_in_model(
             empty(lambda: nn.Linear(2, 2)), tmp_path / "x.safetensors", {"": "cpu"}
         )

@@ -234,15 +234,16 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert error.unexpected == ("other",)
     assert error.wrong_shape == {"0.bias": ((3,), (2,)), "1.weight": ((4,), (2, 2))}
     assert str(error) == (
-        "x.bin does not fit the model: of another shape: '0.bias' ([3] there, [2] here), "
-        "'1.weight' ([4] there, [2, 2] here); "
-        "of a type that torch cannot make: '1.bias' (F4 as float32); missing: '2.bias'; not in "
+        "x.bin does not match the model: shape mismatch: "
+        "'0.bias' ([3] in the checkpoint, [2] in the model), "
+        "'1.weight' ([4] in the checkpoint, [2, 2] in the model); "
+        "type not supported by torch: '1.bias' (F4 as float32); missing: '2.bias'; not in "
         "the model: 'other'"
     )
 
 
 def test_a_shape_that_differs_is_an_error_even_where_nothing_is_strict() -> None:
-    with pytest.raises(Mismatch, match="another shape"):
+    with pytest.raises(Mismatch, match="shape mismatch"):
         assign(nn.Linear(3, 2), entries_of(nn.Linear(2, 3)))
 
 
@@ -263,7 +264,7 @@ def test_two_floats_of_4_bits_are_one_element_of_torch() -> None:
     model.register_buffer("x", torch.zeros(3, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
     [home] = assign(model, {"x": entry("x", (3, 8), "F4")}, dtype=torch.bfloat16).homes
     assert (home.shape, home.dtype, home.nbytes) == ((3, 4), torch.float4_e2m1fn_x2, 12)
-    with pytest.raises(Mismatch, match="another shape"):
+    with pytest.raises(Mismatch, match="shape mismatch"):
         assign(model, {"x": entry("x", (3, 4), "F4")})
 
 
@@ -288,7 +289,7 @@ def test_names_of_one_side_only_are_told_and_strict_refuses_them() -> None:
 def test_what_would_stay_on_meta_is_refused_and_what_is_real_is_kept() -> None:
     model = empty(lambda: nn.Linear(2, 2))
     entries = entries_of(model, without=("bias",))
-    with pytest.raises(Mismatch, match="with no values here to keep: 'bias'"):
+    with pytest.raises(Mismatch, match="with no values in the model to keep: 'bias'"):
         assign(model, entries)
     model.bias = nn.Parameter(torch.zeros(2))
     assert assign(model, entries).missing == ("bias",)
@@ -323,7 +324,7 @@ def test_a_prefix_is_said_and_not_guessed() -> None:
     assert r"--rename '^module\.='" in str(raised.value.hint)
     with pytest.raises(Mismatch) as raised:
         assign(nn.ModuleDict({"model": model}), entries_of(model))
-    assert "the names here begin with 'model.'" in str(raised.value.hint)
+    assert "the names in the model begin with 'model.'" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize("name", ["SCBlock", "SCB", "weight_format", "module"])

@@ -79,7 +79,7 @@ def test_a_flipped_bit_is_named_and_the_model_is_not_touched(load: Load, folder:
     kept.load_state_dict(model.state_dict())
     with pytest.raises(Malformed, match=rf"{shard.name}: 1\.weight: bytes \[") as caught:
         load(model, folder, verify=True)
-    assert "fetch it again" in str(caught.value.hint)
+    assert "download it again" in str(caught.value.hint)
     assert all(
         torch.equal(model.state_dict()[name], value) for name, value in kept.state_dict().items()
     )
@@ -108,7 +108,7 @@ def test_a_flipped_bit_in_a_prepared_folder_is_told_by_its_block(
     with pytest.raises(Malformed, match=r"model\.safetensors: 1: block at \["):
         load(empty(), checkpoint, verify=True)
     shard.write_bytes(content.replace(b"[40,30]", b"[30,40]"))
-    with pytest.raises(Malformed, match=r"the header of 'model\.safetensors' is another"):
+    with pytest.raises(Malformed, match=r"the header of 'model\.safetensors' differs"):
         load(nn.Sequential(nn.Linear(40, 30, bias=False)), checkpoint, verify=True)
 
 
@@ -130,7 +130,7 @@ def test_what_carries_no_checksums_cannot_be_verified_and_that_is_an_error(
     (folder / MANIFEST_NAME).unlink()
     model = empty()
     with pytest.raises(
-        LoadError, match=r"model-.*cannot be verified: it carries no checksums"
+        LoadError, match=r"model-.*cannot be verified: it has no checksums"
     ) as caught:
         load(model, folder, verify=True)
     assert "--checksum sha256" in str(caught.value.hint)
@@ -149,7 +149,9 @@ def test_a_header_that_says_something_else_is_found_too(folder: Path) -> None:
     content = shard.read_bytes()
     assert content.count(b"[40,30]") == 1
     shard.write_bytes(content.replace(b"[40,30]", b"[30,40]"))
-    with pytest.raises(Malformed, match="which are no tensor's, have another sha256"):
+    with pytest.raises(
+        Malformed, match="which belong to no tensor, do not match the recorded sha256"
+    ):
         load_checkpoint_in_model(nn.Sequential(nn.Linear(40, 30, bias=False)), folder, verify=True)
 
 
@@ -157,7 +159,7 @@ def test_only_files_that_are_needed_are_read(folder: Path) -> None:
     flip(shard_of(folder, "1.weight"), -1)
     model = nn.Sequential(nn.Linear(30, 40))
     assert shard_of(folder, "0.weight") != shard_of(folder, "1.weight")
-    with pytest.warns(UserWarning, match="which the model has not"):
+    with pytest.warns(UserWarning, match="which the model does not have"):
         load_checkpoint_in_model(model, folder, verify=True)
 
 

@@ -78,7 +78,7 @@ def test_an_address_in_a_trace_is_refused(tmp_path: Path) -> None:
     model, x = nn.Conv1d(4, 4, 1), torch.randn(2, 4, 3)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     model.load_state_dict(tensors(tmp_path / "model.pt"), assign=True)
-    with pytest.raises(LoadError, match="writes down what it meets"):
+    with pytest.raises(LoadError, match="records the tensors that it meets"):
         traced(model, x)
     assert model(x).shape == x.shape
 

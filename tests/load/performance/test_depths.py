@@ -35,8 +35,8 @@ def reading(nbytes: int, *, compute: int = 0) -> Step:
     [
         ([reading(100)] * 40, DISK, MUCH, 4, "with 3 a forward would take 3% longer"),
         ([reading(100)] * 40, DISK, 300, 3, "with 2 a forward would take 5% longer"),
-        ([reading(100)] * 40, DISK, 200, 2, "more have no room, or would be all that streams"),
-        ([reading(100)] * 40, DISK, 0, 2, "more have no room, or would be all that streams"),
+        ([reading(100)] * 40, DISK, 200, 2, "more do not fit, or would be all streamed blocks"),
+        ([reading(100)] * 40, DISK, 0, 2, "more do not fit, or would be all streamed blocks"),
         (
             [reading(100, compute=300)] * 40,
             Rates(disk=10, compute=10),
@@ -44,7 +44,7 @@ def reading(nbytes: int, *, compute: int = 0) -> Step:
             2,
             "more would be no faster",
         ),
-        ([reading(100)] * 3, DISK, MUCH, 2, "more have no room, or would be all that streams"),
+        ([reading(100)] * 3, DISK, MUCH, 2, "more do not fit, or would be all streamed blocks"),
     ],
     ids=[
         "disk is the limit",
@@ -174,7 +174,7 @@ def test_where_nobody_says_how_deep_a_ring_is_it_is_measured_and_told(
     told = explain(model, rates=Rates(disk=1e9, compute=1e6))
     assert told.ring == 2 * WIDTH * WIDTH * 4
     assert told.depths == ("2 blocks: more would be no faster",)
-    assert "the ring that blocks stream through  2 blocks: more would be no faster" in str(told)
+    assert "prefetch buffer 2 blocks: more would be no faster" in " ".join(str(told).split())
     assert explain(copy.deepcopy(model), rates=told.rates).depths == told.depths
     close(model)
 
@@ -194,7 +194,7 @@ def test_a_map_that_is_made_weighs_the_ring_at_the_same_rates(
 
 
 @pytest.mark.parametrize(
-    ("ring", "sentence"), [(3, "3, as was asked for"), ("100KB", "100KB, as was asked for")]
+    ("ring", "sentence"), [(3, "3, as requested"), ("100KB", "100KB, as requested")]
 )
 def test_a_ring_that_somebody_gives_is_taken_and_nothing_is_measured(
     file: Path, measured: list[int], ring: int | str, sentence: str
@@ -210,16 +210,16 @@ def test_for_little_nothing_is_measured(file: Path, monkeypatch: pytest.MonkeyPa
     model = loaded(file)
     told = explain(model, rates=DISK)
     assert told.ring == 4 * WIDTH * WIDTH * 4
-    assert told.depths == ("4 blocks: little streams, and nothing is measured for it",)
+    assert told.depths == ("4 blocks: too little streams to be worth measuring",)
     close(model)
 
 
 @pytest.mark.parametrize(
     ("ring", "sentence"),
     [
-        (None, "3 blocks: little streams, and nothing is measured for it"),
-        (5, "3 blocks: at most 5 were asked for, and fewer leave more blocks in memory"),
-        (3, "3, as was asked for"),
+        (None, "3 blocks: too little streams to be worth measuring"),
+        (5, "3 blocks: at most 5 were requested, and fewer keep more blocks resident"),
+        (3, "3, as requested"),
     ],
 )
 def test_a_ring_that_is_chosen_for_a_map_says_so(

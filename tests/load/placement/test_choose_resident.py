@@ -183,7 +183,7 @@ def test_a_ring_gets_fewer_blocks_where_there_is_not_room_for_as_many() -> None:
     model = toy([8] * 10, words=1)
     small = 10 * 64 + 2 * 64 + 2 * 64
     ring = chosen(model, {"cpu": small + 3 * KB}).ring
-    assert ring == Depth(3 - 1, "at most 4 were asked for, and fewer leave more blocks in memory")
+    assert ring == Depth(3 - 1, "at most 4 were requested, and fewer keep more blocks resident")
     assert isinstance(few := chosen(model, {"cpu": small + 2 * KB}).ring, Depth)
     assert few.blocks == 2
     with pytest.raises(OverBudget, match=r"'layers\.9' with 1\.02 kB") as caught:
@@ -194,7 +194,7 @@ def test_a_ring_gets_fewer_blocks_where_there_is_not_room_for_as_many() -> None:
 def test_what_comes_from_disk_needs_a_ring_in_main_memory_too() -> None:
     model = toy([8] * 10, words=1)
     with pytest.raises(
-        OverBudget, match=r"device 'cpu' may hold 1\.00 kB, and needs 2\.05 kB .* way from disk"
+        OverBudget, match=r"device 'cpu' needs at least 2\.05 kB .* host staging buffer"
     ) as caught:
         chosen(model, {0: 6 * KB, "cpu": 1000})
     assert (caught.value.needed, caught.value.available) == (2 * KB, 1000)
@@ -257,5 +257,5 @@ def test_a_ring_may_be_given_in_bytes() -> None:
         "3KB",
         5,
     )
-    with pytest.raises(OverBudget, match="room for 3KB of blocks at a time"):
+    with pytest.raises(OverBudget, match="a buffer for 3KB of blocks"):
         chosen(model, {"cpu": 14 * 64 + 2 * KB}, ring="3KB")

@@ -66,7 +66,7 @@ FLAX = (
 )
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4370000000\n"
 CASES: dict[str, tuple[bytes, str, str]] = {
-    "nothing": (b"", "is empty", "fetch it again"),
+    "nothing": (b"", "is empty", "download it again"),
     "a git-lfs pointer": (
         POINTER,
         "is a git-lfs pointer: a line of text that stands for the real file of 4.37 GB",
@@ -75,8 +75,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "an HTML page": (b"\n<!DOCTYPE html><html>Sign in", "is an HTML page", "a token"),
     "an XML error": (
         b'<?xml version="1.0"?>\n<Error>AccessDenied',
-        "is an error in XML, as a storage server answers",
-        "fetch it again, with a token",
+        "is an XML error message of a storage server",
+        "download it again, with a token",
     ),
     "the text of an OpenVINO model": (
         b'<?xml version="1.0"?>\n<net name="m" version="11">',
@@ -85,8 +85,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     ),
     "XML": (
         b'<?xml version="1.0" encoding="utf-8"?><a/>',
-        "is an XML text and holds no",
-        "give the file",
+        "is XML text and holds no",
+        "pass the file",
     ),
     "gzip": (
         gzip.compress(b"x" * 99),
@@ -119,8 +119,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "a RAR archive": (b"Rar!\x1a\7\1\0" + bytes(30), "is a RAR archive", "unrar x model.bin"),
     "JSON": (
         json.dumps({"architectures": ["Llama"]}).encode(),
-        "is a JSON text and holds no weights",
-        "give the file",
+        "is JSON text and holds no weights",
+        "pass the file",
     ),
     "GGUF": (b"GGUF" + bytes(60), "is a GGUF file", "original"),
     "CTranslate2": (ctranslate2("TransformerSpec"), "is a model of CTranslate2", "made from"),
@@ -274,18 +274,18 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "an archive of GPT-SoVITS that is cut off": (
         b"03\3\4" + bytes(60),
         "whose first two bytes GPT-SoVITS has replaced, and is cut off",
-        "fetch it again",
+        "download it again",
     ),
     "a text": (
         "Größe: 3 — nothing here\n".encode() * 300,
-        "is a text and holds no weights; it begins with 'Größe",
-        "give the file",
+        "is text and holds no weights; it begins with 'Größe",
+        "pass the file",
     ),
-    "nothing but zeros": (bytes(5000), "begins with nothing but zeros", "fetch it again"),
-    "few bytes": (b"\x01\x02\xff", "has 3 bytes, too few", "fetch it again"),
+    "zeros only": (bytes(5000), "begins with zeros only", "download it again"),
+    "few bytes": (b"\x01\x02\xff", "has 3 bytes, too few", "download it again"),
     "something else": (
         bytes(range(200, 256)) * 3,
-        "is of no known format; it begins with c8 c9 ca cb cc cd ce cf",
+        "has no known format; it begins with c8 c9 ca cb cc cd ce cf",
         "shardkit formats",
     ),
 }

@@ -47,5 +47,5 @@ def _in_c_order(data: Payload, dtype: DType, header: Header) -> Payload:
 
 def _hint(found: int, need: int) -> str:
     if found < need:
-        return "it was cut off, most likely while it was copied or downloaded: fetch it again"
+        return "the file is truncated: copy or download it again"
     return "if several arrays were saved to one file, save them as .npz instead"

@@ -169,7 +169,7 @@ def _header(nbytes: int, fields: dict[str, Literal]) -> Header:
 
 def _length(length: Literal) -> int:
     if type(length) is not int or length < 0:
-        raise ValueError(f"the shape holds {shown(length)}, which is no length")
+        raise ValueError(f"the shape holds {shown(length)}, which is not a length")
     return length
 
 
@@ -178,7 +178,7 @@ def _dtype(descr: Literal) -> DType | Foreign:
     if isinstance(descr, list):
         return Foreign(OtherKind.UNKNOWN_TENSOR, "structured array: records of several fields")
     if not isinstance(descr, str) or len(descr) < 2 or descr[0] not in "<>|=":
-        raise ValueError(f"descr is {shown(descr)}, which is no type of numpy")
+        raise ValueError(f"descr is {shown(descr)}, which is not a NumPy type")
     return _DTYPES.get(descr[1:]) or _foreign(descr)
 
 

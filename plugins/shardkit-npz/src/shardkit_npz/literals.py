@@ -57,7 +57,7 @@ def _tokens(text: str) -> _Tokens:
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise ValueError(f"it is no literal at character {at}")
+            raise ValueError(f"it is not a literal, at character {at}")
         at = match.end()
         yield _token(match)
     while True:
