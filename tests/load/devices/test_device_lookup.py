@@ -27,7 +27,7 @@ def test_a_name_never_captures_one_that_only_begins_alike() -> None:
 
 
 def test_a_name_that_no_one_speaks_of_has_no_device() -> None:
-    with pytest.raises(LoadError, match=r"says nothing of 'b\.weight'"):
+    with pytest.raises(LoadError, match=r"has no device for 'b\.weight'"):
         device_of("b.weight", {"a": 0})
 
 
