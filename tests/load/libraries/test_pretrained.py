@@ -627,7 +627,7 @@ def test_what_cannot_be_meant_is_refused_before_the_folder_is_looked_at(tmp_path
         from_pretrained(nowhere, "automatic")
     with pytest.raises(BadDType, match="half-ish"):
         from_pretrained(nowhere, dtype="half-ish")
-    with pytest.raises(LoadError, match="nowhere is not a folder"):
+    with pytest.raises(LoadError, match="nowhere is neither a folder"):
         from_pretrained(nowhere)
     (tmp_path / "file").touch()
     with pytest.raises(LoadError, match="file is a file; a folder"):
