@@ -23,8 +23,8 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 SECONDS ?= 60
 TESTS ?=
 
-.PHONY: test test-all test-core test-oldest coverage lint check-files fuzz demo speed dist test-dist
-.PHONY: audit news release-notes clean
+.PHONY: test test-all test-core test-oldest coverage lint check-files hooks fuzz demo speed
+.PHONY: dist test-dist audit news release-notes clean
 
 PYTEST_ARGUMENTS = -n auto --maxprocesses=4 --dist=worksteal
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
@@ -71,6 +71,10 @@ check-files: $(TOOLS)/.installed
 	$(TOOLS)/$(SCRIPTS)/pre-commit validate-config
 	$(TOOLS)/$(SCRIPTS)/towncrier build --draft
 
+# The hooks of .pre-commit-config.yaml, on every file that git knows.
+hooks: $(TOOLS)/.installed
+	$(TOOLS)/$(SCRIPTS)/pre-commit run --all-files --show-diff-on-failure
+
 news: $(TOOLS)/.installed
 	$(TOOLS)/$(SCRIPTS)/towncrier build --draft
 
@@ -103,9 +107,12 @@ test-dist: dist
 		|| exit 1; \
 	done
 
+# A build such as 2.13.0+cpu is looked up as its version. What has no advisories fails the audit.
 audit: $(INSTALLED) $(TOOLS)/.installed
-	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python \
-		$(TOOLS)/$(SCRIPTS)/pip-audit --local --skip-editable --progress-spinner off
+	$(BIN)/python -m pip freeze --exclude-editable > $(TOOLS)/frozen.txt
+	sed 's/+.*//' $(TOOLS)/frozen.txt > $(TOOLS)/audited.txt
+	$(TOOLS)/$(SCRIPTS)/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+		-r $(TOOLS)/audited.txt
 
 clean:
 	rm -rf .venv .venv-* build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
