@@ -65,12 +65,14 @@ from shardkit.load.streaming.reader_pool import (
     Priority,
     Readers,
     locked,
+    ring,
 )
 from shardkit.load.streaming.ring_buffer import Ring, Slot, room_for
 from shardkit.system.fork import begin_again_in_children, never_free
 from shardkit.system.threads import Task, Workers
 
 _READERS = 3
+_PATIENCE = 1.0  # seconds until a thread that waits asks again whether there is a slot
 _R = TypeVar("_R")
 
 
@@ -168,6 +170,9 @@ class Stream:
                 request.wait_for(read)
                 self._post(partial(self._on_use, number, request.habit))
             try:
+                while not request.bell.acquire(timeout=_PATIENCE):
+                    # An interrupt may have kept another thread from telling what it released.
+                    self._post(self._serve_waiting)
                 read = request.answer()
                 loaded = None if read is None else read.result()
             except Exception:
@@ -539,11 +544,10 @@ class _Request:
     def refuse(self, error: Exception | None = None) -> None:
         """Go on without a read."""
         self.error = error
-        self.bell.release()
+        ring(self.bell)
 
     def answer(self) -> PendingRead | None:
-        """Wait."""
-        self.bell.acquire()
+        """The read, once the bell was rung."""
         if self.error is not None:
             try:
                 raise self.error
