@@ -16,7 +16,7 @@ DIST := $(VENV)-dist
 PIP = -m pip install --quiet --progress-bar off
 
 # The first Python on the PATH that is new enough; looked for only when the environment is made.
-PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
+PYTHON = $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
+from shardkit.system.threads import Exclusive
 
 _RATIO_FROM = 64 << 20
 
@@ -74,11 +74,7 @@ class Spool:
             LimitExceeded: it decompresses to too many bytes.
             OutputError: there is no room for the temporary file.
         """
-        with self._lock:
-            if self._file is None:
-                self._file = self._expand()
-                weakref.finalize(self, self._file.close)
-            return self._file
+        return self._exclusive.call(self._expanded)
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Read at most *nbytes* of the decompressed bytes, from *start* on; fewer only at their
@@ -89,9 +85,7 @@ class Spool:
             os, "pread"
         ):  # which moves no offset: that is shared with the children of a fork
             return os.pread(file.fileno(), nbytes, start)
-        with self._lock:
-            file.seek(start)
-            return file.read(nbytes)
+        return self._exclusive.call(_read_at, file, start, nbytes)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Spool) and (self.origin, self.codec.name) == (
@@ -109,7 +103,13 @@ class Spool:
         return Spool, (self.origin, self.codec, self._limits, self._scratch, self._promised)
 
     def _unlock(self) -> None:
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive()
+
+    def _expanded(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = self._expand()
+            weakref.finalize(self, self._file.close)
+        return self._file
 
     def _expand(self) -> IO[bytes]:
         with ExitStack() as undo:
@@ -155,6 +155,11 @@ class Spool:
         if self._scratch is None:
             return "free some space, or set TMPDIR to a folder on a larger disk"
         return ("free some space, or choose an output on a larger disk with ", output())
+
+
+def _read_at(file: IO[bytes], start: int, nbytes: int) -> bytes:
+    file.seek(start)
+    return file.read(nbytes)
 
 
 @dataclass(frozen=True, slots=True)

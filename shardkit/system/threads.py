@@ -1,6 +1,6 @@
-"""Threads: `Workers`, which start on demand and end when they are idle; `Pool`, an executor of
-them that still accepts work after the main thread has ended; and `each`, which maps a function over
-items.
+"""Threads: `Exclusive`, which lets one thread at a time call a function; `Workers`, which start on
+demand and end when they are idle; `Pool`, an executor of them that still accepts work after the
+main thread has ended; and `each`, which maps a function over items.
 
 The standard library's pool refuses work from then on, although other threads may still run. In
 `each`, the first failure or an interrupt stops the other items.
@@ -8,6 +8,7 @@ The standard library's pool refuses work from then on, although other threads ma
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections import deque
@@ -27,6 +28,41 @@ Task = Callable[[], object]
 _IDLE = 0.05  # seconds for which an idle thread is kept: to start one takes longer than to wake it
 
 
+class Exclusive:
+    """Lets one thread at a time call a function, and no interrupt leaves it locked.
+
+    A plain `with lock` does not promise the latter: since Python 3.14, Ctrl-C can be raised after
+    the lock was taken and before the body begins. Here the lock is taken inside the `try`, and the
+    lock itself knows whether that happened:
+
+    1. Python raises KeyboardInterrupt when a function begins, after a call, and at the turn of a
+       loop, never between. So nothing is raised between `try` and the call of `acquire`, nor
+       between the begin of `finally` and the call of `release`, however often Ctrl-C is pressed.
+    2. `acquire` either takes the lock, or raises while it waits and does not take it. In the first
+       case `release` gives the lock back, also where the interrupt comes as `acquire` returns.
+    3. In the second case `release` refuses, because an RLock belongs to one thread. A thread that
+       owns the lock already, as when a finalizer runs in the middle of a call, never waits, so its
+       outer call keeps the lock.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def call(self, act: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """What *act* returns. The same thread may call it again from inside *act*."""
+        lock = self._lock
+        try:
+            lock.acquire()
+            return act(*args, **kwargs)
+        finally:
+            try:  # noqa: SIM105 - a call before `release` would let an interrupt in
+                lock.release()
+            except RuntimeError:  # an interrupt ended the wait for it
+                pass
+
+
 class Workers:
     """A few threads that do the tasks of one queue.
 
@@ -34,8 +70,8 @@ class Workers:
     before the process can end.
 
     Any thread may call `wake`, and may be interrupted in it by Ctrl-C: a worker that was taken from
-    the idle ones and not woken looks for tasks when its time is over, and a worker enters itself in
-    the books, so that one that was not started is not counted.
+    the idle ones and not woken looks for tasks when its time is over, and a thread that the main
+    thread wants is started by another (see `_start_aside`).
     """
 
     def __init__(
@@ -73,11 +109,10 @@ class Workers:
             return
         if self._places:
             thread = threading.Thread(target=self._work, name=self._name)
-            self._threads.add(thread)
+            is_main = threading.current_thread() is threading.main_thread()
             try:
-                thread.start()
+                _start_aside(partial(self._start, thread)) if is_main else self._start(thread)
             except RuntimeError:  # the system allows no more
-                self._threads.discard(thread)
                 if not self._threads:
                     raise
 
@@ -92,6 +127,14 @@ class Workers:
         for thread in list(self._threads):
             if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join()
+
+    def _start(self, thread: threading.Thread) -> None:
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
     def _work(self) -> None:
         try:
@@ -124,6 +167,33 @@ class Workers:
         except ValueError:  # somebody wakes this thread just now
             return True
         return wanted
+
+
+def _start_aside(start: Callable[[], object]) -> None:
+    """Call *start*, which starts a thread, in a thread of its own, and wait for it.
+
+    Ctrl-C in `Thread.start` may leave locks held without which no thread can begin or end. It is
+    raised in the main thread alone, which here only creates a bare thread and waits for a lock.
+
+    Raises:
+        RuntimeError: the system allows no more threads.
+    """
+    done = threading.Lock()
+    done.acquire()
+    errors: list[RuntimeError] = []
+
+    def call() -> None:
+        try:
+            start()
+        except RuntimeError as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    _thread.start_new_thread(call, ())
+    done.acquire()
+    if errors:
+        raise errors.pop()
 
 
 class Pool(Executor):

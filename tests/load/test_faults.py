@@ -304,10 +304,6 @@ def slow_reads(folder: Path, seconds: float) -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 14),
-    reason="this Python may leave a lock held, between taking it and its `with`",
-)
 def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(
     folder: Path, expected: torch.Tensor
 ) -> None:

@@ -105,7 +105,7 @@ NOT_WRITTEN = {
     "//": ("is the root of a file system", "name a folder in it"),
     "/..": ("is the root of a file system", "name a folder in it"),
     "a" * 300: ("cannot be examined: File name too long", "choose another output"),
-    "a\0b": ("cannot be examined: embedded null byte", "choose another output"),
+    "a\0b": ("cannot be examined: ", "choose another output"),
     ".": ("is the working folder", "shards"),
     "..": ("is the working folder", "shards"),
     "a/..": ("is the working folder", "shards"),

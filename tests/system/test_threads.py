@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -12,11 +13,28 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from interruption import interrupted
 from repository import GOOD
-from shardkit.system.threads import Pool, Workers
+from shardkit.system.threads import Exclusive, Pool, Workers
+
+_R = TypeVar("_R")
+
+
+def in_another_thread(act: Callable[[], _R]) -> _R:
+    """What *act* returns, within a time."""
+    results: list[_R] = []
+    thread = threading.Thread(target=lambda: results.append(act()), daemon=True)
+    thread.start()
+    thread.join(100)
+    return results.pop()
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_what_is_submitted_is_done_by_so_many_threads_as_there_may_be() -> None:
@@ -64,24 +82,72 @@ def test_a_shutdown_may_cancel_what_was_not_begun_and_waits_for_what_was() -> No
             waiting.result()
 
 
-@pytest.mark.parametrize("started", [True, False], ids=["that runs", "that does not run yet"])
-def test_an_interrupt_while_a_thread_starts_hides_no_thread_from_shutdown(
-    started: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = threading.Thread.start
+def test_an_interrupt_at_any_moment_leaves_an_exclusive_call_to_others() -> None:
+    exclusive = Exclusive()
+    inside: list[str] = []
 
-    def interrupted(thread: threading.Thread) -> None:
-        if started:
-            start(thread)
+    def act() -> str:
+        inside.append("first")
+        exclusive.call(inside.append, "again, in the same thread")
+        return "done"
+
+    moment = 0
+    while interrupted(lambda: exclusive.call(act), moment):
+        assert in_another_thread(partial(exclusive.call, int, "7")) == 7
+        moment += 1
+    assert moment > 3
+    assert exclusive.call(act) == "done"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
+def test_an_interrupt_while_another_thread_is_inside_leaves_that_one_inside() -> None:
+    exclusive = Exclusive()
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait(200)
+        order.append("first")
+
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    pool = Pool(1, "pooled")
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", interrupted)
+    old = signal.signal(signal.SIGALRM, interrupt)
+    first = threading.Thread(target=exclusive.call, args=(slow,))
+    first.start()
+    begun.wait(200)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            pool.submit(int)
-    pool.shutdown()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pooled")]
+            exclusive.call(order.append, "second")
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    third = threading.Thread(target=exclusive.call, args=(order.append, "third"))
+    third.start()
+    go_on.set()
+    for thread in (first, third):
+        thread.join(200)
+    assert order == ["first", "third"]
+
+
+def test_what_an_exclusive_call_raises_is_raised_and_others_may_call() -> None:
+    exclusive = Exclusive()
+    with pytest.raises(RuntimeError, match="of the call"):
+        exclusive.call(fail, RuntimeError("of the call"))
+    assert in_another_thread(partial(exclusive.call, int, "7")) == 7
+
+
+def test_an_interrupt_at_any_moment_of_a_submission_hides_no_thread_from_shutdown() -> None:
+    moment, goes_on = 0, True
+    while goes_on:
+        pool = Pool(1, "pooled")
+        goes_on = interrupted(partial(pool.submit, int), moment)
+        assert in_another_thread(lambda: pool.submit(int, "7").result()) == 7  # noqa: B023 - called at once
+        pool.shutdown()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("pooled")]
+        moment += 1
+    assert moment > 10
 
 
 def test_what_is_done_is_not_kept() -> None:

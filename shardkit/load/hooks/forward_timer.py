@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from shardkit.load.hooks.streaming_hooks import refuse_pickling
 from shardkit.load.modules.torch_modes import eager
 from shardkit.load.streaming.counters import Counters
 from shardkit.system.fork import begin_again_in_children, never_free
+from shardkit.system.threads import Exclusive
 
 if TYPE_CHECKING:
     from shardkit.load.streaming.prefetcher import Stream
@@ -81,14 +82,7 @@ class Clock:
     @property
     def series(self) -> Series:
         """The forwards since the last one of another size."""
-        with self._lock:
-            self._count(lambda _: True)
-            return Series(
-                self._series.rows,
-                self._series.forwards,
-                self._series.seconds,
-                self._now().since(self._before),
-            )
+        return self._exclusive.call(self._counted)
 
     def attach(self, model: nn.Module) -> None:
         """Time the forwards of *model*."""
@@ -111,14 +105,8 @@ class Clock:
         begun, self._thread.begun = getattr(self._thread, "begun", None), None
         if begun is None:
             return
-        (moments, rows), ended = begun, self._moments()
-        with self._lock:
-            if rows != self._series.rows:
-                self._series, self._before = Series(rows), self._now()
-                self._issued.clear()
-            else:
-                self._issued.append((moments, ended))
-            self._count(lambda moment: moment.passed)
+        moments, rows = begun
+        self._exclusive.call(self._add, moments, rows, self._moments())
 
     __reduce__ = refuse_pickling
 
@@ -131,7 +119,7 @@ class Clock:
         )
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive()
         self._issued: deque[tuple[list[Timestamp], list[Timestamp]]] = deque()
 
     def _forked(self) -> None:
@@ -143,10 +131,22 @@ class Clock:
         """Those of now, for each device that something streams to."""
         return [lane.moment() for lane in self._lanes]
 
+    # What one thread at a time does.
+
+    def _add(self, moments: list[Timestamp], rows: int, ended: list[Timestamp]) -> None:
+        if rows != self._series.rows:
+            self._series, self._before = Series(rows), self._now()
+            self._issued.clear()
+        else:
+            self._issued.append((moments, ended))
+        self._count(lambda moment: moment.passed)
+
+    def _counted(self) -> Series:
+        self._count(lambda _: True)
+        return replace(self._series, counts=self._now().since(self._before))
+
     def _count(self, may: Callable[[Timestamp], bool]) -> None:
-        """Add the forwards that were issued to the series, as long as one *may* be looked at; under
-        the lock.
-        """
+        """Add the forwards that were issued to the series, as long as one *may* be looked at."""
         while self._issued and all(map(may, self._issued[0][1])):
             begun, ended = self._issued.popleft()
             seconds = max(end.seconds_since(begin) for begin, end in zip(begun, ended, strict=True))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Sequence
 from copy import deepcopy
@@ -43,6 +42,7 @@ from shardkit.load.modules.torch_modes import eager, is_watched, lasting, unseen
 from shardkit.load.modules.weights import ParameterSlot
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.system.fork import begin_again_in_children
+from shardkit.system.threads import Exclusive
 
 
 def refuse_pickling(attached: object) -> NoReturn:
@@ -106,7 +106,7 @@ class Pager:
         self._device_type = stream.lane.device.type
         self._by_flag = False
         # What is in the seats, and for whom; a finalizer may release in the middle of it.
-        self._lock = threading.RLock()
+        self._exclusive = Exclusive()
         self._inside: set[Borrow] = set()
         self._taken: list[tuple[ParameterSlot, torch.Tensor, Streamed, int | None]] = []
         begin_again_in_children(self, Pager.forked)
@@ -140,11 +140,11 @@ class Pager:
         if is_watched():
             tensors = unseen(self._stream.borrow)(self._number, borrow, holding=holding)
             if tensors is not None:
-                self._put_in(borrow, lasting(tensors), watched=True)
+                self._exclusive.call(self._put_in, borrow, lasting(tensors), watched=True)
         else:
             tensors = self._stream.borrow(self._number, borrow, holding=holding)
             if tensors is not None:
-                self._put_in(borrow, tensors, watched=False)
+                self._exclusive.call(self._put_in, borrow, tensors, watched=False)
 
     @eager
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -173,9 +173,7 @@ class Pager:
         Raises:
             LoadError: this is the child of a fork, and the forward was running in its parent.
         """
-        with self._lock:
-            self._inside.discard(borrow)
-            written = [] if self._inside else self._give_back()
+        written = self._exclusive.call(self._end, borrow)
         try:
             for stood, tensor in written:
                 stood.keep(tensor)
@@ -184,7 +182,7 @@ class Pager:
 
     def forked(self) -> None:
         """Put the lazy tensors back in the child of a fork, whose memory was wiped."""
-        self._lock = threading.RLock()
+        self._exclusive = Exclusive()
         self._inside.clear()
         self._give_back()
 
@@ -194,6 +192,13 @@ class Pager:
         twin = Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
         twin._by_flag = self._by_flag
         return twin
+
+    # What one thread at a time does.
+
+    def _end(self, borrow: Borrow) -> list[tuple[Streamed, torch.Tensor]]:
+        """End *borrow*, and return those weights that were written to, if it is the last."""
+        self._inside.discard(borrow)
+        return [] if self._inside else self._give_back()
 
     def _give_back(self) -> list[tuple[Streamed, torch.Tensor]]:
         """Put the lazy tensors back, and return those weights that were written to."""
@@ -212,26 +217,25 @@ class Pager:
             if learning
             else not torch.is_autocast_enabled(self._device_type)
         )
-        with self._lock:
-            self._inside.add(borrow)
-            for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
-                stood = seat.tensor
-                if not isinstance(stood, Streamed):
+        self._inside.add(borrow)
+        for seat, tensor, recipe in zip(self._seats, tensors, self._recipes, strict=True):
+            stood = seat.tensor
+            if not isinstance(stood, Streamed):
+                continue
+            version = None if watched else version_of(tensor)
+            if stood.backing.memory is not None:
+                if stood.is_trained:
                     continue
-                version = None if watched else version_of(tensor)
-                if stood.backing.memory is not None:
-                    if stood.is_trained:
-                        continue
-                    tensor, version = stood.alias(), None
-                elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
-                    continue
-                # torch has kernels that differ by this, even without gradients.
-                if asking and stood.learned:
-                    tensor = (
-                        Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
-                    )
-                self._taken.append((seat, tensor, stood, version))
-                seat.take(tensor)
+                tensor, version = stood.alias(), None
+            elif stood.recipe is not recipe and (stood.recipe != recipe or not stood.seated):
+                continue
+            # torch has kernels that differ by this, even without gradients.
+            if asking and stood.learned:
+                tensor = (
+                    Asking.of(tensor) if learning else make_subclass(nn.Parameter, tensor, True)
+                )
+            self._taken.append((seat, tensor, stood, version))
+            seat.take(tensor)
 
 
 class _Borrows:

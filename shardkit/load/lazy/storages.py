@@ -21,7 +21,6 @@ import mmap
 import os
 import sys
 import tempfile
-import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,6 +37,7 @@ from shardkit.payloads.open_files import opened
 from shardkit.payloads.payload import Buffer, Extent, Payload, ended_early, unreadable
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
+from shardkit.system.threads import Exclusive
 
 _ROOM = (
     1 << 30 if sys.platform == "linux" else 0
@@ -90,19 +90,21 @@ class Storage:
         """
         for pages in self._pages.values():
             pages.refuse_written()
-        with self._lock:
-            if self._place is not None and not self._is_filled:
-                self._place.write(
-                    opened(
-                        self._payload,
-                        lambda path, memory, start: self._pages[path].read(memory, start),
-                    )
-                )
-                self._is_filled = True
+        self._exclusive.call(self._fill)
         return self._address
 
+    def _fill(self) -> None:
+        if self._place is not None and not self._is_filled:
+            self._place.write(
+                opened(
+                    self._payload,
+                    lambda path, memory, start: self._pages[path].read(memory, start),
+                )
+            )
+            self._is_filled = True
+
     def _unlock(self) -> None:
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive()
 
 
 class Storages:
@@ -138,11 +140,13 @@ class Storages:
         known = {file.path: file for file in files}
         paths = dict.fromkeys(extent.path for extent in payload.sources)
         used = tuple(known.get(path) or SourceFile.of(path) for path in paths)
-        with self._lock:
-            storage = self._made.get((payload, used))
-            if storage is None:
-                storage = self._made[payload, used] = self._new(payload, used)
-            return storage
+        return self._exclusive.call(self._known_or_new, payload, used)
+
+    def _known_or_new(self, payload: Payload, files: tuple[SourceFile, ...]) -> Storage:
+        storage = self._made.get((payload, files))
+        if storage is None:
+            storage = self._made[payload, files] = self._new(payload, files)
+        return storage
 
     def _new(self, payload: Payload, files: tuple[SourceFile, ...]) -> Storage:
         pages = {
@@ -167,7 +171,7 @@ class Storages:
 
     def _begin(self) -> None:
         """The child of a fork writes to other temporary files than its parent."""
-        self._lock = threading.Lock()
+        self._exclusive = Exclusive()
         self._last = None
 
 

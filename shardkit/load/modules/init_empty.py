@@ -32,6 +32,7 @@ from shardkit.load.modules.torch_internals import (
     non_persistent_buffers,
     own_buffers,
 )
+from shardkit.system.threads import Exclusive
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def init_on_device(
         >>> norm.weight.device.type, norm.running_mean.device.type
         ('meta', 'meta')
     """
-    _install()
+    _installing.call(_install)
     context = _Context(torch.device(device), include_buffers)
     _here.contexts.append(context)
     try:
@@ -137,17 +138,16 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_installing = threading.Lock()
+_installing = Exclusive()
 _installed: list[RemovableHandle] = []
 
 
 def _install() -> None:
-    with _installing:
-        if not _installed:
-            # torch declares that the hook returns None, and documents that it may return another
-            # parameter.
-            _installed.append(register_module_parameter_registration_hook(_on_parameter))  # type: ignore[arg-type]
-            _installed.append(register_module_buffer_registration_hook(_on_buffer))
+    if not _installed:
+        # torch declares that the hook returns None, and documents that it may return another
+        # parameter.
+        _installed.append(register_module_parameter_registration_hook(_on_parameter))  # type: ignore[arg-type]
+        _installed.append(register_module_buffer_registration_hook(_on_buffer))
 
 
 def _on_parameter(module: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,57 +41,84 @@ class Counters:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What was read, and since when *under_way* reads are."""
+
+    disk: int = 0
+    memory: int = 0
+    reads: int = 0
+    reading: float = 0.0
+    since: float = 0.0
+    under_way: int = 0
+
+
+@dataclass(slots=True)
+class _Borrows:
+    """What the forwards of one thread borrowed."""
+
+    waited: float = 0.0
+    count: int = 0
+    hits: int = 0
+
+
 class LiveCounters:
     """Counts that any thread adds to.
 
-    Under the lock stand additions only, and no call: so no finalizer, which might wait for another
-    thread, runs there.
+    Only threads that read take the lock, because an interrupt may leave a lock held in a thread
+    that runs a model. Such a thread counts what it borrows by itself, and between its additions
+    stands no call, so that no interrupt comes between them.
     """
 
     def __init__(self) -> None:
         """Nothing was done."""
         self._lock = threading.Lock()
-        self._disk = self._memory = self._reads = self._borrows = self._hits = 0
-        self._reading = self._waited = self._begun = 0.0
-        self._under_way = 0
+        self._reads = _Reads()
+        # By the thread's number, which the system gives to another after its end.
+        self._borrows: dict[int, _Borrows] = {}
 
     def inherited(self) -> LiveCounters:
         """The same for the child of a fork, where nothing is under way; who has the lock may not be
         there.
         """
         mine = LiveCounters()
-        mine._disk, mine._memory, mine._reads = self._disk, self._memory, self._reads
-        mine._borrows, mine._hits = self._borrows, self._hits
-        mine._reading, mine._waited = self._reading, self._waited
+        mine._reads = replace(self._reads, under_way=0)
+        mine._borrows = self._borrows
         return mine
 
     @property
     def counts(self) -> Counters:
         """What was done up to now; of a read that is under way, its time."""
-        now = time.perf_counter()
-        with self._lock:
-            reading = self._reading + (now - self._begun if self._under_way else 0.0)
-            disk, memory, reads = self._disk, self._memory, self._reads
-            waited, borrows, hits = self._waited, self._borrows, self._hits
-        return Counters(disk, memory, reads, reading, waited, borrows, hits)
+        now, reads, borrows = time.perf_counter(), self._reads, list(self._borrows.values())
+        return Counters(
+            disk=reads.disk,
+            memory=reads.memory,
+            reads=reads.reads,
+            reading=reads.reading + (max(0.0, now - reads.since) if reads.under_way else 0.0),
+            waited=sum(each.waited for each in borrows),
+            claims=sum(each.count for each in borrows),
+            hits=sum(each.hits for each in borrows),
+        )
 
     def read(self, *, disk: int = 0, memory: int = 0) -> None:
-        """A block was read."""
+        """A block was read, by a thread that runs no model."""
         with self._lock:
-            self._disk += disk
-            self._memory += memory
-            self._reads += 1
+            done = self._reads
+            self._reads = replace(
+                done, disk=done.disk + disk, memory=done.memory + memory, reads=done.reads + 1
+            )
 
     def borrowed(self, *, waited: float, hit: bool) -> None:
         """A forward has its weights."""
-        with self._lock:
-            self._waited += waited
-            self._borrows += 1
-            self._hits += hit
+        thread = threading.get_ident()
+        mine = self._borrows.get(thread) or self._borrows.setdefault(thread, _Borrows())
+        mine.waited += waited
+        mine.count += 1
+        mine.hits += hit
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """A read, or one of several parts of it, is under way."""
+        """A read, or one of several parts of it, is under way, in a thread that runs no model."""
         self._count(1)
         try:
             yield
@@ -101,7 +128,11 @@ class LiveCounters:
     def _count(self, more: int) -> None:
         now = time.perf_counter()
         with self._lock:
-            if self._under_way:
-                self._reading += now - self._begun
-            self._begun = now
-            self._under_way += more
+            done = self._reads
+            passed = now - done.since if done.under_way else 0.0
+            self._reads = replace(
+                done,
+                reading=done.reading + passed,
+                since=now,
+                under_way=done.under_way + more,
+            )

@@ -172,7 +172,7 @@ class Owner:
     def on_release(self, buffer: BlockBuffer) -> None:
         """Somebody has released *buffer*."""
         self._evict_if_useless(buffer)
-        self._serve_waiting()
+        self.serve_waiting()
         self._free_if_closed()
 
     def on_written(self, buffer: BlockBuffer) -> None:
@@ -185,7 +185,7 @@ class Owner:
         self.is_settled = self._all_fit and all(
             each.is_ready and each.slot is not None and each.slot.in_ring for each in self.buffers
         )
-        self._serve_waiting()
+        self.serve_waiting()
         with suppress(ShardkitError):
             self._read_on(self._ahead[1:], Priority.NEXT)
 
@@ -199,7 +199,7 @@ class Owner:
         self.is_settled, self.is_closed = False, True
         for buffer in self.buffers:
             self._evict(buffer, even_begun=True)
-        self._serve_waiting()
+        self.serve_waiting()
         self._free_if_closed()
 
     def held(self) -> int:
@@ -211,7 +211,8 @@ class Owner:
         """The reads under way, and those that are over and whose blocks are there."""
         return [buffer.read for buffer in self.buffers if buffer.read is not None]
 
-    def _serve_waiting(self) -> None:
+    def serve_waiting(self) -> None:
+        """Look again whether there are slots for the requests that wait for one."""
         self._waiting = [request for request in self._waiting if not self._serve(request)]
 
     def _serve(self, request: Request) -> bool:

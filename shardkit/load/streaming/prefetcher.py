@@ -35,6 +35,8 @@ from shardkit.load.streaming.requests import Request
 from shardkit.load.streaming.ring_buffer import room_for
 from shardkit.system.fork import begin_again_in_children, never_free
 
+_PATIENCE = 1.0  # seconds until a thread that waits asks again whether there is a slot
+
 
 class Stream:
     """Blocks on their way to one device. Copies of a model share it.
@@ -116,6 +118,9 @@ class Stream:
                 request.wait_for(read)
                 self._owner.post(partial(self._owner.on_use, number, request.habit))
             try:
+                while not request.bell.acquire(timeout=_PATIENCE):
+                    # An interrupt may have kept another thread from posting what it released.
+                    self._owner.post(self._owner.serve_waiting)
                 read = request.answer()
                 loaded = None if read is None else read.result()
             except Exception:

@@ -128,10 +128,16 @@ class PendingRead:
             del self  # a frame that holds what was raised in it is a circle, and would keep memory
 
     def add_waiter(self, bell: threading.Lock) -> None:
-        """Release *bell*, which is locked, when the read is over: at once if it is."""
+        """Release *bell*, which is locked, when the read is over: at once if it is.
+
+        The caller wakes nobody but itself, so that no interrupt in it costs another thread its
+        bell.
+        """
         self._waiters.append(bell)
         if self._finish is None:
-            self._wake()
+            ring(bell)
+            with suppress(ValueError):
+                self._waiters.remove(bell)
 
     def wait(self) -> None:
         """Return when it is over, whatever came of it."""
@@ -183,7 +189,7 @@ class PendingRead:
     def _wake(self) -> None:
         with suppress(IndexError):
             while True:
-                self._waiters.popleft().release()
+                ring(self._waiters.popleft())
 
 
 class Readers:
@@ -270,6 +276,12 @@ def locked() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
     return lock
+
+
+def ring(bell: threading.Lock) -> None:
+    """Let the thread go on that waits for *bell*, if nobody has done so yet."""
+    with suppress(RuntimeError):
+        bell.release()
 
 
 def _nothing() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from shardkit.load.streaming.pages import Habit
-from shardkit.load.streaming.reader_pool import PendingRead, locked
+from shardkit.load.streaming.reader_pool import PendingRead, locked, ring
 
 _R = TypeVar("_R")
 
@@ -45,11 +45,10 @@ class Request:
     def refuse(self, error: Exception | None = None) -> None:
         """Go on without a read."""
         self.error = error
-        self.bell.release()
+        ring(self.bell)
 
     def answer(self) -> PendingRead | None:
-        """Wait."""
-        self.bell.acquire()
+        """The read, once the bell was rung."""
         if self.error is not None:
             try:
                 raise self.error

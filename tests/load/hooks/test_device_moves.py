@@ -99,6 +99,7 @@ def test_a_model_gives_its_output_where_its_input_was() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # since Python 3.14
 def test_what_is_compiled_by_torch_jit_takes_no_hooks_and_is_passed_over() -> None:
     model = nn.Sequential(
         nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))

@@ -22,6 +22,7 @@ from shardkit.load.lazy.streamed_weight import Streamed
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),  # since Python 3.14
 ]
 
 Watch = Callable[[nn.Module, torch.Tensor], torch.Tensor]

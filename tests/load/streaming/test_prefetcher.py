@@ -20,11 +20,11 @@ from interruption import interrupted
 from late_lane import LateLane
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import FormatError, LoadError, OverBudget
-from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
+from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer, Done
 from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import Stream
-from shardkit.load.streaming.reader_pool import Priority
+from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, locked
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
 
@@ -566,6 +566,31 @@ def test_what_is_read_ahead_stands_back_for_what_is_needed(file: Path) -> None:
         payload.go.set()
     for each in (thread, needed):
         each.join(200)
+
+
+def test_a_thread_that_waits_for_a_slot_gets_it_though_an_interrupt_kept_the_release_untold(
+    file: Path, lane: DeviceTransfer
+) -> None:
+    stream = streaming(file, lane)
+    for number in (0, 1):
+        assert stream.borrow(number, number, holding=number > 0) is not None
+    waiting = threading.Thread(target=use, args=(stream, 2))
+    waiting.start()
+    assert eventually(lambda: bool(stream._waiting))
+    stream._buffers[0].borrowers.discard(0)  # as far as `release` has come
+    waiting.join(200)
+    assert not waiting.is_alive()
+    stream.release(1, 1)
+    stream.close()
+
+
+def test_who_comes_as_a_read_completes_wakes_itself_and_no_other_thread() -> None:
+    read = PendingRead.over_with(Loaded((), Done()))
+    others = locked()
+    read._waiters.append(others)  # another thread is about to look whether the read is over
+    read.wait()
+    assert others.locked()
+    assert [*read._waiters] == [others]
 
 
 def test_an_interrupt_between_any_two_calls_leaves_pages_that_can_be_used(
