@@ -576,8 +576,8 @@ def test_a_thread_that_waits_for_a_slot_gets_it_though_an_interrupt_kept_the_rel
         assert stream.borrow(number, number, holding=number > 0) is not None
     waiting = threading.Thread(target=use, args=(stream, 2))
     waiting.start()
-    assert eventually(lambda: bool(stream._waiting))
-    stream._buffers[0].borrowers.discard(0)  # as far as `release` has come
+    assert eventually(lambda: bool(stream._owner._waiting))
+    stream._owner.buffers[0].borrowers.discard(0)  # as far as `release` has come
     waiting.join(200)
     assert not waiting.is_alive()
     stream.release(1, 1)
