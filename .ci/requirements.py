@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -16,8 +17,11 @@ CHECKS_ONLY = ("mypy", "ruff", "types-")  # no test needs these
 
 
 def oldest() -> list[str]:
-    """Return the dependencies of shardkit, each at its lower bound."""
-    return [bound.replace(">=", "==") for bound in PROJECT["dependencies"]]
+    """Return the dependencies of shardkit, and the libraries it works with, at their lower bounds."""
+    extras = PROJECT["optional-dependencies"]
+    wanted = PROJECT["dependencies"] + extras["transformers"] + extras["diffusers"] + extras["peers"]
+    pins = [re.sub(r">=([\d.]+).*", r"==\1", name) for name in wanted if "[" not in name]
+    return list(dict.fromkeys(pins))
 
 
 def core() -> list[str]:
