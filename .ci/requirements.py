@@ -17,9 +17,11 @@ CHECKS_ONLY = ("mypy", "ruff", "types-")  # no test needs these
 
 
 def oldest() -> list[str]:
-    """Return the dependencies of shardkit, and the libraries it works with, at their lower bounds."""
+    """Return what shardkit depends on, and the libraries it works with, at the lower bounds."""
     extras = PROJECT["optional-dependencies"]
-    wanted = PROJECT["dependencies"] + extras["transformers"] + extras["diffusers"] + extras["peers"]
+    wanted = (
+        PROJECT["dependencies"] + extras["transformers"] + extras["diffusers"] + extras["peers"]
+    )
     pins = [re.sub(r">=([\d.]+).*", r"==\1", name) for name in wanted if "[" not in name]
     return list(dict.fromkeys(pins))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,11 @@ settings.load_profile("shardkit")
 # asks for.
 for name in ("NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch") and find_spec("torch") is None:
+        pytest.skip("needs torch")
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,7 @@ def test_with_shardkit_npz_installed_every_fixture_is_what_it_was(tmp_path: Path
     assert len(verdicts_with) > 50
 
 
+@pytest.mark.torch
 def test_npz_goes_through_every_command(tmp_path: Path) -> None:
     site = tmp_path / "site"
     install_npz(site)

@@ -174,6 +174,8 @@ def test_a_block_of_a_page_does_what_it_says(block: Block, room: Path) -> None:
     assert block.language == "console", f"{block} cannot be run; fence it as no-test"
     for command, expected in sessions(block.body):
         done = run(command, room)
+        if "needs torch, which is not installed" in done.stdout:
+            pytest.skip(f"{command} needs torch")
         # With 1, diff reports differences.
         fine = (0, 1) if command.startswith("shardkit diff ") else (0,)
         assert done.returncode in fine, f"{command}\n{done.stdout}"

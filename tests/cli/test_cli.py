@@ -242,9 +242,10 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "--rename", "^0=a", "--rename", "^0=b"], "rename '^0' matches none"),
         (["offload-prep", "--blocks", "layers"], "'layers' is found in the name of no module"),
         (["place", "--no-split", "layers"], "'layers' is found in the name of no module"),
-        (
+        pytest.param(
             ["place", "--max-memory", "cpu=1GB", "--rates", "disk=1GB,link=1GB"],
             "rates of disk, link have no effect: nothing is read",
+            marks=pytest.mark.torch,
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -265,6 +266,7 @@ def test_an_option_without_effect_is_an_error_that_names_names(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.torch
 def test_some_rates_may_be_without_effect_and_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["place", str(TRAINING), "--max-memory", "cpu=1GB", "--rates", "disk=1GB,compute=1GB"])

@@ -60,6 +60,7 @@ def test_json_is_one_document_on_stdout(capsys: Capture) -> None:
     assert report["aliases"] == {"head.weight": "weight"}
 
 
+@pytest.mark.torch
 def test_every_option_reaches_the_library(capsys: Capture) -> None:
     arguments = [
         "--root",
@@ -224,6 +225,7 @@ def test_verify_lists_what_differs_and_exits_1(room: Path, capsys: Capture) -> N
     assert [each["change"] for each in document["differences"]] == ["bytes"]
 
 
+@pytest.mark.torch
 def test_diff_marks_added_removed_and_changed(capsys: Capture) -> None:
     assert main(["convert", TRAINING, "-o", "a", "-q", "--exclude", "0.bias"]) == 0
     assert (

@@ -82,9 +82,18 @@ DOCUMENTS: dict[str, tuple[str, list[str | Path], int]] = {
     "place, measured": ("place", [*TORCH, "--predict"], 0),
     "formats": ("formats", ["formats"], 0),
 }
+NEED_TORCH = {
+    "convert, one file",
+    "place, given rates",
+    "place, without compute",
+    "place, measured",
+}
 
 
-@pytest.mark.parametrize("what", DOCUMENTS)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=[pytest.mark.torch] * (what in NEED_TORCH)) for what in DOCUMENTS],
+)
 def test_a_document_is_as_its_schema_has_it(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

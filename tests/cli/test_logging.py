@@ -66,6 +66,7 @@ def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.torch
 def test_python_sees_the_same_through_logging(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +79,7 @@ def test_python_sees_the_same_through_logging(
     assert any("in place after" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.torch
 def test_weights_that_are_placed_are_logged_by_the_loader(caplog: pytest.LogCaptureFixture) -> None:
     import torch
 

@@ -68,7 +68,9 @@ WORK: dict[str, tuple[str, list[str | Path], str]] = {
 @posix
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("pause", [0.0, 0.4], ids=["short", "long"])
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(
+    "work", [pytest.param(work, marks=[pytest.mark.torch] * (work == "load")) for work in WORK]
+)
 def test_a_bar_leaves_nothing_on_the_terminal(
     work: str, pause: float, columns: int, tmp_path: Path
 ) -> None:
