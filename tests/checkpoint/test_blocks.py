@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libraries import peer
+from libraries import as_of, peer
 from shardkit.checkpoint.blocks import named_blocks, runs_of_names
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import U8
@@ -180,14 +180,21 @@ KINDS: list[tuple[str, str, list[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "architecture", "expected"), KINDS, ids=[kind for kind, _, _ in KINDS]
+    ("kind", "architecture", "expected"),
+    [
+        # The layers of ViT have other names in transformers 5.0.
+        pytest.param(*case, marks=[as_of("transformers", "5.23")] if case[0] == "ViT" else [])
+        for case in KINDS
+    ],
+    ids=[kind for kind, _, _ in KINDS],
 )
 def test_real_models_come_in_the_order_in_which_they_run(
     kind: str, architecture: str, expected: list[str]
 ) -> None:
     config = getattr(transformers, f"{kind}Config")(**SMALL)
+    make = getattr(transformers, architecture)  # imported first: not all of it is for this device
     with torch.device("meta"):
-        model = getattr(transformers, architecture)(config)
+        model = make(config)
     tied = {"encoder.embed_tokens.weight"}
     sizes = {name: tensor.numel() for name, tensor in model.named_parameters() if name not in tied}
     assert list(blocks(sizes)) == expected

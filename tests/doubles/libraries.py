@@ -5,9 +5,11 @@ with that for a reason.
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 import pytest
+from packaging.version import Version
 
 
 def peer(name: str) -> Any:
@@ -21,6 +23,15 @@ def peer(name: str) -> Any:
         if error.name != library:
             raise
     return _Absent(library)
+
+
+def as_of(library: str, least: str) -> pytest.MarkDecorator:
+    """Skips a test of what *library* does in version *least*, where an older one is installed."""
+    try:
+        older = Version(version(library)) < Version(least)
+    except PackageNotFoundError:
+        older = False  # the test asks the peer, which skips it
+    return pytest.mark.skipif(older, reason=f"is compared with {library} {least}, which differs")
 
 
 class _Absent:

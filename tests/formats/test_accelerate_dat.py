@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardkit
-from libraries import peer
+from libraries import as_of, peer
 from repository import GOOD
 from shardkit.cli import main
 from shardkit.errors import LimitExceeded, LoadError, Malformed, Unwritable
@@ -58,6 +58,7 @@ def changed(folder: Path, **lines: object) -> None:
     (folder / "index.json").write_text(json.dumps({**index, **lines}))
 
 
+@as_of("accelerate", "1.15")  # 1.3 writes no empty tensors, and with torch 2.6 no 8-bit floats
 @settings(max_examples=30)
 @given(
     st.lists(

@@ -176,6 +176,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6
 def test_a_distributed_tensor_is_named_with_its_shape_and_what_to_do(
     mesh: Any, tmp_path: Path
 ) -> None:

@@ -3,8 +3,8 @@
 A new release of torch may move any of them. So each stands here once, under a name that says what
 it is for. A test looks for each in the torch that is installed, and for private names elsewhere.
 
-Verified for torch 2.6.0 and 2.13.0 unless a comment says otherwise: the tests run with 2.13.0, and
-2.6.0, the oldest that shardkit declares, has every name in its wheel.
+Verified for torch 2.6.0, the oldest that shardkit declares, and 2.13.0, unless a comment says
+otherwise: the tests of the loader ran with both, on the CPU.
 
 Where one call for each weight counts, a name is the object of torch itself or an `attrgetter`:
 either costs no more than the attribute.
@@ -196,7 +196,8 @@ def hide_from_compiler(function: FunctionType) -> None:
 
     `torch.compiler.disable` does the same, but imports the compiler.
     """
-    with suppress(ImportError):  # torch 2.6 lacks the names: it traces, and computes the same
+    # torch 2.6 lacks the names: it warns of graph breaks, and computes the same.
+    with suppress(ImportError):
         from torch._C._dynamo.eval_frame import (
             _FrameAction,
             _FrameExecStrategy,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from accelerators import spread_by_numbers
 from libraries import peer
 from shardkit.errors import BadSize, LoadError
 from shardkit.load.devices import budgets
@@ -212,6 +213,7 @@ def layers() -> nn.Module:
     return nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)) for _ in range(12)])
 
 
+@spread_by_numbers
 @pytest.mark.parametrize(
     "build", [layers, lambda: nn.Linear(10, 10), lambda: nn.TransformerEncoderLayer(8, 2, 16)]
 )
@@ -229,6 +231,7 @@ def test_models_are_spread_as_by_accelerate(
             assert ours == theirs.get_balanced_memory(model, dict(said), classes, low_zero=low_zero)
 
 
+@spread_by_numbers
 def test_numbers_need_not_be_consecutive() -> None:
     model = layers()
     said: Budgets = {0: 6000, 2: 6000, 5: 0, "cpu": 0}
@@ -242,6 +245,7 @@ def test_numbers_need_not_be_consecutive() -> None:
     assert get_balanced_memory(model, {1: 9000, 2: 9000, "cpu": 0}, low_zero=True)[1] == 0
 
 
+@spread_by_numbers
 def test_a_first_accelerator_without_budget_needs_no_sparing() -> None:
     model = layers()
     said: Budgets = {0: 0, 1: 9000, 2: 9000, "cpu": 0}
@@ -259,6 +263,7 @@ def test_the_disk_is_no_accelerator() -> None:
         theirs.get_balanced_memory(layers(), dict(said))
 
 
+@spread_by_numbers
 def test_the_slack_is_that_of_the_largest_block_and_not_of_the_first() -> None:
     model = Uneven()
     said: Budgets = {0: 10**6, 1: 10**6, "cpu": 0}

@@ -155,6 +155,7 @@ def choose(model: Any, name: str) -> None:
             module.set_adapter(name)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")  # 5.0
 @pytest.mark.parametrize("place", PLACES)
 def test_adapters_are_added_and_saved_by_transformers(
     place: str, resident: Any, tmp_path: Path
@@ -309,6 +310,7 @@ ADAPTED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft 0.18
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_model_is_not_saved_under_the_names_that_adapters_give_its_weights(

@@ -37,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::FutureWarning:diffusers"
     ),  # it warns of what it will drop one day
+    pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),  # transformers 5.0
 ]
 
 BLOCKS: dict[str, Any] = {

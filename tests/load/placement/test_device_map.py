@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from libraries import peer
+from libraries import as_of, peer
 from shardkit.errors import LoadError, OverBudget
 from shardkit.load import explain, init_empty_weights, load_checkpoint_and_dispatch
 from shardkit.load.devices.budgets import Device
@@ -107,6 +107,7 @@ def test_a_map_that_covers_all_is_fine_with_names_of_tensors_too(
         check_device_map(model(), device_map)
 
 
+@as_of("accelerate", "1.15")
 def test_accelerate_warns_of_a_tensor_that_its_own_maps_name() -> None:
     with pytest.warns(UserWarning, match="bare"):
         theirs.check_device_map(model(), {"0": 0, "1": 0, "bare": 0})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from libraries import peer
+from libraries import as_of, peer
 from shardkit.errors import BadDType
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.sizes import module_sizes, tied_groups
@@ -202,6 +202,7 @@ def tiny(kind: str) -> nn.Module:
     return model
 
 
+@as_of("accelerate", "1.15")
 @pytest.mark.parametrize("kind", ["llama", "llama tied", "t5", "gpt2", "mixtral", "vit"])
 def test_maps_of_transformers_are_accelerates(kind: str) -> None:
     model = tiny(kind)
