@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from accelerators import spread_by_numbers
-from libraries import peer
+from libraries import as_of, peer
 from shardkit.errors import BadSize, LoadError
 from shardkit.load.devices import budgets
 from shardkit.load.devices.budgets import get_max_memory
@@ -24,6 +23,9 @@ from shardkit.system.free_memory import available_memory
 theirs = peer("accelerate.utils")
 
 GIB = 1 << 30
+
+# An older one has torch make a device of each number, which takes an accelerator.
+spread_by_accelerate = as_of("accelerate", "1.15")
 
 Budgets = dict[int | str | torch.device, int | float | str]
 
@@ -213,7 +215,7 @@ def layers() -> nn.Module:
     return nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)) for _ in range(12)])
 
 
-@spread_by_numbers
+@spread_by_accelerate
 @pytest.mark.parametrize(
     "build", [layers, lambda: nn.Linear(10, 10), lambda: nn.TransformerEncoderLayer(8, 2, 16)]
 )
@@ -231,7 +233,7 @@ def test_models_are_spread_as_by_accelerate(
             assert ours == theirs.get_balanced_memory(model, dict(said), classes, low_zero=low_zero)
 
 
-@spread_by_numbers
+@spread_by_accelerate
 def test_numbers_need_not_be_consecutive() -> None:
     model = layers()
     said: Budgets = {0: 6000, 2: 6000, 5: 0, "cpu": 0}
@@ -245,7 +247,7 @@ def test_numbers_need_not_be_consecutive() -> None:
     assert get_balanced_memory(model, {1: 9000, 2: 9000, "cpu": 0}, low_zero=True)[1] == 0
 
 
-@spread_by_numbers
+@spread_by_accelerate
 def test_a_first_accelerator_without_budget_needs_no_sparing() -> None:
     model = layers()
     said: Budgets = {0: 0, 1: 9000, 2: 9000, "cpu": 0}
@@ -263,7 +265,7 @@ def test_the_disk_is_no_accelerator() -> None:
         theirs.get_balanced_memory(layers(), dict(said))
 
 
-@spread_by_numbers
+@spread_by_accelerate
 def test_the_slack_is_that_of_the_largest_block_and_not_of_the_first() -> None:
     model = Uneven()
     said: Budgets = {0: 10**6, 1: 10**6, "cpu": 0}

@@ -165,7 +165,7 @@ def distributed(tmp_path: Path) -> Path:
 def distributed_of(state: dict[str, object], folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save_distributed(state, checkpoint_id=str(folder), no_dist=True)
+        save_distributed(state, checkpoint_id=str(folder))
     return folder
 
 
