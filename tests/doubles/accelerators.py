@@ -35,18 +35,3 @@ def allocated() -> int:
     if COUNT:
         device.synchronize()
     return sum(device.memory_allocated(number) for number in range(COUNT))
-
-
-def numbers_are_devices() -> bool:
-    """Whether torch takes a number for a device of the accelerator, present or not."""
-    try:
-        torch.device(0)
-    except RuntimeError:
-        return False
-    return True
-
-
-spread_by_numbers = pytest.mark.skipif(
-    not numbers_are_devices(),
-    reason="accelerate has torch make a device of each number; torch 2.6 needs an accelerator",
-)

@@ -1,7 +1,7 @@
 """The owner of the streaming state, which decides what is in the prefetch buffer.
 
-The state of each block is its `BlockBuffer`. One thread changes it, the owner, which does one
-message after the other:
+The state of each block is its `BlockBuffer`. One thread at a time changes it, which has the role of
+the owner and does one message after the other; it is never a thread that runs a model:
 
     state     slot  read         borrowers    becomes
     absent    none  none         may wait     reading, when it is borrowed or expected
@@ -12,9 +12,9 @@ message after the other:
     stale     yes   succeeded    use it       absent, when the last borrower leaves: its block has
                                               written to it
 
-Threads that run a model post messages and wait for them where they must (see `prefetcher`). Ctrl-C
-is raised in the main thread alone, so that it cannot interrupt the owner, and nothing has to be
-repaired after it.
+Threads that run a model post messages and wait for them where they must (see `prefetcher`). The
+threads that read do the messages (see `reader_pool`). Ctrl-C is raised in the main thread alone, so
+that it cannot interrupt the owner, and nothing has to be repaired after it.
 
 1. Threads that want the same block wait for the same read.
 2. Every wait happens holding nothing: for a slot, before anything is borrowed; for a read, which
@@ -27,7 +27,6 @@ repaired after it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -42,17 +41,10 @@ from shardkit.load.streaming.counters import LiveCounters
 from shardkit.load.streaming.eviction import EvictionPolicy
 from shardkit.load.streaming.page_layout import READERS
 from shardkit.load.streaming.pages import BlockBuffer, Habit
-from shardkit.load.streaming.reader_pool import (
-    READER_NAME,
-    Loaded,
-    PendingRead,
-    Priority,
-    Readers,
-    wake,
-)
+from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, Readers
 from shardkit.load.streaming.requests import Answer, Request
 from shardkit.load.streaming.ring_buffer import Ring, Slot
-from shardkit.system.threads import Task, Workers
+from shardkit.system.threads import Task
 
 _R = TypeVar("_R")
 
@@ -92,10 +84,6 @@ class Owner:
         self._all_fit = sum(buffer.nbytes for buffer in self.buffers) <= room
         self._verify = verify
         self._counters = counters
-        self._inbox: deque[Task] = deque()
-        self._worker = Workers(
-            1, f"{READER_NAME}-owner", self._next_message, lambda: bool(self._inbox)
-        )
         self._readers = Readers(READERS, counters.reading)
         self._files = Files()
         self._ring = Ring(lane, room)
@@ -107,8 +95,8 @@ class Owner:
 
     @property
     def has_current_thread(self) -> bool:
-        """Whether the calling thread is the owner's, or a reader."""
-        return self._worker.has_current_thread or self._readers.has_current_thread
+        """Whether the calling thread is one of its threads."""
+        return self._readers.has_current_thread
 
     def post(self, message: Task) -> None:
         """Let the owner do *message*, after those that were posted before.
@@ -116,8 +104,7 @@ class Owner:
         Raises:
             LoadError: no thread can be started.
         """
-        self._inbox.append(message)
-        wake(self._worker)
+        self._readers.post(message)
 
     def ask(self, message: Callable[[], _R]) -> _R:
         """What *message* gives, which the owner does.
@@ -129,33 +116,24 @@ class Owner:
         self.post(answer.give)
         return answer.wait()
 
-    def settle(self, message: Callable[[], object]) -> bool:
-        """Let the owner do *message*, and wait for that and for the end of its thread; False if
-        this is its thread or a reader, in which the garbage collector may run a finalizer at any
-        time, and which does not wait.
+    def settle(self, message: Callable[[], object]) -> None:
+        """Let the owner do *message*, and wait for that and for the end of the threads, unless this
+        is one of them, in which the garbage collector may run a finalizer at any time.
         """
         if self.has_current_thread:
             self.post(message)
-            return False
-        self.ask(message)
-        self._worker.join()
-        return True
+        else:
+            self.ask(message)
+            self._readers.join()
 
     def close(self) -> None:
         """Evict what nobody borrows, and return when the reads that were begun are over and the
         threads have ended.
         """
-        if self.settle(self.on_close):
-            self._readers.join()
-            self._worker.join()  # which the readers have posted to
+        self.settle(self.on_close)
         self._files.close()
 
     # What it does, one message after the other.
-
-    def _next_message(self) -> Task | None:
-        with suppress(IndexError):
-            return self._inbox.popleft()
-        return None
 
     def on_request(self, request: Request) -> None:
         """Read the block that *request* wants, now or when there is a slot for it."""

@@ -4,8 +4,8 @@ needed next, then what may be.
 1. A read is over when all its jobs are. After one job fails, no other job of it begins, and the
    read fails with the same error, or as stopped where that error would end a thread; the reader
    goes on with the next read.
-2. The reader that does the last job wakes the threads that wait for the read itself, and reports to
-   the owner of the state afterwards.
+2. The reader that does the last job wakes the threads that wait for the read itself, and posts a
+   message to the owner of the state afterwards.
 3. A read of which no job has begun can be cancelled or brought to the front. Only the owner does
    so, and only where no thread waits for the read.
 """
@@ -193,25 +193,45 @@ class PendingRead:
 
 
 class Readers:
-    """The reader threads and their queue."""
+    """The threads of one stream: some read, and one at a time does the messages of the owner.
+
+    A thread that has done messages goes on with the read that they asked for, and one that has
+    completed a read goes on with the message of it: to wake another thread takes longer than most
+    reads.
+    """
 
     def __init__(self, count: int, busy: Callable[[], AbstractContextManager[None]]) -> None:
         """Start no thread yet.
 
         Args:
-            count: how many there may be.
+            count: how many reads there may be side by side.
             busy: entered around each job.
         """
         self._count = count
         self._busy = busy
         self._lock = threading.Lock()
+        self._running = 0
         self._queues: tuple[deque[PendingRead], ...] = tuple(deque() for _ in Priority)
-        self._workers = Workers(count, READER_NAME, self._next, lambda: any(self._queues))
+        self._messages: deque[Task] = deque()
+        self._role = threading.Lock()  # of the owner; who does messages has it
+        # One more than read, so that messages wait for no read.
+        self._workers = Workers(count + 1, READER_NAME, self._next, self._has_task)
 
     @property
     def has_current_thread(self) -> bool:
-        """Whether the calling thread is a reader."""
+        """Whether the calling thread is one of them."""
         return self._workers.has_current_thread
+
+    def post(self, message: Task) -> None:
+        """Do *message* after those that were posted before, while no other is done.
+
+        Raises:
+            LoadError: there is no thread, and none can be started.
+        """
+        self._messages.append(message)
+        # Who has the role looks again when it has given it back, and so does a thread of this pool.
+        if not self._role.locked() and not self.has_current_thread:
+            self._wake()
 
     def take(self, read: PendingRead) -> None:
         """Do *read*, after those that are as urgent.
@@ -221,8 +241,9 @@ class Readers:
         """
         with self._lock:
             self._queues[read.priority].append(read)
-        for _ in range(min(self._count, read.waiting)):
-            wake(self._workers)
+        # The thread that does this message begins with a job of it.
+        for _ in range(min(self._count, read.waiting) - self.has_current_thread):
+            self._wake()
 
     def hurry(self, read: PendingRead) -> None:
         """Do *read*, which was taken, before all others, if no job of it was begun."""
@@ -238,8 +259,25 @@ class Readers:
         """Return when the threads have done what there is to do, and have ended."""
         self._workers.join()
 
+    def _wake(self) -> None:
+        try:
+            self._workers.wake()
+        except RuntimeError as error:
+            raise LoadError(
+                "no thread could be started to read weights",
+                hint="raise the limit of processes and threads (ulimit -u), or free some memory",
+            ) from error
+
+    def _has_task(self) -> bool:
+        has_message = bool(self._messages) and not self._role.locked()
+        return has_message or (self._running < self._count and any(self._queues))
+
     def _next(self) -> Task | None:
+        if self._messages and self._role.acquire(blocking=False):
+            return self._do_messages
         with self._lock:
+            if self._running == self._count:
+                return None
             for queue in self._queues:
                 while queue:
                     read = queue[0]
@@ -247,28 +285,26 @@ class Readers:
                     if not read.waiting:
                         queue.popleft()
                     if job is not None:
+                        self._running += 1
                         return partial(self._run, read, job)
         return None
 
+    def _do_messages(self) -> None:
+        """Do all messages, having the role of the owner, and give it back."""
+        try:
+            while self._messages:
+                self._messages.popleft()()
+        finally:
+            self._role.release()  # this thread looks for messages again, and so loses none
+
     def _run(self, read: PendingRead, job: Job) -> None:
-        with self._busy():
-            read.run(job)
-            del job  # as `_error_of` does: an error keeps this frame
-
-
-def wake(workers: Workers) -> None:
-    """Call this after something was put into the queue of *workers*.
-
-    Raises:
-        LoadError: there is no thread, and none can be started.
-    """
-    try:
-        workers.wake()
-    except RuntimeError as error:
-        raise LoadError(
-            "no thread could be started to read weights",
-            hint="raise the limit of processes and threads (ulimit -u), or free some memory",
-        ) from error
+        try:
+            with self._busy():
+                read.run(job)
+                del job  # as `_error_of` does: an error keeps this frame
+        finally:
+            with self._lock:
+                self._running -= 1
 
 
 def locked() -> threading.Lock:
