@@ -57,6 +57,7 @@ class Owner:
         is_settled: whether every block is ready and stays so, so that the owner need not hear of
             borrows.
         is_closed: whether nothing is read any more.
+        wants_releases: whether somebody may wait for a slot, so that a release matters at once.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Owner:
         self.buffers = list(buffers)
         self.is_settled = False
         self.is_closed = False
+        self.wants_releases = False
         self._lane = lane
         self._room = room
         self._all_fit = sum(buffer.nbytes for buffer in self.buffers) <= room
@@ -137,8 +139,8 @@ class Owner:
 
     def on_request(self, request: Request) -> None:
         """Read the block that *request* wants, now or when there is a slot for it."""
-        if not self._serve(request):
-            self._waiting.append(request)
+        self._waiting.append(request)
+        self.serve_waiting()
 
     def on_use(self, number: int, habit: Habit) -> None:
         """A forward has found the block *number* ready, or on its way."""
@@ -191,7 +193,9 @@ class Owner:
 
     def serve_waiting(self) -> None:
         """Look again whether there are slots for the requests that wait for one."""
+        self.wants_releases = True  # before the look for slots: who releases does it the other way
         self._waiting = [request for request in self._waiting if not self._serve(request)]
+        self.wants_releases = bool(self._waiting)
 
     def _serve(self, request: Request) -> bool:
         """See that what *request* wants is read; False if there is no slot for it."""

@@ -158,7 +158,7 @@ class Stream:
         buffer.borrowers.discard(borrower)
         if self._is_closing:
             self._owner.settle(partial(self._owner.on_release, buffer))
-        elif not self._owner.is_settled:
+        elif self._owner.wants_releases or buffer.stale or (slot is not None and not slot.in_ring):
             self._owner.post(partial(self._owner.on_release, buffer))
 
     def prefetch(self, numbers: Iterable[int], priority: Priority = Priority.NEXT) -> None:

@@ -241,8 +241,7 @@ class Readers:
         """
         with self._lock:
             self._queues[read.priority].append(read)
-        # The thread that does this message begins with a job of it.
-        for _ in range(min(self._count, read.waiting) - self.has_current_thread):
+        if not self.has_current_thread:  # else this thread begins with a job when it is done here
             self._wake()
 
     def hurry(self, read: PendingRead) -> None:
@@ -276,17 +275,22 @@ class Readers:
         if self._messages and self._role.acquire(blocking=False):
             return self._do_messages
         with self._lock:
-            if self._running == self._count:
-                return None
-            for queue in self._queues:
-                while queue:
-                    read = queue[0]
-                    job = read.begin()
-                    if not read.waiting:
-                        queue.popleft()
-                    if job is not None:
-                        self._running += 1
-                        return partial(self._run, read, job)
+            task = self._begin() if self._running < self._count else None
+        if task is not None and self._has_task():  # each thread that begins a job wakes the next
+            self._wake()
+        return task
+
+    def _begin(self) -> Task | None:
+        """Take the next job, with the lock."""
+        for queue in self._queues:
+            while queue:
+                read = queue[0]
+                job = read.begin()
+                if not read.waiting:
+                    queue.popleft()
+                if job is not None:
+                    self._running += 1
+                    return partial(self._run, read, job)
         return None
 
     def _do_messages(self) -> None:
