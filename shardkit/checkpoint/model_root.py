@@ -191,13 +191,20 @@ def _set_aside(node: Node) -> dict[str, str]:
 def _named(tree: Node, root: str) -> Node:
     """The node at the dotted path *root*; a name on the way may itself hold dots."""
     reached = [(tree, root)]
+    is_single = False
     while reached:
         node, rest = reached.pop()
         for name, child in node.children.items():
             if rest == name and child.children:
                 return child
+            is_single = is_single or rest == name
             if rest.startswith(f"{name}."):
                 reached.append((child, rest[len(name) + 1 :]))
+    if is_single:
+        raise NothingSelected(
+            f"{shown(root)} is a single item, and not a subtree that holds others",
+            hint="run `shardkit inspect` to see the tree",
+        )
     names = ", ".join(shown(name) for name in list(tree.children)[:8])
     raise NothingSelected(
         f"there is no subtree {shown(root)}; the file holds {names or 'nothing'}",

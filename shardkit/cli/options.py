@@ -94,7 +94,10 @@ def split_rename(word: str) -> tuple[str, str]:
         pattern, replacement = word[: match.start()], word[match.end() :]
         if pattern and _compiles(pattern):
             return pattern, replacement
-    raise click.BadParameter(f"{word!r} must be REGEX=REPL, as in '^module\\.=' or 'gamma$=weight'")
+    raise click.BadParameter(
+        f"{word!r} must be REGEX=REPL with a valid regular expression, as in '^module\\.=' or "
+        "'gamma$=weight'"
+    )
 
 
 def parse_type(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from shardkit.errors import PlanError
-from shardkit.hints import option
 
 ALGORITHMS = ("xxh3", "sha256")
 
@@ -50,11 +49,7 @@ def new_hash(name: str) -> Hash:
     except ModuleNotFoundError:
         raise PlanError(
             "the digest xxh3 needs xxhash, which is not installed",
-            hint=(
-                "pip install xxhash, or use ",
-                option("checksum", "sha256"),
-                ", which needs no package",
-            ),
+            hint="pip install xxhash; sha256 needs no package",
         ) from None
     return xxhash.xxh3_128()
 

@@ -18,6 +18,7 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 from shardkit.alignment import ceil_div
+from shardkit.errors import PlanError
 from shardkit.payloads.open_files import OpenExtent
 from shardkit.payloads.payload import Extent, Payload, fill, unreadable
 
@@ -53,8 +54,24 @@ def price_of(box: Sequence[Axis], itemsize: int) -> float:
     return _cheapest(box, itemsize).price
 
 
+def _require_numpy() -> None:
+    """See that there is NumPy, which moves elements in memory.
+
+    Raises:
+        PlanError: it is not installed.
+    """
+    try:
+        import numpy  # noqa: F401, ICN001 - only whether it can be
+    except ModuleNotFoundError:
+        raise PlanError(
+            "reading weights that are not contiguous needs NumPy, which is not installed",
+            hint="pip install numpy",
+        ) from None
+
+
 def address_of(memory: memoryview) -> int:
     """Where the first byte of *memory* is, which may be read-only."""
+    _require_numpy()
     import numpy as np
 
     return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
@@ -143,6 +160,7 @@ class Staging:
 
 def memory_of(nbytes: int) -> Array:
     """*nbytes* bytes of memory, aligned for elements of any type and not yet touched."""
+    _require_numpy()
     import numpy as np
 
     return np.empty(nbytes, np.uint8)

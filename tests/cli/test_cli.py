@@ -244,7 +244,7 @@ def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
         (["place", "--no-split", "layers"], "'layers' matches no module name"),
         pytest.param(
             ["place", "--max-memory", "cpu=1GB", "--rates", "disk=1GB,link=1GB"],
-            "rates of disk, link have no effect: nothing is read",
+            "the rates given (disk, link) have no effect: nothing is read",
             marks=pytest.mark.torch,
         ),
     ],

@@ -62,7 +62,7 @@ def foreseen(found: Placed, rates: Mapping[str, int], tokens: int | None) -> For
     )
     if tokens is None and set(rates) <= set(expected.idle):
         raise PlanError(
-            f"rates of {', '.join(rates)} have no effect: {_why_idle(expected.idle)}",
+            f"the rates given ({', '.join(rates)}) have no effect: {_why_idle(expected.idle)}",
             hint="add the compute rate, as in compute=900GB",
         )
     return expected

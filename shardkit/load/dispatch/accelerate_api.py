@@ -112,10 +112,10 @@ def load_checkpoint_and_dispatch(
         broadcast_from_rank0: True is an error, for the same reason.
         offload: "never" to raise an error rather than stream weights from disk.
         ring: size of the prefetch buffer: a number of blocks, at least two, or bytes, as in
-            "500MB", where the map is a dict. A map that is made here may prefetch fewer blocks,
-            because the buffer counts in its budgets. None to choose the number from the measured
-            disk, copy and compute throughput; measuring takes a second, and is skipped if at most
-            64 MiB stream.
+            "500MB", where the map is a dict. With "auto" and "balanced" fewer blocks may be
+            prefetched, because the buffer counts in the budgets. None to choose the number from
+            the measured disk, copy and compute throughput; measuring takes a second, and is skipped
+            if at most 64 MiB stream.
         verify: check the files against their checksums first, including those that stream, as
             `load_checkpoint_in_model` does.
 

@@ -118,7 +118,7 @@ def _check(kept: list[tuple[str, torch.Tensor, int]], gradients: object) -> None
                 "place in memory since the forward"
             ),
             hint="use gradient checkpointing, which runs each block again, or keep these layers "
-            "in memory: by the device_map; "
+            "in memory (set their device in the device_map); "
             "without a backward, run the forward under torch.no_grad()",
         )
 

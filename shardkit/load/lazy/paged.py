@@ -408,7 +408,7 @@ def _see_to_writing(func: Operation, args: Arguments, options: Options) -> list[
             what = f"change the shape of {shown(backing.name)}, which streams and keeps its shape"
             if func.overloadpacket is torch.ops.aten.set_:
                 what = f"replace the memory of {shown(backing.name)}, which streams"
-                hint = "keep its layer in memory: by the device_map"
+                hint = "keep its layer in memory: give it a device in the device_map"
         raise ReadOnly(
             f"{func.overloadpacket.__name__} would {what}",
             places=tuple(

@@ -28,9 +28,7 @@ from shardkit.load.lazy.torch_operations import asked_of_to
 from shardkit.load.modules.call_stack import is_in_forward, is_module_cast
 from shardkit.load.modules.torch_internals import PARAMETER_MARK, tensor_requires_grad
 
-TRAIN = (
-    "train an adapter instead (PEFT), or keep the layers that train in memory: by the device_map"
-)
+TRAIN = "train an adapter instead (PEFT), or give the layers that train a device in the device_map"
 
 
 class Streamed(Paged):
