@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
@@ -124,9 +125,13 @@ class Workers:
         while self._idle:
             with suppress(IndexError):
                 self._idle.pop().release()
-        for thread in list(self._threads):
-            if thread is not threading.current_thread() and thread.ident is not None:
-                thread.join()
+        for thread in self._threads - {threading.current_thread()}:
+            while thread in self._threads:
+                try:
+                    thread.join()
+                    break
+                except RuntimeError:  # it is just being started
+                    time.sleep(0.001)
 
     def _start(self, thread: threading.Thread) -> None:
         self._threads.add(thread)

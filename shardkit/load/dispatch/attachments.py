@@ -92,13 +92,16 @@ def close(model: nn.Module | Pipeline) -> None:
         ... finally:
         ...     close(model)
     """
-    for pager in (
+    pagers = [
         pager
         for each in models_of(model)
         for pager in detach(each, Pager | Sources | Clock | Training)
-    ):
+    ]
+    # First, so that nothing is read into the memory of a forward that another thread is in.
+    for stream in dict.fromkeys(pager.stream for pager in pagers):
+        stream.close()
+    for pager in pagers:
         pager.let_go()
-        pager.stream.close()
 
 
 def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:

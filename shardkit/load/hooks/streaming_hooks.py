@@ -61,7 +61,7 @@ def refuse_pickling(attached: object) -> NoReturn:
 class Borrow:
     """One forward of one block, in one thread."""
 
-    __slots__ = ("call", "pager")
+    __slots__ = ("call", "is_over", "pager")
 
     def __init__(self, pager: Pager, call: FrameType | None) -> None:
         """Borrow nothing yet.
@@ -72,10 +72,13 @@ class Borrow:
         """
         self.pager = pager
         self.call = call
+        self.is_over = False
 
     @property
     def is_running(self) -> bool:
         """Whether the module call runs in this thread; True if that cannot be found."""
+        if self.is_over:
+            return False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.call:
             frame = frame.f_back
@@ -179,6 +182,8 @@ class Pager:
                 stood.keep(tensor)
         finally:
             self._stream.release(self._number, borrow, written=bool(written))
+            # A frame keeps all that its function knew, such as inputs.
+            borrow.is_over, borrow.call = True, None
 
     def forked(self) -> None:
         """Put the lazy tensors back in the child of a fork, whose memory was wiped."""

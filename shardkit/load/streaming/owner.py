@@ -204,8 +204,12 @@ class Owner:
             request.refuse()
             return True
         try:
-            if buffer.read is not None and (buffer.read.failed or self._is_unused(buffer, request)):
-                self._evict(buffer, even_borrowed=True)
+            if (before := buffer.read) is not None and (before.failed or buffer.stale):
+                buffer.read = None  # before the look at the borrowers, as in `_evict`
+                if before.failed or self._is_unused(buffer, request):
+                    self._evict(buffer, even_borrowed=True)
+                else:
+                    buffer.read = before
             if buffer.read is None:
                 slot = self._reserve(request.number)
                 if slot is None and request.holding:
@@ -225,9 +229,9 @@ class Owner:
         return True
 
     def _is_unused(self, buffer: BlockBuffer, request: Request) -> bool:
-        """Whether it is stale, and nobody uses it: all its borrowers wait for it to be read."""
+        """Whether nobody uses it: all its borrowers wait for it to be read."""
         waiting = {request.borrower, *(each.borrower for each in self._waiting)}
-        return buffer.stale and buffer.borrowers <= waiting
+        return buffer.borrowers <= waiting
 
     def _reserve(self, number: int, *, expected: Collection[int] = ()) -> Slot | None:
         """A slot for the block *number*, whose memory is taken from blocks that nobody borrows if

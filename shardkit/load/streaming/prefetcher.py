@@ -105,14 +105,15 @@ class Stream:
         begun = time.perf_counter()
         buffer = self._owner.buffers[number]
         buffer.borrowers.add(borrower)  # before the look at the read: see "The fast path"
-        read, is_hit = buffer.read, buffer.is_ready
+        read, is_stale = buffer.read, buffer.stale
+        is_hit = read is not None and read.succeeded and not is_stale
         if self._is_closing:
             buffer.borrowers.discard(borrower)
             self._owner.post(partial(self._owner.on_release, buffer))
             return None
         if not is_hit or read is None:
             request = Request(number, borrower, self._habit(), holding=holding)
-            if read is None or read.failed or buffer.stale:
+            if read is None or read.failed or is_stale:
                 self._owner.post(partial(self._owner.on_request, request))
             else:
                 request.wait_for(read)
