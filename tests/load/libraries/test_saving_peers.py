@@ -317,6 +317,6 @@ def test_a_pipeline_is_refused_with_what_saves_it(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="'DDPMPipeline' is a pipeline of several") as refused:
         save(pipeline, tmp_path / "out")
     assert "pipeline.save_pretrained(folder)" in str(refused.value.hint)
-    with pytest.raises(LoadError, match=r"'dict' is no torch\.nn\.Module"):
+    with pytest.raises(LoadError, match=r"'dict' is not a torch\.nn\.Module"):
         save({}, tmp_path / "out")  # type: ignore[arg-type]  # a state dict in the place of a model
     assert not (tmp_path / "out").exists()
