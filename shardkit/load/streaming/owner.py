@@ -50,7 +50,7 @@ _R = TypeVar("_R")
 
 
 class Owner:
-    """The state of the blocks of one stream, and the thread that changes it.
+    """The state of the blocks of one stream, and what changes it.
 
     Attributes:
         buffers: those of the blocks; all threads read them, see `prefetcher`.
@@ -109,7 +109,7 @@ class Owner:
         self._readers.post(message)
 
     def ask(self, message: Callable[[], _R]) -> _R:
-        """What *message* gives, which the owner does.
+        """Return the result of *message*, which the owner does.
 
         Raises:
             LoadError: no thread can be started.
@@ -194,7 +194,9 @@ class Owner:
     def serve_waiting(self) -> None:
         """Look again whether there are slots for the requests that wait for one."""
         self.wants_releases = True  # before the look for slots: who releases does it the other way
-        self._waiting = [request for request in self._waiting if not self._serve(request)]
+        for request in list(self._waiting):
+            if self._serve(request):
+                self._waiting.remove(request)  # at once: from here on it uses its block
         self.wants_releases = bool(self._waiting)
 
     def _serve(self, request: Request) -> bool:
@@ -328,7 +330,7 @@ class Owner:
         for given_up in habit.expected.difference(self._ahead):
             self._policy.on_use(given_up)
         habit.expected = set(self._ahead)
-        with suppress(ShardkitError):  # of memory: it is told to those who need it
+        with suppress(ShardkitError):  # of memory: raised to those who need the block
             self._read_on(self._ahead[1:], Priority.NEXT)
 
     def _read_on(self, numbers: Iterable[int], priority: Priority) -> None:

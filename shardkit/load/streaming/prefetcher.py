@@ -1,7 +1,7 @@
 """Blocks that stream to one device: the threads of a model borrow them from here.
 
-The state belongs to one thread, the `owner`. A thread that needs a block posts a request to it, and
-waits. What a forward that was interrupted by Ctrl-C has borrowed, its hooks release later (see
+The state belongs to the `owner`. A thread that needs a block posts a request to it, and waits. What
+a forward that was interrupted by Ctrl-C has borrowed, its hooks release later (see
 `streaming_hooks`); to release twice does nothing.
 
 **The fast path.** A thread that finds its block ready, or on its way, borrows it without the owner.
