@@ -24,7 +24,8 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from types import FrameType
 from typing import NoReturn
@@ -255,6 +256,36 @@ def _release_all(stack: list[Borrow], process: int) -> None:
     # In the child of a fork the parent's other threads end at once, before anything else is run.
     while stack and os.getpid() == process:
         stack.pop().release()
+
+
+@contextmanager
+def undisturbed(streams: Collection[Stream]) -> Iterator[None]:
+    """See that no other thread has a forward of a block of *streams* meanwhile.
+
+    In the seats of such a block are its borrowed weights. Whoever takes them there and has not
+    borrowed them finds the weights of other blocks in their memory later.
+
+    Raises:
+        LoadError: another thread runs the model, or has run it meanwhile.
+    """
+    before = [stream.counts.claims for stream in streams]
+    _refuse_others(streams)
+    yield
+    _refuse_others(streams)
+    if before != [stream.counts.claims for stream in streams]:
+        raise _disturbed()
+
+
+def _refuse_others(streams: Iterable[Stream]) -> None:
+    if any(stream.borrowed_by_others(_borrows(stream)) for stream in streams):
+        raise _disturbed()
+
+
+def _disturbed() -> LoadError:
+    return LoadError(
+        "another thread runs the model while it is being saved",
+        hint="save the model while no thread runs it",
+    )
 
 
 def _borrows(stream: Stream) -> list[Borrow]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -171,6 +171,10 @@ class Stream:
                 of those that are not expected to be needed.
         """
         self._owner.post(partial(self._owner.on_prefetch, tuple(numbers), priority))
+
+    def borrowed_by_others(self, own: Collection[Hashable]) -> bool:
+        """Whether anybody but *own* borrows a block now."""
+        return any(buffer.borrowers.difference(own) for buffer in self._owner.buffers)
 
     def rest(self) -> None:
         """Return when all is over that is being read now."""
