@@ -113,6 +113,7 @@ class Pager:
         self._exclusive = Exclusive()
         self._inside: set[Borrow] = set()
         self._taken: list[tuple[ParameterSlot, torch.Tensor, Streamed, int | None]] = []
+        self._written: list[tuple[Streamed, torch.Tensor]] = []  # and not yet kept
         begin_again_in_children(self, Pager.forked)
 
     @property
@@ -177,12 +178,15 @@ class Pager:
         Raises:
             LoadError: this is the child of a fork, and the forward was running in its parent.
         """
-        written = self._exclusive.call(self._end, borrow)
+        self._exclusive.call(self._end, borrow)
+        written = list(self._written)
         try:
             for stood, tensor in written:
                 stood.keep(tensor)
         finally:
             self._stream.release(self._number, borrow, written=bool(written))
+            # Not before: after an interrupt, the next release of this block does it again.
+            del self._written[: len(written)]
             # A frame keeps all that its function knew, such as inputs.
             borrow.is_over, borrow.call = True, None
 
@@ -191,6 +195,7 @@ class Pager:
         self._exclusive = Exclusive()
         self._inside.clear()
         self._give_back()
+        self._written.clear()
 
     __reduce__ = refuse_pickling
 
@@ -201,20 +206,19 @@ class Pager:
 
     # What one thread at a time does.
 
-    def _end(self, borrow: Borrow) -> list[tuple[Streamed, torch.Tensor]]:
-        """End *borrow*, and return those weights that were written to, if it is the last."""
+    def _end(self, borrow: Borrow) -> None:
+        """End *borrow*, and put the lazy tensors back if it is the last."""
         self._inside.discard(borrow)
-        return [] if self._inside else self._give_back()
+        if not self._inside:
+            self._give_back()
 
-    def _give_back(self) -> list[tuple[Streamed, torch.Tensor]]:
-        """Put the lazy tensors back, and return those weights that were written to."""
-        written = []
+    def _give_back(self) -> None:
+        """Put the lazy tensors back, and note those weights that were written to."""
         for seat, tensor, stood, version in self._taken:
-            was_there = seat.exchange(tensor, stood)
-            if was_there and version is not None and version_of(tensor) != version:
-                written.append((stood, tensor))
+            if version is not None and version_of(tensor) != version and seat.tensor is tensor:
+                self._written.append((stood, tensor))
+            seat.exchange(tensor, stood)
         self._taken.clear()
-        return written
 
     def _put_in(self, borrow: Borrow, tensors: Sequence[torch.Tensor], *, watched: bool) -> None:
         learning = torch.is_grad_enabled()

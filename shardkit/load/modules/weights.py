@@ -44,17 +44,14 @@ class ParameterSlot:
         table = own_buffers(owner)
         return table[name] if name in table else None  # noqa: SIM401 - that has no `get` either
 
-    def exchange(self, old: torch.Tensor, new: torch.Tensor) -> bool:
-        """Put *new* there if *old* is there, and return whether it was."""
+    def exchange(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Put *new* there if *old* is there."""
         owner, name = self.owner, self.name
         table = own_parameters(owner)
         if name in table and table[name] is old and type(owner).__setattr__ is _SETATTR:
             table[name] = new
-            return True
-        if self.tensor is not old:
-            return False
-        self.take(new)
-        return True
+        elif self.tensor is old:
+            self.take(new)
 
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""

@@ -25,6 +25,7 @@ from shardkit.load.dispatch import attach
 from shardkit.load.dispatch.accelerate_api import load_checkpoint_and_dispatch
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.torch_modes import eager
+from shardkit.load.streaming.prefetcher import Stream
 
 WIDTH = 8
 
@@ -133,6 +134,32 @@ def test_an_interrupt_that_is_caught_inside_a_forward_ends_only_what_it_left(fil
     for _ in range(5):
         assert torch.equal(model[0](X), same[0](X))
         assert away(model)
+
+
+def test_an_interrupt_when_a_block_that_was_written_ends_keeps_what_was_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, same = streaming(file, ring=8), nn.Sequential(*blocks())
+    twin = copy.deepcopy(model)
+    expected = same(X)
+    handle = at(model, 2).a.register_forward_hook(lambda module, *_: module.weight.zero_() and None)
+    release = Stream.release
+
+    def interrupted(stream: Stream, *args: object, written: bool = False) -> None:
+        if written:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        release(stream, *args, written=written)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(Stream, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(X)
+    handle.remove()
+    with torch.no_grad():
+        at(same, 2).a.weight.zero_()
+        for _ in range(2):
+            assert torch.equal(model(X), same(X))
+            assert torch.equal(twin(X), expected)
 
 
 def test_a_pre_hook_that_fails_leaves_nothing(file: Path) -> None:
