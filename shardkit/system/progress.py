@@ -70,7 +70,7 @@ def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> I
     except ModuleNotFoundError:
         yield Progress(None)
         return
-    stream = sys.stderr
+    stream = _Watched(sys.stderr)
     with tqdm(
         desc=label, total=nbytes, unit="B", unit_scale=True, leave=False, delay=_DELAY, file=stream
     ) as bar:
@@ -80,10 +80,34 @@ def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> I
         try:
             yield Progress(bar)
         finally:
-            was_drawn = bar.last_print_t > bar.start_t
             bar.close()
-            if was_drawn:
-                _blank(stream)
+            if stream.is_written:  # which tqdm does not know if Ctrl-C came while it drew
+                _blank(sys.stderr)
+
+
+class _Watched:
+    """A stream that knows whether anything was written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.is_written = False
+
+    def write(self, text: str) -> int:
+        self.is_written = True
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
 
 
 def _room(stream: TextIO) -> tuple[int, int]:

@@ -100,6 +100,40 @@ def test_ctrl_c_leaves_one_sentence_on_the_terminal(
     assert "^C" not in screen
 
 
+def test_ctrl_c_while_the_bar_is_drawn_for_the_first_time_leaves_a_blank_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        is_struck = False
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            if "%" in text and not self.is_struck:
+                self.is_struck = True
+                raise KeyboardInterrupt
+            return count
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("shardkit.system.progress._DELAY", 0.01)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+
+    def work() -> None:
+        with progress("reading", 10) as bar:
+            while True:
+                bar.add(1)
+                time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    line = terminal.getvalue()
+    assert line.endswith("\r")
+    assert not line.split("\r")[-2].strip()
+
+
 @posix
 @pytest.mark.parametrize("columns", [80, 200])
 def test_an_error_leaves_a_sentence_on_the_terminal(columns: int, tmp_path: Path) -> None:
