@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any, ClassVar, Protocol, TypeGuard
 
-from shardkit.errors import shown
+from shardkit.printable import shown
 
 _MOST = 3  # items of a collection
 _LONGEST = 100  # characters of one field

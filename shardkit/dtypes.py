@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from shardkit.errors import BadDType, shown
+from shardkit.errors import BadDType
+from shardkit.printable import shown
 
 Kind = Literal["bool", "int", "float", "complex"]
 

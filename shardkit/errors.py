@@ -24,49 +24,48 @@
 
 A message is a sentence for the person who holds the file: which file, what was found, what was
 expected. *hint* says what to try; a traceback ends with it. Values that come out of a file reach a
-message only through `shown`.
+message only through `shown` of `shardkit.printable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from shardkit.hints import Hint, Option, in_python, on_command_line
+from shardkit.hints import Hint, Option
+from shardkit.load_errors import LoadError, Mismatch, NotTrained, OverBudget, ReadOnly
+from shardkit.printable import listed, printable, several, shown, shown_path
+from shardkit.shardkit_error import ShardkitError
 
-_SHOWN_CHARACTERS = 80
+__all__ = [
+    "AmbiguousRoot",
+    "BadDType",
+    "BadSize",
+    "FormatError",
+    "LimitExceeded",
+    "LoadError",
+    "Malformed",
+    "Mismatch",
+    "NameClash",
+    "NoRoom",
+    "NotTrained",
+    "NothingSelected",
+    "OutputError",
+    "OverBudget",
+    "PlanError",
+    "PluginError",
+    "ReadOnly",
+    "ShardkitError",
+    "UnknownFormat",
+    "UnknownTensor",
+    "Unwritable",
+    "listed",
+    "several",
+    "shown",
+    "shown_path",
+]
+
 _DAMAGED = "the file is corrupt: download it again or re-export it"
-
-
-class ShardkitError(Exception):
-    """The root of the tree: catch this to catch them all.
-
-    Attributes:
-        hint: what to try next, one sentence that names arguments of the library; None where there
-            is nothing to suggest. It is a note of the exception as well (PEP 678), so that a
-            traceback ends with it.
-        command_hint: the same for the command line, with options as they are typed there.
-
-    Example:
-        >>> import shardkit
-        >>> try:
-        ...     shardkit.convert("model.safetensors", "out", include=["decoder.*"])
-        ... except shardkit.ShardkitError as error:
-        ...     print(error.hint)
-        run `shardkit inspect` to list the contents of the file
-    """
-
-    def __init__(self, message: str, *, hint: Hint | None = None) -> None:
-        super().__init__(message)
-        self.hint = None if hint is None else _printable(in_python(hint))
-        self.command_hint = None if hint is None else _printable(on_command_line(hint))
-        if self.hint:
-            self.add_note(f"hint: {self.hint}")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # By default an exception is made anew from its message alone, which most of these do not
-        # take.
-        return _revived, (type(self), self.args), self.__dict__
 
 
 class FormatError(ShardkitError):
@@ -142,7 +141,7 @@ class Malformed(FormatError):
         self, path: Path, message: str, *, where: str = "", hint: Hint | None = None
     ) -> None:
         super().__init__(
-            path, f"{_printable(where)}: {message}" if where else message, hint=hint or _DAMAGED
+            path, f"{printable(where)}: {message}" if where else message, hint=hint or _DAMAGED
         )
         self.where = where
 
@@ -330,133 +329,6 @@ class UnknownTensor(ShardkitError, KeyError):
         return str(self.args[0])
 
 
-class LoadError(ShardkitError):
-    """A checkpoint cannot become a running model.
-
-    Example:
-        >>> import shardkit
-        >>> from shardkit.load import get_max_memory
-        >>> try:
-        ...     get_max_memory({"tpu": "8GB"})
-        ... except shardkit.LoadError as error:
-        ...     print("'tpu'" in str(error))
-        True
-    """
-
-
-class Mismatch(LoadError):
-    """The model and the checkpoint are not compatible.
-
-    Attributes:
-        missing: names that the model has and the checkpoint has not.
-        unexpected: names that the checkpoint has and the model has not.
-        wrong_shape: for each name, the shape in the checkpoint and the shape in the model.
-
-    Example:
-        >>> import shardkit
-        >>> from shardkit.load import load_checkpoint_in_model
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> try:
-        ...     load_checkpoint_in_model(model, "model.safetensors")
-        ... except shardkit.Mismatch as error:
-        ...     print(error.wrong_shape["2.weight"])
-        ((4, 8), (2, 8))
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        missing: tuple[str, ...] = (),
-        unexpected: tuple[str, ...] = (),
-        wrong_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
-        hint: Hint | None = None,
-    ) -> None:
-        super().__init__(message, hint=hint)
-        self.missing = missing
-        self.unexpected = unexpected
-        self.wrong_shape = dict(wrong_shape or {})
-
-
-class ReadOnly(LoadError):
-    """A lazy tensor of a checkpoint cannot be written; clone it first.
-
-    Attributes:
-        places: where its bytes are stored: for each run of bytes the file, the offset of its first
-            byte, and its length in bytes.
-
-    Example:
-        >>> import shardkit
-        >>> from shardkit.load import tensors
-        >>> bias = tensors("model.safetensors")["0.bias"]
-        >>> try:
-        ...     bias.zero_()
-        ... except shardkit.ReadOnly:
-        ...     bias = bias.clone().zero_()
-        >>> float(bias.sum())
-        0.0
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        places: tuple[tuple[Path, int, int], ...] = (),
-        hint: Hint | None = None,
-    ) -> None:
-        super().__init__(message, hint=hint)
-        self.places = places
-
-
-class NotTrained(LoadError, RuntimeError):
-    """A gradient is requested for a streamed weight, or through one that is no longer in memory.
-
-    Example:
-        >>> import shardkit
-        >>> from shardkit.load import close, load_checkpoint_and_dispatch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> model = load_checkpoint_and_dispatch(model, "model.safetensors", {"": "disk"})
-        >>> try:
-        ...     model[0].weight.requires_grad_()
-        ... except shardkit.NotTrained as error:
-        ...     print(error)
-        '0.weight' streams, and cannot be trained
-        >>> close(model)
-    """
-
-
-class OverBudget(LoadError):
-    """The memory budget is too small.
-
-    Attributes:
-        needed: bytes that the model needs.
-        available: bytes that the budget allows.
-
-    Example:
-        >>> import shardkit
-        >>> from shardkit.load import init_empty_weights, load_checkpoint_and_dispatch
-        >>> from torch import nn
-        >>> with init_empty_weights():
-        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> try:
-        ...     load_checkpoint_and_dispatch(
-        ...         model, "model.safetensors", "auto", max_memory={"cpu": 200}, offload="never"
-        ...     )
-        ... except shardkit.OverBudget as error:
-        ...     print(error.needed, error.available)
-        384 200
-    """
-
-    def __init__(
-        self, message: str, *, needed: int, available: int, hint: Hint | None = None
-    ) -> None:
-        super().__init__(message, hint=hint)
-        self.needed = needed
-        self.available = available
-
-
 class PluginError(ShardkitError):
     """A plugin cannot be loaded, or violates its contract.
 
@@ -483,88 +355,5 @@ class PluginError(ShardkitError):
         self.entry_point = entry_point
 
 
-def _revived(kind: type[ShardkitError], args: tuple[object, ...]) -> ShardkitError:
-    return kind.__new__(kind, *args)
-
-
 def _raised(limit: str, actual: int) -> Option:
     return Option(f"--limit {limit}={actual}", f"limits=Limits({limit}={actual})")
-
-
-def shown(value: object) -> str:
-    r"""Quote a *value* from an untrusted file as one bounded, escaped piece of a sentence.
-
-    The value's own methods are never called. Text and bytes are quoted, cut at 80 characters and
-    freed of control characters. Containers and objects are named by kind only, since the `repr` of
-    a deep or shared structure may never end.
-
-    Args:
-        value: anything that a file holds.
-
-    Returns:
-        Printable text on one line.
-
-    Example:
-        >>> from shardkit.plugin import shown
-        >>> print(shown("name\n\x1b[31m"), shown([1, 2]), shown(2**200))
-        'name\n\x1b[31m' a list of 2 an integer of 201 bits
-    """
-    match value:
-        case str():
-            return _clipped(value)
-        case bytes() | bytearray():
-            return "bytes " + _clipped(bytes(value[: _SHOWN_CHARACTERS + 1]).decode("latin-1"))
-        case bool() | None | float():
-            return str(value)
-        case int():
-            return (
-                str(value)
-                if value.bit_length() <= 128
-                else f"an integer of {value.bit_length()} bits"
-            )
-        case tuple() | list() | dict() | set() | frozenset():
-            return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
-
-
-def listed(items: Sequence[str], *, most: int = 5) -> str:
-    """The first *most* of *items*, and how many more there are."""
-    more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
-
-
-def several(count: int, noun: str) -> str:
-    """Write *count* with its *noun*, in the plural unless it is one.
-
-    Args:
-        count: how many there are.
-        noun: in the singular; the plural adds an "s".
-
-    Example:
-        >>> from shardkit.plugin import several
-        >>> several(1, "file"), several(1200, "tensor")
-        ('1 file', '1,200 tensors')
-    """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def shown_path(path: Path) -> str:
-    """Return *path* as it is printed: complete, but with control characters escaped."""
-    return _printable(str(path))
-
-
-def _printable(text: str) -> str:
-    return "".join(_escaped(c) for c in text)
-
-
-def _clipped(text: str) -> str:
-    body = "".join(_escaped(c) for c in text[:_SHOWN_CHARACTERS])
-    return f"'{body}'" if len(text) <= _SHOWN_CHARACTERS else f"'{body}…'"
-
-
-def _escaped(character: str) -> str:
-    return (
-        character
-        if character.isprintable()
-        else character.encode("unicode_escape", "backslashreplace").decode()
-    )

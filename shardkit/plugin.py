@@ -13,8 +13,6 @@ from shardkit.errors import (
     ShardkitError,
     UnknownFormat,
     Unwritable,
-    several,
-    shown,
 )
 from shardkit.hints import Hint, Option, option, renaming
 from shardkit.limits import Limits
@@ -37,6 +35,7 @@ from shardkit.payloads.payload import (
     rechunked,
 )
 from shardkit.payloads.strided import strided
+from shardkit.printable import several, shown
 from shardkit.sources.format import Format, Source
 from shardkit.sources.zip_directory import STORED, Member
 

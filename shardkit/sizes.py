@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from shardkit.errors import BadSize, shown
+from shardkit.errors import BadSize
+from shardkit.printable import shown
 
 _PREFIXES = "kmgtp"
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgtp])(i?))?b?\s*", re.IGNORECASE | re.ASCII)

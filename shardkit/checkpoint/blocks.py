@@ -24,7 +24,8 @@ from itertools import accumulate
 
 from shardkit.alignment import ALIGNMENT
 from shardkit.checkpoint.entries import TensorEntry
-from shardkit.errors import PlanError, listed, shown
+from shardkit.errors import PlanError
+from shardkit.printable import listed, shown
 
 Steps = tuple[str, ...]  # a name, cut at its dots
 

@@ -16,18 +16,10 @@ from shardkit.checkpoint.model_root import Rooted, select_root
 from shardkit.checkpoint.quantised_scales import decoding
 from shardkit.checkpoint.tie_records import LISTING
 from shardkit.dtypes import DType, parse_dtype
-from shardkit.errors import (
-    NameClash,
-    NothingSelected,
-    PlanError,
-    Unwritable,
-    listed,
-    several,
-    shown,
-    shown_path,
-)
+from shardkit.errors import NameClash, NothingSelected, PlanError, Unwritable
 from shardkit.hints import Hint, excluding, option, renaming
 from shardkit.payloads.cast import Cast
+from shardkit.printable import listed, several, shown, shown_path
 
 Ties = Literal["keep-first", "copy"]
 

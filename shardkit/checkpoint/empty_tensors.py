@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from shardkit.checkpoint.entries import Checkpoint, TensorEntry
 from shardkit.checkpoint.root_names import is_parameter
-from shardkit.errors import listed, shown
+from shardkit.printable import listed, shown
 
 _NAMED = 3
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardkit.dtypes import DType
-from shardkit.errors import BadDType, UnknownTensor, listed, shown, shown_path
+from shardkit.errors import BadDType, UnknownTensor
 from shardkit.near_names import near
 from shardkit.payloads.payload import Payload, read_all, unreadable
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ from shardkit.checkpoint.root_names import (
     is_state_dict,
     is_unmistakable,
 )
-from shardkit.errors import AmbiguousRoot, NothingSelected, listed, shown, shown_path
+from shardkit.errors import AmbiguousRoot, NothingSelected
 from shardkit.hints import Option, option
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sizes import format_size
 
 

@@ -25,11 +25,11 @@ from shardkit.cli.output.printing import (
     never_fail_to_encode,
     nobody_reads,
     painted,
-    printable,
     say,
     stdout_or_sentence,
 )
 from shardkit.errors import ShardkitError
+from shardkit.printable import printable
 
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as of every other program in the pipe
 _COMPARING = ("diff", "verify")  # their exit codes are those of cmp and diff

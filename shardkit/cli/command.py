@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from shardkit.cli.output.printing import Role, painted, printable, say, stdout_or_sentence
+from shardkit.cli.output.printing import Role, painted, say, stdout_or_sentence
+from shardkit.printable import printable
 
 _CONTRADICTIONS = (
     (

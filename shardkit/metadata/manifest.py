@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardkit.errors import Malformed, shown
+from shardkit.errors import Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.shard_index import fault_of_name
 from shardkit.metadata.strict_json import parse_json
 from shardkit.payloads.digests import ALGORITHMS
+from shardkit.printable import shown
 
 MANIFEST_NAME = "shardkit.manifest.json"
 _WHERE = "manifest"

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.errors import Malformed, shown
+from shardkit.errors import Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.shard_index import fault_of_name
 from shardkit.metadata.strict_json import parse_json
 from shardkit.payloads.digests import ALGORITHMS
+from shardkit.printable import shown
 
 OFFLOAD_NAME = "offload.json"
 _WHERE = "record of blocks"

@@ -20,11 +20,12 @@ from typing import NamedTuple
 from shardkit.alignment import ALIGNMENT
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable, listed, several, shown
+from shardkit.errors import LimitExceeded, Malformed, NameClash, Unwritable
 from shardkit.hints import excluding, option, renaming
 from shardkit.limits import Limits
 from shardkit.metadata.strict_json import parse_json
 from shardkit.payloads.payload import PAGE, Payload
+from shardkit.printable import listed, several, shown
 
 LENGTH_NBYTES = 8
 MAX_JSON_NBYTES = 100_000_000

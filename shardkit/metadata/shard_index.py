@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.strict_json import parse_json
+from shardkit.printable import shown
 
 _WHERE = "index"
 LARGEST_READ_BY_HUB = 10 << 20  # huggingface_hub refuses an index of more bytes

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from shardkit.errors import LimitExceeded, Malformed, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
+from shardkit.printable import shown
 
 
 def parse_json(

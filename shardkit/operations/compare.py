@@ -16,7 +16,6 @@ from typing import Literal
 from shardkit.checkpoint.edits import Edits, clash, edit
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.checkpoint.model_root import select_root
-from shardkit.errors import shown_path
 from shardkit.hints import Hint, option
 from shardkit.limits import Limits
 from shardkit.operations.comparison import Comparison, Difference
@@ -24,6 +23,7 @@ from shardkit.operations.self_check import checked
 from shardkit.operations.uncompared import Side
 from shardkit.payloads.payload import Extent, Payload
 from shardkit.payloads.small_reads import SMALL, SmallReads
+from shardkit.printable import shown_path
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments
 from shardkit.sources.open import open as open_checkpoint

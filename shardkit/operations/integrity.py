@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
-from shardkit.errors import LimitExceeded, Malformed, several, shown, shown_path
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME, Listed, Manifest, parse
 from shardkit.metadata.offload_index import BlockRun, OffloadRecord
 from shardkit.payloads.digests import Sums, new_hash
 from shardkit.payloads.payload import Extent, Payload, read_all
 from shardkit.payloads.small_reads import SmallReads, chunks_of
+from shardkit.printable import several, shown, shown_path
 from shardkit.sources.format import Source
 from shardkit.sources.offload_check import record_in, refuse_stale_shard
 from shardkit.sources.zip_directory import Member

@@ -19,7 +19,7 @@ from pathlib import Path
 from shardkit.checkpoint.blocks import BlockEntries, heads, named_blocks, refuse_unfound, reordered
 from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import TensorEntry
-from shardkit.errors import PlanError, listed, shown, shown_path
+from shardkit.errors import PlanError
 from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.metadata.offload_index import Origin
@@ -35,6 +35,7 @@ from shardkit.planning.prepare import (
     open_source,
     output_place,
 )
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments, registry
 from shardkit.sources.open import failures_told

@@ -15,7 +15,8 @@ from shardkit.checkpoint.edits import cast_to, fold_ties
 from shardkit.checkpoint.entries import Checkpoint, LeftOut
 from shardkit.checkpoint.model_root import select_root
 from shardkit.dtypes import DType
-from shardkit.errors import NothingSelected, listed, several, shown_path
+from shardkit.errors import NothingSelected
+from shardkit.printable import listed, several, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.free_memory import available_memory
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
-from shardkit.errors import listed, several
 from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME, Listed, Manifest
 from shardkit.metadata.offload_index import OFFLOAD_NAME, OffloadRecord
@@ -29,6 +28,7 @@ from shardkit.operations.integrity import (
 from shardkit.operations.uncompared import Side
 from shardkit.payloads.payload import Payload
 from shardkit.payloads.small_reads import SmallReads, chunks_of
+from shardkit.printable import listed, several
 from shardkit.sources import registry
 from shardkit.sources.candidates import expanded
 from shardkit.sources.format import Source

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, LeftOut
-from shardkit.errors import listed, shown, shown_path
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sources.folder_contents import surroundings
 from shardkit.sources.weight_file_names import is_index
 

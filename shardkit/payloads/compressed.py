@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from shardkit.errors import LimitExceeded, Malformed, OutputError, shown_path
+from shardkit.errors import LimitExceeded, Malformed, OutputError
 from shardkit.hints import Hint, output
 from shardkit.limits import Limits
 from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
+from shardkit.printable import shown_path
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
 from shardkit.system.threads import Exclusive

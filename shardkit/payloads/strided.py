@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardkit.dtypes import DType
-from shardkit.errors import shown
 from shardkit.payloads.gather import Axis, Staging, count_of, memory_of, price_of, reach_of, reading
 from shardkit.payloads.payload import Extent, Payload, check_range, rechunked
+from shardkit.printable import shown
 
 if TYPE_CHECKING:
     from shardkit.payloads.gather import Array

@@ -13,10 +13,11 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
-from shardkit.errors import LimitExceeded, shown
+from shardkit.errors import LimitExceeded
 from shardkit.limits import Limits
 from shardkit.payloads.payload import Payload
 from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque, Vocabulary
+from shardkit.printable import shown
 
 SHORT = 4096  # bytes of the longest string that is held
 OBJECT = 64  # what an object costs at least, in bytes

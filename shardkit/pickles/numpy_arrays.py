@@ -19,11 +19,11 @@ from operator import mul
 from shardkit.alignment import ceil_div
 from shardkit.checkpoint.entries import OtherKind
 from shardkit.dtypes import BY_CODE, BY_TORCH, DType
-from shardkit.errors import shown
 from shardkit.payloads.payload import Payload, Swapped
 from shardkit.payloads.strided import strided
 from shardkit.pickles.objects import Global, LongString, Opaque
 from shardkit.pickles.torch_tensors import TENSORS, NonDense
+from shardkit.printable import shown
 
 _MOST_AXES = 64  # as NumPy 2 has it (NPY_MAXDIMS); torch has as many
 _MOST = 1 << 63  # of anything that is counted

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shardkit.dtypes import DType
-from shardkit.errors import shown
 from shardkit.pickles.numpy_arrays import Array, is_tensor
 from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque, key_text
 from shardkit.pickles.torch_tensors import TENSORS, Stateful, View
+from shardkit.printable import shown
 
 CONTAINERS = frozenset({Dict, list, tuple, Opaque, Array, Stateful})
 """Types of the objects that have parts. An array has them if it is one of objects, a tensor if it

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 from struct import Struct
 
-from shardkit.errors import shown
 from shardkit.pickles.machine import OBJECT, SHORT, Machine
 from shardkit.pickles.objects import Dict, Global, LongString, Opaque
+from shardkit.printable import shown
 
 Operation = Callable[[Machine], object]
 """Reads its argument from the stream and changes the stack; what it returns is ignored."""

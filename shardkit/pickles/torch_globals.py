@@ -15,7 +15,6 @@ from itertools import islice
 
 from shardkit.checkpoint.entries import OtherKind
 from shardkit.dtypes import BY_TORCH, DType
-from shardkit.errors import shown
 from shardkit.pickles import numpy_arrays
 from shardkit.pickles.numpy_arrays import Array, dtype_of
 from shardkit.pickles.objects import Builder, Dict, Global, LongString, Opaque
@@ -29,6 +28,7 @@ from shardkit.pickles.torch_tensors import (
     View,
     stated,
 )
+from shardkit.printable import shown
 
 
 def find(module: str, name: str) -> object:

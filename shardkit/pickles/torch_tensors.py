@@ -16,10 +16,10 @@ from math import prod
 
 from shardkit.checkpoint.entries import OtherKind
 from shardkit.dtypes import BY_CODE, DType
-from shardkit.errors import shown
 from shardkit.payloads.payload import Payload, Swapped
 from shardkit.payloads.strided import strided
 from shardkit.pickles.objects import Dict, Global
+from shardkit.printable import shown
 
 _MOST = 1 << 63  # torch counts elements in signed 64 bits
 _MOST_AXES = 64  # as torch has it (c10/core/TensorImpl.h)

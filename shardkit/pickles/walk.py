@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Other, OtherKind, TensorEntry
-from shardkit.errors import LimitExceeded, Malformed, listed, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.payloads.payload import Literal, Payload
 from shardkit.pickles.byte_strings import Strings
@@ -46,6 +46,7 @@ from shardkit.pickles.object_graph import (
 from shardkit.pickles.objects import Dict
 from shardkit.pickles.shared_containers import Meeting, Repeats
 from shardkit.pickles.torch_tensors import NonDense, Record, Stateful, Storage, View
+from shardkit.printable import listed, shown
 from shardkit.sizes import format_size
 
 Names = tuple[str, ...]

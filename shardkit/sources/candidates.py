@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.errors import Malformed, UnknownFormat, listed, shown
+from shardkit.errors import Malformed, UnknownFormat
 from shardkit.metadata.shard_index import Index
+from shardkit.printable import listed, shown
 from shardkit.sources import registry
 from shardkit.sources.weight_file_names import (
     PREFERRED,

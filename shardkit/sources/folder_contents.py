@@ -16,11 +16,12 @@ from enum import Enum, auto
 from itertools import islice
 from pathlib import Path
 
-from shardkit.errors import FormatError, UnknownFormat, listed, shown
+from shardkit.errors import FormatError, UnknownFormat
 from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import is_shard_name
+from shardkit.printable import listed, shown
 from shardkit.sources import registry
 from shardkit.sources.foreign.marks import LFS_POINTER
 from shardkit.sources.format import Source

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, TensorEntry
-from shardkit.errors import FormatError, Malformed, several, shown
+from shardkit.errors import FormatError, Malformed
 from shardkit.limits import Limits
 from shardkit.payloads.codec import HEAD
 from shardkit.payloads.compressed import Expanded, Spool
 from shardkit.payloads.payload import Extent, Literal, Part, Payload, unreadable
+from shardkit.printable import several, shown
 from shardkit.sources.zip_directory import DEFLATE, STORED, Member, data_start, read_members
 
 _WINDOW = 64 << 10

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, LeftOut
-from shardkit.errors import shown
+from shardkit.printable import shown
 from shardkit.sizes import format_size
 from shardkit.sources.candidates import Candidate, expanded, named
 from shardkit.sources.folder_contents import LARGEST_COMPANION, Beside, Role, surroundings

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, LeftOut, TensorEntry
-from shardkit.errors import LimitExceeded, Malformed, listed, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.shard_index import Index
+from shardkit.printable import listed, shown
 
 _LISTED = 3
 _FETCH = "the index and the shards belong to different models or versions: download them again"

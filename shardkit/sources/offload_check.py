@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardkit.errors import LimitExceeded, Malformed, several, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.metadata import safetensors_header
 from shardkit.metadata.offload_index import OFFLOAD_NAME, OffloadRecord, Shard, parse
 from shardkit.payloads.payload import Extent, read_all
+from shardkit.printable import several, shown
 from shardkit.sources.format import Source
 
 

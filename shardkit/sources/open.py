@@ -37,9 +37,10 @@ from pathlib import Path
 
 from shardkit.checkpoint.empty_tensors import noted
 from shardkit.checkpoint.entries import Checkpoint
-from shardkit.errors import FormatError, UnknownFormat, shown, shown_path
+from shardkit.errors import FormatError, UnknownFormat
 from shardkit.limits import Limits
 from shardkit.payloads.payload import unreadable
+from shardkit.printable import shown, shown_path
 from shardkit.sources import path_arguments, registry
 from shardkit.sources.candidates import (
     Candidate,

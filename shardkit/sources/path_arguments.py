@@ -13,8 +13,9 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from shardkit.errors import FormatError, PlanError, shown
+from shardkit.errors import FormatError, PlanError
 from shardkit.hints import Hint, option, output
+from shardkit.printable import shown
 from shardkit.sources import registry
 
 _URL = re.compile(

@@ -17,9 +17,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from shardkit.checkpoint.entries import Checkpoint
-from shardkit.errors import FormatError, PlanError, PluginError, ShardkitError, UnknownFormat, shown
+from shardkit.errors import FormatError, PlanError, PluginError, ShardkitError, UnknownFormat
 from shardkit.hints import option
 from shardkit.payloads.codec import Codec
+from shardkit.printable import shown
 from shardkit.sources.foreign.diagnosis import diagnosed, explained, never_alone
 from shardkit.sources.format import Format, Source
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, LeftOut, SourceFile
-from shardkit.errors import FormatError, LimitExceeded, shown, shown_path
+from shardkit.errors import FormatError, LimitExceeded
 from shardkit.limits import Limits
 from shardkit.metadata import shard_index
 from shardkit.payloads.compressed import expansion
 from shardkit.payloads.payload import read_all, unreadable
+from shardkit.printable import shown, shown_path
 from shardkit.sources import merge_shards, path_arguments, registry
 from shardkit.sources.candidates import Candidate, named, of_index, stored
 from shardkit.sources.format import Format, Source

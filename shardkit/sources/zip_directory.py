@@ -17,9 +17,10 @@ from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
 
-from shardkit.errors import LimitExceeded, Malformed, several, shown
+from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.payloads.codec import Codec
+from shardkit.printable import several, shown
 
 STORED = 0
 DEFLATED = 8

@@ -8,7 +8,7 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
-from shardkit.errors import several
+from shardkit.printable import several
 from shardkit.system.progress import progress
 
 if TYPE_CHECKING:

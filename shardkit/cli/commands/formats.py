@@ -9,7 +9,8 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
-from shardkit.cli.output.printing import Role, aligned, painted, printable, put, put_json
+from shardkit.cli.output.printing import Role, aligned, painted, put, put_json
+from shardkit.printable import printable
 
 if TYPE_CHECKING:
     from shardkit.payloads.codec import Codec

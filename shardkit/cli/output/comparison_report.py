@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from shardkit.cli.output.printing import Role, aligned, painted, printable, put, put_json, say
-from shardkit.errors import several
+from shardkit.cli.output.printing import Role, aligned, painted, put, put_json, say
+from shardkit.printable import printable, several
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING
 
 from shardkit.checkpoint.blocks import runs_of_names
 from shardkit.checkpoint.entries import OtherKind
-from shardkit.cli.output.printing import (
-    Role,
-    aligned,
-    named,
-    painted,
-    printable,
-    put,
-    put_json,
-    remarked,
-)
+from shardkit.cli.output.printing import Role, aligned, named, painted, put, put_json, remarked
 from shardkit.cli.output.summary import amounts, remarks, ways
-from shardkit.errors import OutputError, several, shown_path
+from shardkit.errors import OutputError
 from shardkit.hints import output
 from shardkit.planning.output_path import check_output, check_room
+from shardkit.printable import printable, several, shown_path
 from shardkit.sizes import format_size
 from shardkit.writing.copier import Engine
 from shardkit.writing.writer import forecast

@@ -18,12 +18,12 @@ from shardkit.cli.output.printing import (
     named,
     painted,
     parts_left_out,
-    printable,
     remarked,
 )
 from shardkit.cli.output.shared_storage import overlaps, ties
-from shardkit.errors import AmbiguousRoot, NothingSelected, several, shown
+from shardkit.errors import AmbiguousRoot, NothingSelected
 from shardkit.payloads.strided import Strided
+from shardkit.printable import printable, several, shown
 from shardkit.sizes import format_size
 
 _MOST_LINES = 200

@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING
 
 from shardkit.checkpoint.blocks import runs_of_names
 from shardkit.checkpoint.device_fit import CPU, DISK, Fit
-from shardkit.cli.output.printing import (
-    Role,
-    aligned,
-    named,
-    painted,
-    parts_left_out,
-    printable,
-    remarked,
-)
-from shardkit.errors import LoadError, PlanError, several
+from shardkit.cli.output.printing import Role, aligned, named, painted, parts_left_out, remarked
+from shardkit.errors import LoadError, PlanError
 from shardkit.operations.place import Placed
+from shardkit.printable import printable, several
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

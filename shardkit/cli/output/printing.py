@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
 
 from shardkit.errors import OutputError
+from shardkit.printable import printable
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -107,16 +108,6 @@ def nobody_reads() -> None:
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         _drop(stream)
-
-
-def printable(text: str) -> str:
-    """*text* with all that a terminal might obey, or not show, as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in text
-    )
 
 
 def named(path: Path) -> str:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardkit.cli.output.printing import (
-    Role,
-    listed,
-    named,
-    painted,
-    parts_left_out,
-    printable,
-    remarked,
-)
-from shardkit.errors import several
+from shardkit.cli.output.printing import Role, listed, named, painted, parts_left_out, remarked
+from shardkit.printable import printable, several
 from shardkit.sizes import format_size
 from shardkit.writing.copier import Engine
 

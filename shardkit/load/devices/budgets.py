@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
+from shardkit.printable import shown
 from shardkit.sizes import parse_size
 from shardkit.system.free_memory import available_memory
 

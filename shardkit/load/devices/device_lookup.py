@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import Device, accelerator
+from shardkit.printable import shown
 
 
 def device_of(name: str, device_map: Mapping[str, Device]) -> Device:

@@ -11,11 +11,11 @@ from itertools import pairwise
 
 from shardkit.alignment import ALIGNMENT
 from shardkit.brief import brief
-from shardkit.errors import several
 from shardkit.load.devices.budgets import Device
 from shardkit.load.hooks.forward_timer import Series
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import STAGES, Prediction, Step
+from shardkit.printable import several
 from shardkit.sizes import format_size
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(.*)")

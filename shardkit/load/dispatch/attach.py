@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from shardkit.errors import LoadError, several
+from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import Device, device_key
 from shardkit.load.devices.device_lookup import device_of, torch_device
 from shardkit.load.devices.transfers import DeviceTransfer, lane_to
@@ -49,6 +49,7 @@ from shardkit.load.streaming.page_layout import Layout
 from shardkit.load.streaming.pinned_blocks import kept_recipes
 from shardkit.load.streaming.prefetcher import Stream
 from shardkit.load.streaming.ring_buffer import room_for
+from shardkit.printable import several
 
 _CPU = torch.device("cpu")
 

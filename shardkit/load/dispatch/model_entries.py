@@ -10,12 +10,13 @@ import torch
 
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
 from shardkit.load.devices.device_payload import Remote
 from shardkit.load.lazy.lazy_view import dtype_of
 from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.payloads.payload import Buffer, Payload
 from shardkit.payloads.strided import strided
+from shardkit.printable import shown
 
 _Held = dict[tuple[str, int], Buffer | Remote]
 """The storages of tensors in memory, by device and address."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from shardkit.checkpoint.edits import Edited
 from shardkit.checkpoint.entries import TensorEntry
-from shardkit.errors import LoadError, Mismatch, shown, shown_path
+from shardkit.errors import LoadError, Mismatch
 from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.dispatch.attach import DispatchConfig, put
 from shardkit.load.dispatch.model_entries import entries_of
@@ -26,6 +26,7 @@ from shardkit.load.modules.weights import Weight, weights_of
 from shardkit.operations.write_output import write_output
 from shardkit.planning.output import Output
 from shardkit.planning.plan import plan_folder
+from shardkit.printable import shown, shown_path
 from shardkit.sources import registry
 
 _MAX_SHARD = 5_000_000_000

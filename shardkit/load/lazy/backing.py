@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from shardkit.errors import LoadError, OverBudget, shown
+from shardkit.errors import LoadError, OverBudget
 from shardkit.load.devices.budgets import device_key, free_memory
 from shardkit.load.devices.device_payload import Remote
 from shardkit.load.lazy.lazy_view import Recipe, dtype_of
@@ -17,6 +17,7 @@ from shardkit.load.memory.allocate import aligned, memory_of
 from shardkit.load.memory.parallel_reads import read_into
 from shardkit.load.modules.torch_modes import unseen
 from shardkit.payloads.payload import Buffer
+from shardkit.printable import shown
 from shardkit.sizes import format_size
 
 

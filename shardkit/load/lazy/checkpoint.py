@@ -17,7 +17,7 @@ import torch
 from shardkit.checkpoint.entries import Other, SourceFile, TensorEntry
 from shardkit.checkpoint.model_root import select_root
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, UnknownTensor, listed, shown, shown_path
+from shardkit.errors import LoadError, UnknownTensor
 from shardkit.formats import torch_legacy, torch_script  # noqa: F401 - here, beside torch, and not in the first load
 from shardkit.limits import Limits
 from shardkit.load.devices.device_lookup import torch_device
@@ -25,6 +25,7 @@ from shardkit.load.lazy.paged import Paged
 from shardkit.near_names import near
 from shardkit.operations.integrity import refuse_unlike_written
 from shardkit.payloads.payload import Payload
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sources.open import open as open_checkpoint
 
 _Named = TypeVar("_Named", TensorEntry, Other)

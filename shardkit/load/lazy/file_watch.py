@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import nn
 
 from shardkit.checkpoint.entries import SourceFile
-from shardkit.errors import LoadError, shown_path
+from shardkit.errors import LoadError
 from shardkit.load.modules.torch_modes import eager
 from shardkit.payloads.payload import Payload
+from shardkit.printable import shown_path
 
 _Identity = tuple[int, int, int, int, int]
 

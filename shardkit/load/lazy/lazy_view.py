@@ -16,11 +16,12 @@ import torch
 
 from shardkit.checkpoint.entries import SourceFile, TensorEntry
 from shardkit.dtypes import BY_TORCH, DType
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
 from shardkit.payloads.cast import Cast, can_cast
 from shardkit.payloads.joined import joined
 from shardkit.payloads.payload import Payload
 from shardkit.payloads.strided import strided
+from shardkit.printable import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from torch import nn
 
 from shardkit.checkpoint.entries import SourceFile, TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, ReadOnly, shown, shown_path
+from shardkit.errors import LoadError, ReadOnly
 from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.backing import Backing
 from shardkit.load.lazy.file_watch import refuse_changed
@@ -58,6 +58,7 @@ from shardkit.load.modules.torch_internals import (
 )
 from shardkit.load.modules.torch_modes import is_watched, refuse_trace, unseen
 from shardkit.payloads.payload import Payload
+from shardkit.printable import shown, shown_path
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:

@@ -29,12 +29,13 @@ from pathlib import Path
 
 from shardkit.alignment import ALIGNMENT, round_up
 from shardkit.checkpoint.entries import SourceFile
-from shardkit.errors import FormatError, NoRoom, shown_path
+from shardkit.errors import FormatError, NoRoom
 from shardkit.load.lazy.file_watch import changed
 from shardkit.load.memory.pinned_payload import PinnedPayload
 from shardkit.payloads.gather import address_of
 from shardkit.payloads.open_files import opened
 from shardkit.payloads.payload import Buffer, Extent, Payload, ended_early, unreadable
+from shardkit.printable import shown_path
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
 from shardkit.system.threads import Exclusive

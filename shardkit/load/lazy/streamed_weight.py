@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, NotTrained, shown
+from shardkit.errors import LoadError, NotTrained
 from shardkit.load.devices.device_lookup import torch_device
 from shardkit.load.lazy.backing import Backing, check_room
 from shardkit.load.lazy.lazy_ops import Address
@@ -27,6 +27,7 @@ from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.lazy.torch_operations import asked_of_to
 from shardkit.load.modules.call_stack import is_in_forward, is_module_cast
 from shardkit.load.modules.torch_internals import PARAMETER_MARK, tensor_requires_grad
+from shardkit.printable import shown
 
 TRAIN = "train an adapter instead (PEFT), or give the layers that train a device in the device_map"
 

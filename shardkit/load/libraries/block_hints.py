@@ -11,12 +11,13 @@ from os import PathLike
 
 from torch import nn
 
-from shardkit.errors import LoadError, shown_path
+from shardkit.errors import LoadError
 from shardkit.hints import option
 from shardkit.load.libraries import diffusers_model, transformers_model
 from shardkit.load.libraries.model_folder import ModelFolder
 from shardkit.load.modules.sizes import class_names
 from shardkit.load.modules.torch_internals import own_buffers, own_parameters
+from shardkit.printable import shown_path
 
 
 def no_split_pattern(

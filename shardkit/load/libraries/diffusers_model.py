@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shardkit.checkpoint.entries import TensorEntry
-from shardkit.errors import LoadError, shown, shown_path
+from shardkit.errors import LoadError
 from shardkit.load.lazy.checkpoint import LoadedHeaders
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries.model_folder import (
@@ -39,6 +39,7 @@ from shardkit.load.loading.load_checkpoint import match
 from shardkit.load.modules.init_empty import init_empty_weights
 from shardkit.load.modules.sizes import class_names
 from shardkit.metadata.shard_names import DIFFUSERS_STEM
+from shardkit.printable import shown, shown_path
 
 LEAST = (0, 37)
 # Diffusers leaves its models half typed: the class that it exports is a dummy, for want of torch

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from shardkit.errors import LoadError, shown, shown_path
+from shardkit.errors import LoadError
 from shardkit.load.libraries import diffusers_model, transformers_model
 from shardkit.load.libraries.model_folder import (
     LazyModel,
@@ -31,6 +31,7 @@ from shardkit.load.libraries.model_folder import (
     translated_errors,
 )
 from shardkit.load.modules.sizes import class_names
+from shardkit.printable import shown, shown_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from shardkit.dtypes import DType
-from shardkit.errors import LoadError, shown, shown_path
+from shardkit.errors import LoadError
 from shardkit.load.loading.match import listed
 from shardkit.load.modules.weights import torch_type
 from shardkit.metadata.shard_names import STEM
+from shardkit.printable import shown, shown_path
 from shardkit.sources import path_arguments
 
 MAKE_IT = "create the model yourself, and call load_checkpoint_and_dispatch"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 from shardkit.load.dispatch.attach import DispatchConfig, arrange, reported_map
@@ -38,6 +38,7 @@ from shardkit.load.performance.bandwidth import Rates, rates_for
 from shardkit.load.performance.cost_model import Ring
 from shardkit.load.placement.device_map import DeviceMap, check_device_map
 from shardkit.load.placement.resolve_device_map import MODES, PlacementOptions
+from shardkit.printable import shown
 from shardkit.sizes import format_size
 
 AnyMap = str | int | torch.device | DeviceMap | None

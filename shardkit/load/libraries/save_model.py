@@ -14,7 +14,7 @@ from torch import nn
 
 from shardkit.checkpoint.edits import Edited, fold_ties
 from shardkit.checkpoint.entries import SourceFile, TensorEntry
-from shardkit.errors import LoadError, OutputError, shown, shown_path
+from shardkit.errors import LoadError, OutputError
 from shardkit.load.dispatch.attachments import attachments
 from shardkit.load.dispatch.model_entries import entries_of
 from shardkit.load.hooks.streaming_hooks import Pager, undisturbed
@@ -29,6 +29,7 @@ from shardkit.payloads.payload import Literal
 from shardkit.planning.output import Output
 from shardkit.planning.output_path import followed
 from shardkit.planning.plan import OutputFile, plan_folder
+from shardkit.printable import shown, shown_path
 from shardkit.sizes import parse_size
 from shardkit.sources import path_arguments, registry
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, Mismatch, ReadOnly, shown, shown_path
+from shardkit.errors import LoadError, Mismatch, ReadOnly
 from shardkit.load.lazy.checkpoint import tensors
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries.model_folder import (
@@ -37,6 +37,7 @@ from shardkit.load.modules.quantised import expands_itself, is_packed, method_of
 from shardkit.load.modules.sizes import class_names
 from shardkit.load.modules.torch_internals import non_persistent_buffers, own_buffers
 from shardkit.load.modules.weights import weights_of
+from shardkit.printable import shown, shown_path
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shardkit.dtypes import parse_dtype
-from shardkit.errors import LoadError, Mismatch, shown
+from shardkit.errors import LoadError, Mismatch
 from shardkit.load.devices.budgets import Device, device_key
 from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
 from shardkit.load.lazy.checkpoint import LoadedHeaders
@@ -22,6 +22,7 @@ from shardkit.load.loading.install import install, read, read_extra, share
 from shardkit.load.loading.match import Assignment, Match, assign, listed
 from shardkit.load.modules.weights import torch_type, weights_of
 from shardkit.load.placement.device_map import DeviceMap, check_device_map
+from shardkit.printable import shown
 from shardkit.sources.open import collector_paused
 
 

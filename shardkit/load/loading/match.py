@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import DType
-from shardkit.errors import Mismatch, shown
+from shardkit.errors import Mismatch
 from shardkit.load.modules.weights import (
     ParameterSlot,
     Weight,
@@ -29,6 +29,7 @@ from shardkit.load.modules.weights import (
 )
 from shardkit.payloads.cast import Cast, can_cast
 from shardkit.payloads.payload import Payload
+from shardkit.printable import shown
 
 
 @dataclass(slots=True, unsafe_hash=True)

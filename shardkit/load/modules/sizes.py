@@ -15,9 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from shardkit.alignment import ceil_div
 from shardkit.dtypes import BY_TORCH, parse_dtype
-from shardkit.errors import BadDType, shown
+from shardkit.errors import BadDType
 from shardkit.load.modules.torch_internals import own_modules
 from shardkit.load.modules.weights import torch_type
+from shardkit.printable import shown
 
 Node = nn.Module | torch.Tensor
 AnyDType = str | torch.dtype

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from torch import nn
 
 from shardkit.alignment import ALIGNMENT, round_up
-from shardkit.errors import OverBudget, shown
+from shardkit.errors import OverBudget
 from shardkit.load.devices.budgets import Device
 from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.memory.direct_io import SECTOR
@@ -52,6 +52,7 @@ from shardkit.load.performance.cost_model import (
 )
 from shardkit.load.placement.device_map import clean_device_map
 from shardkit.load.streaming.page_layout import DIRECT
+from shardkit.printable import shown
 from shardkit.sizes import format_size, parse_size
 
 UNMEASURED = Rates(disk=1.0)  # all time goes into reading

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, OverBudget, shown
+from shardkit.errors import LoadError, OverBudget
 from shardkit.load.devices.budgets import Device
 from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.modules.sizes import AnyDType, module_sizes, named_tensors, prefixes
+from shardkit.printable import shown
 from shardkit.sizes import format_size
 
 DeviceMap = Mapping[str, int | str | torch.device]

@@ -15,13 +15,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardkit.errors import LoadError, shown
+from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
 from shardkit.load.performance.bandwidth import Rates
 from shardkit.load.performance.cost_model import Ring
 from shardkit.load.placement.choose_resident import UNMEASURED, Residents, choose_residents
 from shardkit.load.placement.device_map import DeviceMap, refuse_disk
 from shardkit.load.placement.infer_device_map import get_balanced_memory, infer_auto_device_map
+from shardkit.printable import shown
 
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from shardkit.alignment import round_up
-from shardkit.errors import FormatError, several, shown
+from shardkit.errors import FormatError
+from shardkit.printable import several, shown
 from shardkit.sources.foreign.kinds import AGAIN, ARRAYS, FILE, NPZ, Kind
 from shardkit.sources.foreign.marks import gunzipped, is_tar
 from shardkit.sources.format import Source

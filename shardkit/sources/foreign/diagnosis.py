@@ -7,7 +7,8 @@ read, and `never_alone` for what no format is asked about.
 
 from __future__ import annotations
 
-from shardkit.errors import FormatError, UnknownFormat, several, shown
+from shardkit.errors import FormatError, UnknownFormat
+from shardkit.printable import several, shown
 from shardkit.sources.foreign import pieces
 from shardkit.sources.foreign.files import failed_download, kind_of
 from shardkit.sources.foreign.folders import distributed, kind_of_folder

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardkit.errors import FormatError, listed, shown
+from shardkit.errors import FormatError
+from shardkit.printable import listed, shown
 from shardkit.sources.foreign.files import kind_of
 from shardkit.sources.foreign.kinds import ARRAYS, ORIGIN, Kind, joined_by_torch
 from shardkit.sources.format import Source

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardkit.errors import FormatError, several, shown
+from shardkit.errors import FormatError
 from shardkit.hints import output
 from shardkit.metadata.journal_records import JOURNAL_NAME, PARTIAL, Written
+from shardkit.printable import several, shown
 
 _MOST = 6  # pieces that a command names one by one
 _NUMBERED = re.compile(
