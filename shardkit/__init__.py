@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardkit.errors import BadDType as BadDType
     from shardkit.errors import BadSize as BadSize
     from shardkit.errors import FormatError as FormatError
+    from shardkit.errors import Incomplete as Incomplete
     from shardkit.errors import LimitExceeded as LimitExceeded
     from shardkit.errors import LoadError as LoadError
     from shardkit.errors import Malformed as Malformed
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from shardkit.errors import UnknownFormat as UnknownFormat
     from shardkit.errors import UnknownTensor as UnknownTensor
     from shardkit.errors import Unwritable as Unwritable
+    from shardkit.events import Event as Event
     from shardkit.limits import Limits as Limits
+    from shardkit.operations.commit_output import Status as Status
+    from shardkit.operations.commit_output import commit as commit
+    from shardkit.operations.commit_output import status as status
     from shardkit.operations.compare import diff as diff
     from shardkit.operations.compare import verify as verify
     from shardkit.operations.comparison import Comparison as Comparison
@@ -51,7 +56,9 @@ _LAZY_EXPORTS = {
     "Comparison": "operations.comparison",
     "Difference": "operations.comparison",
     "Edits": "checkpoint.edits",
+    "Event": "events",
     "FormatError": "errors",
+    "Incomplete": "errors",
     "LimitExceeded": "errors",
     "Limits": "limits",
     "LoadError": "errors",
@@ -69,14 +76,17 @@ _LAZY_EXPORTS = {
     "ReadOnly": "errors",
     "Report": "operations.convert",
     "ShardkitError": "errors",
+    "Status": "operations.commit_output",
     "TensorEntry": "checkpoint.entries",
     "UnknownFormat": "errors",
     "UnknownTensor": "errors",
     "Unwritable": "errors",
+    "commit": "operations.commit_output",
     "convert": "operations.convert",
     "diff": "operations.compare",
     "offload_prep": "operations.offload_prep",
     "open": "sources.open",
+    "status": "operations.commit_output",
     "verify": "operations.compare",
 }
 

@@ -13,7 +13,8 @@
     │   ├── BadSize                 a size cannot be parsed
     │   └── BadDType                an unknown element type, or one without a conversion
     ├── OutputError                 the output cannot be written or replaced
-    │   └── NoRoom                  the disk has too little free space
+    │   ├── NoRoom                  the disk has too little free space
+    │   └── Incomplete (.missing)   parts of the output are not written yet
     ├── UnknownTensor (.name)       a checkpoint has no tensor of this name; also a KeyError
     ├── LoadError                   a checkpoint cannot become a running model
     │   ├── Mismatch (.missing)     the model and the checkpoint are not compatible
@@ -280,6 +281,29 @@ class OutputError(ShardkitError):
         ...     print(error)
         shards exists...
     """
+
+
+class Incomplete(OutputError):
+    """Files of an output that is written in parts are missing, so it is not put in place.
+
+    Attributes:
+        missing: their names.
+
+    Example:
+        >>> import shardkit
+        >>> report = shardkit.convert("training.pt", "out", max_shard="700", part="1/2")
+        >>> try:
+        ...     shardkit.commit("out")
+        ... except shardkit.Incomplete as error:
+        ...     print(len(error.missing))
+        1
+    """
+
+    def __init__(
+        self, message: str, *, missing: Sequence[str] = (), hint: Hint | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.missing = tuple(missing)
 
 
 class NoRoom(OutputError):

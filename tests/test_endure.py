@@ -18,7 +18,7 @@ import pytest
 import shardkit
 from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, NoRoom, OutputError
-from shardkit.metadata.journal_records import JOURNAL_NAME
+from shardkit.metadata.unit_records import DONE
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="mounts, and reads paths of descriptors from /proc"
@@ -137,7 +137,7 @@ def test_a_source_that_fails_at_any_call_is_named_and_the_run_goes_on_later(
                 said.append(str(error))
         if layer.struck is None:
             break
-        done = journalled(out)
+        done = recorded(out)
         if not out.exists():
             assert (
                 shardkit.convert(source, out, max_shard=MAX_SHARD, jobs=1, sync=False).resumed
@@ -154,9 +154,9 @@ def test_a_source_that_fails_at_any_call_is_named_and_the_run_goes_on_later(
     assert not [name for name in os.listdir(tmp_path / "work") if name.endswith(".partial")]
 
 
-def journalled(out: Path) -> int:
-    journal = out.with_name(f"{out.name}.partial") / JOURNAL_NAME
-    return journal.read_text().count('{"done"') if journal.is_file() else 0
+def recorded(out: Path) -> int:
+    done = out.with_name(f"{out.name}.partial") / DONE
+    return sum(path.is_file() for path in done.rglob("*"))
 
 
 @pytest.mark.parametrize("at", [1, 9_000, 20_000])

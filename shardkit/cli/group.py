@@ -14,6 +14,8 @@ from shardkit.cli.output.printing import put, stdout_or_sentence
 _COMMANDS = {
     "convert": "Write a checkpoint as size-bounded safetensors shards.",
     "offload-prep": "Write a checkpoint in the layout for streaming.",
+    "commit": "Put an output in place that was written in parts.",
+    "status": "Show how far an output is.",
     "inspect": "Show what a checkpoint holds, without reading weights.",
     "verify": "Check that an output is complete and equals its source.",
     "diff": "List what changes from one checkpoint to another.",

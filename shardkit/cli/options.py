@@ -18,6 +18,7 @@ from shardkit.sizes import parse_size
 
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Ties
+    from shardkit.fleet.parts import Part
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Parsed = TypeVar("Parsed")
@@ -132,6 +133,8 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         compress: str | None,
         limits: Limits,
         jobs: int | None,
+        limit_rate: int | None,
+        part: Part | None,
         no_fsync: bool,
         dry_run: bool,
         overwrite: bool,
@@ -140,13 +143,34 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         **others: object,
     ) -> object:
         from shardkit.cli.run_conversion import Writing
-        from shardkit.planning.prepare import ConversionOptions
+        from shardkit.planning.options import ConversionOptions
 
         terms = ConversionOptions(max_shard, format, not no_companions, checksum, compress, limits)
-        writing = Writing(jobs, not no_fsync, dry_run, overwrite, as_json, quiet)
+        if part is not None and (dry_run or no_fsync):
+            other = "--dry-run" if dry_run else "--no-fsync"
+            raise click.UsageError(f"--part and {other} exclude each other: remove one of them")
+        writing = Writing(jobs, not no_fsync, limit_rate, part, dry_run, overwrite, as_json, quiet)
         return command(*args, terms=terms, writing=writing, **others)
 
     return _with(_WRITING, gathered)
+
+
+def parse_rate(context: click.Context, parameter: click.Parameter, word: str | None) -> int | None:
+    """The bytes in a second that *word* says."""
+    if word is None:
+        return None
+    from shardkit.operations.convert import parse_rate
+
+    return _or_usage(parse_rate, word)
+
+
+def parse_part(context: click.Context, parameter: click.Parameter, word: str | None) -> Part | None:
+    """The part that *word* says."""
+    if word is None:
+        return None
+    from shardkit.fleet.parts import Part
+
+    return _or_usage(Part.parse, word)
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
@@ -229,6 +253,14 @@ _EDITS = (
     ),
 )
 
+part_option = click.option(
+    "--part",
+    metavar="K/N",
+    callback=parse_part,
+    help="Do only part K of N; other processes, on any machine, do the others. env takes the part "
+    "from Slurm, Kubernetes or torchrun.",
+)
+
 _WRITING = (
     click.option(
         "--jobs",
@@ -237,6 +269,13 @@ _WRITING = (
         help="Files written in parallel; by default one more than there are processors, or as "
         "many as processors if compressed.",
     ),
+    click.option(
+        "--limit-rate",
+        metavar="RATE",
+        callback=parse_rate,
+        help="Move at most so many bytes in a second, as in 500MB/s.",
+    ),
+    part_option,
     click.option(
         "--no-fsync",
         is_flag=True,

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from shardkit.cli.interruption import Terminated
 from shardkit.cli.output.printing import named, put_json, say
-from shardkit.system.progress import progress
+from shardkit.events import Event, OnEvent
+from shardkit.system.progress import Progress, progress
 
 if TYPE_CHECKING:
+    from shardkit.fleet.parts import Part
     from shardkit.operations.convert import Report
     from shardkit.planning.prepare import Conversion
 
@@ -25,6 +27,8 @@ class Writing:
     Attributes:
         jobs: files written in parallel; None to choose automatically.
         sync: make every file durable (fsync) before the output appears.
+        limit: bytes moved in a second at most; None for as many as there can be.
+        part: which part to write, and to put nothing in place; None for all.
         dry_run: print the plan, and write nothing.
         overwrite: replace an earlier output.
         as_json: print what was done as JSON.
@@ -33,6 +37,8 @@ class Writing:
 
     jobs: int | None
     sync: bool
+    limit: int | None
+    part: Part | None
     dry_run: bool
     overwrite: bool
     as_json: bool
@@ -68,12 +74,23 @@ def write(command: str, conversion: Conversion, begun: float, how: Writing) -> N
 
 def _written(conversion: Conversion, how: Writing) -> Report:
     from shardkit.operations.convert import carry_out
+    from shardkit.operations.write_output import How
 
     with _resumable(conversion.out), progress("writing", quiet=how.quiet or how.as_json) as bar:
-        bar.expect(conversion.plan.nbytes)
-        return carry_out(
-            conversion, jobs=how.jobs, overwrite=how.overwrite, on_bytes=bar.add, sync=how.sync
-        )
+        asked = How(how.jobs, how.overwrite, how.sync, how.limit, shown_on(bar))
+        return carry_out(conversion, asked, how.part)
+
+
+def shown_on(bar: Progress) -> OnEvent:
+    """Draws a run on *bar*."""
+
+    def draw(event: Event) -> None:
+        if event.kind == "planned":
+            bar.expect(event.nbytes)
+        elif event.kind in ("resumed", "written"):
+            bar.add(event.nbytes)
+
+    return draw
 
 
 @contextmanager

@@ -15,10 +15,16 @@ from pathlib import Path
 from shardkit.brief import brief
 from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import LeftOut, OtherKind
+from shardkit.events import Event, OnEvent
+from shardkit.fleet.parts import Part
 from shardkit.limits import Limits
-from shardkit.operations.write_output import Written, write_output
+from shardkit.operations.write_output import How, Written, write_output, write_part
+from shardkit.planning.options import ConversionOptions
 from shardkit.planning.output import Output
-from shardkit.planning.prepare import Conversion, ConversionOptions, prepare
+from shardkit.planning.output_path import partial_folder
+from shardkit.planning.plan import OutputFile
+from shardkit.planning.prepare import Conversion, prepare
+from shardkit.sizes import parse_size
 from shardkit.system.progress import OnBytes
 
 
@@ -46,6 +52,9 @@ class Report:
         stored: size in bytes of the files that hold tensors; less than their content where they are
             compressed.
         blocks: contiguous blocks in the shards; 0 where these are cut by size alone.
+        part: which part was written, as ``"3/16"``; None where the output is in its place. The
+            counts above are those of the part then, and *out* is not there until all parts are
+            committed.
 
     Example:
         >>> import shardkit
@@ -75,6 +84,7 @@ class Report:
     seconds: float
     stored: int = 0
     blocks: int = 0
+    part: str | None = None
 
     @classmethod
     def of(
@@ -89,8 +99,10 @@ class Report:
         objects: tuple[str, ...] = (),
         calls: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
+        part: Part | None = None,
     ) -> Report:
-        """Describe *output*, which is in place; the other arguments are attributes.
+        """Describe *output*, which is in place, or of which *part* is written; the other arguments
+        are attributes.
 
         Example:
             >>> from pathlib import Path
@@ -102,14 +114,22 @@ class Report:
             >>> shardkit.Report.of(output, written, source=Path("model.safetensors")).tensors
             4
         """
-        plan = output.plan
+        plan, shards = output.plan, output.plan.shards
+        tensors, nbytes = len(plan.weight_map), plan.total_size
+        blocks = len(plan.record.blocks) if plan.record else 0
+        if part is not None:
+            shards = tuple(file for file in part.files(plan.files) if file in shards)
+            names = {shard.name for shard in shards}
+            tensors = sum(name in names for name in plan.weight_map.values())
+            nbytes = sum(shard.nbytes for shard in shards)
+            blocks = sum(len(plan.blocks_in(shard)) for shard in shards)
         return cls(
             source=source,
             out=output.out,
             format=format,
-            shards=len(plan.shards),
-            tensors=len(plan.weight_map),
-            nbytes=plan.total_size,
+            shards=len(shards),
+            tensors=tensors,
+            nbytes=nbytes,
             engines={engine.value: count for engine, count in written.engines.items()},
             aliases=plan.aliases,
             cast=cast,
@@ -119,8 +139,9 @@ class Report:
             notes=(*notes, *written.notes),
             resumed=written.resumed,
             seconds=written.seconds,
-            stored=_stored(output),
-            blocks=len(plan.record.blocks) if plan.record else 0,
+            stored=_stored(output, shards, partial_folder(output.out) if part else output.out),
+            blocks=blocks,
+            part=None if part is None else str(part),
         )
 
     def __repr__(self) -> str:
@@ -141,7 +162,10 @@ def convert(
     jobs: int | None = None,
     overwrite: bool = False,
     on_bytes: OnBytes | None = None,
+    on_event: OnEvent | None = None,
     sync: bool = True,
+    limit_rate: str | int | None = None,
+    part: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
@@ -170,7 +194,14 @@ def convert(
             they are compressed, at most 8.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
+        on_event: called, from any thread, with each `Event`: a file is started, has more bytes, is
+            complete.
         sync: make every file durable (fsync) before the output appears.
+        limit_rate: bytes moved in a second at most, as ``"500MB/s"`` or a number; None for as many
+            as there can be.
+        part: ``"K/N"`` to write only the files of part K of N, from 1, and to put nothing in place;
+            other processes, on any machine that sees both folders, write the other parts, and
+            `commit` ends it. ``"env"`` takes the part from Slurm, Kubernetes or torchrun.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights (config, tokenizer) of a source
             folder.
@@ -198,38 +229,30 @@ def convert(
         ['model.safetensors', 'shardkit.manifest.json']
     """
     begun = time.monotonic()
+    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate)
+    chosen = None if part is None else Part.parse(part)
     edits = Edits.asked(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    conversion = prepare(src, out, edits, options)
-    report = carry_out(
-        conversion,
-        jobs=jobs,
-        overwrite=overwrite,
-        on_bytes=on_bytes or (lambda count: None),
-        sync=sync,
-    )
+    report = carry_out(prepare(src, out, edits, options), how, chosen)
     return replace(report, seconds=time.monotonic() - begun)
 
 
-def carry_out(
-    conversion: Conversion,
-    *,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    on_bytes: OnBytes = lambda count: None,
-    sync: bool = True,
-) -> Report:
-    """Write what *conversion* decided, and report what was done.
+def carry_out(conversion: Conversion, how: How = How(), part: Part | None = None) -> Report:
+    """Write what *conversion* decided, or one *part* of it, and report what was done.
 
     Raises:
         FormatError: the source cannot be read, or changed meanwhile.
         OutputError: the output cannot be written or replaced.
     """
-    written = write_output(
-        conversion.output, jobs=jobs, overwrite=overwrite, on_bytes=on_bytes, sync=sync
-    )
+    if part is None:
+        return reported(conversion, write_output(conversion.output, how))
+    return reported(conversion, write_part(conversion.output, part, how), part)
+
+
+def reported(conversion: Conversion, written: Written, part: Part | None = None) -> Report:
+    """Report what was done to write *conversion*, or one *part* of it."""
     others = conversion.checkpoint.others
     return Report.of(
         conversion.output,
@@ -241,12 +264,45 @@ def carry_out(
         objects=tuple(other.name for other in others if other.kind is OtherKind.OBJECT),
         calls=tuple(other.reason for other in others if other.kind is OtherKind.CALL),
         notes=conversion.notes,
+        part=part,
     )
 
 
-def _stored(output: Output) -> int:
-    """Bytes that the shards of *output*, which is in place, take on the disk."""
-    out, shards = output.out, output.plan.shards
+def asked_how(
+    jobs: int | None,
+    overwrite: bool,
+    on_bytes: OnBytes | None,
+    on_event: OnEvent | None,
+    sync: bool,
+    limit_rate: str | int | None,
+) -> How:
+    """How an output is to be written, from the arguments of `convert`.
+
+    Raises:
+        BadSize: *limit_rate* is no rate.
+    """
+
+    def tell(event: Event) -> None:
+        if on_event is not None:
+            on_event(event)
+        if on_bytes is not None and event.kind in ("resumed", "written"):
+            on_bytes(event.nbytes)
+
+    return How(jobs, overwrite, sync, None if limit_rate is None else parse_rate(limit_rate), tell)
+
+
+def parse_rate(rate: str | int) -> int:
+    """Bytes in a second, from a number or a text such as ``"500MB/s"``.
+
+    Raises:
+        BadSize: it is neither.
+    """
+    return parse_size(rate.removesuffix("/s") if isinstance(rate, str) else rate)
+
+
+def _stored(output: Output, shards: Sequence[OutputFile], place: Path) -> int:
+    """Bytes that *shards* of *output*, which are complete at *place*, take on the disk."""
     if not any(shard.codec for shard in shards):
         return sum(shard.nbytes for shard in shards)
-    return sum((out if output.is_single else out / shard.name).stat().st_size for shard in shards)
+    is_single = output.is_single and place == output.out
+    return sum((place if is_single else place / shard.name).stat().st_size for shard in shards)

@@ -20,21 +20,24 @@ from shardkit.checkpoint.blocks import BlockEntries, heads, named_blocks, refuse
 from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import PlanError
+from shardkit.events import OnEvent
+from shardkit.fleet.parts import Part
 from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.metadata.offload_index import Origin
-from shardkit.operations.convert import Report, carry_out
+from shardkit.operations.convert import Report, asked_how, carry_out
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import unreadable
+from shardkit.planning.options import ConversionOptions
 from shardkit.planning.plan import Plan, plan_blocks
 from shardkit.planning.prepare import (
     Conversion,
-    ConversionOptions,
     companions_of,
     decided,
     open_source,
     output_place,
 )
+from shardkit.planning.request import Asked, pattern_text
 from shardkit.printable import listed, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments, registry
@@ -61,7 +64,10 @@ def offload_prep(
     jobs: int | None = None,
     overwrite: bool = False,
     on_bytes: OnBytes | None = None,
+    on_event: OnEvent | None = None,
     sync: bool = True,
+    limit_rate: str | int | None = None,
+    part: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
@@ -95,7 +101,10 @@ def offload_prep(
         jobs: files written at a time; None to choose by the number of processors.
         overwrite: replace an earlier output of shardkit.
         on_bytes: called, from any thread, with the number of bytes after each step.
+        on_event: called, from any thread, with each `Event`, as in `convert`.
         sync: make every file durable (fsync) before the output appears.
+        limit_rate: bytes moved in a second at most, as in `convert`.
+        part: ``"K/N"`` to write the files of one part only, as in `convert`.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights.
         checksum: algorithm of the digests, which are written to a manifest too; None for xxh3 and
@@ -120,18 +129,14 @@ def offload_prep(
         ['2.weight', '2.bias', '0.weight', '0.bias']
     """
     begun = time.monotonic()
+    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate)
+    chosen = None if part is None else Part.parse(part)
     edits = Edits.asked(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare_offload(src, out, edits, options, blocks=blocks, order=order)
-    report = carry_out(
-        conversion,
-        jobs=jobs,
-        overwrite=overwrite,
-        on_bytes=on_bytes or (lambda count: None),
-        sync=sync,
-    )
+    report = carry_out(conversion, how, chosen)
     return replace(report, seconds=time.monotonic() - begun)
 
 
@@ -182,7 +187,15 @@ def prepare_offload(
             metadata=checkpoint.metadata,
             companions=beside,
         )
-        return decided(opened, plan, beside, (*notes, *_cut(plan, opened.max_shard)))
+        asked = Asked(
+            "offload-prep",
+            src,
+            edits,
+            options,
+            pattern_text(blocks),
+            None if order is None else tuple(order),
+        )
+        return decided(opened, plan, asked, beside, (*notes, *_cut(plan, opened.max_shard)))
 
 
 def read_order(path: str | PathLike[str]) -> tuple[str, ...]:

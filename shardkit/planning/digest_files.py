@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 
 from shardkit.metadata import manifest, offload_index
-from shardkit.metadata.journal_records import Finished
 from shardkit.metadata.manifest import MANIFEST_NAME, Digests, Listed, Manifest
 from shardkit.metadata.offload_index import OFFLOAD_NAME, OffloadRecord
+from shardkit.metadata.unit_records import Finished
 from shardkit.payloads.digests import new_hash
 from shardkit.planning.plan import Late, OutputFile, Plan
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from shardkit.brief import brief
 from shardkit.checkpoint.entries import Checkpoint, SourceFile
 from shardkit.limits import Limits
+from shardkit.metadata.unit_records import Request
 from shardkit.planning.plan import Plan
 
 
@@ -37,6 +38,7 @@ class Output:
         origin: the file or folder that is converted, and never replaced; None where a model is
             saved.
         check: checksums of the source to compare first; None for none.
+        request: what was asked for, so that it can be planned again; None where a model is saved.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Output:
     is_single: bool = False
     origin: Path | None = None
     check: SourceCheck | None = None
+    request: Request | None = None
 
     def __repr__(self) -> str:
         return brief(self)

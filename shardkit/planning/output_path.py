@@ -16,10 +16,10 @@ from shardkit.checkpoint.entries import SourceFile
 from shardkit.errors import NoRoom, OutputError, shown, shown_path
 from shardkit.hints import option
 from shardkit.hints import output as out_option
-from shardkit.metadata.journal_records import PARTIAL
 from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import INDEX_NAMES, is_shard_name
+from shardkit.metadata.unit_records import PARTIAL
 from shardkit.planning.output import Output
 from shardkit.planning.plan import Plan
 from shardkit.sizes import format_size

@@ -8,11 +8,12 @@ result with it.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeVar
 
 from shardkit.brief import brief
@@ -23,13 +24,14 @@ from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import Unwritable
 from shardkit.hints import output
 from shardkit.metadata import offload_index, safetensors_header, shard_index
-from shardkit.metadata.journal_records import Finished
 from shardkit.metadata.manifest import Run
 from shardkit.metadata.offload_index import BlockRun, OffloadRecord, Origin, Shard
 from shardkit.metadata.shard_names import STEM, index_name
+from shardkit.metadata.unit_records import Finished
 from shardkit.payloads.coalesce import coalesced
 from shardkit.payloads.codec import Codec
-from shardkit.payloads.payload import PAGE, Extent, Literal, Part
+from shardkit.payloads.payload import PAGE, Literal, Part
+from shardkit.planning.part_identity import identity
 from shardkit.sources.format import Format
 
 _Run = TypeVar("_Run")
@@ -159,6 +161,7 @@ class Plan:
         Files that hold digests of others follow from those, the algorithm and the record of blocks.
         """
         sha = hashlib.sha256(f"{self.checksum}\0".encode())
+        absolute = cache(os.path.abspath)  # for as long as the working folder cannot change
         if self.record is not None:
             sha.update(offload_index.dump(self.record))
         for file in self.files:
@@ -168,7 +171,7 @@ class Plan:
                 f"{file.name}\0{file.nbytes}\0{file.frames}\0".encode("utf-8", "surrogateescape")
             )
             for part in file.parts:
-                sha.update(_identity(part))
+                sha.update(identity(part, absolute))
         return sha.hexdigest()
 
     @cached_property
@@ -425,11 +428,3 @@ def _laid_out(
             hint=("write safetensors: leave out ", output(), ", or end the name in .safetensors"),
         )
     return layout.lay_out(entries, metadata)
-
-
-def _identity(part: Part) -> bytes:
-    if type(part) is Extent:  # most parts are: a repr of the dataclass takes ten times as long
-        return f"{part.path}\0{part.start}\0{part.nbytes}\n".encode("utf-8", "surrogateescape")
-    if type(part) is Literal:  # a header may be long, and its repr is three times as long
-        return hashlib.sha256(part.content).digest()
-    return f"{part!r}\n".encode("utf-8", "surrogateescape")

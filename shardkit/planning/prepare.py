@@ -18,7 +18,6 @@ from shardkit.checkpoint.quantised_scales import is_codes
 from shardkit.errors import PlanError, several, shown, shown_path
 from shardkit.hints import option
 from shardkit.hints import output as output_option
-from shardkit.limits import Limits
 from shardkit.metadata.shard_index import LARGEST_READ_BY_HUB
 from shardkit.metadata.shard_names import INDEX_NAMES, stem_of
 from shardkit.payloads.codec import Codec
@@ -27,9 +26,11 @@ from shardkit.payloads.payload import Extent
 from shardkit.planning.companions import ModelConfig, companions
 from shardkit.planning.digest_files import with_digest_files
 from shardkit.planning.frames import compressed
+from shardkit.planning.options import ConversionOptions
 from shardkit.planning.output import Output, SourceCheck
 from shardkit.planning.output_path import default_output, followed
 from shardkit.planning.plan import OutputFile, Plan, plan_file, plan_folder
+from shardkit.planning.request import Asked
 from shardkit.sizes import format_size, parse_size
 from shardkit.sources import path_arguments, registry
 from shardkit.sources.open import failures_told
@@ -66,27 +67,6 @@ class Conversion:
     def plan(self) -> Plan:
         """The files, part by part."""
         return self.output.plan
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionOptions:
-    """How a source is read and its output laid out, whatever is edited.
-
-    Attributes:
-        max_shard: bound on each file, as ``"2GB"`` or bytes; None for one shard.
-        format: name of the format to read the source as; None to recognise it.
-        with_companions: whether the small files of a source folder come along.
-        checksum: algorithm of the digests of a manifest; None for no manifest.
-        compress: name of the codec that compresses the shards; None for plain ones.
-        limits: what the source may ask for.
-    """
-
-    max_shard: str | int | None = "5GB"
-    format: str | None = None
-    with_companions: bool = True
-    checksum: str | None = None
-    compress: str | None = None
-    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +116,7 @@ def prepare(
     """
     src = path_arguments.to_read(src)
     place = output_place(src, out, options)
+    asked = Asked("convert", src, edits, options)
     with failures_told(src):
         opened = open_source(src, place, edits, options)
         edited, metadata = opened.edited, opened.checkpoint.metadata
@@ -145,7 +126,7 @@ def prepare(
         if layout is not None:
             _refuse_manifest(place, name, options)
             plan = plan_file(edited, layout, name=name, metadata=metadata)
-            return decided(opened, plan, is_single=True)
+            return decided(opened, plan, asked, is_single=True)
         # Otherwise a folder: shards in the order of the source, cut by size alone.
         beside = companions_of(opened)
         layout = registry.format_named("safetensors")
@@ -158,7 +139,7 @@ def prepare(
             companions=beside,
             stem=stem,
         )
-        return decided(opened, plan, beside)
+        return decided(opened, plan, asked, beside)
 
 
 def output_place(
@@ -204,6 +185,7 @@ def companions_of(opened: OpenedSource) -> tuple[OutputFile, ...]:
 def decided(
     opened: OpenedSource,
     plan: Plan,
+    asked: Asked,
     beside: Iterable[OutputFile] = (),
     notes: Iterable[str] = (),
     *,
@@ -214,6 +196,7 @@ def decided(
     Args:
         opened: the source.
         plan: its files, *beside* among them.
+        asked: what it was made for.
         beside: the companions.
         notes: what there is to say about the plan.
         is_single: whether the output is one file.
@@ -233,6 +216,7 @@ def decided(
         is_single,
         opened.path,
         SourceCheck(checkpoint, options.limits) if options.checksum is not None else None,
+        asked.request(),
     )
     before = (*checkpoint.notes, *opened.edited.notes)
     after = (*_notes(opened, plan), *_format_note(checkpoint, plan))

@@ -39,10 +39,14 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
-def lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO, *, shared: bool = False) -> bool:
     """Lock the open *file* for as long as it is open; False where another process has it.
 
     A file system without locks counts as one that gave the lock: nothing better is to be had there.
+
+    Args:
+        file: open for reading and writing.
+        shared: let others that share it have it too; on Windows nobody shares.
     """
     try:
         if sys.platform == "win32":
@@ -53,7 +57,8 @@ def lock(file: BinaryIO) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
     return True

@@ -17,6 +17,7 @@ import os
 import struct
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ from shardkit.payloads.payload import (
     unreadable,
 )
 from shardkit.system.progress import OnBytes
+from shardkit.system.rate_limit import RateLimit
 
 See = Callable[[memoryview], None]
 
@@ -120,18 +122,31 @@ class Copier:
     sources that it opens.
     """
 
-    def __init__(self, output: int, *, clones: Callable[[Path], bool], on_bytes: OnBytes) -> None:
+    def __init__(
+        self,
+        output: int,
+        *,
+        clones: Callable[[Path], bool],
+        on_bytes: OnBytes,
+        limit: RateLimit | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Write to the file descriptor *output*.
 
         Args:
             output: open for writing, and for reading too where bytes are to be seen.
             clones: whether a source may be cloned from.
             on_bytes: called with the number of bytes after each step.
+            limit: how many bytes may be moved in a second; what is cloned moves none.
+            stop: ends a wait for the limit.
         """
         self.counts: Counter[Engine] = Counter()
         self._output = output
         self._clones = clones
         self._on_bytes = on_bytes
+        self._limit = limit
+        self._stop = stop
+        self._step_bytes = min(_STEP, limit.step) if limit else _STEP
         self._open = ExitStack()
         self._back = memoryview(bytearray(_BACK))
         self._source_now: _Opened | None = None
@@ -196,7 +211,7 @@ class Copier:
     def _carried(self, source: _Opened, extent: Extent, at: int) -> Iterator[tuple[int, int]]:
         start, stop = extent.start, extent.start + extent.nbytes
         while start < stop:
-            engine, count = self._step(source, start, at, min(stop - start, _STEP))
+            engine, count = self._step(source, start, at, min(stop - start, self._step_bytes))
             if not count:
                 raise ended_early(extent)
             self._done(engine, count)
@@ -240,6 +255,8 @@ class Copier:
     def _done(self, engine: Engine, count: int) -> None:
         self.counts[engine] += count
         self._on_bytes(count)
+        if self._limit is not None and engine is not Engine.CLONED:
+            self._limit.wait(count, self._stop)
 
 
 def write_at(output: int, data: memoryview | bytes, at: int) -> None:

@@ -26,21 +26,27 @@ def fetch() -> None:
     import safetensors.numpy  # noqa: F401 - `safe_open` asks for numpy when it is called
 
 
-def check(path: Path, file: OutputFile) -> None:
+def check(path: Path, file: OutputFile, *, name: Path | None = None) -> None:
     """Open *path* with the safetensors library; where that is not installed, compare its size with
     the plan.
 
     The table of frames of a compressed file is compared with the plan.
 
+    Args:
+        path: what was written.
+        file: what was to be written.
+        name: what messages call it; None for *path*.
+
     Raises:
         OutputError: the library cannot read the file.
     """
+    name = name or path
     if file.codec is not None:
         listed = tuple(
             frame.expanded for frame in file.codec.frames(Extent(path, 0, path.stat().st_size))
         )
         if listed != file.frames:
-            raise _faulty(path, "its table lists other frames than were planned")
+            raise _faulty(name, "its table lists other frames than were planned")
         return
     try:
         fault = _fault_told_by_child(path) if file.parts[0].nbytes >= LONG else None
@@ -49,11 +55,11 @@ def check(path: Path, file: OutputFile) -> None:
     except ImportError:
         if path.stat().st_size != file.nbytes:
             raise _faulty(
-                path, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there"
+                name, f"{file.nbytes:,} bytes were planned, {path.stat().st_size:,} are there"
             ) from None
     else:
         if fault:
-            raise _faulty(path, f"the safetensors library cannot read it: {fault}")
+            raise _faulty(name, f"the safetensors library cannot read it: {fault}")
 
 
 def fault_of(path: Path) -> str:

@@ -1,77 +1,62 @@
 """A `Transaction`: the output is written in OUT.partial/ and put in place by one rename.
 
 A run that is killed leaves one of these states on disk, and the next run of the same command takes
-it up. "old" is what OUT was before, which may be nothing::
+it up. "old" is what OUT was before, which may be nothing. What `.shardkit/` holds stands in
+`metadata.unit_records`::
 
-       OUT                    OUT.partial/                        next run
-    1  old                    -                                   `begin` makes OUT.partial/
-    2  old                    journal, some files                 `begin` keeps the files on record
-    3  old                    journal with "commit", all files    the same; then `commit` again
-    4  -                      as 3, and old in .shardkit-replaced `recover` puts old back: state 3
-    5  new, with the journal  old, or a part of it, or nothing    `recover` removes it: state 6
+       OUT                    OUT.partial/                         next run
+    1  old                    -                                    `begin` makes OUT.partial/
+    2  old                    .shardkit/, some files               `begin` keeps those on record
+    3  old                    .shardkit/ with commit, all files    the same; then `commit` again
+    4  -                      as 3, and old in .shardkit/replaced  `recover` puts old back: state 3
+    5  new, with .shardkit/   old, or a part of it, or nothing     `recover` removes it: state 6
     6  new                    -
 
 Two folders exchange their names at once where the system can: from 3 to 5 in one step. Elsewhere
 OUT is first moved into OUT.partial/ (state 4), so that it is never without an owner; in state 5 it
-is in OUT/.shardkit-replaced. Where the output is one file, the journal stays in OUT.partial/ in
+is in OUT/.shardkit/replaced. Where the output is one file, .shardkit/ stays in OUT.partial/ in
 state 5, and the file is no longer beside it.
 
-1. The journal has JSON lines. The first says for which plan and from which files. Each other line
-   names who writes, a file that is complete, one that has to be written again, or the output that
-   is being committed. A line that was cut off counts for nothing.
-2. A file is synced before it is on record, the folder before the rename, and the rename before
+1. A file is synced before it is on record, the folder before the rename, and the rename before
    anything old is removed.
-3. The journal is the last file that is removed: as long as it is there, a removal that was cut
-   short is known for what it is.
-4. One run at a time: the journal is locked for as long as it is open.
-5. Only a journal for the same plan and unchanged sources is resumed. Any other is begun anew.
+2. The lock is the last file that is removed: as long as it is there, a removal that was cut short
+   is known for what it is.
+3. A run has the lock for itself (`begin`). The parts of a job array share it (`join`): they add
+   files of one plan, and remove nothing.
+4. Only records of the same plan, of unchanged sources, by the same version, are kept. `begin`
+   removes all others; but what was written in parts it refuses to remove, and `join` refuses
+   whatever is of another plan.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from shardkit.checkpoint.entries import SourceFile
-from shardkit.errors import OutputError, shown, shown_path
+from shardkit.errors import OutputError
 from shardkit.hints import after_writing, output
-from shardkit.metadata.journal_records import JOURNAL_NAME, Finished, Written
-from shardkit.metadata.manifest import Digests
+from shardkit.metadata.unit_records import (
+    COMMIT,
+    DONE,
+    LOCK,
+    PLAN,
+    REPLACED,
+    STATE,
+    Finished,
+    PlanRecord,
+)
 from shardkit.planning.output_path import partial_folder
+from shardkit.printable import shown, shown_path
 from shardkit.system import folders
+from shardkit.writing.unit_files import read_plan, read_records, this_run, write_plan
 
-_VERSION = 2
-_REPLACED = ".shardkit-replaced"
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """For what a partial output was begun; equal identities may share their files.
-
-    Attributes:
-        digest: of the plan.
-        sources: the files that it reads.
-        boot: names the run of the system whose page cache holds the files; "" where they are
-            synced.
-    """
-
-    digest: str
-    sources: tuple[SourceFile, ...]
-    boot: str
-
-    def line(self) -> str:
-        """The first line of the journal."""
-        sources = [[str(s.path), s.size, s.mtime_ns, s.inode] for s in self.sources]
-        return json.dumps(
-            {"version": _VERSION, "digest": self.digest, "sources": sources, "boot": self.boot}
-        )
+_OLD_JOURNAL = ".shardkit-journal"  # of version 0.1, which is begun anew
+_ATTEMPTS, _MOMENT = 4, 0.02  # seconds: `status` takes the lock for less, to see whether it is free
 
 
 class Transaction:
@@ -80,82 +65,64 @@ class Transaction:
     Attributes:
         out: the folder, or the one file, that appears.
         folder: OUT.partial/.
+        plan: for which plan it is written.
         done: the files in it that are complete, by name.
     """
 
     out: Path
     folder: Path
+    plan: PlanRecord
     done: dict[str, Finished]
-    _journal: BinaryIO
+    _lock: BinaryIO
 
-    def __init__(self, out: Path, identity: Identity, *, single: str | None = None) -> None:
+    def __init__(self, out: Path, plan: PlanRecord, *, single: str | None = None) -> None:
         """Touch nothing yet.
 
         Args:
             out: what appears.
-            identity: for which plan, from which files.
+            plan: what it is written for.
             single: name of the file that becomes *out*; None where the folder does.
         """
         self.out = out
         self.folder = partial_folder(out)
+        self.plan = plan
         self.done = {}
-        self._identity = identity
         self._single = single
-        self._sync = not identity.boot
+        self._sync = not plan.boot
 
     @contextlib.contextmanager
-    def begin(self) -> Iterator[Transaction]:
-        """Go from state 1, 2 or 3 to state 2: keep what an earlier run of the same plan finished.
+    def begin(self, *, anew: bool = True) -> Iterator[Transaction]:
+        """Go from state 1, 2 or 3 to state 2: keep what earlier runs of the same plan finished.
+
+        Args:
+            anew: remove what was written for another plan, unless it was written in parts.
 
         Raises:
-            OutputError: another run holds it, it is not shardkit's, or it cannot be made.
+            OutputError: another run holds it, it is not shardkit's, it is of another plan and is
+                kept, or it cannot be made.
         """
-        path = self.folder / JOURNAL_NAME
-        try:
-            new = [parent for parent in self.folder.parents if not parent.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for parent in new if self._sync else ():
-                folders.sync_folder(parent.parent)
-            if os.listdir(self.folder) and not path.exists():
-                raise OutputError(
-                    f"{shown_path(self.folder)}, where the output is prepared, contains files "
-                    f"that shardkit did not write",
-                    hint=("move the folder away, or choose another output with ", output()),
-                )
-            with open(path, "ab+", buffering=0) as self._journal:
-                _lock(self._journal, path)
-                self._resume(Written.read(self._journal))
-                yield self
-        except OSError as error:
-            message = f"{shown_path(self.folder)}: cannot be written: {error.strerror or error}"
-            raise OutputError(message, hint=after_writing(error)) from None
+        with self._locked(shared=False):
+            self._resume(anew)
+            yield self
 
-    def _resume(self, written: Written) -> None:
-        """Keep what *written* has as complete, if it is of this plan, and remove all else."""
-        line = self._identity.line()
-        is_ours = written.identity == line and not written.broken
-        listed = written.done if is_ours else {}
-        self.done = {
-            name: each for name, each in listed.items() if each.is_whole(self.folder / name)
-        }
-        _keep_only(self.folder, self.done)
-        # What is complete stays recorded throughout: a run that is killed here costs nothing.
-        os.ftruncate(self._journal.fileno(), written.nbytes if is_ours else 0)
-        lost = [json.dumps({"redo": name}) for name in sorted(listed.keys() - self.done.keys())]
-        self._append(*([] if is_ours else [line]), *lost, json.dumps({"by": _this_run()}))
-
-    def finished(self, name: str, digests: Digests | None = None) -> None:
-        """Record that the file called *name* is complete; it is synced already.
+    @contextlib.contextmanager
+    def join(self) -> Iterator[Transaction]:
+        """Go from state 1 or 2 to state 2, beside other runs of the same plan.
 
         Raises:
-            OSError: the journal cannot be written.
+            OutputError: a run has it for itself, it is not shardkit's, it is of another plan, or it
+                cannot be made.
         """
-        nbytes = (self.folder / name).stat().st_size
-        line: dict[str, object] = {"done": name, "nbytes": nbytes}
-        if digests is not None:
-            line["digests"] = [digests.whole, digests.tensors, *digests.blocks]
-        self._append(json.dumps(line))
-        self.done[name] = Finished(nbytes, digests)
+        with self._locked(shared=True):
+            if read_plan(self.folder) is None:
+                write_plan(self.folder, self.plan, sync=self._sync, replace=False)
+            found = read_plan(self.folder)
+            if found is None or found.key != self.plan.key:
+                raise self._of_another(found)
+            if not found.in_parts:  # one run has begun it, and parts end it
+                write_plan(self.folder, self.plan, sync=self._sync)
+            self.done = self._complete()
+            yield self
 
     def commit(self) -> None:
         """Go from state 2, when all files are complete, to state 6.
@@ -165,11 +132,11 @@ class Transaction:
         """
         try:
             # State 3.
-            self._append(json.dumps({"commit": self.out.name}))
+            self._mark(self.out.name)
             if self._sync:
                 folders.sync_tree(self.folder)
             if os.name == "nt":
-                self._journal.close()  # there no folder moves while a file in it is open
+                self._lock.close()  # there no folder moves while a file in it is open
             # State 5, maybe by way of 4.
             if self._single is not None:
                 os.replace(self.folder / self._single, self.out)
@@ -178,7 +145,7 @@ class Transaction:
                     self.out.rmdir()
                 os.rename(self.folder, self.out)
             elif not folders.exchange(self.folder, self.out):
-                os.rename(self.out, self.folder / _REPLACED)
+                os.rename(self.out, self.folder / REPLACED)
                 try:
                     os.rename(self.folder, self.out)
                 except OSError:
@@ -200,35 +167,32 @@ class Transaction:
         Raises:
             OutputError: another run is at it, or the system refuses.
         """
-        moved = self.out / JOURNAL_NAME
-        path = moved if moved.is_file() else self.folder / JOURNAL_NAME
+        is_moved = (self.out / LOCK).is_file()  # nothing but a commit brings it there
+        folder = self.out if is_moved else self.folder
         try:
-            if not path.is_file():
-                if self.out.exists():  # the last that a commit may leave is an empty folder
-                    with contextlib.suppress(OSError):  # not empty, or not there
-                        os.rmdir(self.folder)
+            if not (folder / LOCK).is_file():
+                self._remove_empty()
                 return False
-            with open(path, "ab+", buffering=0) as journal:
-                _lock(journal, path)
-                written = Written.read(journal)
-                if path != moved:
+            is_cut_short = not (folder / PLAN).exists()
+            if not is_moved and not is_cut_short and not (folder / COMMIT).exists():
+                return False
+            with open(folder / LOCK, "ab+", buffering=0) as lock:
+                _lock(lock, folder / LOCK)
+                if not is_moved:
                     self._put_back()
-                if written.commit != self.out.name:
-                    return False
                 # Did the commit reach OUT, and is OUT still as it left it?
-                if self._single is None:
-                    is_placed = moved.is_file()
-                    is_complete = is_placed and all(
-                        each.is_whole(self.out / name) for name, each in written.done.items()
-                    )
-                else:
-                    file = written.done.get(self._single)
-                    is_moved = not (self.folder / self._single).exists()
-                    is_complete = file is not None and is_moved and file.is_whole(self.out)
-                    is_placed = is_complete
-                if is_placed:
+                is_placed = is_moved or (
+                    self._single is not None
+                    and _first_line(folder / COMMIT) == self.out.name
+                    and self.out.exists()
+                    and not (self.folder / self._single).exists()
+                )
+                plan = read_plan(folder)
+                is_ours = plan is not None and plan.key == self.plan.key
+                is_complete = plan is not None and self._is_whole(plan, folder)
+                if is_placed or is_cut_short:
                     self._clear()
-                return is_complete and written.identity == self._identity.line()
+                return is_placed and is_ours and is_complete
         except OSError as error:
             message = f"{shown_path(self.out)}: cannot be finished: {error.strerror or error}"
             raise OutputError(message, hint=after_writing(error)) from None
@@ -236,40 +200,99 @@ class Transaction:
     def discard(self) -> None:
         """Go from state 2 to state 1: remove everything that was written."""
         if os.name == "nt":
-            self._journal.close()  # there no open file is removed; elsewhere it keeps the lock
+            self._lock.close()  # there no open file is removed; elsewhere it keeps the lock
         with contextlib.suppress(OSError):  # why it is discarded is what has to be said
             remove(self.folder)
 
+    @contextlib.contextmanager
+    def _locked(self, *, shared: bool) -> Iterator[None]:
+        """Make OUT.partial/, and hold its lock."""
+        path = self.folder / LOCK
+        try:
+            new = [parent for parent in self.folder.parents if not parent.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for parent in new if self._sync else ():
+                folders.sync_folder(parent.parent)
+            found = set(os.listdir(self.folder))
+            if found and not found & {STATE, _OLD_JOURNAL}:
+                raise OutputError(
+                    f"{shown_path(self.folder)}, where the output is prepared, contains files "
+                    f"that shardkit did not write",
+                    hint=("move the folder away, or choose another output with ", output()),
+                )
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "ab+", buffering=0) as self._lock:
+                _lock(self._lock, path, shared=shared)
+                yield
+        except OSError as error:
+            message = f"{shown_path(self.folder)}: cannot be written: {error.strerror or error}"
+            raise OutputError(message, hint=after_writing(error)) from None
+
+    def _resume(self, anew: bool) -> None:
+        """Keep what is complete, if it is of this plan, and remove all else."""
+        found = read_plan(self.folder)
+        is_ours = found is not None and found.key == self.plan.key
+        if not is_ours and (not anew or (found is not None and found.in_parts)):
+            raise self._of_another(found)
+        self.done = self._complete() if is_ours else {}
+        _keep_only(self.folder, self.done, [PLAN] if is_ours else [])
+        if not is_ours:
+            write_plan(self.folder, self.plan, sync=self._sync)
+
+    def _complete(self) -> dict[str, Finished]:
+        return {
+            each.name: each.finished
+            for each in read_records(self.folder)
+            if each.key == self.plan.key and each.finished.is_whole(self.folder / each.name)
+        }
+
+    def _of_another(self, found: PlanRecord | None) -> OutputError:
+        same, folder = "give all parts the same source and options", shown_path(self.folder)
+        told = list(self.plan.differences(found)) if found else ["its record is damaged"]
+        return OutputError(
+            f"{folder} was begun for another plan: "
+            + ("; ".join(told) or "the source or the options are not the same"),
+            hint=(
+                f"{same}; or remove {folder} to begin anew; or choose another output with ",
+                output(),
+            ),
+        )
+
+    def _mark(self, name: str) -> None:
+        with open(self.folder / COMMIT, "wb", buffering=0) as file:
+            os.write(file.fileno(), os.fsencode(f"{name}\n"))
+            if self._sync:
+                os.fsync(file.fileno())
+
     def _put_back(self) -> None:
         """Go from state 4 to state 3."""
-        if (self.folder / _REPLACED).is_dir() and not self.out.exists():
-            os.rename(self.folder / _REPLACED, self.out)
+        if (self.folder / REPLACED).is_dir() and not self.out.exists():
+            os.rename(self.folder / REPLACED, self.out)
 
     def _clear(self) -> None:
-        """Go from state 5 to state 6: remove what OUT replaced, and the journal last."""
+        """Go from state 5 to state 6: remove what OUT replaced, and the lock last."""
         remove(self.folder)
         if self.out.is_dir():
-            remove(self.out / _REPLACED)
-            (self.out / JOURNAL_NAME).unlink(missing_ok=True)
+            _remove_state(self.out)
 
-    def _append(self, *lines: str) -> None:
-        """Add *lines* to the journal."""
-        file = self._journal.fileno()
-        stop = os.fstat(file).st_size
-        rest = memoryview("".join(f"{line}\n" for line in lines).encode())
-        try:
-            while rest:
-                rest = rest[os.write(file, rest) :]
-        except OSError:
-            with contextlib.suppress(OSError):  # half a line would spoil the next one
-                os.ftruncate(file, stop)
-            raise
-        if self._sync:
-            os.fsync(file)
+    def _is_whole(self, plan: PlanRecord, folder: Path) -> bool:
+        """Whether the files of *plan* are at OUT, as far as the records in *folder* tell."""
+        root = self.out if self._single is None else self.out.parent
+        records = list(read_records(folder))
+        return all((root / name).is_file() for name, _ in plan.files) and all(
+            each.finished.is_whole(root / each.name) for each in records
+        )
+
+    def _remove_empty(self) -> None:
+        """Remove the empty folders that are the last that a commit may leave."""
+        for folder in (self.out / STATE, self.folder / STATE, self.folder):
+            if self.out.exists():
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    os.rmdir(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove *folder* and what it holds, the journal last.
+    """Remove *folder* and what it holds, the lock last.
 
     Raises:
         OSError: something in it cannot be removed.
@@ -277,11 +300,13 @@ def remove(folder: Path) -> None:
     if not folder.exists():
         return
     for entry in list(os.scandir(folder)):
+        if entry.name == STATE:
+            continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
-        elif entry.name != JOURNAL_NAME:
+        else:
             os.unlink(entry.path)
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    _remove_state(folder)
     with contextlib.suppress(OSError):  # another run may have begun in it
         os.rmdir(folder)
 
@@ -294,34 +319,68 @@ def boot_id() -> str:
         return f"process {os.getpid()}"
 
 
-def _keep_only(folder: Path, names: Iterable[str]) -> None:
-    kept = {folder / name for name in names} | {folder / JOURNAL_NAME}
-    for parent, inside, files in os.walk(folder, topdown=False):
-        for name in files:
-            if Path(parent, name) not in kept:
-                Path(parent, name).unlink()
-        for name in inside:
-            with contextlib.suppress(OSError):  # not empty: it holds what is kept
-                Path(parent, name).rmdir()
+def _remove_state(folder: Path) -> None:
+    """Remove .shardkit/ of *folder*: the plan and the commit, which tell what happened, and the
+    lock last.
+    """
+    state = folder / STATE
+    if not state.is_dir():
+        return
+    last = [folder / PLAN, folder / COMMIT, folder / LOCK]
+    for entry in list(os.scandir(state)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif Path(entry.path) not in last:
+            os.unlink(entry.path)
+    for path in last:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another run may have begun in it
+        os.rmdir(state)
 
 
-def _lock(journal: BinaryIO, path: Path) -> None:
-    """Lock the *journal*, which was opened at *path*, or name the run that has it."""
+def _keep_only(folder: Path, names: Collection[str], others: Iterable[str]) -> None:
+    """Remove all from *folder* but the files called *names*, their records, and *others*."""
+    kept = {folder / name for name in (*names, *others, LOCK)}
+    kept |= {folder / DONE / name for name in names}
+    for top in (folder / DONE, folder):  # the record of a file goes before the file
+        for parent, inside, files in os.walk(top, topdown=False):
+            for name in files:
+                if Path(parent, name) not in kept:
+                    Path(parent, name).unlink()
+            for name in inside:
+                with contextlib.suppress(OSError):  # not empty: it holds what is kept
+                    Path(parent, name).rmdir()
+
+
+def _first_line(path: Path) -> str:
+    """The first line of the file at *path*; "" if there is none."""
     try:
-        # A run that ended between our opening the journal and locking it has moved or removed it.
-        if folders.lock(journal) and os.path.samestat(os.fstat(journal.fileno()), path.stat()):
-            return
+        return os.fsdecode(path.read_bytes().partition(b"\n")[0])
     except FileNotFoundError:
-        pass
+        return ""
+
+
+def _lock(lock: BinaryIO, path: Path, *, shared: bool = False) -> None:
+    """Lock the file *lock*, which was opened at *path*, or name the run that has it."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            # A run that ended between our opening the file and locking it has moved or removed it.
+            is_ours = folders.lock(lock, shared=shared)
+            if is_ours and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                if not shared:
+                    os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"{this_run()}\n".encode())
+                return
+        except FileNotFoundError:
+            break
+        if attempt < _ATTEMPTS - 1:
+            time.sleep(_MOMENT)
     holder = ""
     with contextlib.suppress(OSError):  # where a lock forbids reading
-        holder = Written.read(journal).by
+        lock.seek(0)
+        holder = lock.read().decode(errors="replace").rstrip("\n").rpartition("\n")[2]
     raise OutputError(
-        f"{shown_path(path.parent)} is in use by another run of shardkit"
+        f"{shown_path(path.parent.parent)} is in use by another run of shardkit"
         + (f": {shown(holder)}" if holder else ""),
         hint=("wait for it to end, or choose another output with ", output()),
     )
-
-
-def _this_run() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"

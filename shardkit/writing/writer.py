@@ -1,93 +1,182 @@
-"""Execute a plan: write, sync and check every file of it, a few at a time, with no choices left."""
+"""Write one file of a plan: a unit of work, that any process on any machine that sees the folder
+may do, with no choices left.
+
+Doing a unit twice, even at once, is harmless: it gives the same bytes, under a unique name until
+they are complete.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shardkit.errors import OutputError, shown_path
+from shardkit import __version__
+from shardkit.errors import OutputError
 from shardkit.hints import after_writing
-from shardkit.metadata.manifest import Digests
+from shardkit.metadata.manifest import Digests, Run
+from shardkit.metadata.unit_records import Finished
 from shardkit.payloads.digests import Sums
 from shardkit.payloads.payload import Extent, Literal, Trailer
 from shardkit.planning.plan import OutputFile, Plan
+from shardkit.printable import shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
-from shardkit.system.threads import TOGETHER, Pool
+from shardkit.system.rate_limit import RateLimit
+from shardkit.system.threads import Pool
 from shardkit.writing import reference_check
 from shardkit.writing.compress import write_compressed
 from shardkit.writing.copier import Copier, Engine, See, can_clone, clonable, engine_of, reserve
 from shardkit.writing.transaction import Transaction
+from shardkit.writing.unit_files import new_path, read_plan, write_record
 
 _LOG = logging.getLogger("shardkit")
 
 
-def write(
-    plan: Plan,
-    transaction: Transaction,
-    *,
-    jobs: int | None = None,
-    sync: bool = True,
-    on_bytes: OnBytes = lambda count: None,
-) -> Counter[Engine]:
-    """Write the files of *plan* that *transaction* has not, and count the bytes by engine.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A unit of work: one output file. It pickles, and may be done on another machine.
+
+    Attributes:
+        file: what is written.
+        folder: OUT.partial/, which that machine sees under the same path.
+        key: of the plan that it belongs to.
+        version: of shardkit that has planned it.
+        sync: make it last before it is on record.
+        is_safetensors: whether the reference reader has to take it.
+        sums: what is summed of it.
+    """
+
+    file: OutputFile
+    folder: Path
+    key: str
+    version: str
+    sync: bool
+    is_safetensors: bool
+    sums: Summed
+
+    @classmethod
+    def of(cls, plan: Plan, file: OutputFile, transaction: Transaction) -> Work:
+        """The unit that writes *file* of *plan* into the folder of *transaction*, which has
+        begun.
+        """
+        return cls(
+            file,
+            transaction.folder,
+            transaction.plan.key,
+            __version__,
+            not transaction.plan.boot,
+            plan.is_safetensors(file),
+            Summed.of(plan, file),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of a unit of work.
+
+    Attributes:
+        name: of the file.
+        finished: its size and digests, which are on record.
+        engines: its bytes by how they came there.
+    """
+
+    name: str
+    finished: Finished
+    engines: Counter[Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a process lends to the units that it does.
+
+    Attributes:
+        clones: whether the file system lets an output share the pages of a source.
+        frames: compresses frames.
+        ahead: how many of them are in it at a time, for each file.
+        on_bytes: called with the number of bytes after each step.
+        limit: how many bytes may be moved in a second; None for as many as there can be.
+        stop: is set when the units are to end early.
+    """
+
+    clones: Callable[[Path], bool]
+    frames: Executor
+    ahead: int
+    on_bytes: OnBytes
+    limit: RateLimit | None
+    stop: threading.Event
+
+    @classmethod
+    @contextlib.contextmanager
+    def alone(cls, folder: Path, limit: RateLimit | None = None) -> Iterator[Means]:
+        """Those of a process that does one unit in *folder*."""
+        count = os.cpu_count() or 1
+        with Pool(count, "shardkit-compress") as frames:
+            clones = cache(lambda path: can_clone(path, folder))
+            yield cls(clones, frames, count + 1, lambda count: None, limit, threading.Event())
+
+
+def write_one(work: Work, means: Means | None = None) -> Done:
+    """Write, sync and check the file of *work*, give it its name, and leave a record of it.
 
     Args:
-        plan: what to write.
-        transaction: has begun; its folder is written in.
-        jobs: files written at a time; None for one more than there are processors, or as many where
-            they are compressed, at most 8.
-        sync: make each file last before it counts as done.
-        on_bytes: called, from any thread, with the number of bytes after each step; first with
-            those that are written already.
+        work: what to write.
+        means: those of the process; None for its own.
 
     Raises:
         FormatError: a source cannot be read.
-        OutputError: a file cannot be written, or is not what the reference reader expects.
+        OutputError: it cannot be written, it is not what the reference reader expects, or it is a
+            unit of another plan or of another version of shardkit.
     """
-    todo = [file for file in plan.files if file.name not in transaction.done]
-    on_bytes(plan.nbytes - sum(file.nbytes for file in todo))
-    together = jobs or _at_a_time(plan)
-    clones = cache(lambda path: can_clone(path, transaction.folder))
-    with Pool(together, "shardkit-compress") as frames, Pool(together, "shardkit-write") as pool:
-        files = _FileWriter(plan, transaction, clones, sync, on_bytes, frames, ahead=together + 1)
-        # The largest first. Where one fails, or the run is interrupted, the others stop too.
-        try:
-            early = [file for file in todo if file.late is None]
-            early.sort(key=lambda file: -file.nbytes)
-            futures = [pool.submit(files.write, file) for file in early]
-            if any(plan.is_safetensors(file) and file.codec is None for file in early):
-                frames.submit(reference_check.fetch)  # these threads have little to do here
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            files.stop.set()
-            pool.shutdown(cancel_futures=True)
-        counts = _added(futures)
-        # Then what holds digests of the files before it.
-        files.stop.clear()
-        for file in todo:
-            if file.late is not None:
-                counts += files.write(file.settled(transaction.done))
-    return counts
-
-
-def _at_a_time(plan: Plan) -> int:
-    """As many files as keep all processors at work.
-
-    Shards are seldom as many as the processors, or a multiple: with one file more, the system evens
-    out what is left of them. But one that is compressed takes all processors by itself, and memory.
-    """
-    processors = os.cpu_count() or 1
-    return min(TOGETHER, processors if any(file.codec for file in plan.files) else processors + 1)
+    if means is None:
+        with Means.alone(work.folder) as means:
+            return write_one(work, means)
+    file, path = work.file, work.folder / work.file.name
+    sums = _Sums.of(work.sums)
+    begun = time.monotonic()
+    try:
+        _refuse_another(work)
+        new = new_path(work.folder)
+        with _removed_on_failure(new):
+            with open(new, "x+b", buffering=0) as output:
+                # Its bytes, and the digests of them as they pass.
+                if file.codec is None:
+                    counts = _copy(file, output.fileno(), sums.see, means)
+                else:
+                    counts = Counter({Engine.COMPRESSED: file.nbytes})
+                    write_compressed(
+                        file,
+                        output.fileno(),
+                        means.frames,
+                        ahead=means.ahead,
+                        see=[sums.for_record.see] if sums.for_record else [],
+                        see_stored=[sums.for_manifest.see] if sums.for_manifest else [],
+                        on_bytes=_limited(means),
+                    )
+                # They last before it is on record.
+                if work.sync:
+                    os.fsync(output.fileno())
+                nbytes = os.fstat(output.fileno()).st_size
+            if work.is_safetensors:
+                reference_check.check(new, file, name=path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new, path)
+        finished = Finished(nbytes, sums.digests() if sums.see else None)
+        write_record(work.folder, work.key, file.name, finished, sync=work.sync)
+    except OSError as error:
+        message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
+        raise OutputError(message, hint=after_writing(error)) from None
+    _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)
+    return Done(file.name, finished, counts)
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:
@@ -122,117 +211,109 @@ def bytes_to_store(plan: Plan, folder: Path, *, done: Container[str] = ()) -> in
     )
 
 
-class _FileWriter:
-    """Writes files of one plan; may be called from several threads."""
+def _refuse_another(work: Work) -> None:
+    """Refuse a unit that was planned by another version, or that the output was not begun for."""
+    name = f"the unit of work {shown(work.file.name)}"
+    if work.version != __version__:
+        raise OutputError(
+            f"{name} was planned by shardkit {shown(work.version)}, and this is {__version__}",
+            hint="install the same version of shardkit on all machines",
+        )
+    plan = read_plan(work.folder)
+    if plan is None or plan.key != work.key:
+        what = "another plan" if plan else "no plan: it may be in its place already, or removed"
+        raise OutputError(
+            f"{name} does not belong to {shown_path(work.folder)}, which holds {what}",
+            hint="plan again: run the command with which the output was begun",
+        )
 
-    def __init__(
-        self,
-        plan: Plan,
-        transaction: Transaction,
-        clones: Callable[[Path], bool],
-        sync: bool,
-        on_bytes: OnBytes,
-        frames: Executor,
-        *,
-        ahead: int,
-    ) -> None:
-        self.stop = threading.Event()
-        self._plan = plan
-        self._transaction = transaction
-        self._clones = clones
-        self._sync = sync
-        self._report = on_bytes
-        self._frames = frames
-        self._ahead = ahead
-        self._lock = threading.Lock()
 
-    def write(self, file: OutputFile) -> Counter[Engine]:
-        """Write, sync, check and record *file*; returns its bytes by engine.
+def _copy(file: OutputFile, output: int, see: Sequence[See], means: Means) -> Counter[Engine]:
+    """Write the parts of *file*, a trailer from the CRCs of the parts before it."""
+    if not any(means.clones(part.path) for part in file.parts if isinstance(part, Extent)):
+        reserve(output, file.nbytes)
+    needs_crcs = any(isinstance(part, Trailer) for part in file.parts)
+    crcs: list[int] = []
+    at = 0
+    with Copier(
+        output, clones=means.clones, on_bytes=means.on_bytes, limit=means.limit, stop=means.stop
+    ) as copier:
+        for part in file.parts:
+            payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
+            if needs_crcs:
+                crc = _Crc()
+                copier.write(payload, at, crc.see, *see)
+                crcs.append(crc.value)
+            else:
+                copier.write(payload, at, *see)
+            at += part.nbytes
+        return copier.counts
 
-        Raises:
-            FormatError: a source cannot be read.
-            OutputError: it cannot be written, or is not what the reference reader expects.
-        """
-        path = self._transaction.folder / file.name
-        sums = _Sums.of(self._plan, file)
-        begun = time.monotonic()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w+b", buffering=0) as output:
-                # Its bytes, and the digests of them as they pass.
-                if file.codec is None:
-                    counts = self._copy(file, output.fileno(), sums.see)
-                else:
-                    counts = Counter({Engine.COMPRESSED: file.nbytes})
-                    write_compressed(
-                        file,
-                        output.fileno(),
-                        self._frames,
-                        ahead=self._ahead,
-                        see=[sums.for_record.see] if sums.for_record else [],
-                        see_stored=[sums.for_manifest.see] if sums.for_manifest else [],
-                        on_bytes=self._on_bytes,
-                    )
-                # They last before it is on record.
-                if self._sync:
-                    os.fsync(output.fileno())
-        except OSError as error:
-            message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
-            raise OutputError(message, hint=after_writing(error)) from None
-        if self._plan.is_safetensors(file):
-            reference_check.check(path, file)
-        _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)
-        with self._lock:
-            self._transaction.finished(file.name, sums.digests() if sums.see else None)
-        return counts
 
-    def _copy(self, file: OutputFile, output: int, see: Sequence[See]) -> Counter[Engine]:
-        """Write the parts of *file*, a trailer from the CRCs of the parts before it."""
-        if not any(self._clones(part.path) for part in file.parts if isinstance(part, Extent)):
-            reserve(output, file.nbytes)
-        needs_crcs = any(isinstance(part, Trailer) for part in file.parts)
-        crcs: list[int] = []
-        at = 0
-        with Copier(output, clones=self._clones, on_bytes=self._on_bytes) as copier:
-            for part in file.parts:
-                payload = Literal(part.make(crcs)) if isinstance(part, Trailer) else part
-                if needs_crcs:
-                    crc = _Crc()
-                    copier.write(payload, at, crc.see, *see)
-                    crcs.append(crc.value)
-                else:
-                    copier.write(payload, at, *see)
-                at += part.nbytes
-            return copier.counts
+def _limited(means: Means) -> OnBytes:
+    def on_bytes(count: int) -> None:
+        means.on_bytes(count)
+        if means.limit is not None:
+            means.limit.wait(count, means.stop)
 
-    def _on_bytes(self, count: int) -> None:
-        if self.stop.is_set():
-            raise _Stopped
-        with self._lock:
-            self._report(count)
+    return on_bytes
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    """Leave nothing half-written behind where the process lives on."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # why it failed is what has to be said
+            path.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """What is summed of a file while it is written.
+
+    Attributes:
+        checksum: algorithm of the digests for a manifest; None for none.
+        tensors: the byte ranges that a manifest has a digest of.
+        algorithm: of the digests of blocks.
+        blocks: the byte ranges of the blocks, as they are before compression.
+    """
+
+    checksum: str | None
+    tensors: tuple[Run, ...]
+    algorithm: str
+    blocks: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, file: OutputFile) -> Summed:
+        """What *plan* wants summed of *file*."""
+        return cls(
+            plan.checksum,
+            plan.tensors_in(file) if plan.checksum else (),
+            plan.record.algorithm if plan.record else "",
+            tuple((run.start, run.stop) for run in plan.blocks_in(file)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is summed of a file: it and its *tensors* for a manifest, its blocks for
-    offload.json.
-    """
+    """The sums of one file as its bytes pass: for a manifest, and for offload.json."""
 
-    tensors: tuple[str, ...]
+    tensors: tuple[Run, ...]
     for_manifest: Sums | None
     for_record: Sums | None
 
     @classmethod
-    def of(cls, plan: Plan, file: OutputFile) -> _Sums:
-        """What *plan* wants summed of *file*."""
+    def of(cls, wanted: Summed) -> _Sums:
         for_manifest = for_record = None
-        runs = plan.tensors_in(file) if plan.checksum else ()
-        if plan.checksum:
-            for_manifest = Sums(plan.checksum, [(run.start, run.stop) for run in runs])
-        blocks = [(run.start, run.stop) for run in plan.blocks_in(file)]
-        if plan.record and blocks:
-            for_record = Sums(plan.record.algorithm, blocks, whole=False)
-        return cls(tuple(run.name for run in runs), for_manifest, for_record)
+        if wanted.checksum:
+            runs = [(run.start, run.stop) for run in wanted.tensors]
+            for_manifest = Sums(wanted.checksum, runs)
+        if wanted.blocks:
+            for_record = Sums(wanted.algorithm, list(wanted.blocks), whole=False)
+        return cls(wanted.tensors, for_manifest, for_record)
 
     @property
     def see(self) -> tuple[See, ...]:
@@ -243,7 +324,8 @@ class _Sums:
         """Everything that was summed, once all bytes have passed."""
         whole, tensors = self.for_manifest.ended() if self.for_manifest else ("", [])
         blocks = self.for_record.ended()[1] if self.for_record else []
-        return Digests(whole, dict(zip(self.tensors, tensors, strict=False)), tuple(blocks))
+        names = (run.name for run in self.tensors)
+        return Digests(whole, dict(zip(names, tensors, strict=False)), tuple(blocks))
 
 
 @dataclass(slots=True)
@@ -259,19 +341,3 @@ def _amounts(counts: Mapping[Engine, int]) -> str:
         ", ".join(f"{format_size(nbytes)} {engine}" for engine, nbytes in counts.items() if nbytes)
         or "no bytes"
     )
-
-
-class _Stopped(BaseException):
-    """Another file failed, or the run was interrupted."""
-
-
-def _added(futures: Iterable[Future[Counter[Engine]]]) -> Counter[Engine]:
-    """The sum of what the files counted, or else what went wrong first; that others then stopped is
-    no news.
-    """
-    done = [future for future in futures if not future.cancelled()]
-    failures = [error for future in done if (error := future.exception()) is not None]
-    for error in failures:
-        if not isinstance(error, _Stopped):
-            raise error
-    return sum((future.result() for future in done), Counter[Engine]())

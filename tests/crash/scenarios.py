@@ -18,19 +18,22 @@ from shardkit.checkpoint.edits import Edits
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.dtypes import parse_dtype
 from shardkit.errors import OutputError, ShardkitError
+from shardkit.fleet.parts import Part
 from shardkit.metadata import safetensors_header
-from shardkit.metadata.journal_records import JOURNAL_NAME
+from shardkit.metadata.unit_records import DONE
 from shardkit.operations.convert import Report, carry_out
 from shardkit.operations.offload_prep import prepare_offload
+from shardkit.operations.write_output import How
 from shardkit.payloads.payload import Extent, Literal, Trailer
+from shardkit.planning.options import ConversionOptions
 from shardkit.planning.plan import OutputFile
-from shardkit.planning.prepare import ConversionOptions, prepare
+from shardkit.planning.prepare import prepare
 
 MAX_SHARD = "7kB"
 FOREIGN = {
     "mine.txt": b"mine",
     "out.old/mine.txt": b"mine too",
-    "out.partial.old/.shardkit-journal": b"mine as well",
+    "out.partial.old/.shardkit/lock": b"mine as well",
 }
 
 Tree = dict[str, bytes]
@@ -146,7 +149,7 @@ class Case:
         left = [
             name
             for name in new.keys() - FOREIGN.keys()
-            if ".shardkit-" in name or ".partial" in name or ".old" in name
+            if ".shardkit/" in name or ".partial" in name or ".old" in name
         ]
         assert not left, f"an undisturbed run leaves {left}"
         return cls(scenario, source, work, template, old, new)
@@ -184,7 +187,7 @@ class Case:
         yield from self._faults_of_state(before)
         if not killed and self.old and not _output(tree(self.work), self.scenario.out):
             yield "the old output is gone, and the new one is not there"
-        finished = _recorded(self.work / f"{self.scenario.out}.partial" / JOURNAL_NAME)
+        finished = _recorded(self.work / f"{self.scenario.out}.partial" / DONE)
         try:
             with Layer(self.work).installed():
                 report = self.scenario.run(self.source, self.work)
@@ -229,14 +232,13 @@ def _output(files: Tree, out: str) -> Tree:
         name: data for name, data in files.items() if name == out or name.startswith(f"{out}/")
     }
     return {
-        name: data for name, data in below.items() if ".shardkit-" not in name and name != f"{out}/"
+        name: data for name, data in below.items() if ".shardkit/" not in name and name != f"{out}/"
     }
 
 
-def _recorded(journal: Path) -> int:
-    """How many files a journal has as complete; a line that was cut off counts for nothing."""
-    lines = journal.read_text().split("\n")[:-1] if journal.is_file() else []
-    return sum(line.startswith('{"done"') for line in lines)
+def _recorded(done: Path) -> int:
+    """How many files have a record in the folder *done*."""
+    return sum(path.is_file() for path in done.rglob("*"))
 
 
 def _convert(source: Path, out: Path, **options: object) -> Report:
@@ -248,7 +250,7 @@ def _convert(source: Path, out: Path, **options: object) -> Report:
         edits,
         ConversionOptions(MAX_SHARD, checksum=None if checksum is None else str(checksum)),
     )
-    return carry_out(conversion, jobs=1, overwrite=bool(options.get("overwrite")))
+    return carry_out(conversion, How(jobs=1, overwrite=bool(options.get("overwrite"))))
 
 
 def _folder(source: Path, work: Path) -> Report:
@@ -256,7 +258,9 @@ def _folder(source: Path, work: Path) -> Report:
 
 
 def _together(source: Path, work: Path) -> Report:
-    return carry_out(prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=3)
+    return carry_out(
+        prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), How(jobs=3)
+    )
 
 
 def _deep(source: Path, work: Path) -> Report:
@@ -277,15 +281,22 @@ def _summed(source: Path, work: Path) -> Report:
 
 def _by_blocks(source: Path, work: Path) -> Report:
     return carry_out(
-        prepare_offload(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), jobs=1
+        prepare_offload(source, work / "out", Edits(), ConversionOptions(MAX_SHARD)), How(jobs=1)
     )
 
 
 def _compressed(source: Path, work: Path) -> Report:
     return carry_out(
         prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD, compress="zstd")),
-        jobs=1,
+        How(jobs=1),
     )
+
+
+def _parts(source: Path, work: Path) -> Report:
+    for part in (Part(2, 2), Part(1, 2)):
+        conversion = prepare(source, work / "out", Edits(), ConversionOptions(MAX_SHARD))
+        carry_out(conversion, How(jobs=1), part)
+    return shardkit.commit(work / "out")
 
 
 def _overwrite(source: Path, work: Path) -> Report:
@@ -328,7 +339,7 @@ def _trailed(source: Path, work: Path) -> Report:
         "archive.bin", (Literal(b"begin"), weights, Trailer(8, _table), Literal(b"end"))
     )
     plan = replace(conversion.plan, files=(*conversion.plan.files, archive))
-    return carry_out(replace(conversion, output=replace(conversion.output, plan=plan)), jobs=1)
+    return carry_out(replace(conversion, output=replace(conversion.output, plan=plan)), How(jobs=1))
 
 
 def _table(crcs: Sequence[int]) -> bytes:
@@ -348,6 +359,7 @@ SCENARIOS = (
     Scenario("checksum", _summed),
     Scenario("blocks", _by_blocks),
     Scenario("compress", _compressed),
+    Scenario("parts", _parts),
 )
 
 

@@ -28,7 +28,8 @@ from shardkit.errors import (
 )
 from shardkit.limits import Limits
 from shardkit.operations.convert import carry_out
-from shardkit.planning.prepare import ConversionOptions, prepare
+from shardkit.planning.options import ConversionOptions
+from shardkit.planning.prepare import prepare
 from shardkit.writing.copier import Engine
 from shardkit.writing.writer import bytes_to_store
 from truth import values

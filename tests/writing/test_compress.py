@@ -30,8 +30,9 @@ from shardkit.errors import Malformed, PlanError
 from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import Extent, Literal
 from shardkit.planning.frames import FRAME, cut
+from shardkit.planning.options import ConversionOptions
 from shardkit.planning.plan import OutputFile
-from shardkit.planning.prepare import ConversionOptions, prepare
+from shardkit.planning.prepare import prepare
 from shardkit.sources import registry
 from shardkit.writing.compress import write_compressed
 from truth import values

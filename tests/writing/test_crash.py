@@ -17,8 +17,11 @@ import pytest
 
 import shardkit
 from repository import TESTS
+from shardkit import __version__
 from shardkit.errors import OutputError
-from shardkit.writing.transaction import Identity, Transaction, remove
+from shardkit.metadata.unit_records import Finished, PlanRecord
+from shardkit.writing.transaction import Transaction, remove
+from shardkit.writing.unit_files import write_record
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="reads paths of descriptors from /proc"
@@ -114,17 +117,19 @@ def test_a_swap_that_was_killed_between_its_renames_is_undone_by_the_next_run(fo
 def test_a_removal_that_was_cut_short_leaves_no_foreign_folder(folder: Path) -> None:
     for at in range(1000):
         out, partial = folder / f"{at}" / "out", folder / f"{at}" / "out.partial"
-        with Transaction(out, Identity("", (), "")).begin() as transaction:
+        plan = PlanRecord("", (), "", __version__)
+        with Transaction(out, plan).begin():
             (partial / "a").write_text("a")
             (partial / "sub").mkdir()
             (partial / "sub" / "b").write_text("b")
-            transaction.finished("a")
+            write_record(partial, plan.key, "a", Finished(1, None), sync=True)
         layer = Layer(partial.parent, at, BROKEN)
         with layer.installed(), suppress(OSError):
             remove(partial)
         if layer.struck is None:
             break
-        with Transaction(out, Identity("another", (), "")).begin() as transaction:
+        another = PlanRecord("another", (), "", __version__)
+        with Transaction(out, another).begin() as transaction:
             assert not transaction.done
     else:
         raise AssertionError("it never ends")
@@ -143,30 +148,33 @@ def test_the_order_of_syncs_lets_nothing_be_lost_in_a_power_cut(folder: Path) ->
         """The last of such calls."""
         return max(number for number, call in enumerate(calls) if call == Call(name, path))
 
-    partial, journal = "out.partial", "out.partial/.shardkit-journal"
+    partial, done = "out.partial", "out.partial/.shardkit/done"
     written = [
         Path(name).relative_to("out").as_posix() for name in case.new if name.startswith("out/")
     ]
     assert len(written) > 4
-    for name in written:
-        synced = when("fsync", f"{partial}/{name}")
-        assert not [
-            call
-            for call in calls[synced + 1 :]
-            if call.path == f"{partial}/{name}" and call.name in CHANGES
-        ]
-        recorded = next(
-            number
-            for number in range(synced, len(calls))
-            if calls[number] == Call("write", journal)
-        )
-        assert calls[recorded + 1] == Call("fsync", journal), "a file is recorded once it lasts"
-        assert recorded < when("fsync", partial)
+    new = [  # in the order in which they are made: of each file, its bytes and then its record
+        call.path
+        for call in calls
+        if call.name == "open" and call.path.startswith(f"{partial}/.shardkit/new/")
+    ]
+    plan, *pairs = new
+    assert len(pairs) == 2 * len(written)
+    for content, record in zip(pairs[::2], pairs[1::2], strict=True):
+        for path in (content, record):
+            synced = when("fsync", path)
+            assert not [c for c in calls[synced:] if c.path == path and c.name in CHANGES]
+            assert synced < when("replace", path)
+        assert when("replace", content) < when("replace", record), "recorded once it lasts"
+        assert when("replace", record) < when("fsync", partial)
+    assert when("replace", plan) < when("open", pairs[0]), "a record is of a plan that is there"
     swap = when("exchange", partial)
-    assert max(when("fsync", partial), when("fsync", f"{partial}/sub")) < swap < when("fsync", ".")
+    for folder_ in (partial, f"{partial}/sub", done):
+        assert when("fsync", folder_) < swap
+    assert swap < when("fsync", ".")
     cleared = [
         number for number in range(swap, len(calls)) if calls[number].name in ("unlink", "rmdir")
     ]
     assert when("fsync", ".") < cleared[0], "nothing old is removed before the new is sure to stay"
-    assert calls[-1].name == "unlink"
-    assert calls[-1].path == "out/.shardkit-journal", "the journal goes last"
+    assert calls[-2] == Call("unlink", "out/.shardkit/lock"), "the lock goes last"
+    assert calls[-1] == Call("rmdir", "out/.shardkit")

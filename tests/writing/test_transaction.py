@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import shardkit
+from shardkit import __version__
 from shardkit.errors import Malformed, NoRoom, OutputError
-from shardkit.metadata.journal_records import JOURNAL_NAME
-from shardkit.writing.transaction import Identity, Transaction
+from shardkit.metadata.unit_records import DONE, PLAN, STATE, Finished, PlanRecord
+from shardkit.writing.transaction import Transaction
+from shardkit.writing.unit_files import write_record
 
-IDENTITY = Identity("digest", (), "")
-OTHER = Identity("another digest", (), "")
+PLANNED = PlanRecord("digest", (), "", __version__)
+OTHER = PlanRecord("another digest", (), "", __version__)
 
 
 class Killed(Exception):
@@ -60,14 +62,14 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def wrote(partial: Path, name: str = "a", identity: Identity = IDENTITY) -> None:
-    with Transaction(partial.with_name("out"), identity).begin() as transaction:
+def wrote(partial: Path, name: str = "a", plan: PlanRecord = PLANNED) -> None:
+    with Transaction(partial.with_name("out"), plan).begin():
         (partial / name).write_text("content")
-        transaction.finished(name)
+        write_record(partial, plan.key, name, Finished(7, None), sync=True)
 
 
-def done_in(partial: Path, identity: Identity = IDENTITY) -> set[str]:
-    with Transaction(partial.with_name("out"), identity).begin() as transaction:
+def done_in(partial: Path, plan: PlanRecord = PLANNED) -> set[str]:
+    with Transaction(partial.with_name("out"), plan).begin() as transaction:
         assert transaction.folder == partial
         return set(transaction.done)
 
@@ -82,8 +84,7 @@ def test_a_run_goes_on_where_an_earlier_one_ended(source: Path, tmp_path: Path) 
     shardkit.convert(source, tmp_path / "whole", max_shard="9kB")
     interrupt(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    lines = map(json.loads, (tmp_path / "out.partial" / JOURNAL_NAME).read_text().splitlines())
-    finished = [line["done"] for line in lines if "done" in line]
+    finished = os.listdir(tmp_path / "out.partial" / DONE)
     stamps = {name: (tmp_path / "out.partial" / name).stat().st_mtime_ns for name in finished}
     report = shardkit.convert(source, tmp_path / "out", max_shard="9kB")
     assert report.resumed == len(finished) > 0
@@ -218,7 +219,8 @@ def test_only_what_is_finished_is_kept(partial: Path) -> None:
     (partial / "sub").mkdir()
     (partial / "sub" / "half").write_text("ha")
     assert done_in(partial) == {"a"}
-    assert sorted(os.listdir(partial)) == [JOURNAL_NAME, "a"]
+    assert sorted(os.listdir(partial)) == [STATE, "a"]
+    assert sorted(os.listdir(partial / STATE)) == ["done", "lock", "plan.json"]
 
 
 @pytest.mark.parametrize(
@@ -237,45 +239,64 @@ def test_a_finished_file_that_is_no_longer_whole_is_written_again(
 def test_another_identity_keeps_nothing(partial: Path) -> None:
     wrote(partial)
     assert done_in(partial, OTHER) == set()
-    assert os.listdir(partial) == [JOURNAL_NAME]
-
-
-@pytest.mark.parametrize("tail", ['{"done": "b', "{", "\0\0\0"])
-def test_a_line_that_was_cut_off_is_forgotten_and_spoils_no_other(tail: str, partial: Path) -> None:
-    wrote(partial)
-    with open(partial / JOURNAL_NAME, "a") as journal:
-        journal.write(tail)
-    wrote(partial, "b")
-    assert done_in(partial) == {"a", "b"}
+    assert os.listdir(partial) == [STATE]
+    assert sorted(os.listdir(partial / STATE)) == ["lock", "new", "plan.json"]
 
 
 @pytest.mark.parametrize(
-    "line",
+    "content",
     [
-        "",
-        "[]",
-        "1",
-        "\0",
-        '{"done": 1}',
-        '{"done": "a"}',
-        '{"done": "a", "nbytes": []}',
-        "[" * 99_999,
+        b"",
+        b'{"file": "a", "pl',
+        b"\0\0\0",
+        b"[]",
+        b"\xff\xfe\0",
+        b"{}",
+        b"[" * 99_999,
     ],
 )
-def test_a_journal_with_a_broken_line_begins_anew(line: str, partial: Path) -> None:
+def test_a_damaged_record_costs_its_own_file_only(content: bytes, partial: Path) -> None:
+    wrote(partial, "b")
     wrote(partial)
-    with open(partial / JOURNAL_NAME, "a") as journal:
-        journal.write(f"{line}\n")
+    (partial / DONE / "a").write_bytes(content)
+    assert done_in(partial) == {"b"}
+    assert not (partial / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record | {"nbytes": "7"},
+        lambda record: record | {"file": "b"},
+        lambda record: record | {"plan": "of another"},
+        lambda record: record | {"schema": "shardkit.unit/0"},
+        lambda record: record | {"digests": {"whole": 1}},
+    ],
+    ids=["size", "name", "plan", "schema", "digests"],
+)
+def test_a_record_of_something_else_counts_for_nothing(
+    change: Callable[[dict[str, object]], dict[str, object]], partial: Path
+) -> None:
+    wrote(partial)
+    path = partial / DONE / "a"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert done_in(partial) == set()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"{}\n", b"no journal\n"])
-def test_a_journal_that_is_none_begins_anew(content: bytes, partial: Path) -> None:
-    partial.mkdir()
-    (partial / JOURNAL_NAME).write_bytes(content)
-    (partial / "a").write_text("content")
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"{}\n", b"no plan\n", b"[" * 99_999])
+def test_a_plan_that_is_none_begins_anew(content: bytes, partial: Path) -> None:
+    wrote(partial)
+    (partial / PLAN).write_bytes(content)
     assert done_in(partial) == set()
-    assert os.listdir(partial) == [JOURNAL_NAME]
+    assert os.listdir(partial) == [STATE]
+
+
+def test_a_run_of_version_0_1_is_begun_anew(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".shardkit-journal").write_text("{}")
+    (tmp_path / "out.partial" / "model.safetensors").write_text("of an older version")
+    shardkit.convert(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["big.bin", "out"]
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "renames"])
@@ -293,7 +314,7 @@ def test_a_kill_between_the_swap_and_the_cleaning_up_mends_itself(
     assert (tmp_path / "out" / "model-00001-of-00006.safetensors").exists()
     shardkit.convert(source, tmp_path / "out", max_shard="20kB", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["big.bin", "out"]
-    assert JOURNAL_NAME not in os.listdir(tmp_path / "out")
+    assert STATE not in os.listdir(tmp_path / "out")
 
 
 def test_a_kill_before_the_swap_loses_nothing(

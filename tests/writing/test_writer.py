@@ -18,16 +18,22 @@ from pathlib import Path
 
 import pytest
 
+from shardkit import __version__
 from shardkit.errors import FormatError, Malformed, OutputError
-from shardkit.metadata.journal_records import JOURNAL_NAME
+from shardkit.events import Event
+from shardkit.fleet.execute import execute
+from shardkit.fleet.executor import Threads
+from shardkit.metadata.unit_records import DONE, NEW, Finished, PlanRecord
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Literal, Part, Swapped, Trailer
 from shardkit.planning.plan import OutputFile, Plan
 from shardkit.writing.copier import Engine
 from shardkit.writing.reference_check import LONG, check
-from shardkit.writing.transaction import Identity, Transaction
-from shardkit.writing.writer import forecast, write
+from shardkit.writing.transaction import Transaction
+from shardkit.writing.unit_files import write_record
+from shardkit.writing.writer import forecast
 
 CONTENT = os.urandom(100_003)
+EMPTY = PlanRecord("", (), "", __version__)
 
 
 @pytest.fixture
@@ -43,9 +49,10 @@ def plan_of(*files: OutputFile, shards: Sequence[str] = (), form: str = "anythin
 def written(
     plan: Plan, out: Path, *, jobs: int | None = None, sync: bool = False
 ) -> Counter[Engine]:
-    transaction = Transaction(out, Identity(plan.digest, (), ""))
+    boot = "" if sync else "this run of the system"
+    transaction = Transaction(out, PlanRecord(plan.digest, (), boot, __version__))
     with transaction.begin():
-        counts = write(plan, transaction, jobs=jobs, sync=sync)
+        counts = execute(plan, transaction, Threads(jobs))
         transaction.commit()
     return counts
 
@@ -123,20 +130,30 @@ def test_progress_counts_every_byte_once_and_what_was_done_first(
     source: Path, tmp_path: Path
 ) -> None:
     plan = plan_of(*mixed(source))
-    seen: list[int] = []
-    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction:
-        (transaction.folder / "whole").write_bytes(CONTENT)
-        transaction.finished("whole")
-        write(plan, transaction, on_bytes=seen.append)
-    assert seen[0] == len(CONTENT)
-    assert sum(seen) == plan.nbytes
+    seen: list[Event] = []
+    whole = Finished(len(CONTENT), None)
+    with Transaction(tmp_path / "out", EMPTY).begin() as transaction:
+        transaction.done["whole"] = whole
+        execute(plan, transaction, Threads(), on_event=seen.append)
+    assert seen[:2] == [
+        Event("planned", "out", plan.nbytes),
+        Event("resumed", "whole", len(CONTENT)),
+    ]
+    for file in plan.files:
+        of_file = [event for event in seen[1:] if event.file == file.name]
+        told = sum(event.nbytes for event in of_file if event.kind in ("resumed", "written"))
+        assert told == file.nbytes
+        if file.name != "whole":
+            assert of_file[0] == Event("started", file.name, file.nbytes)
+            assert of_file[-1] == Event("finished", file.name, file.nbytes)
 
 
 def test_what_is_done_is_not_written_again(source: Path, tmp_path: Path) -> None:
-    with Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction:
+    with Transaction(tmp_path / "out", EMPTY).begin() as transaction:
         (transaction.folder / "whole").write_bytes(b"as it was")
-        transaction.finished("whole")
-        write(plan_of(*mixed(source)), transaction)
+        write_record(transaction.folder, EMPTY.key, "whole", Finished(9, None), sync=False)
+    with Transaction(tmp_path / "out", EMPTY).begin() as transaction:
+        execute(plan_of(*mixed(source)), transaction, Threads())
         assert transaction.done.keys() == {file.name for file in mixed(source)}
     assert (transaction.folder / "whole").read_bytes() == b"as it was"
 
@@ -191,8 +208,10 @@ def test_the_first_failure_is_told_and_what_is_whole_is_recorded(
     with pytest.raises(Malformed) as caught:
         written(plan_of(*files), tmp_path / "out", jobs=1)
     assert caught.value is error
-    assert '"good"' in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
-    assert '"bad"' not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
+    done = os.listdir(tmp_path / "out.partial" / DONE)
+    assert "good" in done
+    assert "bad" not in done
+    assert not os.listdir(tmp_path / "out.partial" / NEW), "nothing half-written is left"
 
 
 def test_a_full_disk_is_a_sentence(source: Path, tmp_path: Path) -> None:
@@ -237,17 +256,17 @@ def test_an_interrupt_ends_the_other_files_too(source: Path, tmp_path: Path) -> 
     files = [OutputFile(f"{number}", (Literal(bytes(CHUNK)),) * 4) for number in range(6)]
     count = 0
 
-    def interrupted(nbytes: int) -> None:
+    def interrupted(event: Event) -> None:
         nonlocal count
-        count += 1
+        count += event.kind == "written"
         if count == 6:
             raise KeyboardInterrupt
 
     with (
-        Transaction(tmp_path / "out", Identity("", (), "")).begin() as transaction,
+        Transaction(tmp_path / "out", EMPTY).begin() as transaction,
         pytest.raises(KeyboardInterrupt),
     ):
-        write(plan_of(*files), transaction, jobs=2, on_bytes=interrupted)
+        execute(plan_of(*files), transaction, Threads(2), on_event=interrupted)
     assert count < 10
 
 
@@ -255,7 +274,7 @@ def test_a_shard_that_the_reference_reader_does_not_take_is_never_recorded(tmp_p
     broken = OutputFile("model.safetensors", (Literal(b"no header at all"),))
     with pytest.raises(OutputError, match="the safetensors library cannot read it"):
         written(plan_of(broken, shards=["model.safetensors"], form="safetensors"), tmp_path / "out")
-    assert "done" not in (tmp_path / "out.partial" / JOURNAL_NAME).read_text()
+    assert not (tmp_path / "out.partial" / DONE).exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from shardkit.cli.command import Command
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits
     from shardkit.cli.run_conversion import Writing
-    from shardkit.planning.prepare import ConversionOptions
+    from shardkit.planning.options import ConversionOptions
 
 
 @click.command(

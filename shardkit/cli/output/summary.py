@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ _WORTH_A_RATE = 10_000_000  # with fewer bytes, the rate is that of starting up
 def summary(report: Report) -> Iterator[str]:
     """The lines that end a run."""
     made = amounts(report.shards, report.blocks, report.tensors, report.nbytes)
+    part = f", part {report.part}" if report.part else ""
     yield painted(
-        f"{named(report.source)} → {named(report.out)}: {made} in {_duration(report)}", Role.HEADING
+        f"{named(report.source)} → {named(report.out)}{part}: {made} in {_duration(report)}",
+        Role.HEADING,
     )
     resumed = (
         [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")]
@@ -42,6 +45,9 @@ def summary(report: Report) -> Iterator[str]:
             notes=report.notes,
         ),
     ]
+    if report.part:
+        out = shlex.quote(str(report.out))
+        rows.append(("next", f"when all parts are written: shardkit commit {out}"))
     yield from remarked(rows)
 
 

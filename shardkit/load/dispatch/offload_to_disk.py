@@ -23,7 +23,7 @@ from shardkit.load.lazy.paged import Paged, is_address
 from shardkit.load.loading import install
 from shardkit.load.loading.match import assign, listed
 from shardkit.load.modules.weights import Weight, weights_of
-from shardkit.operations.write_output import write_output
+from shardkit.operations.write_output import How, write_output
 from shardkit.planning.output import Output
 from shardkit.planning.plan import plan_folder
 from shardkit.printable import shown, shown_path
@@ -209,4 +209,4 @@ def _write(name: str, folder: Path, entries: tuple[TensorEntry, ...]) -> None:
     plan = plan_folder(
         Edited(entries, {}, ()), layout, max_shard=_MAX_SHARD, metadata={"format": "pt"}
     )
-    write_output(Output(name, folder, plan), sync=False)
+    write_output(Output(name, folder, plan), How(sync=False))

@@ -24,7 +24,7 @@ from shardkit.load.libraries.model_folder import Saved
 from shardkit.load.loading.match import listed
 from shardkit.metadata.shard_names import STEM
 from shardkit.operations.convert import Report
-from shardkit.operations.write_output import write_output
+from shardkit.operations.write_output import How, write_output
 from shardkit.payloads.payload import Literal
 from shardkit.planning.output import Output
 from shardkit.planning.output_path import followed
@@ -107,7 +107,7 @@ def save(
         )
     name = type(model).__name__
     output = Output(name, out, plan, tuple(_files(state, entries)))
-    return Report.of(output, write_output(output, overwrite=overwrite), source=Path(name))
+    return Report.of(output, write_output(output, How(overwrite=overwrite)), source=Path(name))
 
 
 def _check_whole(model: object) -> None:

@@ -3,7 +3,7 @@ unfinished download or run.
 
 Names and neighbours tell, since the content of a part has no mark of its own. They are looked at
 only where a file cannot be read, but for what is never complete alone: a file of
-torch.distributed.checkpoint, and a folder with the journal of a run.
+torch.distributed.checkpoint, and a folder with the records of a run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkit.errors import FormatError
-from shardkit.hints import output
-from shardkit.metadata.journal_records import JOURNAL_NAME, PARTIAL, Written
+from shardkit.hints import Hint, output
+from shardkit.metadata.unit_records import COMMIT, DONE, PARTIAL, PLAN, PlanRecord
 from shardkit.printable import several, shown
 
 _MOST = 6  # pieces that a command names one by one
@@ -79,28 +79,39 @@ def unfinished_run(folder: Path) -> FormatError | None:
     while it did.
     """
     try:
-        with open(folder / JOURNAL_NAME, "rb") as file:
-            written = Written.read(file)
+        plan = PlanRecord.parse((folder / PLAN).read_bytes())
     except OSError:
         return None
     place = folder if folder.name not in ("", "..") else folder.resolve()
-    if written.commit == place.name:  # it is complete, and only was not cleared up
+    if _committed_to(folder) == place.name:  # it is complete, and only was not cleared up
         return None
     out = place.with_name(place.name.removesuffix(PARTIAL))
-    source = f"of {shown(written.source)}, " if written.source else ""
+    done = sum(len(names) for _, _, names in os.walk(folder / DONE))
+    source = f"of {shown(plan.request.source)}, " if plan and plan.request else ""
+    again: Hint = (
+        f"run the same conversion again ({source}with ",
+        output(out),
+        "): it resumes; or delete this folder",
+    )
+    if plan and plan.in_parts:
+        path = shlex.quote(str(out))
+        again = (
+            f"write the parts that are missing, and commit them: shardkit status {path} tells; or "
+            "delete this folder"
+        )
     return FormatError(
         folder,
-        (
-            "holds the unfinished output of a run of shardkit: "
-            f"{several(len(written.done), 'file')} "
-            "complete"
-        ),
-        hint=(
-            f"run the same conversion again ({source}with ",
-            output(out),
-            "): it resumes; or delete this folder",
-        ),
+        f"holds the unfinished output of a run of shardkit: {several(done, 'file')} complete",
+        hint=again,
     )
+
+
+def _committed_to(folder: Path) -> str:
+    """The name of the output that *folder* was to become when it was last put in place."""
+    try:
+        return os.fsdecode((folder / COMMIT).read_bytes().partition(b"\n")[0])
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 import shardkit
+from shardkit import __version__
 from shardkit.cli import main
 from shardkit.errors import FormatError, Malformed, UnknownFormat
-from shardkit.metadata.journal_records import JOURNAL_NAME
+from shardkit.metadata.unit_records import COMMIT, PLAN, Finished, PlanRecord, Request
 from shardkit.sources.open import open as open_checkpoint
-from shardkit.writing.transaction import Identity, Transaction
+from shardkit.writing.transaction import Transaction
+from shardkit.writing.unit_files import write_record
 
 WEIGHTS = {"w": torch.arange(40000.0)}
 
@@ -232,11 +234,14 @@ def test_zip_archives_without_zip64_one_behind_the_other_are_known(tmp_path: Pat
 
 
 def partial(tmp_path: Path, *done: str) -> Path:
-    source = shardkit.open(source_of(tmp_path)).files
-    with Transaction(tmp_path / "out", Identity("digest", source, "")).begin() as transaction:
+    path = source_of(tmp_path)
+    request = Request("convert", str(path), {})
+    plan = PlanRecord("digest", shardkit.open(path).files, "", __version__, request=request)
+    with Transaction(tmp_path / "out", plan).begin() as transaction:
         for name in done:
             save_file(WEIGHTS, transaction.folder / name)
-            transaction.finished(name)
+            nbytes = (transaction.folder / name).stat().st_size
+            write_record(transaction.folder, plan.key, name, Finished(nbytes, None), sync=True)
     return transaction.folder
 
 
@@ -273,17 +278,16 @@ def test_an_unfinished_run_is_known_from_within(
     assert f"with -o {tmp_path / 'out'}): it resumes" in capsys.readouterr().err
 
 
-def test_a_journal_that_cannot_be_read_is_still_one(tmp_path: Path) -> None:
+def test_a_plan_that_cannot_be_read_is_still_one(tmp_path: Path) -> None:
     folder = partial(tmp_path)
-    (folder / JOURNAL_NAME).write_bytes(b"\xff[" * 1000)
+    (folder / PLAN).write_bytes(b"\xff[" * 1000)
     with pytest.raises(FormatError, match="unfinished output"):
         shardkit.open(folder)
 
 
 def test_an_output_that_was_only_not_cleared_up_is_read(tmp_path: Path) -> None:
     folder = partial(tmp_path, "model.safetensors")
-    with open(folder / JOURNAL_NAME, "a", encoding="utf-8") as journal:
-        journal.write('{"commit": "out"}\n')
+    (folder / COMMIT).write_text("out\n")
     folder.rename(tmp_path / "out")
     assert list(open_checkpoint(tmp_path / "out")) == ["w"]
 
