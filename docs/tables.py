@@ -15,6 +15,8 @@ ORDER = (
     "convert.dry-run",
     "offload-prep",
     "offload-prep.dry-run",
+    "commit",
+    "status",
     "verify",
     "diff",
     "place",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from shardkit.version import __version__
+
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits as Edits
     from shardkit.checkpoint.entries import Checkpoint as Checkpoint
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     from shardkit.operations.offload_prep import offload_prep as offload_prep
     from shardkit.planning.plan import Plan as Plan
     from shardkit.sources.open import open as open
-
-__version__ = "0.2.0"
 
 _LAZY_EXPORTS = {
     "AmbiguousRoot": "errors",

@@ -291,12 +291,12 @@ class Incomplete(OutputError):
 
     Example:
         >>> import shardkit
-        >>> report = shardkit.convert("training.pt", "out", max_shard="700", part="1/2")
+        >>> report = shardkit.convert("model.safetensors", "out", part="2/2")
         >>> try:
         ...     shardkit.commit("out")
         ... except shardkit.Incomplete as error:
-        ...     print(len(error.missing))
-        1
+        ...     print(error.missing)
+        ('model.safetensors',)
     """
 
     def __init__(

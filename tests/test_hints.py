@@ -21,6 +21,7 @@ from repository import ROOT
 from shardkit import errors
 from shardkit.cli import main
 from shardkit.errors import (
+    Incomplete,
     LimitExceeded,
     Malformed,
     Mismatch,
@@ -44,6 +45,7 @@ ERRORS: dict[str, ShardkitError] = {
     "Mismatch": Mismatch(
         "they differ", missing=("a",), unexpected=("b",), wrong_shape={"c": ((1,), (2,))}, hint=HINT
     ),
+    "Incomplete": Incomplete("2 files are missing", missing=("a", "b"), hint=HINT),
     "ReadOnly": ReadOnly("is an address", places=((PATH, 1, 2),), hint=HINT),
     "OverBudget": OverBudget("too little", needed=3, available=2, hint=HINT),
     "UnknownTensor": UnknownTensor("wieght", ["weight"]),

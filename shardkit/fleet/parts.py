@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
+from typing import TypeVar
 
 from shardkit.errors import PlanError
 from shardkit.hints import option
 from shardkit.planning.plan import OutputFile
 from shardkit.printable import shown
+
+Item = TypeVar("Item")
 
 _WRITTEN = re.compile(r"(\d{1,9})/(\d{1,9})")
 _EXAMPLE = ("write it as in ", option("part", "3/16"), ", which is the third of 16")
@@ -59,17 +63,25 @@ class Part:
         """Those of *files* that this part writes.
 
         They are dealt out by size, the largest first, each to the part that has the fewest bytes
-        until then. Files that hold digests of others belong to no part.
+        until then. Files that hold digests of others are of no part.
         """
-        dealt = [0] * self.count
-        mine: list[OutputFile] = []
-        ours = [file for file in files if file.late is None]
-        for file in sorted(ours, key=lambda file: -file.nbytes):
-            least = min(range(self.count), key=dealt.__getitem__)
-            dealt[least] += file.nbytes or 1
-            if least == self.number - 1:
-                mine.append(file)
-        return tuple(mine)
+        return self.share([file for file in files if file.late is None], lambda file: file.nbytes)
+
+    def share(self, items: Sequence[Item], nbytes: Callable[[Item], int]) -> tuple[Item, ...]:
+        """Those of *items* that are of this part, dealt out by their size, in the order in which
+        they were given.
+        """
+        dealt = [(0, part) for part in range(self.count)]  # a heap: the least first
+        mine: list[int] = []
+        for place in sorted(range(len(items)), key=lambda place: -nbytes(items[place])):
+            amount, part = dealt[0]
+            heapreplace(dealt, (amount + (nbytes(items[place]) or 1), part))
+            if part == self.number - 1:
+                mine.append(place)
+        return tuple(items[place] for place in sorted(mine))
+
+
+ALL = Part(1, 1)
 
 
 def _of_environment(environment: Mapping[str, str]) -> Part:
@@ -117,7 +129,7 @@ def _parts(environment: Mapping[str, str]) -> Iterator[Part]:
             raise PlanError(
                 f"the task {task} is none of {count} that begin at {begin} in steps of {stride}: "
                 "such an array has no parts of equal rank",
-                hint="give the array as in --array=1-16",
+                hint="give the array as in `sbatch --array=1-16`",
             )
         yield Part(place + 1, count)
     index, completions = number("JOB_COMPLETION_INDEX"), number("JOB_COMPLETIONS")

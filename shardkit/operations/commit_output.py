@@ -43,10 +43,10 @@ class Status:
 
     Example:
         >>> import shardkit
-        >>> report = shardkit.convert("training.pt", "out", max_shard="700", part="1/2")
+        >>> report = shardkit.convert("model.safetensors", "out", part="2/2")
         >>> status = shardkit.status("out")
         >>> status.state, status.files, status.done, status.missing
-        ('unfinished', 2, 1, ('model.safetensors.index.json',))
+        ('unfinished', 1, 0, ('model.safetensors',))
     """
 
     out: Path
@@ -105,7 +105,7 @@ def commit(
         raise OutputError(
             f"there are no parts of {shown_path(place)} to commit"
             + (": it is in its place already" if place.exists() else ""),
-            hint="write the parts first, as with: shardkit convert SRC -o OUT --part 1/16",
+            hint="write the parts first, as with `shardkit convert SRC -o OUT --part 1/16`",
         )
     conversion = _planned_again(plan, place)
     how = asked_how(None, overwrite, on_bytes, on_event, True, None)

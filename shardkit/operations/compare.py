@@ -16,6 +16,7 @@ from typing import Literal
 from shardkit.checkpoint.edits import Edits, clash, edit
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.checkpoint.model_root import select_root
+from shardkit.fleet.parts import ALL, Part
 from shardkit.hints import Hint, option
 from shardkit.limits import Limits
 from shardkit.operations.comparison import Comparison, Difference
@@ -89,6 +90,7 @@ def verify(
     against: str | PathLike[str] | None = None,
     edits: Edits = Edits(),
     *,
+    part: str | None = None,
     limits: Limits = Limits(),
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
@@ -106,6 +108,8 @@ def verify(
         out: the output of `convert`, or any other checkpoint.
         against: the checkpoint that it was made from.
         edits: the changes that were applied to *against*.
+        part: ``"K/N"`` to read and compare only part K of N, from 1, and leave the other bytes to
+            other processes; ``"env"`` as in `convert`. None for all.
         limits: safety limits for untrusted files.
         on_bytes: called, from any thread, with the number of bytes after each step.
         on_total: called once, before, with the number of bytes to come.
@@ -126,10 +130,12 @@ def verify(
         >>> shardkit.verify("shards").unchecked  # every tensor has a checksum in the manifest
         0
     """
+    share = ALL if part is None else Part.parse(part)
+    told = [f"only part {share} was read; the other parts are not checked here"]
     if against is None:
-        return checked(
-            path_arguments.to_read(out), limits, on_bytes or _unheard, on_total or _unheard
-        )
+        path = path_arguments.to_read(out)
+        found = checked(path, limits, on_bytes or _unheard, on_total or _unheard, share)
+        return found if share == ALL else replace(found, notes=(*told, *found.notes))
     # The source first: to read a pickle takes more memory than is kept of it, and now there is
     # nothing beside it.
     origin = open_checkpoint(against, limits=limits)
@@ -141,8 +147,9 @@ def verify(
         _by_name(edited.entries, shown_path(Path(against))),
         _by_name(written.tensors, shown_path(Path(out))),
     )
-    comparison = _compared(lefts, rights, on_bytes, on_total)
-    return _with_rest(replace(comparison, notes=(*origin.notes, *edited.notes)), sides)
+    comparison = _compared(lefts, rights, on_bytes, on_total, share)
+    notes = (*([] if share == ALL else told), *origin.notes, *edited.notes)
+    return _with_rest(replace(comparison, notes=notes), sides)
 
 
 def compare(
@@ -178,8 +185,11 @@ def _compared(
     rights: Mapping[str, TensorEntry],
     on_bytes: OnBytes | None,
     on_total: OnBytes | None,
+    part: Part = ALL,
 ) -> Comparison:
-    both = [name for name in lefts if name in rights]
+    """Of the tensors that both have, the bytes of those in *part* are compared."""
+    common = [name for name in lefts if name in rights]
+    both = part.share(common, lambda name: lefts[name].nbytes)
     total = sum(lefts[name].nbytes for name in both)
     _LOG.info("%d tensors to compare, %s", len(both), format_size(total))
     (on_total or _unheard)(total)

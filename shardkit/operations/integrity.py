@@ -58,6 +58,11 @@ class Archive:
     members: tuple[tuple[Member, Payload], ...]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all members."""
+        return sum(content.nbytes for _, content in self.members)
+
+    @property
     def unchecked(self) -> int:
         """How many members carry no CRC."""
         return sum(not member.crc for member, _ in self.members)

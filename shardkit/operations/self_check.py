@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
+from shardkit.fleet.parts import ALL, Part
 from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME, Listed, Manifest
-from shardkit.metadata.offload_index import OFFLOAD_NAME, OffloadRecord
+from shardkit.metadata.offload_index import OFFLOAD_NAME, BlockRun, OffloadRecord
 from shardkit.operations.comparison import Comparison, Difference
 from shardkit.operations.integrity import (
     Archive,
@@ -40,7 +41,9 @@ from shardkit.system.progress import OnBytes
 from shardkit.system.threads import each
 
 
-def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> Comparison:
+def checked(
+    out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes, part: Part = ALL
+) -> Comparison:
     """What the files of *out* say about themselves, compared with their bytes.
 
     Args:
@@ -48,19 +51,22 @@ def checked(out: Path, limits: Limits, on_bytes: OnBytes, on_total: OnBytes) -> 
         limits: what its files may ask for.
         on_bytes: called, from any thread, with the number of bytes after each step.
         on_total: called once, before, with the number of bytes to come.
+        part: which share of the bytes is read.
 
     Raises:
         FormatError: it cannot be read.
     """
     manifest = _manifest_for(out, limits)
     if manifest is not None:
-        return _as_listed(out, manifest, limits, on_bytes, on_total)
+        files = part.share(manifest.files, lambda file: file.nbytes)
+        return _as_listed(out, manifest, files, limits, on_bytes, on_total, part)
     checkpoint = open_checkpoint(out, limits=limits)
     record = _record_for(out, limits)
     if record is not None:
-        comparison = _as_recorded(checkpoint, record, on_bytes, on_total)
+        runs = part.share(record.runs, lambda run: run.stop - run.start)
+        comparison = _as_recorded(checkpoint, record, runs, on_bytes, on_total, part)
     else:
-        comparison = _as_stored(checkpoint, limits, on_bytes, on_total)
+        comparison = _as_stored(checkpoint, limits, on_bytes, on_total, part)
     return _with_rest(comparison, Side(out, checkpoint))
 
 
@@ -109,19 +115,24 @@ def _with_rest(comparison: Comparison, side: Side, seen: Iterable[Path] = ()) ->
 
 
 def _as_stored(
-    checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes
+    checkpoint: Checkpoint, limits: Limits, on_bytes: OnBytes, on_total: OnBytes, part: Part
 ) -> Comparison:
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
-    outside = [
-        entry
-        for entry in checkpoint.tensors
-        if entry.nbytes and not _reads_only(entry.payload, inside)
-    ]
-    on_total(
-        sum(content.nbytes for archive in zips for _, content in archive.members)
-        + sum(entry.nbytes for entry in outside)
+    outside = part.share(
+        [
+            entry
+            for entry in checkpoint.tensors
+            if entry.nbytes and not _reads_only(entry.payload, inside)
+        ],
+        lambda entry: entry.nbytes,
     )
+    zips = list(part.share(zips, lambda archive: archive.nbytes))
+    read = checkpoint.tensors
+    if part != ALL:
+        mine = {archive.path for archive in zips}
+        read = (*outside, *(each for each in read if _reads_only(each.payload, mine)))
+    on_total(sum(archive.nbytes for archive in zips) + sum(entry.nbytes for entry in outside))
     faults = [
         fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)
     ]
@@ -129,10 +140,8 @@ def _as_stored(
     expanded = _compressed(checkpoint.files, limits)
     notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
     unchecked = len(outside) + _without_crc(checkpoint, zips)
-    nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
-    return Comparison(
-        len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked
-    )
+    nbytes = sum(entry.nbytes for entry in read)
+    return Comparison(len(read), nbytes, _differences(faults), notes, unchecked=unchecked)
 
 
 def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:
@@ -165,17 +174,24 @@ def _unsummed(entries: Sequence[TensorEntry], compressed: set[Path]) -> Iterator
 
 
 def _as_listed(
-    out: Path, manifest: Manifest, limits: Limits, on_bytes: OnBytes, on_total: OnBytes
+    out: Path,
+    manifest: Manifest,
+    files: Sequence[Listed],
+    limits: Limits,
+    on_bytes: OnBytes,
+    on_total: OnBytes,
+    part: Part,
 ) -> Comparison:
-    on_total(sum(file.nbytes for file in manifest.files))
+    """The *files* that are to be read of those that *manifest* lists."""
+    on_total(sum(file.nbytes for file in files))
     folder = _folder_of(out)
 
     def faults_of(file: Listed, report: OnBytes) -> list[Fault]:
         return listed_faults(folder, file, manifest.algorithm, report)
 
-    found = each(faults_of, manifest.files, on_bytes)
-    runs = [run for file in manifest.files for run in file.runs]
-    amount = f"{several(len(manifest.files), 'file')} and {several(len(runs), 'tensor')}"
+    found = each(faults_of, files, on_bytes)
+    runs = [run for file in files for run in file.runs]
+    amount = f"{several(len(files), 'file')} and {several(len(runs), 'tensor')}"
     note = f"compared with the {manifest.algorithm} of {amount} in {MANIFEST_NAME}"
     faults = [fault for faults in found for fault in faults]
     if faults:
@@ -187,11 +203,18 @@ def _as_listed(
     )  # headers and the index, which say what is wrong with them themselves
     stored = {entry.payload: entry for entry in checkpoint.tensors}
     seen = {folder / file.name for file in manifest.files}
-    unlisted = [
-        entry
-        for payload, entry in stored.items()
-        if entry.nbytes and not _reads_only(payload, seen)
-    ]
+    unlisted = part.share(
+        [
+            entry
+            for payload, entry in stored.items()
+            if entry.nbytes and not _reads_only(payload, seen)
+        ],
+        lambda entry: entry.nbytes,
+    )
+    if part != ALL:
+        mine = {folder / file.name for file in files}
+        read = (entry for entry in stored.values() if _reads_only(entry.payload, mine))
+        stored = {entry.payload: entry for entry in (*read, *unlisted)}
     _read_through(unlisted, lambda count: None)
     notes = [note]
     if unlisted:
@@ -208,26 +231,33 @@ def _as_listed(
 
 
 def _as_recorded(
-    checkpoint: Checkpoint, record: OffloadRecord, on_bytes: OnBytes, on_total: OnBytes
+    checkpoint: Checkpoint,
+    record: OffloadRecord,
+    runs: Sequence[BlockRun],
+    on_bytes: OnBytes,
+    on_total: OnBytes,
+    part: Part,
 ) -> Comparison:
-    """The blocks of a folder, which is known to be that of *record*, compared with their
-    digests.
+    """The *runs* that are to be read of a folder, which is known to be that of *record*, compared
+    with their digests.
     """
     in_blocks = {name for run in record.runs for name in run.tensors}
     checked = {entry.payload for entry in checkpoint.tensors if entry.name in in_blocks}
-    outside = [entry for entry in checkpoint.tensors if entry.payload not in checked]
-    on_total(
-        sum(run.stop - run.start for run in record.runs) + sum(entry.nbytes for entry in outside)
+    outside = part.share(
+        [entry for entry in checkpoint.tensors if entry.payload not in checked],
+        lambda entry: entry.nbytes,
     )
+    on_total(sum(run.stop - run.start for run in runs) + sum(entry.nbytes for entry in outside))
     found = each(
         lambda run, report: block_fault(checkpoint, run, record.algorithm, report),
-        record.runs,
+        runs,
         on_bytes,
     )
     _read_through(outside, on_bytes)
     notes = [
         (
-            f"compared with the {record.algorithm} of {several(len(record.blocks), 'block')} in "
+            f"compared with the {record.algorithm} of "
+            f"{several(len({run.block for run in runs}), 'block')} in "
             f"{OFFLOAD_NAME}"
         )
     ]
@@ -236,11 +266,9 @@ def _as_recorded(
         if outside
         else []
     )
-    nbytes = sum(run.stop - run.start for run in record.runs) + sum(
-        entry.nbytes for entry in outside
-    )
+    nbytes = sum(run.stop - run.start for run in runs) + sum(entry.nbytes for entry in outside)
     faults = [fault for fault in found if fault is not None]
-    count = len(in_blocks) + len(outside)
+    count = len({name for run in runs for name in run.tensors}) + len(outside)
     return Comparison(count, nbytes, _differences(faults), tuple(notes), unchecked=len(outside))
 
 

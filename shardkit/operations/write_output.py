@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from shardkit import __version__
 from shardkit.errors import Incomplete, LimitExceeded, Malformed, NoRoom
 from shardkit.events import Event, OnEvent
 from shardkit.fleet.execute import execute
 from shardkit.fleet.executor import Executor, Threads
-from shardkit.fleet.parts import Part
+from shardkit.fleet.parts import ALL, Part
 from shardkit.metadata.unit_records import PlanRecord
 from shardkit.operations.integrity import refuse_changed, refuse_damaged
 from shardkit.planning.output import Output
@@ -27,12 +26,12 @@ from shardkit.planning.prepare import scratch_beside
 from shardkit.printable import listed, several, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.rate_limit import RateLimit
+from shardkit.version import __version__
 from shardkit.writing.copier import Engine
 from shardkit.writing.transaction import Transaction, boot_id
 from shardkit.writing.writer import bytes_to_store
 
 _LOG = logging.getLogger("shardkit")
-_ALL = Part(1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ def _plan_record(output: Output, *, boot: str = "", in_parts: bool = False) -> P
     )
 
 
-def _checked_source(output: Output, part: Part = _ALL) -> tuple[str, ...]:
+def _checked_source(output: Output, part: Part = ALL) -> tuple[str, ...]:
     """What the checksums of the source say; each part checks other files of it."""
     if output.check is None:
         return ()

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shardkit import __version__
 from shardkit.errors import OutputError
 from shardkit.hints import after_writing
 from shardkit.metadata.manifest import Digests, Run
@@ -33,6 +32,7 @@ from shardkit.sizes import format_size
 from shardkit.system.progress import OnBytes
 from shardkit.system.rate_limit import RateLimit
 from shardkit.system.threads import Pool
+from shardkit.version import __version__
 from shardkit.writing import reference_check
 from shardkit.writing.compress import write_compressed
 from shardkit.writing.copier import Copier, Engine, See, can_clone, clonable, engine_of, reserve

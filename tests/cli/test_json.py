@@ -65,6 +65,8 @@ DOCUMENTS: dict[str, tuple[str, list[str | Path], int]] = {
         0,
     ),
     "convert, dry": ("convert.dry-run", ["convert", TRAINING, "-o", "out", "--dry-run"], 0),
+    "convert, a part": ("convert", ["convert", TRAINING, "-o", "out", "--part", "1/2"], 0),
+    "status": ("status", ["status", "out"], 0),
     "offload-prep": ("offload-prep", ["offload-prep", TRAINING, "-o", "out"], 0),
     "offload-prep, dry": (
         "offload-prep.dry-run",
@@ -154,6 +156,16 @@ def test_files_that_are_left_out_have_their_place() -> None:
             "left_out"
         ]
         assert Draft202012Validator(strict(schema)).is_valid(left_out)
+
+
+def test_the_documents_of_a_run_in_parts_are_as_their_schemas_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(TRAINING), "-o", "out", "--part", "1/1", "-q"]) == 0
+    for name in ("status", "commit", "status"):
+        assert main([name, "out", "--json"]) == 0
+        check(capsys.readouterr().out, name)
 
 
 def test_every_command_has_a_schema_and_every_key_a_meaning() -> None:

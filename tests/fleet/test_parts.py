@@ -27,10 +27,7 @@ def test_parts_are_disjoint_complete_and_balanced(sizes: list[int], count: int) 
     loads = [sum(each.nbytes for each in part) for part in parts]
     largest = max(sizes, default=0)
     assert max(loads) - min(loads) <= largest + len(sizes), "no part has a file more than needed"
-    assert all(
-        [each.nbytes for each in part] == sorted((each.nbytes for each in part), reverse=True)
-        for part in parts
-    )
+    assert all([each.name for each in part] == sorted(each.name for each in part) for part in parts)
 
 
 def test_files_without_bytes_are_dealt_out_too() -> None:

@@ -15,6 +15,7 @@ from shardkit.system.progress import progress
 
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits
+    from shardkit.fleet.parts import Part
     from shardkit.limits import Limits
     from shardkit.operations.comparison import Comparison
 
@@ -36,6 +37,7 @@ For example:
     help="Compare OUT with this checkpoint, bit for bit.",
 )
 @options.edit_options
+@options.part_option
 @options.limit_option
 @options.json_option("the differences")
 @options.quiet_option
@@ -45,6 +47,7 @@ def command(
     output: str,
     against: str | None,
     edits: Edits,
+    part: Part | None,
     limits: Limits,
     as_json: bool,
     quiet: bool,
@@ -69,12 +72,19 @@ def command(
         _refuse_idle(context, edits)
     with progress("checking", quiet=quiet or as_json) as bar:
         comparison = verify(
-            output, against, edits, limits=limits, on_bytes=bar.add, on_total=bar.expect
+            output,
+            against,
+            edits,
+            part=None if part is None else str(part),
+            limits=limits,
+            on_bytes=bar.add,
+            on_total=bar.expect,
         )
     report(
         "verify",
         comparison,
-        _verdict(comparison, Path(output), Path(against) if against is not None else None),
+        (f"part {part} of " if part else "")
+        + _verdict(comparison, Path(output), Path(against) if against is not None else None),
         as_json=as_json,
         quiet=quiet,
     )
