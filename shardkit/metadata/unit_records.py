@@ -7,6 +7,7 @@ it was begun, and one record for each file that is complete. Parsed and dumped w
       .shardkit/done/model-00001-of-…     `UnitRecord`: size and digests of the file of this name
       .shardkit/new/                      files that are being written, under unique names
       .shardkit/commit                    the name of the output, while it is put in place
+      .shardkit/expanded/                 decompressed sources, for the parts on each machine
       .shardkit/lock                      locked by the runs that write here
 
 The records are the only journal: a run on one machine, the parts of a job array and a cluster leave
@@ -24,12 +25,13 @@ from pathlib import Path
 
 from shardkit.checkpoint.entries import SourceFile
 from shardkit.metadata.manifest import Digests
+from shardkit.payloads.shared_expansion import SHARED
 from shardkit.printable import shown, shown_path
 
 PARTIAL = ".partial"  # what the folder of an unfinished output is called, behind its name
 STATE = ".shardkit"
-PLAN, DONE, NEW, COMMIT, LOCK, REPLACED = (
-    f"{STATE}/{name}" for name in ("plan.json", "done", "new", "commit", "lock", "replaced")
+PLAN, DONE, NEW, COMMIT, LOCK, REPLACED, EXPANDED = (
+    f"{STATE}/{name}" for name in ("plan.json", "done", "new", "commit", "lock", "replaced", SHARED)
 )
 _PLAN_SCHEMA = "shardkit.plan/1"
 _UNIT_SCHEMA = "shardkit.unit/1"

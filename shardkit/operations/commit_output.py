@@ -173,9 +173,15 @@ def _planned_again(plan: PlanRecord, place: Path) -> Conversion:
     asked = Asked.of(plan.request, partial_folder(place))
     if asked.operation == "offload-prep":
         return prepare_offload(
-            asked.source, place, asked.edits, asked.options, blocks=asked.blocks, order=asked.order
+            asked.source,
+            place,
+            asked.edits,
+            asked.options,
+            blocks=asked.blocks,
+            order=asked.order,
+            in_parts=True,
         )
-    return prepare(asked.source, place, asked.edits, asked.options)
+    return prepare(asked.source, place, asked.edits, asked.options, in_parts=True)
 
 
 def _is_locked(path: Path) -> bool:

@@ -235,7 +235,8 @@ def convert(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    report = carry_out(prepare(src, out, edits, options), how, chosen)
+    conversion = prepare(src, out, edits, options, in_parts=chosen is not None)
+    report = carry_out(conversion, how, chosen)
     return replace(report, seconds=time.monotonic() - begun)
 
 

@@ -135,7 +135,9 @@ def offload_prep(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    conversion = prepare_offload(src, out, edits, options, blocks=blocks, order=order)
+    conversion = prepare_offload(
+        src, out, edits, options, blocks=blocks, order=order, in_parts=chosen is not None
+    )
     report = carry_out(conversion, how, chosen)
     return replace(report, seconds=time.monotonic() - begun)
 
@@ -148,6 +150,7 @@ def prepare_offload(
     *,
     blocks: str | re.Pattern[str] | None = None,
     order: Sequence[str] | None = None,
+    in_parts: bool = False,
 ) -> Conversion:
     """Decide everything that `offload_prep` would do with these arguments, and write nothing.
 
@@ -163,7 +166,7 @@ def prepare_offload(
     no_split = _compiled(blocks)
     notes: list[str] = []
     with failures_told(src):
-        opened = open_source(src, place, edits, options)
+        opened = open_source(src, place, edits, options, in_parts=in_parts)
         edited, checkpoint = opened.edited, opened.checkpoint
         # What is a block, and in which order do blocks run?
         refuse_unfound(no_split, edited.entries)

@@ -25,6 +25,7 @@ from shardkit.hints import Hint, output
 from shardkit.limits import Limits
 from shardkit.payloads.codec import Codec
 from shardkit.payloads.payload import CHUNK, Concat, Extent, Payload, check_range, rechunked
+from shardkit.payloads.shared_expansion import is_shared, shared_file
 from shardkit.printable import shown_path
 from shardkit.sizes import format_size
 from shardkit.system.fork import begin_again_in_children
@@ -115,6 +116,8 @@ class Spool:
     def _expand(self) -> IO[bytes]:
         with ExitStack() as undo:
             try:
+                if self._scratch is not None and is_shared(self._scratch):
+                    return shared_file(self._scratch, self.origin, self.codec.name, self._fill)
                 file = undo.enter_context(tempfile.TemporaryFile(dir=self._scratch, buffering=0))
                 self._fill(file)
             except ValueError as error:

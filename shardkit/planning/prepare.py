@@ -20,6 +20,7 @@ from shardkit.hints import option
 from shardkit.hints import output as output_option
 from shardkit.metadata.shard_index import LARGEST_READ_BY_HUB
 from shardkit.metadata.shard_names import INDEX_NAMES, stem_of
+from shardkit.metadata.unit_records import EXPANDED
 from shardkit.payloads.codec import Codec
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import Extent
@@ -28,7 +29,7 @@ from shardkit.planning.digest_files import with_digest_files
 from shardkit.planning.frames import compressed
 from shardkit.planning.options import ConversionOptions
 from shardkit.planning.output import Output, SourceCheck
-from shardkit.planning.output_path import default_output, followed
+from shardkit.planning.output_path import default_output, followed, partial_folder
 from shardkit.planning.plan import OutputFile, Plan, plan_file, plan_folder
 from shardkit.planning.request import Asked
 from shardkit.sizes import format_size, parse_size
@@ -101,6 +102,8 @@ def prepare(
     out: str | PathLike[str] | None,
     edits: Edits,
     options: ConversionOptions = ConversionOptions(),
+    *,
+    in_parts: bool = False,
 ) -> Conversion:
     """Decide everything that `convert` would do with these arguments, and write nothing.
 
@@ -109,6 +112,7 @@ def prepare(
         out: what to write; None for a folder beside *src*.
         edits: what to change.
         options: how to read it and lay it out.
+        in_parts: whether several processes write it, which share what they decompress.
 
     Raises:
         FormatError: *src* cannot be read.
@@ -118,7 +122,7 @@ def prepare(
     place = output_place(src, out, options)
     asked = Asked("convert", src, edits, options)
     with failures_told(src):
-        opened = open_source(src, place, edits, options)
+        opened = open_source(src, place, edits, options, in_parts=in_parts)
         edited, metadata = opened.edited, opened.checkpoint.metadata
         # One file, where the output is called like a file that can be written.
         name = plain_name(place, opened.codec)
@@ -155,8 +159,11 @@ def output_place(
     return followed(path_arguments.to_write(out, is_compressed=options.compress is not None))
 
 
-def open_source(src: Path, out: Path, edits: Edits, options: ConversionOptions) -> OpenedSource:
-    """Open *src* and apply *edits*; no weights are read.
+def open_source(
+    src: Path, out: Path, edits: Edits, options: ConversionOptions, *, in_parts: bool = False
+) -> OpenedSource:
+    """Open *src* and apply *edits*; no weights are read. What is decompressed is shared by the
+    processes of a machine where the output is written *in_parts*.
 
     Raises:
         FormatError: *src* cannot be read.
@@ -167,7 +174,7 @@ def open_source(src: Path, out: Path, edits: Edits, options: ConversionOptions) 
     if options.checksum is not None:
         check_algorithm(options.checksum)
     codec = None if options.compress is None else registry.compressor_named(options.compress)
-    scratch = scratch_beside(out)
+    scratch = partial_folder(out) / EXPANDED if in_parts else scratch_beside(out)
     checkpoint = open_checkpoint(src, format=options.format, limits=options.limits, scratch=scratch)
     config = ModelConfig.beside(src if src.is_dir() else src.parent)
     if not config.ties_embeddings:

@@ -173,11 +173,16 @@ class Transaction:
             if not (folder / LOCK).is_file():
                 self._remove_empty()
                 return False
-            is_cut_short = not (folder / PLAN).exists()
+            is_cut_short = self.out.exists() and not (folder / PLAN).exists()
             if not is_moved and not is_cut_short and not (folder / COMMIT).exists():
                 return False
             with open(folder / LOCK, "ab+", buffering=0) as lock:
-                _lock(lock, folder / LOCK)
+                try:
+                    _lock(lock, folder / LOCK)
+                except OutputError:
+                    if is_cut_short and not is_moved:  # no removal, but another part that begins
+                        return False
+                    raise
                 if not is_moved:
                     self._put_back()
                 # Did the commit reach OUT, and is OUT still as it left it?

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import shardkit
 from shardkit.cli import main
 from shardkit.errors import FormatError, Incomplete, OutputError
 from shardkit.metadata.unit_records import NEW
+from shardkit.payloads.compressed import Spool
 from shardkit.writing.transaction import Transaction
 
 OPTIONS = {"max_shard": "9kB", "checksum": "xxh3"}
@@ -341,6 +343,39 @@ def test_options_that_a_part_cannot_keep_are_refused(
 ) -> None:
     assert main(["convert", str(source), "-o", "out", "--part", "1/2", other]) == 2
     assert f"--part and {other} exclude each other" in capsys.readouterr().err
+
+
+def test_what_is_compressed_is_expanded_once_by_the_processes_of_a_machine(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    content = (source / "pytorch_model.bin").read_bytes()
+    Path("big.bin.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    whole = files_in(shardkit.convert("big.bin.zst", "whole", max_shard="9kB").out)
+    expansions: list[object] = []
+    fill = Spool._fill
+
+    def counted(spool: Spool, file: IO[bytes]) -> None:
+        expansions.append(spool)
+        fill(spool, file)
+
+    monkeypatch.setattr(Spool, "_fill", counted)
+    for number in (1, 2, 3):
+        shardkit.convert("big.bin.zst", "out", max_shard="9kB", part=f"{number}/3")
+    shardkit.commit("out")
+    assert len(expansions) == 1
+    assert files_in(Path("out")) == whole
+
+
+def test_a_stream_that_is_broken_leaves_no_half_of_it(source: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    content = zstandard.ZstdCompressor().compress(bytes(1000) + os.urandom(100_000))
+    Path("big.bin.zst").write_bytes(content[:-50_000])
+    with pytest.raises(FormatError):
+        shardkit.convert("big.bin.zst", "out", part="1/2")
+    assert not [
+        path for path in Path("out.partial").rglob("*") if path.is_file() and path.stat().st_size
+    ]
 
 
 def test_a_source_that_is_gone_is_named_by_the_commit(source: Path) -> None:

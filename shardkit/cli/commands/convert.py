@@ -63,7 +63,8 @@ def command(
 
     begun = time.monotonic()
     _refuse_shards_of_one_file(context, output, terms)
-    write("convert", prepare(source, output, edits, terms), begun, writing)
+    conversion = prepare(source, output, edits, terms, in_parts=writing.part is not None)
+    write("convert", conversion, begun, writing)
 
 
 def _refuse_shards_of_one_file(

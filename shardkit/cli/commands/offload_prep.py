@@ -98,6 +98,7 @@ def command(
         terms,
         blocks=_pattern_of_class(source) if model_class else blocks,
         order=None if order is None else read_order(order),
+        in_parts=writing.part is not None,
     )
     write("offload-prep", conversion, begun, writing)
 
