@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shardkit.errors import UnknownTensor as UnknownTensor
     from shardkit.errors import Unwritable as Unwritable
     from shardkit.events import Event as Event
+    from shardkit.fleet.ray_cluster import RayCluster as RayCluster
     from shardkit.limits import Limits as Limits
     from shardkit.operations.commit_output import Status as Status
     from shardkit.operations.commit_output import commit as commit
@@ -73,6 +74,7 @@ _LAZY_EXPORTS = {
     "Plan": "planning.plan",
     "PlanError": "errors",
     "PluginError": "errors",
+    "RayCluster": "fleet.ray_cluster",
     "ReadOnly": "errors",
     "Report": "operations.convert",
     "ShardkitError": "errors",

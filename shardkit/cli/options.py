@@ -19,6 +19,7 @@ from shardkit.sizes import parse_size
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Ties
     from shardkit.fleet.parts import Part
+    from shardkit.fleet.ray_cluster import RayCluster
 
 Command = TypeVar("Command", bound=Callable[..., object])
 Parsed = TypeVar("Parsed")
@@ -135,6 +136,9 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         jobs: int | None,
         limit_rate: int | None,
         part: Part | None,
+        executor: str | None,
+        address: str | None,
+        per_node: int | None,
         no_fsync: bool,
         dry_run: bool,
         overwrite: bool,
@@ -149,7 +153,17 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         if part is not None and (dry_run or no_fsync):
             other = "--dry-run" if dry_run else "--no-fsync"
             raise click.UsageError(f"--part and {other} exclude each other: remove one of them")
-        writing = Writing(jobs, not no_fsync, limit_rate, part, dry_run, overwrite, as_json, quiet)
+        if executor is None and (address is not None or per_node is not None):
+            alone = "--per-node" if address is None else "--address"
+            raise click.UsageError(f"{alone} needs --executor ray: add it, or remove {alone}")
+        cluster = None
+        if executor is not None:
+            from shardkit.fleet.ray_cluster import executor_named
+
+            cluster = executor_named(executor, address=address, per_node=per_node, limit=limit_rate)
+        writing = Writing(
+            jobs, not no_fsync, limit_rate, part, cluster, dry_run, overwrite, as_json, quiet
+        )
         return command(*args, terms=terms, writing=writing, **others)
 
     return _with(_WRITING, gathered)
@@ -171,6 +185,37 @@ def parse_part(context: click.Context, parameter: click.Parameter, word: str | N
     from shardkit.fleet.parts import Part
 
     return _or_usage(Part.parse, word)
+
+
+def executor_options(command: Callable[..., object]) -> Callable[..., object]:
+    """The cluster that does the work, which the command gets as *cluster*; None for this
+    process.
+    """
+
+    @wraps(command)
+    def gathered(
+        *args: object,
+        executor: str | None,
+        address: str | None,
+        per_node: int | None,
+        **others: object,
+    ) -> object:
+        return command(*args, cluster=_cluster(executor, address, per_node, None), **others)
+
+    return _with(_EXECUTOR, gathered)
+
+
+def _cluster(
+    executor: str | None, address: str | None, per_node: int | None, limit: int | None
+) -> RayCluster | None:
+    if executor is None:
+        if address is not None or per_node is not None:
+            alone = "--per-node" if address is None else "--address"
+            raise click.UsageError(f"{alone} needs --executor ray: add it, or remove {alone}")
+        return None
+    from shardkit.fleet.ray_cluster import executor_named
+
+    return executor_named(executor, address=address, per_node=per_node, limit=limit)
 
 
 def json_option(what: str) -> Callable[[Command], Command]:
@@ -261,6 +306,26 @@ part_option = click.option(
     "from Slurm, Kubernetes or torchrun.",
 )
 
+_EXECUTOR = (
+    click.option(
+        "--executor",
+        type=click.Choice(["ray"]),
+        help="Have the work done by the machines of a Ray cluster; needs shardkit[ray].",
+    ),
+    click.option(
+        "--address",
+        metavar="ADDRESS",
+        help="The cluster: auto for the one that runs on this machine. Default: RAY_ADDRESS, or a "
+        "new one on this machine.",
+    ),
+    click.option(
+        "--per-node",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Files that each machine of the cluster works on at a time.",
+    ),
+)
+
 _WRITING = (
     click.option(
         "--jobs",
@@ -276,6 +341,7 @@ _WRITING = (
         help="Move at most so many bytes in a second, as in 500MB/s.",
     ),
     part_option,
+    *_EXECUTOR,
     click.option(
         "--no-fsync",
         is_flag=True,

@@ -15,6 +15,7 @@ from shardkit.events import Event, OnEvent
 from shardkit.system.progress import Progress, progress
 
 if TYPE_CHECKING:
+    from shardkit.fleet.executor import Executor
     from shardkit.fleet.parts import Part
     from shardkit.operations.convert import Report
     from shardkit.planning.prepare import Conversion
@@ -29,6 +30,7 @@ class Writing:
         sync: make every file durable (fsync) before the output appears.
         limit: bytes moved in a second at most; None for as many as there can be.
         part: which part to write, and to put nothing in place; None for all.
+        executor: writes the files; None for threads of this process.
         dry_run: print the plan, and write nothing.
         overwrite: replace an earlier output.
         as_json: print what was done as JSON.
@@ -39,6 +41,7 @@ class Writing:
     sync: bool
     limit: int | None
     part: Part | None
+    executor: Executor | None
     dry_run: bool
     overwrite: bool
     as_json: bool
@@ -77,7 +80,7 @@ def _written(conversion: Conversion, how: Writing) -> Report:
     from shardkit.operations.write_output import How
 
     with _resumable(conversion.out), progress("writing", quiet=how.quiet or how.as_json) as bar:
-        asked = How(how.jobs, how.overwrite, how.sync, how.limit, shown_on(bar))
+        asked = How(how.jobs, how.overwrite, how.sync, how.limit, shown_on(bar), how.executor)
         return carry_out(conversion, asked, how.part)
 
 

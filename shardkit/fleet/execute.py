@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from shardkit.events import Event, OnEvent
-from shardkit.fleet.executor import Executor
+from shardkit.fleet.executor import Executor, Threads
 from shardkit.planning.plan import OutputFile, Plan
 from shardkit.writing.copier import Engine
 from shardkit.writing.transaction import Transaction
@@ -48,15 +48,16 @@ def execute(
             todo.append(file)
     counts: Counter[Engine] = Counter()
 
-    def write(files: Collection[OutputFile]) -> None:
+    def write(files: Collection[OutputFile], by: Executor) -> None:
         work = [Work.of(plan, file, transaction) for file in files]
-        for done in executor(work, on_event):
+        for done in by(work, on_event):
             transaction.done[done.name] = done.finished
             counts.update(done.engines)
 
     # The largest first.
-    write(sorted((file for file in todo if file.late is None), key=lambda file: -file.nbytes))
+    early = (file for file in todo if file.late is None)
+    write(sorted(early, key=lambda file: -file.nbytes), executor)
     for file in todo:
         if file.late is not None:
-            write([file.settled(transaction.done)])
+            write([file.settled(transaction.done)], Threads(1))
     return counts

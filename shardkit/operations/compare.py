@@ -7,6 +7,7 @@ same weights are the same.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -17,14 +18,15 @@ from shardkit.checkpoint.edits import Edits, clash, edit
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.checkpoint.model_root import select_root
 from shardkit.fleet.parts import ALL, Part
+from shardkit.fleet.ray_cluster import RayCluster, executor_named, refuse_part
 from shardkit.hints import Hint, option
 from shardkit.limits import Limits
 from shardkit.operations.comparison import Comparison, Difference
 from shardkit.operations.self_check import checked
 from shardkit.operations.uncompared import Side
-from shardkit.payloads.payload import Extent, Payload
+from shardkit.payloads.payload import Extent, Payload, unreadable
 from shardkit.payloads.small_reads import SMALL, SmallReads
-from shardkit.printable import shown_path
+from shardkit.printable import several, shown_path
 from shardkit.sizes import format_size
 from shardkit.sources import path_arguments
 from shardkit.sources.open import open as open_checkpoint
@@ -91,6 +93,7 @@ def verify(
     edits: Edits = Edits(),
     *,
     part: str | None = None,
+    executor: str | RayCluster | None = None,
     limits: Limits = Limits(),
     on_bytes: OnBytes | None = None,
     on_total: OnBytes | None = None,
@@ -110,6 +113,8 @@ def verify(
         edits: the changes that were applied to *against*.
         part: ``"K/N"`` to read and compare only part K of N, from 1, and leave the other bytes to
             other processes; ``"env"`` as in `convert`. None for all.
+        executor: ``"ray"``, or a `RayCluster`, to have the machines of a cluster read; None for
+            this process.
         limits: safety limits for untrusted files.
         on_bytes: called, from any thread, with the number of bytes after each step.
         on_total: called once, before, with the number of bytes to come.
@@ -130,6 +135,10 @@ def verify(
         >>> shardkit.verify("shards").unchecked  # every tensor has a checksum in the manifest
         0
     """
+    if executor is not None:
+        refuse_part(part)
+        cluster = executor_named(executor) if isinstance(executor, str) else executor
+        return verified_by(cluster, out, against, edits, limits, on_bytes or _unheard)
     share = ALL if part is None else Part.parse(part)
     told = [f"only part {share} was read; the other parts are not checked here"]
     if against is None:
@@ -150,6 +159,54 @@ def verify(
     comparison = _compared(lefts, rights, on_bytes, on_total, share)
     notes = (*([] if share == ALL else told), *origin.notes, *edited.notes)
     return _with_rest(replace(comparison, notes=notes), sides)
+
+
+def verified_by(
+    cluster: RayCluster,
+    out: str | PathLike[str],
+    against: str | PathLike[str] | None,
+    edits: Edits,
+    limits: Limits,
+    on_bytes: OnBytes,
+) -> Comparison:
+    """The same, by the machines of *cluster*, each of which reads some parts.
+
+    Raises:
+        ShardkitError: as `verify`, or the cluster is out of reach.
+    """
+    paths = os.path.abspath(out), None if against is None else os.path.abspath(against)
+    with cluster.connected() as slots:
+        tasks = [(*paths, edits, f"{k}/{slots}", limits) for k in range(1, slots + 1)]
+        found: dict[str, Comparison] = {}
+        for task, result in cluster.map(_verify_part, tasks, lambda task: f"part {task[3]}"):
+            if isinstance(result, OSError):
+                raise unreadable(Path(task[0]), result)
+            on_bytes(result.nbytes)
+            found[task[3]] = result
+    return _merged([found[task[3]] for task in tasks])
+
+
+def _verify_part(task: tuple[str, str | None, Edits, str, Limits]) -> Comparison:
+    out, against, edits, part, limits = task
+    return verify(out, against, edits, part=part, limits=limits)
+
+
+def _merged(parts: Sequence[Comparison]) -> Comparison:
+    """What *parts*, which are all parts of one comparison, say together."""
+    common = [note for note in parts[0].notes if all(note in part.notes for part in parts)]
+    unchecked = sum(part.unchecked for part in parts)
+    told = [f"checked in {several(len(parts), 'part')} on a cluster"] if len(parts) > 1 else []
+    if unchecked:
+        told.append(f"not checked, for lack of a checksum: {several(unchecked, 'tensor')}")
+    differences = dict.fromkeys(each for part in parts for each in part.differences)
+    return replace(
+        parts[0],
+        tensors=sum(part.tensors for part in parts),
+        nbytes=sum(part.nbytes for part in parts),
+        differences=tuple(differences),
+        notes=(*told, *common) if len(parts) > 1 else parts[0].notes,
+        unchecked=unchecked,
+    )
 
 
 def compare(

@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,11 @@ from pathlib import Path
 from shardkit.brief import brief
 from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import LeftOut, OtherKind
+from shardkit.errors import PlanError
 from shardkit.events import Event, OnEvent
+from shardkit.fleet.executor import Executor
 from shardkit.fleet.parts import Part
+from shardkit.fleet.ray_cluster import executor_named, refuse_part
 from shardkit.limits import Limits
 from shardkit.operations.write_output import How, Written, write_output, write_part
 from shardkit.planning.options import ConversionOptions
@@ -166,6 +170,7 @@ def convert(
     sync: bool = True,
     limit_rate: str | int | None = None,
     part: str | None = None,
+    executor: str | Executor | None = None,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
@@ -202,6 +207,8 @@ def convert(
         part: ``"K/N"`` to write only the files of part K of N, from 1, and to put nothing in place;
             other processes, on any machine that sees both folders, write the other parts, and
             `commit` ends it. ``"env"`` takes the part from Slurm, Kubernetes or torchrun.
+        executor: ``"ray"``, or a `RayCluster`, to have the files written by the machines of a
+            cluster; None for threads of this process.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights (config, tokenizer) of a source
             folder.
@@ -229,8 +236,11 @@ def convert(
         ['model.safetensors', 'shardkit.manifest.json']
     """
     begun = time.monotonic()
-    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate)
+    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate, executor)
     chosen = None if part is None else Part.parse(part)
+    if how.executor is not None:
+        refuse_alone(chosen, sync)
+        src, out = as_all_see_them(src, out)
     edits = Edits.asked(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
@@ -276,6 +286,7 @@ def asked_how(
     on_event: OnEvent | None,
     sync: bool,
     limit_rate: str | int | None,
+    executor: str | Executor | None = None,
 ) -> How:
     """How an output is to be written, from the arguments of `convert`.
 
@@ -289,7 +300,31 @@ def asked_how(
         if on_bytes is not None and event.kind in ("resumed", "written"):
             on_bytes(event.nbytes)
 
-    return How(jobs, overwrite, sync, None if limit_rate is None else parse_rate(limit_rate), tell)
+    limit = None if limit_rate is None else parse_rate(limit_rate)
+    if isinstance(executor, str):
+        executor = executor_named(executor, limit=limit)
+    return How(jobs, overwrite, sync, limit, tell, executor)
+
+
+def as_all_see_them(
+    src: str | PathLike[str], out: str | PathLike[str] | None
+) -> tuple[str, str | None]:
+    """Both paths as absolute ones, for processes that have another working folder."""
+    return os.path.abspath(src), None if out is None else os.path.abspath(out)
+
+
+def refuse_alone(part: Part | None, sync: bool) -> None:
+    """Refuse what cannot go with an executor.
+
+    Raises:
+        PlanError: it is a part, or is not synced.
+    """
+    refuse_part(None if part is None else str(part))
+    if not sync:
+        raise PlanError(
+            "files that are not synced last only on the machine that wrote them",
+            hint="leave the files synced, as they are by default",
+        )
 
 
 def parse_rate(rate: str | int) -> int:

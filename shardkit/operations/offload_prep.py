@@ -21,11 +21,12 @@ from shardkit.checkpoint.edits import Edits, Ties
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.errors import PlanError
 from shardkit.events import OnEvent
+from shardkit.fleet.executor import Executor
 from shardkit.fleet.parts import Part
 from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.metadata.offload_index import Origin
-from shardkit.operations.convert import Report, asked_how, carry_out
+from shardkit.operations.convert import Report, as_all_see_them, asked_how, carry_out, refuse_alone
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import unreadable
 from shardkit.planning.options import ConversionOptions
@@ -68,6 +69,7 @@ def offload_prep(
     sync: bool = True,
     limit_rate: str | int | None = None,
     part: str | None = None,
+    executor: str | Executor | None = None,
     format: str | None = None,  # noqa: A002 - the word of the command line
     with_companions: bool = True,
     checksum: str | None = None,
@@ -105,6 +107,7 @@ def offload_prep(
         sync: make every file durable (fsync) before the output appears.
         limit_rate: bytes moved in a second at most, as in `convert`.
         part: ``"K/N"`` to write the files of one part only, as in `convert`.
+        executor: who writes the files, as in `convert`.
         format: name of the format to read *src* as; None to recognise it.
         with_companions: copy the small files beside the weights.
         checksum: algorithm of the digests, which are written to a manifest too; None for xxh3 and
@@ -129,8 +132,11 @@ def offload_prep(
         ['2.weight', '2.bias', '0.weight', '0.bias']
     """
     begun = time.monotonic()
-    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate)
+    how = asked_how(jobs, overwrite, on_bytes, on_event, sync, limit_rate, executor)
     chosen = None if part is None else Part.parse(part)
+    if how.executor is not None:
+        refuse_alone(chosen, sync)
+        src, out = as_all_see_them(src, out)
     edits = Edits.asked(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )

@@ -44,6 +44,7 @@ class How:
         sync: make every file last before it counts.
         limit: bytes that are moved in a second at most; None for as many as there can be.
         on_event: called, from any thread, after each step.
+        executor: writes the files; None for threads of this process.
     """
 
     jobs: int | None = None
@@ -51,10 +52,11 @@ class How:
     sync: bool = True
     limit: int | None = None
     on_event: OnEvent = lambda event: None
+    executor: Executor | None = None
 
-    def threads(self) -> Executor:
-        """Threads of this process, as many as *jobs* and no faster than *limit*."""
-        return Threads(self.jobs, RateLimit(self.limit) if self.limit else None)
+    def writers(self) -> Executor:
+        """Who writes the files: by default as many threads as *jobs*, no faster than *limit*."""
+        return self.executor or Threads(self.jobs, RateLimit(self.limit) if self.limit else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def write_output(output: Output, how: How = How()) -> Written:
         try:
             needed = bytes_to_store(plan, transaction.folder, done=transaction.done)
             check_room(transaction.folder, needed, output.name)
-            engines = execute(plan, transaction, how.threads(), on_event=how.on_event)
+            engines = execute(plan, transaction, how.writers(), on_event=how.on_event)
             refuse_changed(output.files)
         except (Malformed, LimitExceeded):
             transaction.discard()
@@ -135,7 +137,7 @@ def write_part(output: Output, part: Part, how: How = How()) -> Written:
         needed = bytes_to_store(plan, transaction.folder, done=transaction.done)
         check_room(transaction.folder, needed, output.name)
         engines = execute(
-            output.plan, transaction, how.threads(), on_event=how.on_event, only=names
+            output.plan, transaction, how.writers(), on_event=how.on_event, only=names
         )
         refuse_changed(output.files)
     return Written(engines, resumed, notes, time.monotonic() - begun)
@@ -166,7 +168,7 @@ def commit_parts(output: Output, how: How = How()) -> Written:
                 missing=missing,
                 hint="write the missing parts, and commit again; `shardkit status` lists the files",
             )
-        engines = execute(plan, transaction, how.threads(), on_event=how.on_event)
+        engines = execute(plan, transaction, how.writers(), on_event=how.on_event)
         refuse_changed(output.files)
         _put_in_place(output, transaction, how)
     _LOG.info("%s: in place after %.3f s", shown_path(output.out), time.monotonic() - begun)

@@ -167,7 +167,12 @@ class Transaction:
         Raises:
             OutputError: another run is at it, or the system refuses.
         """
-        is_moved = (self.out / LOCK).is_file()  # nothing but a commit brings it there
+        # Only a commit of OUT brings its .shardkit/ there; OUT may be called like the unfinished
+        # output of another one.
+        told = any((self.out / name).exists() for name in (PLAN, COMMIT))
+        is_moved = (self.out / LOCK).is_file() and (
+            _first_line(self.out / COMMIT) == self.out.name or not told
+        )
         folder = self.out if is_moved else self.folder
         try:
             if not (folder / LOCK).is_file():
@@ -361,7 +366,7 @@ def _first_line(path: Path) -> str:
     """The first line of the file at *path*; "" if there is none."""
     try:
         return os.fsdecode(path.read_bytes().partition(b"\n")[0])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # OUT may be a file
         return ""
 
 

@@ -137,46 +137,66 @@ def write_one(work: Work, means: Means | None = None) -> Done:
         OutputError: it cannot be written, it is not what the reference reader expects, or it is a
             unit of another plan or of another version of shardkit.
     """
+    try:
+        return attempt(work, means)
+    except OSError as error:
+        raise unwritten(work, error) from None
+
+
+def attempt(work: Work, means: Means | None = None) -> Done:
+    """Do the same, and leave it to the caller what to do where the system refuses to write, which
+    another attempt may overcome.
+
+    Raises:
+        OSError: it cannot be written.
+        FormatError: as `write_one`.
+        OutputError: likewise.
+    """
     if means is None:
         with Means.alone(work.folder) as means:
-            return write_one(work, means)
+            return attempt(work, means)
     file, path = work.file, work.folder / work.file.name
     sums = _Sums.of(work.sums)
     begun = time.monotonic()
-    try:
-        _refuse_another(work)
-        new = new_path(work.folder)
-        with _removed_on_failure(new):
-            with open(new, "x+b", buffering=0) as output:
-                # Its bytes, and the digests of them as they pass.
-                if file.codec is None:
-                    counts = _copy(file, output.fileno(), sums.see, means)
-                else:
-                    counts = Counter({Engine.COMPRESSED: file.nbytes})
-                    write_compressed(
-                        file,
-                        output.fileno(),
-                        means.frames,
-                        ahead=means.ahead,
-                        see=[sums.for_record.see] if sums.for_record else [],
-                        see_stored=[sums.for_manifest.see] if sums.for_manifest else [],
-                        on_bytes=_limited(means),
-                    )
-                # They last before it is on record.
-                if work.sync:
-                    os.fsync(output.fileno())
-                nbytes = os.fstat(output.fileno()).st_size
-            if work.is_safetensors:
-                reference_check.check(new, file, name=path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new, path)
-        finished = Finished(nbytes, sums.digests() if sums.see else None)
-        write_record(work.folder, work.key, file.name, finished, sync=work.sync)
-    except OSError as error:
-        message = f"{shown_path(path)}: cannot be written: {error.strerror or error}"
-        raise OutputError(message, hint=after_writing(error)) from None
+    _refuse_another(work)
+    new = new_path(work.folder)
+    with _removed_on_failure(new):
+        with open(new, "x+b", buffering=0) as output:
+            # Its bytes, and the digests of them as they pass.
+            if file.codec is None:
+                counts = _copy(file, output.fileno(), sums.see, means)
+            else:
+                counts = Counter({Engine.COMPRESSED: file.nbytes})
+                write_compressed(
+                    file,
+                    output.fileno(),
+                    means.frames,
+                    ahead=means.ahead,
+                    see=[sums.for_record.see] if sums.for_record else [],
+                    see_stored=[sums.for_manifest.see] if sums.for_manifest else [],
+                    on_bytes=_limited(means),
+                )
+            # They last before it is on record.
+            if work.sync:
+                os.fsync(output.fileno())
+            nbytes = os.fstat(output.fileno()).st_size
+        if work.is_safetensors:
+            reference_check.check(new, file, name=path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new, path)
+    finished = Finished(nbytes, sums.digests() if sums.see else None)
+    write_record(work.folder, work.key, file.name, finished, sync=work.sync)
     _LOG.info("%s: %s in %.3f s", shown_path(path), _amounts(counts), time.monotonic() - begun)
     return Done(file.name, finished, counts)
+
+
+def unwritten(work: Work, error: OSError) -> OutputError:
+    """Report the error that the operating system raised for the file of *work*."""
+    path = work.folder / work.file.name
+    return OutputError(
+        f"{shown_path(path)}: cannot be written: {error.strerror or error}",
+        hint=after_writing(error),
+    )
 
 
 def forecast(plan: Plan, folder: Path) -> Counter[Engine]:

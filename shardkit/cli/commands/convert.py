@@ -62,6 +62,11 @@ def command(
     from shardkit.planning.prepare import prepare
 
     begun = time.monotonic()
+    if writing.executor is not None:
+        from shardkit.operations.convert import as_all_see_them, refuse_alone
+
+        refuse_alone(writing.part, writing.sync)
+        source, output = as_all_see_them(source, output)
     _refuse_shards_of_one_file(context, output, terms)
     conversion = prepare(source, output, edits, terms, in_parts=writing.part is not None)
     write("convert", conversion, begun, writing)

@@ -87,6 +87,11 @@ def command(
     from shardkit.operations.offload_prep import prepare_offload, read_order
 
     begun = time.monotonic()
+    if writing.executor is not None:
+        from shardkit.operations.convert import as_all_see_them, refuse_alone
+
+        refuse_alone(writing.part, writing.sync)
+        source, output = as_all_see_them(source, output)
     if blocks is not None and model_class:
         raise click.UsageError(
             "--blocks and --model-class exclude each other: remove one of them", context

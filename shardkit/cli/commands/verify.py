@@ -16,6 +16,7 @@ from shardkit.system.progress import progress
 if TYPE_CHECKING:
     from shardkit.checkpoint.edits import Edits
     from shardkit.fleet.parts import Part
+    from shardkit.fleet.ray_cluster import RayCluster
     from shardkit.limits import Limits
     from shardkit.operations.comparison import Comparison
 
@@ -38,6 +39,7 @@ For example:
 )
 @options.edit_options
 @options.part_option
+@options.executor_options
 @options.limit_option
 @options.json_option("the differences")
 @options.quiet_option
@@ -48,6 +50,7 @@ def command(
     against: str | None,
     edits: Edits,
     part: Part | None,
+    cluster: RayCluster | None,
     limits: Limits,
     as_json: bool,
     quiet: bool,
@@ -76,6 +79,7 @@ def command(
             against,
             edits,
             part=None if part is None else str(part),
+            executor=cluster,
             limits=limits,
             on_bytes=bar.add,
             on_total=bar.expect,
