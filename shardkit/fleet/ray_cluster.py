@@ -53,8 +53,8 @@ class RayCluster:
             address: of the cluster, as ``"auto"`` for the one that runs on this machine; None for
                 RAY_ADDRESS, or a new one on this machine. A connection that the program has
                 already is used.
-            per_node: tasks at a time on each machine; None for as many as it has processors, at
-                most 8.
+            per_node: tasks at a time on each machine; None for one more than it has processors,
+                at most 8.
             limit: bytes that each task moves in a second at most.
         """
         self._address = address
@@ -254,7 +254,7 @@ def _nodes(ray: Any, per_node: int | None) -> Iterator[tuple[str, float, int]]:
     for node in ray.nodes():
         processors = node["Resources"].get("CPU", 0.0)
         if node["Alive"] and processors:
-            slots = per_node or max(1, min(TOGETHER, int(processors)))
+            slots = per_node or min(TOGETHER, int(processors) + 1)
             yield node["NodeID"], processors, slots
 
 
