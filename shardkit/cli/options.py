@@ -153,14 +153,7 @@ def writing_options(command: Callable[..., object]) -> Callable[..., object]:
         if part is not None and (dry_run or no_fsync):
             other = "--dry-run" if dry_run else "--no-fsync"
             raise click.UsageError(f"--part and {other} exclude each other: remove one of them")
-        if executor is None and (address is not None or per_node is not None):
-            alone = "--per-node" if address is None else "--address"
-            raise click.UsageError(f"{alone} needs --executor ray: add it, or remove {alone}")
-        cluster = None
-        if executor is not None:
-            from shardkit.fleet.ray_cluster import executor_named
-
-            cluster = executor_named(executor, address=address, per_node=per_node, limit=limit_rate)
+        cluster = _cluster(executor, address, per_node, limit_rate)
         writing = Writing(
             jobs, not no_fsync, limit_rate, part, cluster, dry_run, overwrite, as_json, quiet
         )
@@ -322,7 +315,8 @@ _EXECUTOR = (
         "--per-node",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Files that each machine of the cluster works on at a time; by default one more than it has processors.",
+        help="Files that each machine of the cluster works on at a time; by default one more than it "
+        "has processors.",
     ),
 )
 
