@@ -29,7 +29,13 @@ from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.payloads.payload import Literal, Payload
 from shardkit.pickles.byte_strings import Strings
-from shardkit.pickles.modules import Item, module_items, module_state, packed_class
+from shardkit.pickles.modules import (
+    Item,
+    is_quantised,
+    module_items,
+    module_state,
+    packed_class,
+)
 from shardkit.pickles.numpy_arrays import Array, Numbers, is_tensor, numbers_of
 from shardkit.pickles.object_graph import (
     CONTAINERS,
@@ -238,6 +244,9 @@ class _Walk:
             self.other(
                 path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value)
             )
+        elif is_quantised(value):
+            reason = f"the quantised module {described(value)}, whose weights are packed"
+            self.other(path, OtherKind.QUANTISED, reason, self._nbytes_below(value))
         else:
             reason = f"{described(value)}, whose state has a private layout"
             self.other(path, OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
