@@ -245,7 +245,7 @@ class _Walk:
                 path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value)
             )
         elif is_quantised(value):
-            reason = f"the quantised module {described(value)}, whose weights are packed"
+            reason = f"packed weights of {described(value)}"
             self.other(path, OtherKind.QUANTISED, reason, self._nbytes_below(value))
         else:
             reason = f"{described(value)}, whose state has a private layout"
