@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from shardkit.checkpoint.edits import fold_ties
 from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
 from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME, Listed, Manifest
@@ -118,20 +119,24 @@ def _as_stored(
         for entry in checkpoint.tensors
         if entry.nbytes and not _reads_only(entry.payload, inside)
     ]
+    read, _ = fold_ties(outside, reserved=())
+    stored, aliases = fold_ties(checkpoint.tensors, reserved=())
     on_total(
         sum(content.nbytes for archive in zips for _, content in archive.members)
-        + sum(entry.nbytes for entry in outside)
+        + sum(entry.nbytes for entry in read)
     )
     faults = [
         fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)
     ]
-    _read_through(outside, on_bytes)
+    _read_through(read, on_bytes)
     expanded = _compressed(checkpoint.files, limits)
-    notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
-    unchecked = len(outside) + _without_crc(checkpoint, zips)
-    nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
     return Comparison(
-        len(checkpoint.tensors), nbytes, _differences(faults), notes, unchecked=unchecked
+        len(checkpoint.tensors),
+        sum(entry.nbytes for entry in stored),
+        _differences(faults),
+        (*(said(archive) for archive in zips), *_unsummed(read, expanded)),
+        unchecked=len(outside) + _without_crc(checkpoint, zips),
+        tied=len(aliases),
     )
 
 
