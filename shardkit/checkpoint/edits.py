@@ -22,6 +22,7 @@ from shardkit.payloads.cast import Cast
 from shardkit.printable import listed, several, shown, shown_path
 
 Ties = Literal["keep-first", "copy"]
+"""How a tied weight is written: once, with a record of its other names, or under each name."""
 
 
 @dataclass(frozen=True, slots=True)
