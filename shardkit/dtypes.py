@@ -15,6 +15,7 @@ from shardkit.errors import BadDType
 from shardkit.printable import shown
 
 Kind = Literal["bool", "int", "float", "complex"]
+"""What the elements of a type are."""
 
 
 @dataclass(frozen=True, slots=True)

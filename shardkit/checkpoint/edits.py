@@ -22,6 +22,7 @@ from shardkit.payloads.cast import Cast
 from shardkit.printable import listed, several, shown, shown_path
 
 Ties = Literal["keep-first", "copy"]
+"""How a tied weight is written: once, with a record of its other names, or under each name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,8 @@ def edit(checkpoint: Checkpoint, edits: Edits) -> Edited:
         raise NothingSelected(f"include {_matches_none(idle[0], names)}", hint=_SHOWS)
     entries = tuple(entry for entry in rooted.tensors if wanted.takes(entry.name))
     _refuse_non_dense(
-        [other for other in rooted.others if other.is_weight and wanted.takes(other.name)]
+        [other for other in rooted.others if other.is_weight and wanted.takes(other.name)],
+        is_all=not entries,
     )
     if not entries:
         raise NothingSelected(_why_nothing(checkpoint, rooted, edits.root), hint=_SHOWS)
@@ -253,16 +255,20 @@ def _any_of(globs: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(translate(glob) for glob in globs)) if globs else None
 
 
-def _refuse_non_dense(others: Sequence[Other]) -> None:
+def _refuse_non_dense(others: Sequence[Other], *, is_all: bool) -> None:
+    """Raise Unwritable if there are *others*, which may be all that is selected."""
     if not others:
         return
     found = listed(
         [f"{shown(other.name)} ({other.kind}: {shown(other.reason)[1:-1]})" for other in others]
     )
-    advice = next((f"{_ADVICE[other.kind]}, or " for other in others if other.kind in _ADVICE), "")
+    advice = next((_ADVICE[other.kind] for other in others if other.kind in _ADVICE), "")
+    hint: Hint = advice or _SHOWS
+    if not is_all:
+        either = f"{advice}, or " if advice else ""
+        hint = (f"{either}leave them out: ", excluding([other.name for other in others]))
     raise Unwritable(
-        f"safetensors can store dense tensors only, and these are not dense: {found}",
-        hint=(f"{advice}leave them out: ", excluding([other.name for other in others])),
+        f"safetensors can store dense tensors only, and these are not dense: {found}", hint=hint
     )
 
 

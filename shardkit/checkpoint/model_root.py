@@ -20,9 +20,9 @@ parts could be it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shardkit.checkpoint.entries import Checkpoint, LeftOut, Other, TensorEntry
+from shardkit.checkpoint.entries import Checkpoint, LeftOut, Other, OtherKind, TensorEntry
 from shardkit.checkpoint.name_tree import PARTITION, RANDOM, Node, is_only_random, tree_of
 from shardkit.checkpoint.root_names import (
     CONVENTIONAL,
@@ -80,6 +80,20 @@ def select_root(checkpoint: Checkpoint, root: str | None) -> Rooted:
     return Rooted(
         chosen.tensors(checkpoint.tensors), chosen.others(checkpoint.others), left_out, chosen.path
     )
+
+
+def at_root(checkpoint: Checkpoint, root: str) -> Checkpoint:
+    """*checkpoint* with what is below *root* alone, under the names that it has there. What the
+    file asks to call stays.
+
+    Raises:
+        NothingSelected: *root* is not in the file.
+    """
+    rooted = select_root(checkpoint, root)
+    calls = (each for each in checkpoint.others if each.kind is OtherKind.CALL)
+    others = tuple(each for each in rooted.others if each.kind is not OtherKind.CALL)
+    left_out = (*checkpoint.left_out, *rooted.left_out)
+    return replace(checkpoint, tensors=rooted.tensors, others=(*others, *calls), left_out=left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,7 +315,8 @@ _EXECUTOR = (
         "--per-node",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Files that each machine of the cluster works on at a time; by default one more than it "
+        help="Files that each machine of the cluster works on at a time; by default one more "
+        "than it "
         "has processors.",
     ),
 )

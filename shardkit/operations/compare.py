@@ -14,13 +14,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from shardkit.checkpoint.edits import Edits, clash, edit
+from shardkit.checkpoint.edits import Edits, clash, edit, fold_ties
 from shardkit.checkpoint.entries import TensorEntry
 from shardkit.checkpoint.model_root import select_root
+from shardkit.errors import FormatError, Malformed, UnknownFormat
 from shardkit.fleet.parts import ALL, Part
 from shardkit.fleet.ray_cluster import RayCluster, executor_named, refuse_part
 from shardkit.hints import Hint, option
 from shardkit.limits import Limits
+from shardkit.metadata.shard_names import is_shard_name
 from shardkit.operations.comparison import Comparison, Difference
 from shardkit.operations.self_check import checked
 from shardkit.operations.uncompared import Side
@@ -123,7 +125,8 @@ def verify(
         The tensors that differ, and what was not compared.
 
     Raises:
-        FormatError: one of them cannot be read.
+        FormatError: one of them cannot be read, or a file of *out* is damaged so that its tensors
+            cannot be found, as where it is truncated.
         PlanError: *edits* cannot be applied to *against*.
         NameClash: two tensors of one have the same dotted name.
 
@@ -206,7 +209,39 @@ def _merged(parts: Sequence[Comparison]) -> Comparison:
         differences=tuple(differences),
         notes=(*told, *common) if len(parts) > 1 else parts[0].notes,
         unchecked=unchecked,
+        tied=sum(part.tied for part in parts),
     )
+
+
+def damage(
+    error: FormatError, out: str | PathLike[str], against: str | PathLike[str] | None = None
+) -> Comparison | None:
+    """Describe the *error* that `verify` raised as a difference, where a file of *out* was found
+    that is damaged or incomplete, so that the tensors in it could not be compared.
+
+    Returns:
+        The difference; None where *out* is not there, is no checkpoint or cannot be read, and where
+        it is *against* that is damaged.
+    """
+    is_broken = isinstance(error, Malformed) or (  # emptied, or overwritten with something else
+        isinstance(error, UnknownFormat) and is_shard_name(error.path.name)
+    )
+    out = path_arguments.to_read(out)
+    folder = out if out.is_dir() else out.parent
+    if not is_broken or not _is_below(error.path, folder):
+        return None
+    if against is not None:
+        source = path_arguments.to_read(against)
+        if _is_below(error.path, source) and not _is_below(out, source):
+            return None
+    name = error.path.name if error.path == folder else str(error.path.relative_to(folder))
+    what = str(error).removeprefix(f"{shown_path(error.path)}: ")
+    notes = ["nothing else was compared", *([error.hint] if error.hint else [])]
+    return Comparison(0, 0, (Difference(name, "bytes", what),), tuple(notes))
+
+
+def _is_below(path: Path, top: Path) -> bool:
+    return path == top or top in path.parents
 
 
 def compare(
@@ -246,7 +281,10 @@ def _compared(
 ) -> Comparison:
     """Of the tensors that both have, the bytes of those in *part* are compared."""
     common = [name for name in lefts if name in rights]
-    both = part.share(common, lambda name: lefts[name].nbytes)
+    whole, every_alias = fold_ties([rights[name] for name in common], reserved=())
+    mine = {entry.name for entry in part.share(whole, lambda entry: entry.nbytes)}
+    both = [name for name in common if every_alias.get(name, name) in mine]
+    stored, aliases = fold_ties([rights[name] for name in both], reserved=())
     total = sum(lefts[name].nbytes for name in both)
     _LOG.info("%d tensors to compare, %s", len(both), format_size(total))
     (on_total or _unheard)(total)
@@ -265,7 +303,8 @@ def _compared(
         *_in_order(lefts, rights, changed),
         *(_only(rights[name], "added") for name in rights if name not in lefts),
     ]
-    return Comparison(len(both), total, tuple(differences))
+    nbytes = sum(entry.nbytes for entry in stored)
+    return Comparison(len(both), nbytes, tuple(differences), tied=len(aliases))
 
 
 def _with_rest(comparison: Comparison, sides: Sequence[Side]) -> Comparison:

@@ -9,6 +9,7 @@ from shardkit.brief import brief
 from shardkit.checkpoint.entries import LeftOut
 
 Change = Literal["added", "removed", "dtype", "shape", "bytes"]
+"""How a tensor differs; "added" is on the right side only, "removed" on the left only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class Comparison:
         left_out: weights on either side that were not compared, under the path of that side.
         unchecked: how many of *tensors* were read, but are in files without a checksum for them; 0
             where two checkpoints were compared.
+        tied: how many of *tensors* are further names of tied weights, which `convert` does not
+            count; their bytes count once.
 
     Example:
         >>> import shardkit
@@ -60,6 +63,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     unchecked: int = 0
+    tied: int = 0
 
     def __repr__(self) -> str:
         return brief(self)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from shardkit.checkpoint.edits import fold_ties
 from shardkit.checkpoint.entries import Checkpoint, SourceFile, TensorEntry
 from shardkit.fleet.parts import ALL, Part
 from shardkit.limits import Limits
@@ -119,29 +120,34 @@ def _as_stored(
 ) -> Comparison:
     zips = archives(checkpoint.files, limits)
     inside = {archive.path for archive in zips}
-    outside = part.share(
-        [
-            entry
-            for entry in checkpoint.tensors
-            if entry.nbytes and not _reads_only(entry.payload, inside)
-        ],
-        lambda entry: entry.nbytes,
-    )
+    outside = [
+        entry
+        for entry in checkpoint.tensors
+        if entry.nbytes and not _reads_only(entry.payload, inside)
+    ]
+    read, aliases = fold_ties(outside, reserved=())
+    read = part.share(read, lambda entry: entry.nbytes)
     zips = list(part.share(zips, lambda archive: archive.nbytes))
-    read = checkpoint.tensors
+    named = checkpoint.tensors
     if part != ALL:
-        mine = {archive.path for archive in zips}
-        read = (*outside, *(each for each in read if _reads_only(each.payload, mine)))
-    on_total(sum(archive.nbytes for archive in zips) + sum(entry.nbytes for entry in outside))
+        names, files = {entry.name for entry in read}, {archive.path for archive in zips}
+        outside = [entry for entry in outside if aliases.get(entry.name, entry.name) in names]
+        named = (*outside, *(each for each in named if _reads_only(each.payload, files)))
+    stored, aliases = fold_ties(named, reserved=())
+    on_total(sum(archive.nbytes for archive in zips) + sum(entry.nbytes for entry in read))
     faults = [
         fault for archive in zips for fault in archive_faults(archive, checkpoint.tensors, on_bytes)
     ]
-    _read_through(outside, on_bytes)
+    _read_through(read, on_bytes)
     expanded = _compressed(checkpoint.files, limits)
-    notes = (*(said(archive) for archive in zips), *_unsummed(outside, expanded))
-    unchecked = len(outside) + _without_crc(checkpoint, zips)
-    nbytes = sum(entry.nbytes for entry in read)
-    return Comparison(len(read), nbytes, _differences(faults), notes, unchecked=unchecked)
+    return Comparison(
+        len(named),
+        sum(entry.nbytes for entry in stored),
+        _differences(faults),
+        (*(said(archive) for archive in zips), *_unsummed(read, expanded)),
+        unchecked=len(outside) + _without_crc(checkpoint, zips),
+        tied=len(aliases),
+    )
 
 
 def _without_crc(checkpoint: Checkpoint, zips: Iterable[Archive]) -> int:

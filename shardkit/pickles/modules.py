@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from shardkit.checkpoint.entries import OtherKind
 from shardkit.pickles.numpy_arrays import is_tensor
 from shardkit.pickles.objects import Dict, Opaque, key_text
+from shardkit.pickles.torch_tensors import NonDense
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,15 @@ def packed_class(value: object) -> str | None:
         case Opaque(name="torch.ScriptObject"):
             return "torch.ScriptObject"
     return None
+
+
+def is_quantised(value: object) -> bool:
+    """Whether *value* is a module such as the quantised convolutions of torch, which give a tuple
+    with their quantised weight to pickle instead of their `__dict__`.
+    """
+    states = value.states if isinstance(value, Opaque) else ()
+    parts = (part for state in states if isinstance(state, tuple) for part in state)
+    return any(isinstance(part, NonDense) and part.kind is OtherKind.QUANTISED for part in parts)
 
 
 _ATTRIBUTE = "an attribute of a module, which is not part of the state dict"

@@ -29,7 +29,13 @@ from shardkit.errors import LimitExceeded, Malformed
 from shardkit.limits import Limits
 from shardkit.payloads.payload import Literal, Payload
 from shardkit.pickles.byte_strings import Strings
-from shardkit.pickles.modules import Item, module_items, module_state, packed_class
+from shardkit.pickles.modules import (
+    Item,
+    is_quantised,
+    module_items,
+    module_state,
+    packed_class,
+)
 from shardkit.pickles.numpy_arrays import Array, Numbers, is_tensor, numbers_of
 from shardkit.pickles.object_graph import (
     CONTAINERS,
@@ -119,7 +125,7 @@ class _Walk:
         self.others: list[Other] = []
         self._repeats = Repeats(bearing, limits.tensors // 2)
         self._known: dict[int, TensorEntry] = {}  # an array under several names is one payload
-        self._arrays = 0  # names of arrays
+        self._has_arrays = False
         self._named = Named()
         self._attributes: list[tuple[Names, Item]] = []
         self._left_out: list[str] = []  # attributes with tensors that have no name
@@ -150,13 +156,8 @@ class _Walk:
 
     def notes(self) -> Iterator[str]:
         """What there is to say about what was found."""
-        if self._arrays:
-            what = (
-                "1 tensor is a NumPy array"
-                if self._arrays == 1
-                else f"{self._arrays:,} tensors are NumPy arrays"
-            )
-            yield f"{what} in the pickle; such arrays are read like tensors"
+        if self._has_arrays:  # without their number, so that many shards have one note
+            yield "the pickle holds NumPy arrays, which are read like tensors"
         if self._left_out:
             left = listed(self._left_out, most=3)
             yield f"tensors in plain attributes of modules are left out, as by state_dict(): {left}"
@@ -238,6 +239,9 @@ class _Walk:
             self.other(
                 path, OtherKind.QUANTISED, f"packed weights, {packed}", self._nbytes_below(value)
             )
+        elif is_quantised(value):
+            reason = f"packed weights of {described(value)}"
+            self.other(path, OtherKind.QUANTISED, reason, self._nbytes_below(value))
         else:
             reason = f"{described(value)}, whose state has a private layout"
             self.other(path, OtherKind.UNKNOWN_TENSOR, reason, self._nbytes_below(value))
@@ -308,7 +312,7 @@ class _Walk:
                 entry = TensorEntry(path, found.dtype, found.shape, self._values(found))
                 known = self._known[id(array)] = entry
             self.tensors.append(replace(known, path=path))
-            self._arrays += 1
+            self._has_arrays = True
         except ValueError as error:
             raise self._refusal(path, error) from None
 

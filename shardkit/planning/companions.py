@@ -1,9 +1,9 @@
 """Choose the files beside the weights that are copied: config, tokenizer, generation settings,
 licence, code.
 
-Regular files (symlinks followed) of at most 50 MB at the top of a source folder and in its
-subfolders without weights, not hidden, recognised by no format, no index, no manifest, no record of
-blocks, and not named like a shard.
+Regular files (symlinks followed, but not out of the folder) of at most 50 MB at the top of a source
+folder and in its subfolders without weights, not hidden, recognised by no format, no index, no
+manifest, no record of blocks, and not named like a shard.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 2. A file is judged by its first bytes, and only where a format needs it by more. The walk is
    bounded in depth, in entries and in files that are opened; anything beyond is judged by its name,
    and a note says so. Links are followed, but not in circles; only regular files are opened.
+3. A link that leads out of the folder is not copied, since an untrusted folder could have any file
+   of this machine copied into the output. The files of a Hugging Face cache lie in its ``blobs``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from shardkit.limits import Limits
 from shardkit.metadata.manifest import MANIFEST_NAME
 from shardkit.metadata.offload_index import OFFLOAD_NAME
 from shardkit.metadata.shard_names import is_shard_name
-from shardkit.printable import listed, shown
+from shardkit.printable import listed, shown, shown_path
 from shardkit.sources import registry
 from shardkit.sources.foreign.marks import LFS_POINTER
 from shardkit.sources.format import Source
@@ -124,6 +126,11 @@ def _is_called_weights(name: str) -> bool:
     return name.endswith(tuple(registry.suffixes())) or foreign(name) is not None
 
 
+def _is_in_a_cache(target: Path) -> bool:
+    """Whether *target* is a file of a Hugging Face cache, to which its snapshots hold links."""
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
 def _named(names: list[str]) -> str:
     return listed([shown(name) for name in names], most=3)
 
@@ -184,6 +191,8 @@ class _Walk:
     by_name: int = 0
     closed: list[str] = field(default_factory=list)
     dangling: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    reals: dict[Path, Path] = field(default_factory=dict)
 
     def top(self) -> None:
         status = self.folder.stat()
@@ -202,13 +211,19 @@ class _Walk:
             yield f"folders that cannot be read: {_named(self.closed)}"
         if self.dangling:
             yield f"links to files that are missing: {_named(self.dangling)}"
+        if self.outside:
+            links = listed(self.outside, most=3)
+            yield (
+                f"not copied, because links lead out of the folder: {links}; replace the links "
+                "with the files if they belong to the model"
+            )
 
     def _plain(self, here: _Folder, files: list[_File], folders: list[_Folder]) -> None:
         """Take what is in a folder without weights of its own, or in the one at the top."""
         unopened: dict[tuple[str, Role], list[_File]] = {}
         for file in files:
             if file.role is Role.COMPANION:
-                self.found.companions.append(file.path)
+                self._companion(file.path)
             elif file.role is not Role.LISTING and file.is_opened:
                 what = foreign(file.path.name) or ""
                 self.found.beside.append(
@@ -224,6 +239,19 @@ class _Walk:
             )
         for folder in folders:
             self._enter(folder)
+
+    def _companion(self, path: Path) -> None:
+        """Have *path* copied, unless it or a folder above it is a link out of the folder."""
+        target = path.resolve() if path.is_symlink() else self._real(path.parent) / path.name
+        if self._real(self.folder) in target.parents or _is_in_a_cache(target):
+            self.found.companions.append(path)
+        else:
+            self.outside.append(f"{shown(self._name(path))} (to {shown_path(target)})")
+
+    def _real(self, folder: Path) -> Path:
+        if folder not in self.reals:
+            self.reals[folder] = folder.resolve()
+        return self.reals[folder]
 
     def _enter(self, here: _Folder) -> None:
         files, folders = self._listed(here)

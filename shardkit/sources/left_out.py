@@ -105,12 +105,12 @@ class Reader:
             return "part of one rank (tensor-parallel or ZeRO)"
         if (variant := variant_of(plain)) is not None:
             return f"variant {shown(variant)}: give its file or index to read it"
+        if is_adapter(plain) and not is_adapter(expanded(self.chosen)):
+            return "an adapter, which is applied on top of a model"
         index = next((each.name for each in self.passed if each.index and name in each.files), None)
         if plain in PREFERRED or index is not None or self._is_same_in_another_format(plain):
             of = f"in {shown(index)}; " if index else ""
             return f"{of}{shown(self.chosen)} comes first"
-        if is_adapter(plain):
-            return "an adapter, which is applied on top of a model"
         return f"not part of {shown(self.chosen)}"
 
     def _is_same_in_another_format(self, name: str) -> bool:

@@ -48,7 +48,7 @@ def joined(
         notes=(
             *census.notes(),
             *differing,
-            *(note for shard in shards.values() for note in shard.notes),
+            *dict.fromkeys(note for shard in shards.values() for note in shard.notes),
         ),
         left_out=tuple(census.left_out()),
     )

@@ -245,9 +245,8 @@ class _Offers:
             checkpoint = self.scanner.file(path)
         else:
             checkpoint = self.scanner.indexed(self.scanner.source(path))
-        rival = next(
-            (each for each in passed if each.index and each.is_safe == chosen.is_safe), None
-        )
+        indexes = (each for each in passed if each.index and not is_adapter(each.name))
+        rival = next((each for each in indexes if each.is_safe == chosen.is_safe), None)
         if chosen.is_file and rival is not None and not rival.missing:
             note = (
                 f"{shown(chosen.name)} was read, and not the {len(rival.files):,} shards of "

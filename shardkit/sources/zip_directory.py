@@ -231,9 +231,12 @@ def _end(path: Path, size: int, read: Read) -> int:
         at = tail.rfind(b"PK\5\6", 0, at)
     raise Malformed(
         path,
-        "begins like a zip archive and has no directory at its end: a truncated download",
+        "the zip archive has no directory at its end: the program that wrote it was interrupted, "
+        "or the download is incomplete",
         where="zip directory",
-        hint="download the file again, and compare its size with the original's",
+        hint="download the file again, and compare its size with the original's; if it was saved "
+        "here, save it again or use an earlier checkpoint, since torch.save writes the directory "
+        "last",
     )
 
 

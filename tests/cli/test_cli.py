@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -217,6 +218,41 @@ def test_damage_is_exit_1(tmp_path: Path) -> None:
     content[-1] ^= 1
     shard.write_bytes(content)
     assert main(["verify", str(tmp_path / "out")]) == 1
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (cut, "are there; the first incomplete one is"),
+    "emptied": (lambda file: file.write_bytes(b""), "is empty"),
+    "missing": (Path.unlink, "that it lists is missing"),
+}
+
+
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "against"])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_shard_that_is_damaged_or_missing_is_named_and_is_exit_1(
+    how: str, against: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(TRAINING), "-o", str(out), "--max-shard", "400B", "-q"]) == 0
+    shard = max(out.glob("*.safetensors"))
+    damage, what = DAMAGES[how]
+    damage(shard)
+    arguments = ["verify", str(out), *(["--against", str(TRAINING)] if against else [])]
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shard.name in shown.out
+    assert what in shown.out
+    assert shown.out.endswith("out/ is damaged in 1 place\n")
+    assert "nothing else was compared" in shown.err
+    assert main([*arguments, "--json"]) == 1
+    (difference,) = json.loads(capsys.readouterr().out)["differences"]
+    assert (out / difference["name"]).name in (shard.name, "model.safetensors.index.json")
+    # Where it is the source that is damaged, nothing is known of the output.
+    assert main(["verify", str(TRAINING), "--against", str(out)]) == 2
 
 
 def is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,7 @@ DOCUMENTS: dict[str, tuple[str, list[str | Path], int]] = {
     "verify, different": ("verify", ["verify", TRAINING, "--against", TRAINING], 1),
     "diff": ("diff", ["diff", TRAINING, GOOD / "legacy-training.pt"], 0),
     "diff, different": ("diff", ["diff", TRAINING, GOOD / "zip-shared.pt"], 1),
+    "inspect, a part": ("inspect", ["inspect", TRAINING, "--root", "state_dict"], 0),
     "place": ("place", ["place", TRAINING], 0),
     "place, tied": ("place", ["place", GOOD / "zip-shared.pt", "--max-memory", "0=1GB,cpu=1GB"], 0),
     "place, given rates": ("place", [*TORCH, "--rates", "disk=1GB,compute=1GB"], 0),
@@ -105,6 +106,11 @@ def test_a_document_is_as_its_schema_has_it(
     document = check(capsys.readouterr().out, name)
     if "different" in what:
         assert document["differences"]
+    if what == "inspect, a part":
+        assert document["root"] == {"name": "state_dict"}
+        assert document["tensors"][0]["path"] == ["0.weight"]
+        assert {part["path"] for part in document["left_out"]} > {"optimizer_states"}
+        assert document["calls"] == ["argparse.Namespace"]
     if what == "place, measured":
         assert document["forecast"]["rates"]["spread"]
         assert document["forecast"]["predicted"]["spread"]

@@ -54,6 +54,10 @@ def test_blocks_are_drawn_by_device(llama: Path, capsys: Capture) -> None:
     assert "left on 0    2.00 MB of 9.00 MB" in lines
     assert "on disk      5.00 MB, read in every forward" in lines
     assert any(line.split()[0] == "largest" for line in lines)
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("reserved")] == [
+        "2.00 MB of what is left on 0, for blocks from cpu and disk; lm_head is the largest",
+        "2.00 MB of what is left on cpu, for blocks from disk; lm_head is the largest",
+    ]
     assert not [line for line in lines if line.startswith("does not fit")]
 
 

@@ -111,6 +111,8 @@ def test_ties_are_compared_under_each_of_their_names(tmp_path: Path) -> None:
     assert comparison.same
     assert comparison.tensors == report.tensors + len(report.aliases)
     assert shardkit.diff(source, out).same
+    for checked in (comparison, shardkit.verify(out), shardkit.diff(source, out, root=".")):
+        assert (checked.tensors - checked.tied, checked.nbytes) == (report.tensors, report.nbytes)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["on the left", "on the right"])

@@ -57,11 +57,10 @@ def test_an_index_and_a_shard_are_compared_with_the_digests_beside_them(folder: 
 def test_damage_is_found_from_the_index_and_from_the_shard_that_has_it(folder: Path) -> None:
     first, second, _ = shards(folder)
     damage(first)
-    code = 1 if first.suffix == ".safetensors" else 2  # a damaged frame cannot be read
-    assert main(["verify", str(folder / INDEX)]) == code
-    assert main(["verify", str(first)]) == code
+    assert main(["verify", str(folder / INDEX)]) == 1
+    assert main(["verify", str(first)]) == 1
     assert main(["verify", str(second)]) == 0
-    if code == 1:
+    if first.suffix == ".safetensors":  # else it is a frame that is damaged, and has no name
         (difference,) = verify(first).differences
         assert "layers.0" in difference.name
 

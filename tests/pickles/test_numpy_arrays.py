@@ -170,3 +170,11 @@ print({"numpy", "torch"} & sys.modules.keys())
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_the_arrays_of_many_shards_are_one_note(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        arrays = {f"{number}.{name}": np.ones(2) for name in range(number)}
+        torch.save(arrays, tmp_path / f"pytorch_model-0000{number}-of-00003.bin")
+    notes = [note for note in shardkit.open(tmp_path).notes if "NumPy" in note]
+    assert notes == ["the pickle holds NumPy arrays, which are read like tensors"]

@@ -141,8 +141,32 @@ def test_a_quantised_module_is_never_converted_by_half(
     weights = [other for other in shardkit.open(path).others if other.is_weight]
     assert weights
     assert all(other.nbytes for other in weights)
-    with pytest.raises(Unwritable, match=r"quantised tensor|quantized\.modules\.conv\.Conv2d"):
+    with pytest.raises(Unwritable, match="quantised tensor") as caught:
         shardkit.convert(path, tmp_path / "out", root="model")
+    assert "convert the model from before it was quantised" in str(caught.value.hint)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_static_convolution_is_called_by_its_class(tmp_path: Path) -> None:
+    (other,) = (
+        each
+        for each in shardkit.open(saved({"model": static_convolution()}, tmp_path)).others
+        if each.is_weight
+    )
+    assert (other.name, other.kind) == ("model.1", QUANTISED)
+    assert other.reason == "packed weights of torch.ao.nn.quantized.modules.conv.Conv2d"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hint_does_not_suggest_to_leave_out_all_weights(tmp_path: Path) -> None:
+    net = static_convolution()
+    with pytest.raises(Unwritable, match=r"'1' \(quantised tensor") as beside_scales:
+        shardkit.convert(saved(net, tmp_path), tmp_path / "out")
+    with pytest.raises(Unwritable, match=r"'0' \(quantised tensor") as alone:
+        shardkit.convert(saved(nn.Sequential(net[1]), tmp_path), tmp_path / "out")
+    advice = "convert the model from before it was quantised"
+    assert beside_scales.value.hint == f"{advice}, or leave them out: exclude=['1']"
+    assert alone.value.hint == advice
 
 
 @pytest.mark.parametrize(

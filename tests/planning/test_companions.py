@@ -98,14 +98,49 @@ def test_what_is_larger_than_50_mb_stays(source: Path) -> None:
     assert taken(source) == ["fits.json"]
 
 
-def test_a_link_is_followed_and_becomes_a_file(source: Path, tmp_path: Path) -> None:
-    write(tmp_path / "blobs" / "1234", '{"a": 1}')
-    (source / "config.json").symlink_to(tmp_path / "blobs" / "1234")
-    (source / "gone.json").symlink_to(tmp_path / "blobs" / "none")
-    shardkit.convert(source, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+def test_the_links_of_a_hugging_face_cache_are_followed_and_become_files(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "1234"
+    write(cache / "blobs" / "1234", '{"a": 1}')
+    (snapshot / "text").mkdir(parents=True)
+    save_file({"weight": torch.ones(4)}, snapshot / "model.safetensors")
+    (snapshot / "config.json").symlink_to("../../blobs/1234")
+    (snapshot / "text" / "config.json").symlink_to("../../../blobs/1234")
+    (snapshot / "gone.json").symlink_to("../../blobs/none")
+    report = shardkit.convert(snapshot, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "text"]
     assert not (tmp_path / "out" / "config.json").is_symlink()
     assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+    assert report.notes == ()
+
+
+def test_links_inside_a_folder_are_followed(source: Path, tmp_path: Path) -> None:
+    write(source / "text" / "vocab.json")
+    (source / "vocab.json").symlink_to("text/vocab.json")
+    (tmp_path / "link").symlink_to(source)
+    assert taken(source) == taken(tmp_path / "link") == ["text/vocab.json", "vocab.json"]
+
+
+def test_a_link_out_of_the_folder_is_not_copied_and_a_note_says_so(
+    source: Path, tmp_path: Path
+) -> None:
+    secret = write(tmp_path / "home" / "secret.txt")
+    write(tmp_path / "source-too" / "secret.txt")  # its path begins like that of the folder
+    (source / "config.json").symlink_to(secret)
+    (source / "extra").symlink_to("../home")
+    (source / "twice.json").symlink_to("config.json")
+    (source / "vocab.json").symlink_to("../source-too/secret.txt")
+    write(source / "tokenizer.json")
+    report = shardkit.convert(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.safetensors", "tokenizer.json"]
+    (note,) = report.notes
+    assert note == (
+        "not copied, because links lead out of the folder: "
+        f"'config.json' (to {secret}), 'twice.json' (to {secret}), 'vocab.json' "
+        f"(to {tmp_path / 'source-too' / 'secret.txt'}) and 1 more; "
+        "replace the links with the files if they belong to the model"
+    )
+    assert shardkit.open(source).notes == report.notes
 
 
 def test_a_folder_that_holds_itself_ends(source: Path) -> None:

@@ -292,6 +292,24 @@ def test_loaders_that_would_read_other_weights_are_named(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("with_index", [True, False], ids=["index", "no index"])
+def test_the_shards_of_an_adapter_are_read_alone_and_beside_a_model_they_are_no_rival(
+    with_index: bool, tmp_path: Path
+) -> None:
+    shards = [name.replace("model", "adapter_model") for name in SHARDS]
+    layout: dict[str, Content] = {shards[0]: 31, shards[1]: 32}
+    if with_index:
+        layout["adapter_model.safetensors.index.json"] = shards
+    adapter = build(tmp_path, layout)
+    assert list(shardkit.open(adapter)) == ["31.weight", "32.weight"]
+    found = shardkit.open(build(tmp_path, {"model.safetensors": 1}))
+    assert list(found) == ["1.weight"]
+    assert found.notes == ()
+    (part,) = found.left_out
+    assert part.path == "adapter_model-*-of-00002.safetensors"
+    assert part.reason == "2 shards; an adapter, which is applied on top of a model"
+
+
 def test_a_set_that_is_joined_without_an_index_says_so(tmp_path: Path) -> None:
     (note,) = shardkit.open(build(tmp_path, {SHARDS[0]: 11, SHARDS[1]: 12})).notes
     assert "there is no index: the 2 shards of 'model-*-of-00002.safetensors' were joined" in note

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
 import json
 import os
+import pickle
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +155,28 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 
 # --- what is no file
+
+
+class FullDisk(io.FileIO):
+    """A file with room for half a checkpoint."""
+
+    def write(self, content: Any) -> int:  # Any: what torch gives, which differs
+        if self.tell() + len(content) > 5_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
+
+
+def test_what_a_failed_save_of_torch_leaves_is_said_to_be_incomplete(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with pytest.raises((OSError, RuntimeError)), FullDisk(path, "w") as file:
+        torch.save({"weight": torch.ones(2_000)}, file)
+    with pytest.raises(Malformed, match="the program that wrote it was interrupted, or") as caught:
+        open_checkpoint(path)
+    assert "save it again or use an earlier checkpoint" in str(caught.value.hint)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        torch.save({"weight": torch.ones(2_000), "function": lambda: None}, path)
+    with pytest.raises(UnknownFormat, match=r"was left by a torch\.save that failed"):
+        open_checkpoint(path)
 
 
 def test_a_path_that_is_not_there_is_said(tmp_path: Path) -> None:

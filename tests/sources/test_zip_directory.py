@@ -124,8 +124,8 @@ def patched(content: bytes, signature: bytes, offset: int, value: bytes) -> byte
 
 
 BROKEN = {
-    "no directory": (archive()[:-30], "truncated download"),
-    "cut in a member": (archive()[:500], "truncated download"),
+    "no directory": (archive()[:-30], "or the download is incomplete"),
+    "cut in a member": (archive()[:500], "or the download is incomplete"),
     "several disks": (patched(archive(), b"PK\5\6", 4, b"\1"), "split over several files"),
     "wrong place": (patched(archive(), b"PK\5\6", 16, b"\1\0\0\0"), "should be at"),
     "wrong count": (patched(archive(), b"PK\5\6", 10, b"\x09"), "announces 9"),

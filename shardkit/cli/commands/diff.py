@@ -8,7 +8,6 @@ import click
 
 from shardkit.cli import options
 from shardkit.cli.command import Command
-from shardkit.printable import several
 from shardkit.system.progress import progress
 
 if TYPE_CHECKING:
@@ -59,15 +58,11 @@ def command(
 
 
 def _verdict(comparison: Comparison) -> str:
-    from shardkit.cli.output.comparison_report import beside
-    from shardkit.sizes import format_size
+    from shardkit.cli.output.comparison_report import amount, beside
 
     rest = beside(comparison)
     if comparison.same:
-        return (
-            f"no difference: {several(comparison.tensors, 'tensor')}, "
-            f"{format_size(comparison.nbytes)}{rest}"
-        )
+        return f"no difference: {amount(comparison)}{rest}"
     counts = {
         word: sum(each.change == word for each in comparison.differences)
         for word in ("added", "removed")

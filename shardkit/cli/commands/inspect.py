@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 For example:
   shardkit inspect big.bin
   shardkit inspect run/last.ckpt --all | less
+  shardkit inspect run/last.ckpt --root ema
   shardkit inspect llama/ --json | jq '.tensors[] | select(.dtype == "F32") | .name'""",
 )
 @options.path_argument("source", "SRC")
 @click.option(
     "--all", "everything", is_flag=True, help="Show every tensor, in any number of lines."
+)
+@click.option(
+    "--root",
+    metavar="PATH",
+    help="Show only the subtree at this dotted path, as convert --root takes it; '.' for "
+    "everything. Default: everything.",
 )
 @options.format_option
 @options.limit_option
@@ -36,6 +43,7 @@ def command(
     context: click.Context,
     source: str,
     everything: bool,
+    root: str | None,
     format: str | None,  # noqa: A002 - the word of the command line
     limits: Limits,
     as_json: bool,
@@ -46,6 +54,7 @@ def command(
     Only headers are read, and no pickle is executed; functions that it asks to call are listed by
     name. Beyond 200 lines, numbered parts with equal content are folded, then the deepest parts.
     """
+    from shardkit.checkpoint.model_root import at_root
     from shardkit.cli.output.inspect_json import document
     from shardkit.cli.output.inspect_text import portrait
     from shardkit.sources.open import collector_paused
@@ -57,7 +66,9 @@ def command(
         )
     with collector_paused():
         checkpoint = open_checkpoint(source, format=format, limits=limits)
+        if root is not None:
+            checkpoint = at_root(checkpoint, root)
         if as_json:
-            put_json("inspect", document(Path(source), checkpoint))
+            put_json("inspect", document(Path(source), checkpoint, root))
         else:
-            put("\n".join(portrait(Path(source), checkpoint, everything=everything)))
+            put("\n".join(portrait(Path(source), checkpoint, root, everything=everything)))

@@ -142,8 +142,9 @@ def command(
 
     Only headers are read, and no model class is needed: blocks are inferred from tensor names.
     Accelerators are filled one after the other, as with device_map="sequential", then the CPU; the
-    rest stays on disk. Blocks on CPU or disk are copied to the first accelerator to be run, so room
-    for the largest block is reserved there. Activations are not counted.
+    rest stays on disk. Blocks on CPU or disk are copied to the first accelerator to be run, and
+    those on disk through the CPU, so room for the largest block is reserved on both. Activations
+    are not counted.
 
     --predict and --rates also show how long a forward would take, and what limits it. If compute
     throughput is unknown, as for an accelerator of another machine, only a lower bound is shown:

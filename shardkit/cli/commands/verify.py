@@ -10,6 +10,7 @@ import click
 from shardkit.cli import options
 from shardkit.cli.command import Command
 from shardkit.cli.output.printing import named
+from shardkit.errors import FormatError
 from shardkit.printable import several
 from shardkit.system.progress import progress
 
@@ -65,33 +66,40 @@ def command(
 
     Items that are not compared (subfolders, other weights, files beside the weights) are listed.
 
-    The exit code is 0 if nothing differs, 1 if something differs or is damaged, and 2 if OUT or SRC
-    cannot be read. In the list, - is missing from OUT, + is only in OUT, and ~ differs.
+    The exit code is 0 if nothing differs; 1 if something differs, or a file of OUT is missing,
+    truncated or otherwise damaged; and 2 if OUT or SRC cannot be read, or SRC is damaged. In the
+    list, - is missing from OUT, + is only in OUT, and ~ differs.
     """
     from shardkit.cli.output.comparison_report import report
-    from shardkit.operations.compare import verify
+    from shardkit.operations.compare import damage, verify
 
     if against is None:
         _refuse_idle(context, edits)
-    with progress("checking", quiet=quiet or as_json) as bar:
-        comparison = verify(
-            output,
-            against,
-            edits,
-            part=None if part is None else str(part),
-            executor=cluster,
-            limits=limits,
-            on_bytes=bar.add,
-            on_total=bar.expect,
-        )
-    report(
-        "verify",
-        comparison,
-        (f"part {part} of " if part else "")
-        + _verdict(comparison, Path(output), Path(against) if against is not None else None),
-        as_json=as_json,
-        quiet=quiet,
+    try:
+        with progress("checking", quiet=quiet or as_json) as bar:
+            comparison = verify(
+                output,
+                against,
+                edits,
+                part=None if part is None else str(part),
+                executor=cluster,
+                limits=limits,
+                on_bytes=bar.add,
+                on_total=bar.expect,
+            )
+    except FormatError as error:
+        found = damage(error, output, against)
+        if found is None:
+            raise
+        comparison, against = found, None  # there is nothing to say of SRC
+    verdict = (
+        _verdict_alone(comparison, Path(output))
+        if against is None
+        else _verdict(comparison, Path(output), Path(against))
     )
+    if part is not None:
+        verdict = f"part {part} of {verdict}"
+    report("verify", comparison, verdict, as_json=as_json, quiet=quiet)
     context.exit(0 if comparison.same else 1)
 
 
@@ -105,23 +113,25 @@ def _refuse_idle(context: click.Context, edits: Edits) -> None:
         )
 
 
-def _verdict(comparison: Comparison, output: Path, against: Path | None) -> str:
-    from shardkit.cli.output.comparison_report import beside
-    from shardkit.sizes import format_size
+def _verdict_alone(comparison: Comparison, output: Path) -> str:
+    from shardkit.cli.output.comparison_report import amount, beside
 
-    amount = f"{several(comparison.tensors, 'tensor')}, {format_size(comparison.nbytes)}"
-    rest = beside(comparison)
-    if against is None and comparison.same:
-        is_checked = comparison.tensors and not comparison.unchecked
-        state = "is intact" if is_checked else "is complete"
-        how = "every byte read and compared with a checksum" if is_checked else "every byte read"
-        return f"{named(output)} {state}: {amount}, {how}{rest}"
-    if against is None:
+    if not comparison.same:
         return f"{named(output)} is damaged in {several(len(comparison.differences), 'place')}"
+    is_checked = comparison.tensors and not comparison.unchecked
+    state = "is intact" if is_checked else "is complete"
+    how = "every byte read and compared with a checksum" if is_checked else "every byte read"
+    return f"{named(output)} {state}: {amount(comparison)}, {how}{beside(comparison)}"
+
+
+def _verdict(comparison: Comparison, output: Path, against: Path) -> str:
+    from shardkit.cli.output.comparison_report import amount, beside
+
+    rest = beside(comparison)
     if comparison.same:
         return (
-            f"{named(output)} holds the same tensors as {named(against)}: {amount}, bit for "
-            f"bit{rest}"
+            f"{named(output)} holds the same tensors as {named(against)}: {amount(comparison)}, "
+            f"bit for bit{rest}"
         )
     return (
         f"{named(output)} differs from {named(against)} in "

@@ -39,6 +39,13 @@ def report(
         put(verdict)
 
 
+def amount(comparison: Comparison) -> str:
+    """What was compared, counted as `convert` counts what it writes."""
+    tied = f" and {several(comparison.tied, 'tied name')}" if comparison.tied else ""
+    stored = several(comparison.tensors - comparison.tied, "tensor")
+    return f"{stored}{tied}, {format_size(comparison.nbytes)}"
+
+
 def beside(comparison: Comparison) -> str:
     """The end of a verdict: what it does not cover."""
     count = len(comparison.left_out)

@@ -13,16 +13,16 @@ from shardkit.errors import AmbiguousRoot, NothingSelected
 from shardkit.payloads.payload import Extent
 
 
-def document(source: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """Everything that `shardkit inspect --json` says of *checkpoint*."""
+def document(source: Path, checkpoint: Checkpoint, root: str | None = None) -> dict[str, object]:
+    """Everything that `shardkit inspect --json` says of *checkpoint*, or of its part *root*."""
     others = checkpoint.others
-    root, inside = _root(checkpoint)
+    taken, inside = _root(checkpoint) if root is None else ({"name": root}, ())
     return {
         "path": source,
         "format": checkpoint.format,
         "files": [{"path": file.path, "nbytes": file.size} for file in checkpoint.files],
         "nbytes": checkpoint.nbytes,
-        "root": root,
+        "root": taken,
         "tensors": list(_tensors(checkpoint)),
         "others": [
             {

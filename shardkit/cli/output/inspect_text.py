@@ -33,26 +33,31 @@ _DEEPEST = 30  # levels; what lies deeper is not indented further
 _SIZE_COLUMN = frozenset({3})
 
 
-def portrait(source: Path, checkpoint: Checkpoint, *, everything: bool) -> Iterator[str]:
-    """The lines that show *checkpoint*; of any number if *everything* is to be seen."""
+def portrait(
+    source: Path, checkpoint: Checkpoint, root: str | None = None, *, everything: bool
+) -> Iterator[str]:
+    """The lines that show *checkpoint*, or its part *root*; of any number if *everything* is to be
+    seen.
+    """
     lines, folded = outline(_leaves(checkpoint), most=None if everything else _MOST_LINES)
-    yield from _head(source, checkpoint)
+    yield from _head(source, checkpoint, root)
     if lines:
         yield ""
         yield from aligned(map(_cells, lines), right=_SIZE_COLUMN, indent=0)
-    foot = list(_foot(checkpoint, folded=folded))
+    foot = list(_foot(checkpoint, root, folded=folded))
     if foot:
         yield ""
         yield from remarked(foot, indent=0)
 
 
-def _head(source: Path, checkpoint: Checkpoint) -> Iterator[str]:
+def _head(source: Path, checkpoint: Checkpoint, root: str | None) -> Iterator[str]:
     files = several(len(checkpoint.files), "file")
     size = format_size(sum(file.size for file in checkpoint.files))
     yield painted(f"{named(source)}: {checkpoint.format}, {files}, {size}", Role.HEADING)
     codes = Counter(entry.dtype.code for entry in checkpoint.tensors)
     types = ", ".join(f"{count:,} {code}" for code, count in codes.most_common())
-    made = f"{several(len(checkpoint.tensors), 'tensor')}, {format_size(checkpoint.nbytes)}"
+    below = f"{shown(root)}: " if root not in (None, ".") else ""
+    made = f"{below}{several(len(checkpoint.tensors), 'tensor')}, {format_size(checkpoint.nbytes)}"
     yield f"{made}: {types}" if types else made
 
 
@@ -130,10 +135,11 @@ def _clipped(text: str) -> str:
     return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
 
 
-def _foot(checkpoint: Checkpoint, *, folded: bool) -> Iterator[tuple[str, str]]:
+def _foot(checkpoint: Checkpoint, root: str | None, *, folded: bool) -> Iterator[tuple[str, str]]:
     if folded:
         yield "folded", "--all shows every tensor"
-    yield from _root(checkpoint)
+    if root is None:
+        yield from _root(checkpoint)
     calls = tuple(other.reason for other in checkpoint.others if other.kind is OtherKind.CALL)
     if calls:
         yield "never run", listed(calls, most=_MOST_NAMES)

@@ -164,6 +164,9 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
             f"{format_size(found.read[CPU])}, copied to {found.runner} in every forward",
         )
     yield "largest", f"{printable(found.largest.name)}, {format_size(found.largest.nbytes)}"
+    for device, block in fitted.largest_loaded.items():
+        if device not in fitted.lacking:
+            yield "reserved", _reserved(fitted, device, block)
     for device, nbytes in fitted.lacking.items():
         block = fitted.largest_loaded[device]
         what = f"{printable(block)} ({format_size(fitted.sizes[block])})"
@@ -175,3 +178,12 @@ def _remarks(found: Placed) -> Iterator[tuple[str, str]]:
         yield "tied", f"{len(found.aliases) - _MOST:,} more"
     yield from parts_left_out(found.left_out)
     yield from (("note", printable(note)) for note in found.notes)
+
+
+def _reserved(fitted: Fit, device: str, block: str) -> str:
+    """What *device* keeps free to load *block*, the largest of those that it loads."""
+    below = (DISK,) if device == CPU else (CPU, DISK)
+    sources = " and ".join(each for each in below if fitted.used.get(each))
+    room = format_size(fitted.sizes[block])
+    largest = f"{printable(block)} is the largest"
+    return f"{room} of what is left on {device}, for blocks from {sources}; {largest}"

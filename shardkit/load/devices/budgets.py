@@ -12,8 +12,13 @@ from shardkit.printable import shown
 from shardkit.sizes import parse_size
 from shardkit.system.free_memory import available_memory
 
-Device = int | str  # the number of an accelerator, "mps", "cpu" or "disk"
+Device = int | str
+"""A device that holds weights: the number of an accelerator, "mps", "cpu" or "disk"."""
 MaxMemory = Mapping[int | str | torch.device, int | float | str]
+"""A memory budget for each device: bytes, "10GB", or "80%" of what it has free. Devices are numbers
+of accelerators, "cuda:0", "mps", "cpu" or "disk", or `torch.device`; one that is left out gets
+none, but for the CPU.
+"""
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?)\s*%\s*", re.ASCII)
 _NAMED = ("mps", "cpu", "disk")

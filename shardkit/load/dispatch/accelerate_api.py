@@ -57,7 +57,11 @@ from shardkit.load.placement.resolve_device_map import PlacementOptions
 
 _Model = TypeVar("_Model", bound=nn.Module)
 AnyDevice = str | int | torch.device
+"""A device that computes: the number of an accelerator, a name such as "cuda:0" or "cpu", or a
+`torch.device`.
+"""
 Names = Iterable[str] | str | None
+"""Names, a single one, or None for none."""
 
 
 def load_checkpoint_and_dispatch(

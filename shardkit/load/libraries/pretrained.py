@@ -42,6 +42,9 @@ from shardkit.printable import shown
 from shardkit.sizes import format_size
 
 AnyMap = str | int | torch.device | DeviceMap | None
+"""A device map; one device for the whole model; "auto", "balanced", "balanced_low_0" or
+"sequential" to have the map made; None for the CPU.
+"""
 
 
 def from_pretrained(

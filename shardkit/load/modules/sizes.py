@@ -22,6 +22,7 @@ from shardkit.printable import shown
 
 Node = nn.Module | torch.Tensor
 AnyDType = str | torch.dtype
+"""A type of elements: `torch.bfloat16`, or its name, as "bfloat16" or "bf16"."""
 
 _SHELL = re.compile(
     r"torch\.u?int([1-7])"

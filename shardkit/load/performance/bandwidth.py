@@ -35,6 +35,7 @@ _READS = 128  # half a gibibyte at most
 # reads one behind the other, as of a block: a disk is slower where each is far from the last
 _ROW = 16
 _MEMORY = 64 << 20  # what is copied, and what the matrices that are multiplied take
+_MATRICES = 4096  # of a smaller size than 16 KiB, where it is the calls that take time
 _ROWS = 256  # from here on, twice the rows take twice the time
 _SECONDS = 0.25  # for each probe
 _ROUNDS = 4  # that it is cut into, to see how much what it gives varies
@@ -272,7 +273,7 @@ def _compute_rate(device: torch.device, product: Product) -> Rate:
     dtype = product.dtype if product.dtype in _FLOATS else torch.bfloat16
     outputs, inputs = product.shape
     outputs = max(1, min(outputs, _MEMORY // (2 * inputs * dtype.itemsize)))
-    count = max(2, _MEMORY // (outputs * inputs * dtype.itemsize))
+    count = min(max(2, _MEMORY // (outputs * inputs * dtype.itemsize)), _MATRICES)
     rows = min(product.rows, _ROWS)
     with torch.no_grad():
         weights = [torch.ones(outputs, inputs, dtype=dtype, device=device) for _ in range(count)]

@@ -19,6 +19,9 @@ from shardkit.printable import shown
 from shardkit.sizes import format_size
 
 DeviceMap = Mapping[str, int | str | torch.device]
+"""A device for each part of a model: names of modules or weights, "" for the whole model, each with
+the number of an accelerator, "mps", "cpu", "disk" or a `torch.device`.
+"""
 
 _LISTED = 8
 

@@ -26,6 +26,9 @@ _ENDINGS = (
     ".gguf",
     ".onnx",
 )
+_BEFORE_WEIGHTS = frozenset(
+    {"version", "byteorder", "serialization_id", ".format_version", ".storage_alignment"}
+)  # what torch.save writes beside its pickle and the weights
 _MOST = 64  # members of a tar archive that are listed
 _BLOCK = 512
 _SIZE = re.compile(rb"[0-7]{1,12}")
@@ -50,6 +53,9 @@ def zip_kind(source: Source) -> Kind | None:
     if "archive_format" in steps or {"data", "weights"} <= steps:
         advice = "save what it was exported from: torch.save(program.state_dict, …)"
         return Kind("is an archive of torch.export (.pt2)", advice, is_weights=True)
+    if "version" in steps and {name.rpartition("/")[2] for name in names} <= _BEFORE_WEIGHTS:
+        what = "was left by a torch.save that failed: it holds no data.pkl and no weights"
+        return Kind(what, "save it again, or use an earlier checkpoint")
     if "model.weights.h5" in steps:
         return Kind("is a Keras model (.keras)", f"load it with Keras; {ARRAYS}", is_weights=True)
     if "MAR-INF" in steps:

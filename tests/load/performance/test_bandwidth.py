@@ -7,9 +7,11 @@ from __future__ import annotations
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from shardkit.errors import FormatError
 from shardkit.load.performance import bandwidth
@@ -81,6 +83,30 @@ def test_products_of_any_type_and_size_are_measured(dtype: torch.dtype, rows: in
     found = measure([], CPU, Product(dtype, (300, 200), rows)).compute
     assert found is not None
     assert found > 0
+
+
+class Counted(TorchFunctionMode):
+    """Counts the tensors of one shape that are made."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ones and args == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1000, 2000)], ids=str)
+def test_small_matrices_are_multiplied_too_and_not_a_million_of_them(
+    shape: tuple[int, int],
+) -> None:
+    with Counted(shape) as made:
+        found = measure([], CPU, Product(torch.float32, shape)).compute
+    assert found is not None
+    assert found > 0
+    assert 2 <= made.count <= 4096
 
 
 def test_rates_can_be_given() -> None:

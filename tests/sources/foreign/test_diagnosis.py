@@ -228,6 +228,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         "looks like weights for Paddle Inference",
         ".pdparams",
     ),
+    "what torch.save leaves where it cannot pickle": (
+        zipped(["m/version", "m/byteorder", "m/.data/serialization_id"]),
+        "was left by a torch.save that failed",
+        "save it again",
+    ),
     "a tar archive": (tarred(["a.txt"]), "is a tar archive; it holds 'a.txt'", "tar xf model.bin"),
     "a tar archive of the oldest torch": (
         tarred(["sys_info", "pickle", "tensors", "storages"]),
