@@ -116,7 +116,7 @@ class Owner:
         """
         answer = Answer(message)
         self.post(answer.give)
-        return answer.wait()
+        return answer.wait(partial(self.post, self.serve_waiting))
 
     def settle(self, message: Callable[[], object]) -> None:
         """Let the owner do *message*, and wait for that and for the end of the threads, unless this
