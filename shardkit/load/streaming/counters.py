@@ -108,7 +108,7 @@ class LiveCounters:
                 done, disk=done.disk + disk, memory=done.memory + memory, reads=done.reads + 1
             )
 
-    def borrowed(self, *, waited: float, hit: bool) -> None:
+    def borrowed(self, *, waited: float = 0.0, hit: bool = False) -> None:
         """A forward has its weights."""
         thread = threading.get_ident()
         mine = self._borrows.get(thread) or self._borrows.setdefault(thread, _Borrows())

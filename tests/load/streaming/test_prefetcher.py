@@ -24,7 +24,7 @@ from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer, Done
 from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import Stream
-from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, locked
+from shardkit.load.streaming.reader_pool import BlockTensors, Loaded, PendingRead, Priority, locked
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
 
@@ -585,7 +585,7 @@ def test_a_thread_that_waits_for_a_slot_gets_it_though_an_interrupt_kept_the_rel
 
 
 def test_who_comes_as_a_read_completes_wakes_itself_and_no_other_thread() -> None:
-    read = PendingRead.over_with(Loaded((), Done()))
+    read = PendingRead.over_with(Loaded(BlockTensors(), Done()))
     others = locked()
     read._waiters.append(others)  # another thread is about to look whether the read is over
     read.wait()
