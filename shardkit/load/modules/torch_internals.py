@@ -43,6 +43,9 @@ own_parameters: _Tensors = attrgetter("_parameters")  # no dict in what torch.ji
 own_buffers: _Tensors = attrgetter("_buffers")  # no dict in what torch.jit.script makes
 """The buffers that a module owns itself; the dict in which it keeps them, no copy."""
 
+PARAMETERS, BUFFERS = "_parameters", "_buffers"
+"""The names under which `vars` of a module has those two dicts."""
+
 own_modules: _Modules = attrgetter("_modules")
 """The modules directly inside a module; the dict in which it keeps them, no copy."""
 
