@@ -40,8 +40,14 @@ from shardkit.load.hooks.gradients import BY_FLAG, Asking, refuse_late
 from shardkit.load.lazy.lazy_view import Recipe
 from shardkit.load.lazy.streamed_weight import Streamed
 from shardkit.load.modules.borrow_tables import BorrowTable
-from shardkit.load.modules.call_stack import is_executing, module_call
-from shardkit.load.modules.torch_internals import BUFFERS, PARAMETERS, make_subclass, version_of
+from shardkit.load.modules.call_stack import hooked_call, is_executing
+from shardkit.load.modules.torch_internals import (
+    BUFFERS,
+    PARAMETERS,
+    has_autocast,
+    make_subclass,
+    version_of,
+)
 from shardkit.load.modules.torch_modes import eager, is_watched, lasting, unseen
 from shardkit.load.modules.weights import ParameterSlot
 from shardkit.load.streaming.prefetcher import Stream
@@ -130,7 +136,7 @@ class Pager:
         # What is in the seats, and for whom; a finalizer may release in the middle of it.
         self._exclusive = Exclusive()
         self._inside: dict[Borrow, int] = {}
-        self._threads: list[int] = []  # the values of that
+        self._threads = self._inside.values()
         self._taken: list[tuple[_Place, BorrowTable, torch.Tensor, Streamed, int | None]] = []
         self._written: list[tuple[Streamed, torch.Tensor]] = []  # and not yet kept
         begin_again_in_children(self, Pager.forked)
@@ -166,7 +172,7 @@ class Pager:
         while borrows and not borrows[-1].is_running:  # an interrupt left it
             borrows[-1].release()
             borrows.pop()
-        borrow = Borrow(self, module_call())
+        borrow = Borrow(self, hooked_call())
         borrows.append(borrow)
         if not is_watched():
             tensors = stream.borrow(self._number, borrow, holding=len(borrows) > 1)
@@ -195,8 +201,9 @@ class Pager:
             return
         own = None
         while own is not self:  # what stands behind it, an interrupt left
-            own = borrows[-1].pager
-            borrows[-1].release()
+            last = borrows[-1]
+            own = last.pager
+            own.put_back(last)
             borrows.pop()
 
     def retire(self) -> None:
@@ -234,7 +241,6 @@ class Pager:
         """Put the lazy tensors back in the child of a fork, whose memory was wiped."""
         self._exclusive = Exclusive()
         self._inside.clear()
-        self._threads.clear()
         self._give_back()
         self._written.clear()
 
@@ -266,12 +272,12 @@ class Pager:
     def _end(self, borrow: Borrow) -> None:
         """End *borrow*, and put the lazy tensors back if it is the last."""
         self._inside.pop(borrow, None)
-        self._threads[:] = self._inside.values()
         if not self._inside:
             self._give_back()
 
     def _give_back(self) -> None:
         """Put the lazy tensors back, and note those weights that were written to."""
+        threads = self._threads
         for place, table, tensor, stood, version in self._taken:
             name = place.name
             if dict.get(table, name) is tensor:
@@ -281,7 +287,7 @@ class Pager:
                     table[name] = stood
                 else:
                     place.seat.take(stood)
-            table.end_loan(name)
+            table.records[name] = (None, None, threads)
         self._taken.clear()
 
     def _put_in(self, borrow: Borrow, tensors: Sequence[torch.Tensor], watched: bool) -> None:
@@ -291,13 +297,13 @@ class Pager:
         asking = (
             self._by_flag and not watched
             if learning
-            else not torch.is_autocast_enabled(self._device_type)
+            else not has_autocast() or not torch.is_autocast_enabled(self._device_type)
         )
         self._inside[borrow] = borrow.thread
-        self._threads[:] = self._inside.values()
         places = self._places or self._found_places()
         made = tensors.asking if isinstance(tensors, BlockTensors) else {}
-        for number, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
+        for number, place in enumerate(places):
+            tensor = tensors[number]
             table = place.attributes[place.key]
             if type(table) is not BorrowTable:
                 table = BorrowTable.of(place.attributes, place.key)
@@ -321,7 +327,7 @@ class Pager:
                 else:
                     made[number] = tensor = _asking(tensor, learning)
             self._taken.append((place, table, tensor, stood, version))
-            table.lend(name, tensor, stood, self._threads)
+            table.records[name] = (tensor, stood, self._threads)
             if place.is_plain:
                 table[name] = tensor
             else:

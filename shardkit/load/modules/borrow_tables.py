@@ -11,7 +11,7 @@ borrowed some of them: each thread finds its own.
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, Sequence, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, Iterator, ValuesView
 from copy import deepcopy
 from threading import get_ident
 from typing import Any
@@ -21,16 +21,17 @@ import torch
 _there = dict.__getitem__
 
 _Table = dict[str, torch.Tensor | None]
-_Record = tuple[torch.Tensor | None, torch.Tensor | None, Sequence[int]]
+Record = tuple[torch.Tensor | None, torch.Tensor | None, Collection[int]]
 
 
 class BorrowTable(_Table):
     """A dict of tensors in which a thread finds those that it has borrowed, and no other thread's.
 
     Attributes:
-        records: of each name that was ever borrowed: the borrowed tensor and the one whose place it
-            took, or None twice; and the numbers of the threads that have borrowed it. Each change
-            makes a new record.
+        records: of each name that was ever borrowed, a tuple: the borrowed tensor and the one whose
+            place it took, or None twice; and the numbers of the threads that have borrowed it. Who
+            lends puts a new tuple here before the borrowed tensor is in the dict, and one with None
+            after it was taken away.
     """
 
     __slots__ = ("records",)
@@ -38,7 +39,7 @@ class BorrowTable(_Table):
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor | None]] = ()) -> None:
         """Contain *tensors*, none of which is borrowed."""
         super().__init__(tensors)
-        self.records: dict[str, _Record] = {}
+        self.records: dict[str, Record] = {}
 
     @classmethod
     def of(cls, attributes: dict[str, Any], key: str) -> BorrowTable:  # Any: those of a module
@@ -48,19 +49,6 @@ class BorrowTable(_Table):
             attributes[key] = table = cls(table.items())
         assert isinstance(table, cls)
         return table
-
-    def lend(
-        self, name: str, tensor: torch.Tensor, stood: torch.Tensor, threads: Sequence[int]
-    ) -> None:
-        """Call this before *tensor* is put in the place of *stood*; only *threads* find it, and the
-        list may change.
-        """
-        self.records[name] = (tensor, stood, threads)
-
-    def end_loan(self, name: str) -> None:
-        """Call this after what was borrowed was taken away."""
-        if (record := self.records.get(name)) is not None:
-            self.records[name] = (None, None, record[2])
 
     def __getitem__(self, name: str) -> torch.Tensor | None:
         while True:

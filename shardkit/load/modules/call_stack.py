@@ -18,6 +18,17 @@ def module_call() -> FrameType | None:
     return frame
 
 
+def hooked_call() -> FrameType | None:
+    """The same for a hook that is `eager`, from which the usual way to that frame is known. To look
+    at the frames between would make an object of each.
+    """
+    try:
+        frame = sys._getframe(_HOOKED)
+    except ValueError:
+        return module_call()
+    return frame if frame.f_code is CALL_CODE else module_call()
+
+
 def is_in_forward() -> bool:
     """Whether the forward of a module runs in this thread."""
     return module_call() is not None
@@ -45,6 +56,9 @@ def is_executing(frame: FrameType) -> bool:
         return True
     return False
 
+
+# frames: the above, the hook, what makes it eager, and a function of torch inside of the call
+_HOOKED = 4
 
 # frames: a method of the weight, those of the dispatcher, and the function that the module applies
 _NEAR = 20

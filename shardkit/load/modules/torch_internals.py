@@ -165,6 +165,9 @@ set_trace: Callable[[object | None], None]
 set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # not in the stubs
 """Suspend torch.jit.trace, with None, or resume it."""
 
+has_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any kind of device."""
+
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many modes are on."""
 

@@ -346,8 +346,8 @@ def test_a_table_reads_as_a_dict_whatever_reads_it() -> None:
     stood = there["a"]
     assert stood is not None
     threads: list[int] = []
-    there.lend("a", borrowed, stood, threads)
-    dict.__setitem__(there, "a", borrowed)
+    there.records["a"] = (borrowed, stood, threads)
+    there["a"] = borrowed
 
     def found() -> list[object]:
         return [
@@ -377,7 +377,6 @@ def test_a_table_reads_as_a_dict_whatever_reads_it() -> None:
     assert there.pop("a", 5) == 5
     with pytest.raises(KeyError):
         there["a"]
-    there.end_loan("c")
 
 
 def test_no_thread_finds_what_another_borrows_again_and_again() -> None:
@@ -395,10 +394,10 @@ def test_no_thread_finds_what_another_borrows_again_and_again() -> None:
     thread.start()
     for number in range(20_000):
         tensor = borrowed[number % 3 // 2]
-        there.lend("a", tensor, stood, (threading.get_ident(),))
-        dict.__setitem__(there, "a", tensor)
-        dict.__setitem__(there, "a", stood)
-        there.end_loan("a")
+        there.records["a"] = (tensor, stood, (threading.get_ident(),))
+        there["a"] = tensor
+        there["a"] = stood
+        there.records["a"] = (None, None, (threading.get_ident(),))
     stop.set()
     thread.join(200)
     assert found == {True}
