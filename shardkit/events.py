@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 EventKind = Literal["planned", "resumed", "started", "written", "finished", "committed"]
+"""What happened; `Event` says what each means."""
 
 
 @dataclass(frozen=True, slots=True)

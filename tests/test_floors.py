@@ -74,6 +74,7 @@ ONLY_IN = {
     "xxhash": ("payloads.digests",),
     "click": ("cli",),
     "tqdm": ("system.progress",),
+    "ray": ("fleet.ray_cluster",),
     "importlib.metadata": ("sources.registry", "cli"),  # cli: the version
 }
 FORBIDDEN_NAMES = {

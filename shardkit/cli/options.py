@@ -316,8 +316,7 @@ _EXECUTOR = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Files that each machine of the cluster works on at a time; by default one more "
-        "than it "
-        "has processors.",
+        "than it has processors.",
     ),
 )
 

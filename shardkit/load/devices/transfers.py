@@ -143,6 +143,9 @@ class Done:
         return
 
 
+_DONE = Done()
+
+
 @dataclass(frozen=True, slots=True)
 class Instant:
     """A moment of this processor, *at* so many seconds: it has passed when it is there."""
@@ -180,10 +183,10 @@ class CpuTransfer:
         return aligned(nbytes)
 
     def send(self, host: torch.Tensor, memory: torch.Tensor, after: Sequence[Ticket]) -> Ticket:
-        return Done()
+        return _DONE
 
     def issued(self, memory: torch.Tensor) -> Ticket:
-        return Done()
+        return _DONE
 
     def moment(self) -> Timestamp:
         return Instant(time.perf_counter())

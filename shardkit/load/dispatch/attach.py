@@ -25,7 +25,7 @@ from shardkit.errors import LoadError
 from shardkit.load.devices.budgets import Device, device_key
 from shardkit.load.devices.device_lookup import device_of, torch_device
 from shardkit.load.devices.transfers import DeviceTransfer, lane_to
-from shardkit.load.dispatch.attachments import attachments, detach
+from shardkit.load.dispatch.attachments import detach, pagers_of
 from shardkit.load.dispatch.streamed_block import StreamedBlock, ring_for
 from shardkit.load.hooks.device_moves import attach_movers
 from shardkit.load.hooks.forward_timer import Clock
@@ -122,12 +122,12 @@ def arrange(
 
     Raises:
         FormatError: a file cannot be read, or has become shorter.
-        LoadError: a weight has no value, or there is no room for it.
+        LoadError: a weight has no value, or there is no room for it; or another thread runs the
+            model.
     """
     addresses = addresses or {}
-    for *_, attached in list(attachments(model)):  # it may have been arranged before
-        if isinstance(attached, Pager):
-            attached.let_go()
+    for pager in pagers_of(model):  # it may have been arranged before
+        pager.let_go()
     parts = wish.cut(model)
     check_ring(parts, wish, addresses)
     inside = (weight for block in parts.blocks for weight in block.weights)

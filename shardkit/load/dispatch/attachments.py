@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import UnionType
 from typing import Any
 
 from torch import nn
 
+from shardkit.errors import LoadError
 from shardkit.load.hooks.device_moves import Mover
 from shardkit.load.hooks.forward_timer import Clock
 from shardkit.load.hooks.gradients import Training
@@ -46,6 +46,7 @@ def remove_hooks(model: nn.Module) -> None:
 
     Raises:
         FormatError: a file cannot be read.
+        LoadError: another thread runs a block of the model that streams. The model is unchanged.
 
     Example:
         >>> from shardkit.load import close, disk_offload, remove_hooks
@@ -56,7 +57,6 @@ def remove_hooks(model: nn.Module) -> None:
         ('Parameter', (8, 4))
     """
     for pager in detach(model):
-        pager.let_go()
         for seat in pager.seats:
             stood = seat.tensor
             if isinstance(stood, Streamed) and stood.origin is not None and is_address(stood):
@@ -74,7 +74,8 @@ def close(model: nn.Module | Pipeline) -> None:
     """Stop the threads and release the memory that streaming uses.
 
     This covers *model* and all copies of it, or the models of a pipeline. The model still runs
-    where it ran, and reads each weight whenever it is used.
+    where it ran, and reads each weight whenever it is used. A forward that another thread runs
+    continues, and its block keeps its weights until it ends.
 
     Args:
         model: a model that was dispatched, or a pipeline of Diffusers; any other is left unchanged.
@@ -92,30 +93,59 @@ def close(model: nn.Module | Pipeline) -> None:
         ... finally:
         ...     close(model)
     """
-    pagers = [
-        pager
-        for each in models_of(model)
-        for pager in detach(each, Pager | Sources | Clock | Training)
-    ]
+    models = list(models_of(model))
+    pagers = [pager for each in models for pager in pagers_of(each)]
+    for pager in pagers:
+        pager.retire()
     # First, so that nothing is read into the memory of a forward that another thread is in.
     for stream in dict.fromkeys(pager.stream for pager in pagers):
         stream.close()
     for pager in pagers:
         pager.let_go()
+    for each in models:
+        for _, tables, key, attached in list(attachments(each)):
+            # A block that another thread runs keeps its hooks, which end the forward and do nothing
+            # in the next.
+            if isinstance(attached, Sources | Clock | Training) or (
+                isinstance(attached, Pager) and not attached.is_run_by_another
+            ):
+                _remove(tables, key)
 
 
-def detach(model: nn.Module, kinds: type | UnionType = object) -> list[Pager]:
-    """Remove the hooks of `arrange` that are of these *kinds* from *model*, and return the pagers
-    among what was attached.
+def detach(model: nn.Module) -> list[Pager]:
+    """Remove the hooks of `arrange` from *model*, and return the pagers among what was attached,
+    which have put the lazy weights back.
+
+    Raises:
+        LoadError: another thread runs a block of the model that streams; nothing was changed.
     """
-    if kinds is object:
-        unguard(model)
-    pagers: dict[Pager, None] = {}
-    for _, tables, key, attached in list(attachments(model)):
-        if not isinstance(attached, kinds):
-            continue
-        if isinstance(attached, Pager):
-            pagers[attached] = None
-        for table in tables:
-            table.pop(key, None)
-    return list(pagers)
+    pagers = pagers_of(model)
+    for pager in pagers:
+        pager.retire()
+    if any(pager.is_run_by_another for pager in pagers):
+        for pager in pagers:
+            pager.is_retired = False
+        raise LoadError(
+            "another thread runs a block of the model that streams, and needs its hooks",
+            hint="remove the hooks, or dispatch the model anew, while no thread runs it; "
+            "shardkit.load.close may be called at any time",
+        )
+    for pager in pagers:
+        pager.let_go()
+    unguard(model)
+    for _, tables, key, _ in list(attachments(model)):
+        _remove(tables, key)
+    for pager in pagers:
+        pager.uncover()
+    return pagers
+
+
+def pagers_of(model: nn.Module) -> list[Pager]:
+    """The hooks of the blocks of *model* that stream."""
+    found = (attached for *_, attached in attachments(model) if isinstance(attached, Pager))
+    return list(dict.fromkeys(found))
+
+
+def _remove(tables: tuple[dict[int, Any], ...], key: int) -> None:
+    for table in tables:
+        table.pop(key, None)

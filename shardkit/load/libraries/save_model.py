@@ -15,9 +15,7 @@ from torch import nn
 from shardkit.checkpoint.edits import Edited, fold_ties
 from shardkit.checkpoint.entries import SourceFile, TensorEntry
 from shardkit.errors import LoadError, OutputError
-from shardkit.load.dispatch.attachments import attachments
 from shardkit.load.dispatch.model_entries import entries_of
-from shardkit.load.hooks.streaming_hooks import Pager, undisturbed
 from shardkit.load.lazy.paged import Paged
 from shardkit.load.libraries import diffusers_model, transformers_model
 from shardkit.load.libraries.model_folder import Saved
@@ -63,7 +61,7 @@ def save(
 
     Raises:
         LoadError: *model* is not a module, or has adapters of PEFT; an item of its state dict is
-            not a dense tensor, or has no value; another thread runs the model, which streams.
+            not a dense tensor, or has no value.
         FormatError: a file that weights are read from has changed since it was opened.
         PlanError: safetensors has no such type.
         OutputError: *folder* cannot be written or replaced.
@@ -79,11 +77,9 @@ def save(
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     _check_whole(model)
-    pagers = (attached for *_, attached in attachments(model) if isinstance(attached, Pager))
-    with undisturbed({pager.stream for pager in pagers}):
-        known = transformers_model.saved(model) or diffusers_model.saved(model)
-        state = known.state if known else model.state_dict()
-        entries = tuple(entries_of(state))
+    known = transformers_model.saved(model) or diffusers_model.saved(model)
+    state = known.state if known else model.state_dict()
+    entries = tuple(entries_of(state))
     # A tie that the library would not make again is no tie there: without a weight of its own the
     # name would be missing.
     untied = state.keys() - known.tied if known else ()

@@ -43,6 +43,9 @@ own_parameters: _Tensors = attrgetter("_parameters")  # no dict in what torch.ji
 own_buffers: _Tensors = attrgetter("_buffers")  # no dict in what torch.jit.script makes
 """The buffers that a module owns itself; the dict in which it keeps them, no copy."""
 
+PARAMETERS, BUFFERS = "_parameters", "_buffers"
+"""The names under which `vars` of a module has those two dicts."""
+
 own_modules: _Modules = attrgetter("_modules")
 """The modules directly inside a module; the dict in which it keeps them, no copy."""
 
@@ -161,6 +164,9 @@ current_trace: Callable[[], object | None] = torch._C._get_tracing_state
 set_trace: Callable[[object | None], None]
 set_trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # not in the stubs
 """Suspend torch.jit.trace, with None, or resume it."""
+
+has_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any kind of device."""
 
 mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many modes are on."""

@@ -94,7 +94,7 @@ def refuse_trace() -> None:
 
 def is_watched() -> bool:
     """Asked for each block and forward: whether anything is on, whatever it is."""
-    return bool(mode_count()) or is_tracing() or innermost_transform() is not None
+    return mode_count() > 0 or is_tracing() or innermost_transform() is not None
 
 
 @unseen

@@ -44,25 +44,27 @@ class ParameterSlot:
         table = own_buffers(owner)
         return table[name] if name in table else None  # noqa: SIM401 - that has no `get` either
 
-    def exchange(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Put *new* there if *old* is there."""
-        owner, name = self.owner, self.name
-        table = own_parameters(owner)
-        if name in table and table[name] is old and type(owner).__setattr__ is _SETATTR:
-            table[name] = new
-        elif self.tensor is old:
-            self.take(new)
+    @property
+    def is_plain(self) -> bool:
+        """Whether the owner keeps the tensor nowhere else, as modules such as LSTM do in a list of
+        their own.
+        """
+        return type(self.owner).__setattr__ is _SETATTR
 
     def take(self, tensor: torch.Tensor) -> None:
         """Put *tensor* there."""
         owner, name = self.owner, self.name
-        # Modules such as LSTM keep a list of their own.
-        if type(owner).__setattr__ is not _SETATTR:
+        if not self.is_plain:
             setattr(owner, name, tensor)
         elif name in (table := own_parameters(owner)):
             table[name] = tensor
         else:
             own_buffers(owner)[name] = tensor
+
+    def renew(self) -> None:
+        """Put what is there into the other places in which the owner keeps it."""
+        if (tensor := self.tensor) is not None:
+            self.take(tensor)
 
 
 @dataclass(slots=True, unsafe_hash=True)

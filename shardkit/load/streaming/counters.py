@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import get_ident
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +109,9 @@ class LiveCounters:
                 done, disk=done.disk + disk, memory=done.memory + memory, reads=done.reads + 1
             )
 
-    def borrowed(self, *, waited: float, hit: bool) -> None:
+    def borrowed(self, *, waited: float = 0.0, hit: bool = False) -> None:
         """A forward has its weights."""
-        thread = threading.get_ident()
+        thread = get_ident()
         mine = self._borrows.get(thread) or self._borrows.setdefault(thread, _Borrows())
         mine.waited += waited
         mine.count += 1

@@ -41,7 +41,7 @@ from shardkit.load.streaming.counters import LiveCounters
 from shardkit.load.streaming.eviction import EvictionPolicy
 from shardkit.load.streaming.page_layout import READERS
 from shardkit.load.streaming.pages import BlockBuffer, Habit
-from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, Readers
+from shardkit.load.streaming.reader_pool import BlockTensors, Loaded, PendingRead, Priority, Readers
 from shardkit.load.streaming.requests import Answer, Request
 from shardkit.load.streaming.ring_buffer import Ring, Slot
 from shardkit.system.threads import Task
@@ -116,7 +116,7 @@ class Owner:
         """
         answer = Answer(message)
         self.post(answer.give)
-        return answer.wait()
+        return answer.wait(partial(self.post, self.serve_waiting))
 
     def settle(self, message: Callable[[], object]) -> None:
         """Let the owner do *message*, and wait for that and for the end of the threads, unless this
@@ -362,7 +362,7 @@ class Owner:
     ) -> Loaded:
         """Bring what was read, or has a pinned host copy, to the device."""
         if slot.memory is None:
-            return Loaded((), Done())  # it was evicted, and nobody waits for it
+            return Loaded(BlockTensors(), Done())  # it was evicted, and nobody waits for it
         buffer.settle(host)
         # Pinned memory ends where its block does.
         ticket = self._lane.send(host, memory[: len(host)], tuple(slot.after.values()))
@@ -370,5 +370,5 @@ class Owner:
         self._counters.read(disk=buffer.disk, memory=buffer.memory)
         if buffer.pinned is None:
             self._verify()
-        slot.tensors = tuple(buffer.tensors(memory))
-        return Loaded(slot.tensors, ticket)
+        slot.tensors = tensors = BlockTensors(buffer.tensors(memory))
+        return Loaded(tensors, ticket)

@@ -20,22 +20,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-
-import torch
 
 from shardkit.errors import LoadError
 from shardkit.load.devices.transfers import DeviceTransfer
 from shardkit.load.streaming.counters import Counters, LiveCounters
 from shardkit.load.streaming.owner import Owner
 from shardkit.load.streaming.pages import BlockBuffer, Habit, Piece
-from shardkit.load.streaming.reader_pool import Priority
-from shardkit.load.streaming.requests import Request
+from shardkit.load.streaming.reader_pool import BlockTensors, Priority
+from shardkit.load.streaming.requests import PATIENCE, Request
 from shardkit.load.streaming.ring_buffer import room_for
 from shardkit.system.fork import begin_again_in_children, never_free
-
-_PATIENCE = 1.0  # seconds until a thread that waits asks again whether there is a slot
 
 
 class Stream:
@@ -90,7 +86,7 @@ class Stream:
 
     def borrow(
         self, number: int, borrower: Hashable, *, holding: bool = False
-    ) -> tuple[torch.Tensor, ...] | None:
+    ) -> BlockTensors | None:
         """The tensors of the block *number*, which stay what they are until *borrower* releases it;
         None if all is closed.
 
@@ -102,40 +98,17 @@ class Stream:
         Raises:
             ShardkitError: it cannot be read.
         """
-        begun = time.perf_counter()
-        buffer = self._owner.buffers[number]
+        owner = self._owner
+        buffer = owner.buffers[number]
         buffer.borrowers.add(borrower)  # before the look at the read: see "The fast path"
-        read, is_stale = buffer.read, buffer.stale
-        is_hit = read is not None and read.succeeded and not is_stale
-        if self._is_closing:
-            buffer.borrowers.discard(borrower)
-            self._owner.post(partial(self._owner.on_release, buffer))
-            return None
-        if not is_hit or read is None:
-            request = Request(number, borrower, self._habit(), holding=holding)
-            if read is None or read.failed or is_stale:
-                self._owner.post(partial(self._owner.on_request, request))
-            else:
-                request.wait_for(read)
-                self._owner.post(partial(self._owner.on_use, number, request.habit))
-            try:
-                while not request.bell.acquire(timeout=_PATIENCE):
-                    # An interrupt may have kept another thread from posting what it released.
-                    self._owner.post(self._owner.serve_waiting)
-                read = request.answer()
-                loaded = None if read is None else read.result()
-            except Exception:
-                self.release(number, borrower)
-                raise
-            if loaded is None:
-                self.release(number, borrower)
-                return None
-        else:
-            if not self._owner.is_settled:
-                self._owner.post(partial(self._owner.on_use, number, self._habit()))
-            loaded = read.result()
+        read = buffer.read
+        loaded = None if read is None or buffer.stale else read.loaded
+        if loaded is None or self._is_closing:
+            return self._borrow_later(buffer, Request(number, borrower, self._habit(), holding))
+        if not owner.is_settled:
+            owner.post(partial(owner.on_use, number, self._habit()))
         loaded.ticket.precede()
-        self._counters.borrowed(waited=time.perf_counter() - begun, hit=is_hit)
+        self._counters.borrowed(hit=True)
         return loaded.tensors
 
     def release(self, number: int, borrower: Hashable, *, written: bool = False) -> None:
@@ -146,7 +119,8 @@ class Stream:
             LoadError: this is the child of a fork, and the process forked while this or another
                 block was borrowed in this thread. It is raised once.
         """
-        buffer = self._owner.buffers[number]
+        owner = self._owner
+        buffer = owner.buffers[number]
         if borrower not in buffer.borrowers:
             self._raise_forked(borrower)
             return
@@ -155,12 +129,12 @@ class Stream:
             used = self.lane.issued(memory)
             slot.after[used.line] = used
         if written:
-            self._owner.ask(partial(self._owner.on_written, buffer))
+            owner.ask(partial(owner.on_written, buffer))
         buffer.borrowers.discard(borrower)
         if self._is_closing:
-            self._owner.settle(partial(self._owner.on_release, buffer))
-        elif self._owner.wants_releases or buffer.stale or (slot is not None and not slot.in_ring):
-            self._owner.post(partial(self._owner.on_release, buffer))
+            owner.settle(partial(owner.on_release, buffer))
+        elif owner.wants_releases or buffer.stale or (slot is not None and not slot.in_ring):
+            owner.post(partial(owner.on_release, buffer))
 
     def prefetch(self, numbers: Iterable[int], priority: Priority = Priority.NEXT) -> None:
         """Read the blocks *numbers* ahead, which need not be what was expected.
@@ -171,10 +145,6 @@ class Stream:
                 of those that are not expected to be needed.
         """
         self._owner.post(partial(self._owner.on_prefetch, tuple(numbers), priority))
-
-    def borrowed_by_others(self, own: Collection[Hashable]) -> bool:
-        """Whether anybody but *own* borrows a block now."""
-        return any(buffer.borrowers.difference(own) for buffer in self._owner.buffers)
 
     def rest(self) -> None:
         """Return when all is over that is being read now."""
@@ -190,6 +160,36 @@ class Stream:
 
     def __deepcopy__(self, memo: object) -> Stream:
         return self
+
+    def _borrow_later(self, buffer: BlockBuffer, request: Request) -> BlockTensors | None:
+        """The same for a block that was not ready when the look at *buffer* was taken."""
+        begun = time.perf_counter()
+        owner, number, borrower = self._owner, request.number, request.borrower
+        read = buffer.read
+        if self._is_closing:
+            buffer.borrowers.discard(borrower)
+            owner.post(partial(owner.on_release, buffer))
+            return None
+        if read is None or read.failed or buffer.stale:
+            owner.post(partial(owner.on_request, request))
+        else:
+            request.wait_for(read)
+            owner.post(partial(owner.on_use, number, request.habit))
+        try:
+            while not request.bell.acquire(timeout=PATIENCE):
+                # An interrupt may have kept another thread from posting what it released.
+                owner.post(owner.serve_waiting)
+            read = request.answer()
+            loaded = None if read is None else read.result()
+        except Exception:
+            self.release(number, borrower)
+            raise
+        if loaded is None:
+            self.release(number, borrower)
+            return None
+        loaded.ticket.precede()
+        self._counters.borrowed(waited=time.perf_counter() - begun)
+        return loaded.tensors
 
     def _habit(self) -> Habit:
         if not hasattr(self.thread, "habit"):

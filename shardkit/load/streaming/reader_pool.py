@@ -40,6 +40,22 @@ class Priority(IntEnum):
     MAYBE = 2
 
 
+class BlockTensors(tuple[torch.Tensor, ...]):
+    """The tensors of a block, as one read has made them.
+
+    Attributes:
+        asking: of some of them, by their positions, the same as a parameter that requires a
+            gradient. They share its memory and end with it.
+    """
+
+    asking: dict[int, torch.Tensor]
+
+    def __new__(cls, tensors: Iterable[torch.Tensor] = ()) -> BlockTensors:
+        made = super().__new__(cls, tensors)
+        made.asking = {}
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What a read gave.
@@ -49,7 +65,7 @@ class Loaded:
         ticket: of their transfer to the device, which may not be done yet.
     """
 
-    tensors: tuple[torch.Tensor, ...]
+    tensors: BlockTensors
     ticket: Ticket
 
 
@@ -113,6 +129,11 @@ class PendingRead:
     def failed(self) -> bool:
         """Whether it is over, and nothing came of it."""
         return self._finish is None and self._loaded is None
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What it gave; None if it is not over, or failed."""
+        return self._loaded if self._finish is None else None
 
     def result(self) -> Loaded:
         """What it gave; it is over.

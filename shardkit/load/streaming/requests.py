@@ -14,6 +14,8 @@ from shardkit.load.streaming.reader_pool import PendingRead, locked, ring
 
 _R = TypeVar("_R")
 
+PATIENCE = 1.0  # seconds until a thread that waits for the owner asks again
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -74,9 +76,16 @@ class Answer(Generic[_R]):
             self._error = error
         self._bell.release()
 
-    def wait(self) -> _R:
-        """What it gave."""
-        self._bell.acquire()
+    def wait(self, ask_again: Callable[[], object]) -> _R:
+        """What it gave.
+
+        Args:
+            ask_again: called when that takes long, because no thread may be there that does
+                messages: of several threads that could not start one, only the last finds out. What
+                it raises ends the wait.
+        """
+        while not self._bell.acquire(timeout=PATIENCE):
+            ask_again()
         if self._error is not None:
             raise self._error
         return self._result[0]

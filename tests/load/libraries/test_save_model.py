@@ -4,7 +4,6 @@ bit for bit.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,38 +294,6 @@ def test_a_model_that_streams_from_disk_is_written_without_being_read(tmp_path: 
         assert torch.equal(streamed(torch.ones(2, 6)), source(torch.ones(2, 6)))
     finally:
         close(streamed)
-
-
-def test_a_model_that_another_thread_runs_is_not_saved(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
-    right = {name: value.clone() for name, value in model.state_dict().items()}
-    save_file(right, tmp_path / "model.safetensors")
-    model = load_checkpoint_and_dispatch(
-        model, tmp_path / "model.safetensors", {"": "disk"}, ring=2
-    )
-    inside, go_on = threading.Event(), threading.Event()
-
-    def hold(*_: object) -> None:
-        inside.set()
-        go_on.wait(200)
-
-    handle = model[1].register_forward_pre_hook(hold)
-    thread = threading.Thread(target=model, args=(torch.ones(1, 8),))
-    thread.start()
-    assert inside.wait(200)
-    with pytest.raises(LoadError, match="another thread runs the model") as refused:
-        save(model, tmp_path / "saved")
-    assert "while no thread runs it" in str(refused.value.hint)
-    assert not (tmp_path / "saved").exists()
-    go_on.set()
-    thread.join(200)
-    handle.remove()
-    save(model, tmp_path / "saved")
-    written = load_file(tmp_path / "saved" / "model.safetensors")
-    assert {name: values(each) for name, each in written.items()} == {
-        name: values(each) for name, each in right.items()
-    }
 
 
 def test_a_model_may_be_saved_inside_its_own_forward(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer, Done
 from shardkit.load.streaming.page_layout import READ, READERS
 from shardkit.load.streaming.pages import Piece
 from shardkit.load.streaming.prefetcher import Stream
-from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, locked
+from shardkit.load.streaming.reader_pool import BlockTensors, Loaded, PendingRead, Priority, locked
 from shardkit.payloads.cast import Cast
 from shardkit.payloads.payload import Buffer, Concat, Extent, Payload
 
@@ -585,7 +585,7 @@ def test_a_thread_that_waits_for_a_slot_gets_it_though_an_interrupt_kept_the_rel
 
 
 def test_who_comes_as_a_read_completes_wakes_itself_and_no_other_thread() -> None:
-    read = PendingRead.over_with(Loaded((), Done()))
+    read = PendingRead.over_with(Loaded(BlockTensors(), Done()))
     others = locked()
     read._waiters.append(others)  # another thread is about to look whether the read is over
     read.wait()
@@ -647,6 +647,82 @@ def test_readers_that_have_nothing_to_do_end(file: Path, lane: DeviceTransfer) -
     for _ in range(2):
         use(stream, 0)
         assert eventually(lambda: not readers())
+
+
+class NoThreads:
+    """Starts of threads that read fail as often as is wanted, the first two together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.together = threading.Barrier(2)
+        self.left = times
+        self.start = threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", self.method())
+
+    def method(self) -> Callable[[threading.Thread], None]:
+        return lambda thread: self.begin(thread)  # noqa: PLW0108 - which a class binds
+
+    def begin(self, thread: threading.Thread) -> None:
+        if not thread.name.startswith("shardkit-stream") or not self.left:
+            self.start(thread)
+            return
+        self.left -= 1
+        if not self.together.broken:
+            self.together.wait(200)
+            self.together.abort()
+        raise RuntimeError("can't start new thread")
+
+
+ASKS: dict[str, Callable[[Stream], object]] = {
+    "answer": lambda stream: stream.nbytes,
+    "block": lambda stream: stream.borrow(0, object()),
+}
+
+
+def of_two_threads(ask: Callable[[], object]) -> list[object]:
+    """What *ask* gives or raises in two threads."""
+    found: list[object] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except LoadError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    return found
+
+
+@pytest.mark.usefixtures("no_readers")
+@pytest.mark.parametrize("ask", ASKS)
+def test_two_threads_that_fail_to_start_a_reader_together_are_both_told(
+    ask: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = streaming(file, CpuTransfer())
+    NoThreads(monkeypatch, times=1000)
+    found = of_two_threads(lambda: ASKS[ask](stream))
+    assert [type(each) for each in found] == [LoadError, LoadError]
+    assert "no thread could be started" in str(found[0])
+    monkeypatch.undo()
+    for number in range(8):
+        use(stream, number)
+    stream.close()
+
+
+@pytest.mark.usefixtures("no_readers")
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_thread_that_waits_though_no_reader_could_be_started_tries_again(
+    ask: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = streaming(file, CpuTransfer())
+    NoThreads(monkeypatch, times=2)
+    found = of_two_threads(lambda: ASKS[ask](stream))
+    assert len(found) == 2
+    assert sum(isinstance(each, LoadError) for each in found) == 1
+    stream.close()
 
 
 def closing(stream: Stream) -> threading.Thread:

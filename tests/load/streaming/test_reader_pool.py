@@ -14,9 +14,16 @@ import pytest
 
 from shardkit.errors import LoadError
 from shardkit.load.devices.transfers import Done
-from shardkit.load.streaming.reader_pool import Loaded, PendingRead, Priority, Readers, locked
+from shardkit.load.streaming.reader_pool import (
+    BlockTensors,
+    Loaded,
+    PendingRead,
+    Priority,
+    Readers,
+    locked,
+)
 
-NOTHING = Loaded((), Done())
+NOTHING = Loaded(BlockTensors(), Done())
 
 
 def read_of(
