@@ -5,7 +5,7 @@ other, then those that hold digests of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 
 from shardkit.events import Event, OnEvent
 from shardkit.fleet.executor import Executor, Threads
@@ -50,9 +50,14 @@ def execute(
 
     def write(files: Collection[OutputFile], by: Executor) -> None:
         work = [Work.of(plan, file, transaction) for file in files]
-        for done in by(work, on_event):
-            transaction.done[done.name] = done.finished
-            counts.update(done.engines)
+        results = by(work, on_event)
+        try:
+            for done in results:
+                transaction.done[done.name] = done.finished
+                counts.update(done.engines)
+        finally:  # an interrupt here ends the units before the folder is given up
+            if isinstance(results, Generator):
+                results.close()
 
     # The largest first.
     early = (file for file in todo if file.late is None)

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shardkit.errors import PlanError, ShardkitError
@@ -31,6 +32,7 @@ _ATTEMPTS = 6  # of one unit
 _LOOK = 2.0  # seconds after which machines that came or went are noticed
 
 
+@dataclass(frozen=True, slots=True)
 class RayCluster:
     """The machines of a Ray cluster, which write the files of an output, one task for each.
 
@@ -38,35 +40,30 @@ class RayCluster:
     another machine, where the system refused to write or the process or the machine died; what is
     wrong with a source is final. Needs ``pip install 'shardkit[ray]'``.
 
+    Attributes:
+        address: of the cluster, as ``"auto"`` for the one that runs on this machine; None for
+            RAY_ADDRESS, or a new one on this machine. A connection that the program has already is
+            used.
+        per_node: tasks at a time on each machine; None for one more than it has processors, at most
+            8.
+        limit: bytes that each task moves in a second at most.
+
     Example:
         >>> import shardkit
         >>> cluster = shardkit.RayCluster("auto", per_node=4)
         >>> shardkit.convert("model.safetensors", "out", executor=cluster)  # doctest: +SKIP
     """
 
-    def __init__(
-        self, address: str | None = None, per_node: int | None = None, limit: int | None = None
-    ) -> None:
-        """Connect to nothing yet.
-
-        Args:
-            address: of the cluster, as ``"auto"`` for the one that runs on this machine; None for
-                RAY_ADDRESS, or a new one on this machine. A connection that the program has
-                already is used.
-            per_node: tasks at a time on each machine; None for one more than it has processors,
-                at most 8.
-            limit: bytes that each task moves in a second at most.
-        """
-        self._address = address
-        self._per_node = per_node
-        self._limit = limit
+    address: str | None = None
+    per_node: int | None = None
+    limit: int | None = None
 
     def __call__(self, work: Sequence[Work], on_event: OnEvent) -> Iterator[Done]:
         by_name = {unit.file.name: unit for unit in work}
         for unit in work:
             on_event(Event("started", unit.file.name, unit.file.nbytes))
-        tasks = [(unit, self._limit) for unit in work]
-        for (unit, _), result in self.map(_write, tasks, lambda task: task[0].file.name):
+        tasks = [(unit, self.limit) for unit in work]
+        for (unit, _), result in each_on(self, _write, tasks, lambda task: task[0].file.name):
             if isinstance(result, OSError):
                 raise unwritten(unit, result)
             nbytes = by_name[result.name].file.nbytes
@@ -74,55 +71,58 @@ class RayCluster:
             on_event(Event("finished", result.name, nbytes))
             yield result
 
-    def map(
-        self,
-        function: Callable[[Item], Result],
-        items: Sequence[Item],
-        name_of: Callable[[Item], str],
-    ) -> Iterator[tuple[Item, Result | OSError]]:
-        """Call *function* for each of *items*, and yield what it returns as it ends; an OSError
-        where every attempt raised one.
 
-        Args:
-            function: of a module that the machines have.
-            items: they pickle.
-            name_of: what messages call one.
+def each_on(
+    cluster: RayCluster,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    name_of: Callable[[Item], str],
+) -> Iterator[tuple[Item, Result | OSError]]:
+    """Call *function* for each of *items*, and yield what it returns as it ends; an OSError
+    where every attempt raised one.
 
-        Raises:
-            ShardkitError: what a call raised.
-            OutputError: the cluster is out of reach, or an item ended too many processes.
-        """
-        with self.connected():
-            yield from _Run(_ray(), self._per_node, function, name_of).results(items)
+    Args:
+        cluster: whose processes call it.
+        function: of a module that the machines have.
+        items: they pickle.
+        name_of: what messages call one.
 
-    @contextlib.contextmanager
-    def connected(self) -> Iterator[int]:
-        """Connect to the cluster, for as long as the block runs; gives its number of slots.
+    Raises:
+        ShardkitError: what a call raised; the cluster is out of reach; an item ended too many
+            processes.
+    """
+    with connected(cluster):
+        yield from _Run(_ray(), cluster.per_node, function, name_of).results(items)
 
-        Raises:
-            ShardkitError: Ray is not installed, or the cluster is out of reach.
-        """
-        ray = _ray()
-        if ray.is_initialized():
-            yield sum(slots for _, _, slots in _nodes(ray, self._per_node))
-            return
-        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
-        quiet = {"include_dashboard": False} if address == "local" else {}
-        try:
-            _refuse_silent(address)
-            with _own_signals():
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
-            why = str(error).partition("\n")[0]
-            raise ShardkitError(
-                f"there is no cluster of Ray at {shown(address)}: {shown(why)}",
-                hint="start one with `ray start --head`, or leave the address out for a cluster on "
-                "this machine alone",
-            ) from None
-        try:
-            yield sum(slots for _, _, slots in _nodes(ray, self._per_node))
-        finally:
-            ray.shutdown()
+
+@contextlib.contextmanager
+def connected(cluster: RayCluster) -> Iterator[int]:
+    """Connect to *cluster*, for as long as the block runs; gives its number of slots.
+
+    Raises:
+        ShardkitError: Ray is not installed, or the cluster is out of reach.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        yield sum(slots for _, _, slots in _nodes(ray, cluster.per_node))
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet = {"include_dashboard": False} if address == "local" else {}
+    try:
+        _refuse_silent(address)
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise ShardkitError(
+            f"there is no cluster of Ray at {shown(address)}: {shown(why)}",
+            hint="start one with `ray start --head`, or leave the address out for a cluster on "
+            "this machine alone",
+        ) from None
+    try:
+        yield sum(slots for _, _, slots in _nodes(ray, cluster.per_node))
+    finally:
+        ray.shutdown()
 
 
 def executor_named(

@@ -19,7 +19,7 @@ from shardkit.checkpoint.entries import TensorEntry
 from shardkit.checkpoint.model_root import select_root
 from shardkit.errors import FormatError, Malformed, UnknownFormat
 from shardkit.fleet.parts import ALL, Part
-from shardkit.fleet.ray_cluster import RayCluster, executor_named, refuse_part
+from shardkit.fleet.ray_cluster import RayCluster, connected, each_on, executor_named, refuse_part
 from shardkit.hints import Hint, option
 from shardkit.limits import Limits
 from shardkit.metadata.shard_names import is_shard_name
@@ -178,10 +178,10 @@ def verified_by(
         ShardkitError: as `verify`, or the cluster is out of reach.
     """
     paths = os.path.abspath(out), None if against is None else os.path.abspath(against)
-    with cluster.connected() as slots:
+    with connected(cluster) as slots:
         tasks = [(*paths, edits, f"{k}/{slots}", limits) for k in range(1, slots + 1)]
         found: dict[str, Comparison] = {}
-        for task, result in cluster.map(_verify_part, tasks, lambda task: f"part {task[3]}"):
+        for task, result in each_on(cluster, _verify_part, tasks, lambda task: f"part {task[3]}"):
             if isinstance(result, OSError):
                 raise unreadable(Path(task[0]), result)
             on_bytes(result.nbytes)

@@ -22,7 +22,7 @@ from repository import GOOD
 from shardkit.cli import main
 from shardkit.errors import FormatError, OutputError, PlanError, ShardkitError
 from shardkit.fleet import ray_cluster
-from shardkit.fleet.ray_cluster import RayCluster
+from shardkit.fleet.ray_cluster import RayCluster, each_on
 from shardkit.metadata.unit_records import DONE
 
 SOURCE = GOOD / "zip-training.pt"
@@ -205,7 +205,7 @@ def test_what_is_tried_again_and_what_is_not(tmp_path: Path) -> None:
     def done(function: Any) -> Any:
         folder = tmp_path / function.__name__
         folder.mkdir()
-        ((_, result),) = RayCluster(per_node=1).map(function, [folder], str)
+        ((_, result),) = each_on(RayCluster(per_node=1), function, [folder], str)
         return result
 
     assert done(refused_twice) == "done"
@@ -282,7 +282,7 @@ def test_a_driver_that_is_killed_and_started_again_goes_on(
 def test_ray_is_asked_for_only_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ShardkitError, match="Ray is not installed") as caught:
-        list(RayCluster().map(refused, [Path()], str))
+        list(each_on(RayCluster(), refused, [Path()], str))
     assert "shardkit[ray]" in str(caught.value.hint)
 
 
@@ -327,9 +327,9 @@ def test_another_executor_is_a_function_of_a_few_lines(
 def test_an_error_of_the_system_becomes_a_sentence_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mapped(self: RayCluster, function: Any, items: Any, name_of: Any) -> Iterator[Any]:
+    def refused(cluster: Any, function: Any, items: Any, name_of: Any) -> Iterator[Any]:
         yield items[0], OSError(28, "No space left on device")
 
-    monkeypatch.setattr(RayCluster, "map", mapped)
+    monkeypatch.setattr(ray_cluster, "each_on", refused)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         shardkit.convert(SOURCE, tmp_path / "out", executor=RayCluster())
