@@ -22,13 +22,16 @@ posix = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals as POSIX
 TRAINING = ROOT / "fixtures" / "good" / "zip-training.pt"
 BIG = ROOT / "fixtures" / "good" / "zip-matrix.pt"
 
-# A program in which each step takes the seconds in its first argument.
+# A program in which each of the first steps takes the seconds in its first argument; how many do is
+# the second.
 SLOW = """
 import sys, time
+from itertools import repeat
 from shardkit.system.progress import Progress
-pause, add = float(sys.argv.pop(1)), Progress.add
+pauses = repeat(float(sys.argv.pop(1)), int(sys.argv.pop(1)))
+add = Progress.add
 def slow(self, nbytes):
-    time.sleep(pause)
+    time.sleep(next(pauses, 0.0))
     add(self, nbytes)
 Progress.add = slow
 """
@@ -47,8 +50,9 @@ def run(
     code: str, *arguments: str | Path, pause: float, columns: int, cwd: Path, ctrl_c: bool = False
 ) -> Session:
     after = b"%" if ctrl_c else None
+    steps = "1000" if ctrl_c else "4"  # enough to draw the bar, and to draw it again
     return on_a_terminal(
-        ["-c", code, str(pause), *arguments], columns=columns, cwd=cwd, ctrl_c_after=after
+        ["-c", code, str(pause), steps, *arguments], columns=columns, cwd=cwd, ctrl_c_after=after
     )
 
 

@@ -280,7 +280,7 @@ def test_a_large_model_is_saved_in_the_memory_of_a_few_weights(dtype: str, tmp_p
     sizes = SIZES | {
         "hidden_size": 1024,
         "intermediate_size": 2816,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 4,
         "num_attention_heads": 8,
     }
     saved(
@@ -289,7 +289,7 @@ def test_a_large_model_is_saved_in_the_memory_of_a_few_weights(dtype: str, tmp_p
     )
     nbytes = (tmp_path / "source" / "model.safetensors").stat().st_size
     grows = 48 << 20
-    assert nbytes > 300_000_000
+    assert nbytes > 3 * grows
     done = subprocess.run(
         [
             sys.executable,
