@@ -35,7 +35,7 @@ from pathlib import Path
 
 from shardkit.hints import Hint, Option
 from shardkit.load_errors import LoadError, Mismatch, NotTrained, OverBudget, ReadOnly
-from shardkit.printable import listed, printable, several, shown, shown_path
+from shardkit.printable import listed, printable, shown, shown_path
 from shardkit.shardkit_error import ShardkitError
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "BadDType",
     "BadSize",
     "FormatError",
+    "Incomplete",
     "LimitExceeded",
     "LoadError",
     "Malformed",
@@ -60,10 +61,6 @@ __all__ = [
     "UnknownFormat",
     "UnknownTensor",
     "Unwritable",
-    "listed",
-    "several",
-    "shown",
-    "shown_path",
 ]
 
 _DAMAGED = "the file is corrupt: download it again or re-export it"

@@ -26,6 +26,7 @@ from shardkit.fleet.parts import Part
 from shardkit.hints import option, output
 from shardkit.limits import Limits
 from shardkit.metadata.offload_index import Origin
+from shardkit.metadata.shard_names import stem_of
 from shardkit.operations.convert import Report, as_all_see_them, asked_how, carry_out, refuse_alone
 from shardkit.payloads.digests import check_algorithm
 from shardkit.payloads.payload import unreadable
@@ -195,6 +196,7 @@ def prepare_offload(
             max_shard=opened.max_shard,
             metadata=checkpoint.metadata,
             companions=beside,
+            stem=stem_of(file.path.name for file in checkpoint.files),
         )
         asked = Asked(
             "offload-prep",

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shardkit.checkpoint.entries import SourceFile
-from shardkit.errors import NoRoom, OutputError, shown, shown_path
+from shardkit.errors import NoRoom, OutputError
 from shardkit.hints import option
 from shardkit.hints import output as out_option
 from shardkit.metadata.manifest import MANIFEST_NAME
@@ -22,6 +22,7 @@ from shardkit.metadata.shard_names import INDEX_NAMES, is_shard_name
 from shardkit.metadata.unit_records import PARTIAL
 from shardkit.planning.output import Output
 from shardkit.planning.plan import Plan
+from shardkit.printable import shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.sources import registry
 

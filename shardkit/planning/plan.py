@@ -219,6 +219,7 @@ def plan_blocks(
     max_shard: int | None,
     metadata: Mapping[str, str],
     companions: Sequence[OutputFile] = (),
+    stem: str = STEM,
 ) -> Plan:
     """As `plan_folder`, with *blocks*, which are all that is written, each in one run of bytes, in
     this order; in safetensors.
@@ -231,6 +232,7 @@ def plan_blocks(
         max_shard: bound on each file; None for one shard.
         metadata: for every shard.
         companions: files to bring along.
+        stem: what the names of the shards begin with.
 
     Raises:
         Unwritable: safetensors has no way to hold a tensor.
@@ -246,9 +248,9 @@ def plan_blocks(
     data = (coalesced(entry.payload for entry in run) for run in runs)
     shards = [
         OutputFile(name, (Literal(head), *parts))
-        for (name, parts), head in zip(_named(data), heads, strict=True)
+        for (name, parts), head in zip(_named(data, stem), heads, strict=True)
     ]
-    plan = _folder(edited, shards, runs, max_shard, companions, "safetensors")
+    plan = _folder(edited, shards, runs, max_shard, companions, "safetensors", stem)
     return replace(plan, record=_record(origin, algorithm, shards, cuts, heads))
 
 

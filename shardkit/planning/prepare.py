@@ -15,7 +15,7 @@ from shardkit.brief import brief
 from shardkit.checkpoint.edits import Edited, Edits, edit, fold_ties
 from shardkit.checkpoint.entries import Checkpoint, SourceFile
 from shardkit.checkpoint.quantised_scales import is_codes
-from shardkit.errors import PlanError, several, shown, shown_path
+from shardkit.errors import PlanError
 from shardkit.hints import option
 from shardkit.hints import output as output_option
 from shardkit.metadata.shard_index import LARGEST_READ_BY_HUB
@@ -32,6 +32,7 @@ from shardkit.planning.output import Output, SourceCheck
 from shardkit.planning.output_path import default_output, followed, partial_folder
 from shardkit.planning.plan import OutputFile, Plan, plan_file, plan_folder
 from shardkit.planning.request import Asked
+from shardkit.printable import several, shown, shown_path
 from shardkit.sizes import format_size, parse_size
 from shardkit.sources import path_arguments, registry
 from shardkit.sources.open import failures_told

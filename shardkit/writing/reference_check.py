@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shardkit.errors import OutputError, shown_path
+from shardkit.errors import OutputError
 from shardkit.payloads.payload import Extent
 from shardkit.planning.plan import OutputFile
+from shardkit.printable import shown_path
 
 LONG = 1 << 20  # bytes of a header, of about 8,000 tensors
 

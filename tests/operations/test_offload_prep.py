@@ -127,6 +127,24 @@ def test_every_fixture_that_converts_is_prepared_and_is_the_same(
     check_layout(tmp_path / "out", None)
 
 
+@pytest.mark.parametrize("name", ["adapter_model", "diffusion_pytorch_model", "model"])
+def test_shards_are_called_as_the_library_of_the_source_looks_for_them(
+    name: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    weights = {f"layers.{n}.weight": torch.full((900,), float(n)) for n in range(3)}
+    save_file(weights, source / f"{name}.safetensors")
+    shardkit.offload_prep(source, tmp_path / "one")
+    assert (tmp_path / "one" / f"{name}.safetensors").is_file()
+    shardkit.offload_prep(source, tmp_path / "several", max_shard="5kB")
+    names = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert names == [f"{name}-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert (tmp_path / "several" / f"{name}.safetensors.index.json").is_file()
+    for folder in ("one", "several"):
+        assert shardkit.verify(tmp_path / folder, source).same
+
+
 @st.composite
 def states(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     state = {}

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardkit.errors import NotTrained, shown
+from shardkit.errors import NotTrained
 from shardkit.load.lazy.paged import is_address
 from shardkit.load.lazy.streamed_weight import TRAIN, Streamed
 from shardkit.load.modules.torch_internals import make_subclass, use_count, version_of
 from shardkit.load.modules.torch_modes import eager, is_watched
+from shardkit.printable import shown
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
