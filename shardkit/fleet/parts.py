@@ -62,20 +62,20 @@ class Part:
     def files(self, files: Iterable[OutputFile]) -> tuple[OutputFile, ...]:
         """Those of *files* that this part writes.
 
-        They are dealt out by size, the largest first, each to the part that has the fewest bytes
+        They are assigned by size, the largest first, each to the part that has the fewest bytes
         until then. Files that hold digests of others are of no part.
         """
         return self.share([file for file in files if file.late is None], lambda file: file.nbytes)
 
     def share(self, items: Sequence[Item], nbytes: Callable[[Item], int]) -> tuple[Item, ...]:
-        """Those of *items* that are of this part, dealt out by their size, in the order in which
+        """Those of *items* that are of this part, assigned by their size, in the order in which
         they were given.
         """
-        dealt = [(0, part) for part in range(self.count)]  # a heap: the least first
+        loads = [(0, part) for part in range(self.count)]  # a heap: the least first
         mine: list[int] = []
         for place in sorted(range(len(items)), key=lambda place: -nbytes(items[place])):
-            amount, part = dealt[0]
-            heapreplace(dealt, (amount + (nbytes(items[place]) or 1), part))
+            amount, part = loads[0]
+            heapreplace(loads, (amount + (nbytes(items[place]) or 1), part))
             if part == self.number - 1:
                 mine.append(place)
         return tuple(items[place] for place in sorted(mine))
