@@ -146,8 +146,10 @@ class PlanRecord:
             if before.get(path, state) != state:
                 yield f"{shown_path(source.path)} changed since"
                 break
-        if self.boot != other.boot:
-            yield "its files were not synced, and the system was started anew since"
+        if other.boot and not self.boot:
+            yield "its files were written without fsync"
+        elif other.boot != self.boot:
+            yield "its files were written without fsync, and the system has restarted since"
 
 
 @dataclass(frozen=True, slots=True)
