@@ -289,6 +289,20 @@ def test_hooks_may_go_while_another_thread_is_between_two_blocks(
     assert any(isinstance(each, Streamed) for each in model.parameters()) != in_memory
 
 
+@pytest.mark.parametrize("end", [remove_hooks, close])
+def test_hooks_may_go_while_another_thread_is_about_to_call_them(
+    end: Callable[[nn.Module], None], model: Blocks, right: Blocks
+) -> None:
+    def from_another_thread(*_: object) -> None:
+        thread = threading.Thread(target=end, args=(model,))
+        thread.start()
+        thread.join(200)
+
+    model.register_forward_pre_hook(from_another_thread, prepend=True)
+    alike(model(X), right(X))
+    assert not any(isinstance(each, Pager) for *_, each in attachments(model))
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("between", [False, True], ids=["in a block", "between blocks"])
 @pytest.mark.parametrize("lane", [CpuTransfer, LateLane])
