@@ -1,7 +1,8 @@
 """The owner of the streaming state, which decides what is in the prefetch buffer.
 
 The state of each block is its `BlockBuffer`. One thread at a time changes it, which has the role of
-the owner and does one message after the other; it is never a thread that runs a model:
+the owner and does one message after the other; it is never a thread that runs a model, but where
+all is closed and that thread is not the main one:
 
     state     slot  read         borrowers    becomes
     absent    none  none         may wait     reading, when it is borrowed or expected
