@@ -74,8 +74,8 @@ def close(model: nn.Module | Pipeline) -> None:
     """Stop the threads and release the memory that streaming uses.
 
     This covers *model* and all copies of it, or the models of a pipeline. The model still runs
-    where it ran, and reads each weight whenever it is used. A forward that another thread runs
-    continues, and its block keeps its weights until it ends.
+    where it ran, and reads each weight whenever it is used. So does a forward that another thread
+    runs meanwhile.
 
     Args:
         model: a model that was dispatched, or a pipeline of Diffusers; any other is left unchanged.
@@ -101,11 +101,12 @@ def close(model: nn.Module | Pipeline) -> None:
     for stream in dict.fromkeys(pager.stream for pager in pagers):
         stream.close()
     for pager in pagers:
-        pager.let_go()
+        # On the CPU, memory lasts as long as another thread computes with it. An accelerator must
+        # know what that thread has issued, which it says itself when it leaves the block: till then
+        # it keeps its hooks, which do nothing afterwards.
+        pager.let_go(even_running=not pager.stream.lane.apart)
     for each in models:
         for _, tables, key, attached in list(attachments(each)):
-            # A block that another thread runs keeps its hooks, which end the forward and do nothing
-            # in the next.
             if isinstance(attached, Sources | Clock | Training) or (
                 isinstance(attached, Pager) and not attached.is_run_by_another
             ):
@@ -147,5 +148,5 @@ def pagers_of(model: nn.Module) -> list[Pager]:
 
 
 def _remove(tables: tuple[dict[int, Any], ...], key: int) -> None:
-    for table in tables:
-        table.pop(key, None)
+    # The flags stay: another thread may be about to call the hook, and looks at them then.
+    tables[0].pop(key, None)

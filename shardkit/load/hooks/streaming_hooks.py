@@ -159,6 +159,8 @@ class Pager:
     def attach(self, module: nn.Module) -> None:
         """Make *module* the block."""
         self._by_flag = any(isinstance(part, BY_FLAG) for part in module.modules())
+        for place in self._found_places():
+            BorrowTable.of(place.attributes, place.key)
         module.register_forward_pre_hook(self.enter, prepend=True)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -210,12 +212,15 @@ class Pager:
         """Put in no more weights from here on."""
         self.is_retired = True
 
-    def let_go(self) -> None:
-        """Release all that this thread has borrowed, and what interrupts left in others; what
-        another thread runs is left to it.
+    def let_go(self, *, even_running: bool = False) -> None:
+        """Release all that this thread has borrowed, and what interrupts left in others.
+
+        Args:
+            even_running: release what another thread runs, too, whose memory must not be filled
+                again then; else that is left to it.
         """
         for borrow in list(self._inside):
-            if not borrow.is_of_another:
+            if even_running or not borrow.is_of_another:
                 borrow.release()
 
     def uncover(self) -> None:

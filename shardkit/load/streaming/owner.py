@@ -1,7 +1,8 @@
 """The owner of the streaming state, which decides what is in the prefetch buffer.
 
 The state of each block is its `BlockBuffer`. One thread at a time changes it, which has the role of
-the owner and does one message after the other; it is never a thread that runs a model:
+the owner and does one message after the other; it is never a thread that runs a model, but where
+all is closed and that thread is not the main one:
 
     state     slot  read         borrowers    becomes
     absent    none  none         may wait     reading, when it is borrowed or expected
@@ -27,6 +28,7 @@ that it cannot interrupt the owner, and nothing has to be repaired after it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -127,6 +129,15 @@ class Owner:
         else:
             self.ask(message)
             self._readers.join()
+
+    def end(self, message: Task) -> None:
+        """Let *message* be done when all is closed, and leave no thread behind. Where no Ctrl-C can
+        be raised, none is started: whoever closed it may rely on there being none.
+        """
+        if threading.get_ident() == threading.main_thread().ident:
+            self.settle(message)
+        else:
+            self._readers.do_here(message)
 
     def close(self) -> None:
         """Evict what nobody borrows, and return when the reads that were begun are over and the

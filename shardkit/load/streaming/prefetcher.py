@@ -132,7 +132,7 @@ class Stream:
             owner.ask(partial(owner.on_written, buffer))
         buffer.borrowers.discard(borrower)
         if self._is_closing:
-            owner.settle(partial(owner.on_release, buffer))
+            owner.end(partial(owner.on_release, buffer))
         elif owner.wants_releases or buffer.stale or (slot is not None and not slot.in_ring):
             owner.post(partial(owner.on_release, buffer))
 

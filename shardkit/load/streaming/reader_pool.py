@@ -254,6 +254,19 @@ class Readers:
         if not self._role.locked() and not self.has_current_thread:
             self._wake()
 
+    def do_here(self, message: Task) -> None:
+        """Do *message* in this thread, in which no Ctrl-C can be raised; or let it be done by the
+        thread that does messages now.
+
+        Raises:
+            LoadError: likewise.
+        """
+        self._messages.append(message)
+        if self._role.acquire(blocking=False):
+            self._do_messages()
+        if self._has_task():
+            self._wake()
+
     def take(self, read: PendingRead) -> None:
         """Do *read*, after those that are as urgent.
 

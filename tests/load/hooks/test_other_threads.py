@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from late_lane import LateLane
 from shardkit.errors import LoadError
 from shardkit.load import (
     close,
@@ -25,6 +26,8 @@ from shardkit.load import (
     remove_hooks,
     save,
 )
+from shardkit.load.devices.transfers import CpuTransfer, DeviceTransfer
+from shardkit.load.dispatch import attach
 from shardkit.load.dispatch.attachments import attachments
 from shardkit.load.hooks.streaming_hooks import Pager
 from shardkit.load.lazy.streamed_weight import Streamed
@@ -286,21 +289,47 @@ def test_hooks_may_go_while_another_thread_is_between_two_blocks(
     assert any(isinstance(each, Streamed) for each in model.parameters()) != in_memory
 
 
+@pytest.mark.parametrize("end", [remove_hooks, close])
+def test_hooks_may_go_while_another_thread_is_about_to_call_them(
+    end: Callable[[nn.Module], None], model: Blocks, right: Blocks
+) -> None:
+    def from_another_thread(*_: object) -> None:
+        thread = threading.Thread(target=end, args=(model,))
+        thread.start()
+        thread.join(200)
+
+    model.register_forward_pre_hook(from_another_thread, prepend=True)
+    alike(model(X), right(X))
+    assert not any(isinstance(each, Pager) for *_, each in attachments(model))
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("between", [False, True], ids=["in a block", "between blocks"])
+@pytest.mark.parametrize("lane", [CpuTransfer, LateLane])
 def test_a_forward_of_another_thread_goes_on_after_a_close(
-    between: bool, grad: bool, model: Blocks, right: Blocks
+    lane: Callable[[], DeviceTransfer],
+    between: bool,
+    grad: bool,
+    right: Blocks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attach, "lane_to", lambda device: lane())
+    save_file(right.state_dict(), tmp_path / "model.safetensors")
+    model = load_checkpoint_and_dispatch(
+        Blocks().eval(), tmp_path / "model.safetensors", {"": "disk"}, ring=2
+    )
     expected = right(X)
-    pagers = [each for *_, each in attachments(model) if isinstance(each, Pager)]
+    stream = next(each.stream for *_, each in attachments(model) if isinstance(each, Pager))
     with running(model, expected, between=between, grad=grad):
         close(model)
-        assert bool([each for *_, each in attachments(model) if isinstance(each, Pager)]) != between
         assert all(isinstance(each, Streamed) for each in model.parameters())
-    assert pagers[0].stream.nbytes == 0
+        hooked = any(isinstance(each, Pager) for *_, each in attachments(model))
+        assert hooked == (lane is LateLane and not between)
+    assert stream.nbytes == 0
     forwards(model, expected)
     close(model)
-    assert not [each for *_, each in attachments(model) if isinstance(each, Pager)]
+    assert not any(isinstance(each, Pager) for *_, each in attachments(model))
     assert all(isinstance(each, Streamed) for each in model.parameters())
 
 
