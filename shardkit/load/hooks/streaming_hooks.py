@@ -252,14 +252,14 @@ class Pager:
     __reduce__ = refuse_pickling
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pager:
-        twin = Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
-        twin._by_flag, twin.is_retired = self._by_flag, self.is_retired
-        for seat in twin._seats:
+        made = Pager(self._stream, self._number, deepcopy(self._seats, memo), self._recipes)
+        made._by_flag, made.is_retired = self._by_flag, self.is_retired
+        for seat in made._seats:
             # A list of its own that such a module keeps, as LSTM does, may hold copies of what
             # another thread has borrowed.
             if not seat.is_plain and PARAMETERS in vars(seat.owner):
                 seat.renew()
-        return twin
+        return made
 
     def _keep_written(self, borrow: Borrow) -> None:
         """Let the lazy tensors have what was written to their weights, and release these."""
