@@ -15,7 +15,7 @@ from failer import Sweep
 from injection import Layer, killing
 from scenarios import SCENARIOS, Case, main_folder, stamps
 
-LAST = 30
+LAST = 45
 HUNG = 200  # seconds after which a child says where it is, and ends
 # calls that a run of several jobs may make or not, as when two of them ask at once what a file
 # system can do

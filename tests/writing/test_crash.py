@@ -33,7 +33,7 @@ if sys.platform == "linux":
     from scenarios import SCENARIOS, Case, Scenario, main_folder, tree
 
 FEWEST = 30  # calls that the shortest of the scenarios makes
-STEP = 4  # of the calls of a run, every fourth is killed in this test, and each one of the commit
+STEP = 8  # of the calls of a run, every eighth is killed in this test, and each one of the commit
 CHANGES = ("write", "pwrite", "copy_file_range", "sendfile", "ftruncate")
 NAMES = [scenario.name for scenario in SCENARIOS]
 KILLER = TESTS / "crash" / "killer.py"
