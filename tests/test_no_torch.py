@@ -61,7 +61,7 @@ def test_importing_shardkit_imports_almost_nothing() -> None:
         "-c",
         "import sys, shardkit; print(sorted(m for m in sys.modules if m.startswith('shardkit')))",
     )
-    assert done.stdout == "['shardkit']\n"
+    assert done.stdout == "['shardkit', 'shardkit.version']\n"
 
 
 @pytest.mark.parametrize(
