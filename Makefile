@@ -44,7 +44,8 @@ test-all: $(INSTALLED)
 CORE_TESTS := plugins tests/metadata tests/codecs tests/testing \
 	$(addprefix tests/test_,endure.py fixtures.py floors.py fuzz.py hints.py no_torch.py plugins.py \
 		project_files.py public.py readme.py security.py write_a_format.py) \
-	$(addprefix tests/system/test_,fork.py free_memory.py progress.py threads.py) \
+	$(addprefix tests/system/test_,fork.py free_memory.py progress.py rate_limit.py threads.py) \
+	$(addprefix tests/fleet/test_,parts.py units.py) \
 	$(addprefix tests/checkpoint/test_,block_layout.py edits.py model_root.py) \
 	$(addprefix tests/payloads/test_,coalesce.py open_files.py) \
 	$(addprefix tests/pickles/test_,unpickle.py walk.py) \
