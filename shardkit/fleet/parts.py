@@ -71,7 +71,9 @@ class Part:
         """Those of *items* that are of this part, assigned by their size, in the order in which
         they were given.
         """
-        loads = [(0, part) for part in range(self.count)]  # a heap: the least first
+        loads = [
+            (0, part) for part in range(min(self.count, len(items)))
+        ]  # a heap: the least first
         mine: list[int] = []
         for place in sorted(range(len(items)), key=lambda place: -nbytes(items[place])):
             amount, part = loads[0]

@@ -109,17 +109,17 @@ def connected(cluster: RayCluster) -> Iterator[int]:
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     quiet = {"include_dashboard": False} if address == "local" else {}
     try:
-        _refuse_silent(address)
-        with _own_signals():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise ShardkitError(
-            f"there is no cluster of Ray at {shown(address)}: {shown(why)}",
-            hint="start one with `ray start --head`, or leave the address out for a cluster on "
-            "this machine alone",
-        ) from None
-    try:
+        try:
+            _refuse_silent(address)
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise ShardkitError(
+                f"there is no cluster of Ray at {shown(address)}: {shown(why)}",
+                hint="start one with `ray start --head`, or leave the address out for a cluster on "
+                "this machine alone",
+            ) from None
         yield sum(slots for _, _, slots in _nodes(ray, cluster.per_node))
     finally:
         ray.shutdown()
@@ -177,7 +177,8 @@ class _Run:
 
     def results(self, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         waiting = deque(items)
-        try:
+        with _own_interrupts(), contextlib.ExitStack() as ending:
+            ending.callback(self._end)
             while waiting or self._running:
                 self._start(waiting)
                 ended, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_LOOK)
@@ -188,8 +189,6 @@ class _Run:
                         waiting.append(item)
                     else:
                         yield item, result
-        finally:
-            self._end()
 
     def _end(self) -> None:
         """End the tasks that still run, and hear what they say, which Ray would print otherwise."""
@@ -281,9 +280,27 @@ def _own_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:  # Ray's own way to end, where the signal comes meanwhile
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Raise Ctrl-C and SIGTERM as what they are, which come out of Ray as the cause of another
+    error.
+    """
+    try:
+        yield
+    except SystemError as error:
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause from None
+        raise
 
 
 def _ray() -> Any:  # ray has no types that mypy takes without it

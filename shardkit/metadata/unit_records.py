@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,8 @@ class PlanRecord:
                 break
         if other.boot and not self.boot:
             yield "its files were written without fsync"
+        elif self.boot and not other.boot:
+            yield "its files were written with fsync"
         elif other.boot != self.boot:
             yield "its files were written without fsync, and the system has restarted since"
 
@@ -166,7 +169,11 @@ class Finished:
 
     def is_whole(self, path: Path) -> bool:
         """Whether it is at *path*, at full length."""
-        return path.is_file() and path.stat().st_size == self.nbytes
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == self.nbytes
 
 
 @dataclass(frozen=True, slots=True)

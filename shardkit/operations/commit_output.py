@@ -10,7 +10,7 @@ from pathlib import Path
 from shardkit.brief import brief
 from shardkit.errors import OutputError
 from shardkit.events import OnEvent
-from shardkit.metadata.unit_records import LOCK, PlanRecord
+from shardkit.metadata.unit_records import LOCK, PLAN, PlanRecord
 from shardkit.operations.convert import Report, asked_how, reported
 from shardkit.operations.offload_prep import prepare_offload
 from shardkit.operations.write_output import commit_parts
@@ -21,6 +21,7 @@ from shardkit.printable import shown_path
 from shardkit.sources import path_arguments
 from shardkit.system import folders
 from shardkit.system.progress import OnBytes
+from shardkit.writing.transaction import Transaction
 from shardkit.writing.unit_files import read_plan, read_records
 
 
@@ -102,11 +103,7 @@ def commit(
     place = followed(path_arguments.to_write(out))
     plan = _begun(place)
     if plan is None or plan.request is None:
-        raise OutputError(
-            f"there are no parts of {shown_path(place)} to commit"
-            + (": it is in its place already" if place.exists() else ""),
-            hint="write the parts first, as with `shardkit convert SRC -o OUT --part 1/16`",
-        )
+        raise _without_parts(place)
     conversion = _planned_again(plan, place)
     how = asked_how(None, overwrite, on_bytes, on_event, True, None)
     report = reported(conversion, commit_parts(conversion.output, how))
@@ -131,7 +128,7 @@ def status(out: str | PathLike[str]) -> Status:
     place = followed(path_arguments.to_write(out))
     folder = partial_folder(place)
     plan = _begun(place)
-    if plan is None:
+    if plan is None or not (folder / PLAN).exists():  # the latter where a commit was killed
         state = "in place" if place.exists() else "not begun"
         return Status(place, state, "", 0, 0, 0, 0, (), False)
     try:
@@ -158,14 +155,34 @@ def status(out: str | PathLike[str]) -> Status:
 
 
 def _begun(place: Path) -> PlanRecord | None:
-    """For which plan the output at *place* is being written."""
+    """For which plan the output at *place* is being written; None for none."""
     folder = partial_folder(place)
     try:
-        return read_plan(folder) or read_plan(place)  # the latter where a commit was killed
+        plan = read_plan(folder) or read_plan(place)  # the latter where a commit was killed
+        if plan is None and (folder / PLAN).exists():
+            raise OutputError(
+                f"{shown_path(folder / PLAN)} is damaged",
+                hint="remove the folder, and write all parts again",
+            )
+        return plan
     except NotADirectoryError:
         return None
     except OSError as error:
         raise _unreadable(folder, error) from None
+
+
+def _without_parts(place: Path) -> OutputError:
+    """Why there is nothing to commit; ends what a commit that was killed has left."""
+    if not place.exists():
+        return OutputError(
+            f"there are no parts of {shown_path(place)} to commit",
+            hint="write the parts first, as with `shardkit convert SRC -o OUT --part 1/16`",
+        )
+    Transaction(place, PlanRecord("", (), "", "")).recover()
+    return OutputError(
+        f"there are no parts of {shown_path(place)} to commit: it is in its place already",
+        hint="to replace it, write the parts with `--overwrite` first",
+    )
 
 
 def _planned_again(plan: PlanRecord, place: Path) -> Conversion:
@@ -185,11 +202,13 @@ def _planned_again(plan: PlanRecord, place: Path) -> Conversion:
 
 
 def _is_locked(path: Path) -> bool:
-    try:
-        with open(path, "rb+", buffering=0) as file:
-            return not folders.lock(file)
-    except OSError:
-        return False
+    for mode in ("rb+", "rb"):  # who may not write may still ask
+        try:
+            with open(path, mode, buffering=0) as file:
+                return not folders.lock(file)
+        except OSError:
+            continue
+    return False
 
 
 def _unreadable(folder: Path, error: OSError) -> OutputError:

@@ -177,7 +177,8 @@ def verified_by(
     Raises:
         ShardkitError: as `verify`, or the cluster is out of reach.
     """
-    paths = os.path.abspath(out), None if against is None else os.path.abspath(against)
+    read = path_arguments.to_read
+    paths = os.path.abspath(read(out)), None if against is None else os.path.abspath(read(against))
     with connected(cluster) as slots:
         tasks = [(*paths, edits, f"{k}/{slots}", limits) for k in range(1, slots + 1)]
         found: dict[str, Comparison] = {}

@@ -29,6 +29,7 @@ from shardkit.planning.output_path import partial_folder
 from shardkit.planning.plan import OutputFile
 from shardkit.planning.prepare import Conversion, prepare
 from shardkit.sizes import parse_size
+from shardkit.sources import path_arguments
 from shardkit.system.progress import OnBytes
 
 
@@ -309,8 +310,16 @@ def asked_how(
 def as_all_see_them(
     src: str | PathLike[str], out: str | PathLike[str] | None
 ) -> tuple[str, str | None]:
-    """Both paths as absolute ones, for processes that have another working folder."""
-    return os.path.abspath(src), None if out is None else os.path.abspath(out)
+    """Both paths as absolute ones, for processes that have another working folder.
+
+    Raises:
+        PlanError: one names nothing that can be read, or written.
+    """
+    source = os.path.abspath(path_arguments.to_read(src))
+    if out is None:
+        return source, None
+    is_folder = os.fspath(out).endswith(("/", os.sep))
+    return source, os.path.abspath(path_arguments.to_write(out)) + (os.sep if is_folder else "")
 
 
 def refuse_alone(part: Part | None, sync: bool) -> None:

@@ -127,7 +127,7 @@ def write_part(output: Output, part: Part, how: How = How()) -> Written:
     transaction = Transaction(output.out, _plan_record(output, in_parts=True), single=output.single)
     size = format_size(plan.nbytes)
     _LOG.info("%s: part %s, %d files, %s", shown_path(output.out), part, len(mine), size)
-    if transaction.recover():  # a commit was killed when it had put all of it in place
+    if transaction.recover(shared=True):  # a commit was killed when it had put all of it in place
         return replace(_was_in_place(output, begun), resumed=len(mine))
     check_output(output, overwrite=how.overwrite)
     notes = _checked_source(output, part)
@@ -168,6 +168,7 @@ def commit_parts(output: Output, how: How = How()) -> Written:
                 missing=missing,
                 hint="write the missing parts, and commit again; `shardkit status` lists the files",
             )
+        transaction.prune()
         engines = execute(plan, transaction, how.writers(), on_event=how.on_event)
         refuse_changed(output.files)
         _put_in_place(output, transaction, how)

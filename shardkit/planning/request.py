@@ -18,6 +18,7 @@ from shardkit.errors import Malformed
 from shardkit.limits import Limits
 from shardkit.metadata.unit_records import Request
 from shardkit.planning.options import ConversionOptions
+from shardkit.sizes import parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,11 @@ class Asked:
 
     def request(self) -> Request:
         """The same as values of JSON."""
+        max_shard = self.options.max_shard
         given: dict[str, object] = {
             **{field.name: getattr(self.edits, field.name) for field in fields(Edits)},
             **{field.name: getattr(self.options, field.name) for field in fields(self.options)},
+            "max_shard": None if max_shard is None else parse_size(max_shard),
             "dtype": self.edits.dtype and self.edits.dtype.code,
             "limits": asdict(self.options.limits),
             "blocks": self.blocks,
@@ -109,6 +112,7 @@ def pattern_text(blocks: str | re.Pattern[str] | None) -> str | None:
 _DEFAULTS: dict[str, object] = {
     **{field.name: getattr(Edits(), field.name) for field in fields(Edits)},
     **{field.name: getattr(ConversionOptions(), field.name) for field in fields(ConversionOptions)},
+    "max_shard": parse_size(str(ConversionOptions().max_shard)),
     "limits": asdict(Limits()),
     "blocks": None,
     "order": None,

@@ -31,6 +31,7 @@ state 5, and the file is no longer beside it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -43,7 +44,9 @@ from shardkit.hints import after_writing, output
 from shardkit.metadata.unit_records import (
     COMMIT,
     DONE,
+    EXPANDED,
     LOCK,
+    NEW,
     PLAN,
     REPLACED,
     STATE,
@@ -56,6 +59,7 @@ from shardkit.system import folders
 from shardkit.writing.unit_files import read_plan, read_records, this_run, write_plan
 
 _OLD_JOURNAL = ".shardkit-journal"  # of version 0.1, which is begun anew
+_REMOVALS = 100  # of OUT.partial/ by runs that end, while one tries to begin
 _ATTEMPTS, _MOMENT = 4, 0.02  # seconds: `status` takes the lock for less, to see whether it is free
 
 
@@ -95,7 +99,8 @@ class Transaction:
         """Go from state 1, 2 or 3 to state 2: keep what earlier runs of the same plan finished.
 
         Args:
-            anew: remove what was written for another plan, unless it was written in parts.
+            anew: remove what was written for another plan, unless it was written in parts, and
+                what runs that were killed have left; or else refuse the one and keep the other.
 
         Raises:
             OutputError: another run holds it, it is not shardkit's, it is of another plan and is
@@ -158,40 +163,37 @@ class Transaction:
         except OSError as error:
             raise OutputError(
                 f"{shown_path(self.out)}: cannot be put in place: {error.strerror or error}",
-                hint="every file of it is complete: run the same command again",
+                hint=(
+                    after_writing(error)
+                    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+                    else "every file of it is complete: run the same command again"
+                ),
             ) from None
 
-    def recover(self) -> bool:
+    def recover(self, *, shared: bool = False) -> bool:
         """Undo state 4 and end state 5; returns whether OUT is now the output of this very plan.
+
+        Args:
+            shared: end nothing but a commit; what else is there may be of a part that begins.
 
         Raises:
             OutputError: another run is at it, or the system refuses.
         """
-        # Only a commit of OUT brings its .shardkit/ there; OUT may be called like the unfinished
-        # output of another one.
-        told = any((self.out / name).exists() for name in (PLAN, COMMIT))
-        is_moved = (self.out / LOCK).is_file() and (
-            _first_line(self.out / COMMIT) == self.out.name or not told
-        )
-        folder = self.out if is_moved else self.folder
         try:
-            if not (folder / LOCK).is_file():
-                self._remove_empty()
+            left = self._left(shared)
+            if left is None:
+                if not shared:
+                    self._remove_empty()
                 return False
-            is_cut_short = self.out.exists() and not (folder / PLAN).exists()
-            if not is_moved and not is_cut_short and not (folder / COMMIT).exists():
-                return False
-            with open(folder / LOCK, "ab+", buffering=0) as lock:
-                try:
-                    _lock(lock, folder / LOCK)
-                except OutputError:
-                    if is_cut_short and not is_moved:  # no removal, but another part that begins
-                        return False
-                    raise
-                if not is_moved:
+            folder = self.out if left == "moved" else self.folder
+            with open(folder / LOCK, "rb+", buffering=0) as lock:
+                _lock(lock, folder / LOCK)
+                if self._left(shared) != left:  # another run was faster
+                    return False
+                if left == "commit":
                     self._put_back()
                 # Did the commit reach OUT, and is OUT still as it left it?
-                is_placed = is_moved or (
+                is_placed = left == "moved" or (
                     self._single is not None
                     and _first_line(folder / COMMIT) == self.out.name
                     and self.out.exists()
@@ -200,9 +202,11 @@ class Transaction:
                 plan = read_plan(folder)
                 is_ours = plan is not None and plan.key == self.plan.key
                 is_complete = plan is not None and self._is_whole(plan, folder)
-                if is_placed or is_cut_short:
+                if is_placed or left == "cut short":
                     self._clear()
                 return is_placed and is_ours and is_complete
+        except (FileNotFoundError, _Vanished):  # another run was faster
+            return False
         except OSError as error:
             message = f"{shown_path(self.out)}: cannot be finished: {error.strerror or error}"
             raise OutputError(message, hint=after_writing(error)) from None
@@ -214,29 +218,64 @@ class Transaction:
         with contextlib.suppress(OSError):  # why it is discarded is what has to be said
             remove(self.folder)
 
+    def _left(self, shared: bool) -> str | None:
+        """What an earlier run has left to be ended: a commit that has moved OUT.partial/ to OUT
+        ("moved"), one before or without that ("commit"), or a removal ("cut short").
+        """
+        _refuse_links(self.folder)
+        # Only a commit of OUT brings its .shardkit/ there; OUT may be called like the unfinished
+        # output of another one.
+        told = any((self.out / name).exists() for name in (PLAN, COMMIT))
+        if (self.out / LOCK).is_file() and (
+            _first_line(self.out / COMMIT) == self.out.name or not told
+        ):
+            return "moved"
+        if not (self.folder / LOCK).is_file():
+            return None
+        if (self.folder / COMMIT).exists():
+            return "commit"
+        if not shared and self.out.exists() and not (self.folder / PLAN).exists():
+            return "cut short"
+        return None
+
     @contextlib.contextmanager
     def _locked(self, *, shared: bool) -> Iterator[None]:
         """Make OUT.partial/, and hold its lock."""
-        path = self.folder / LOCK
         try:
-            new = [parent for parent in self.folder.parents if not parent.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for parent in new if self._sync else ():
-                folders.sync_folder(parent.parent)
-            found = set(os.listdir(self.folder))
-            if found and not found & {STATE, _OLD_JOURNAL}:
-                raise OutputError(
-                    f"{shown_path(self.folder)}, where the output is prepared, contains files "
-                    f"that shardkit did not write",
-                    hint=("move the folder away, or choose another output with ", output()),
-                )
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "ab+", buffering=0) as self._lock:
-                _lock(self._lock, path, shared=shared)
+            with self._opened_lock(shared) as self._lock:
                 yield
         except OSError as error:
             message = f"{shown_path(self.folder)}: cannot be written: {error.strerror or error}"
             raise OutputError(message, hint=after_writing(error)) from None
+
+    def _opened_lock(self, shared: bool) -> BinaryIO:
+        """The lock of OUT.partial/, which is made, and made again where a run that ends removes
+        it meanwhile.
+        """
+        path = self.folder / LOCK
+        for _ in range(_REMOVALS):
+            _refuse_links(self.folder)
+            new = [parent for parent in self.folder.parents if not parent.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for parent in new if self._sync else ():
+                folders.sync_folder(parent.parent)
+            with contextlib.ExitStack() as undo:
+                try:
+                    found = set(os.listdir(self.folder))
+                    if found and not found & {STATE, _OLD_JOURNAL}:
+                        raise OutputError(
+                            f"{shown_path(self.folder)}, where the output is prepared, contains "
+                            "files that shardkit did not write",
+                            hint=("move the folder away, or choose another output with ", output()),
+                        )
+                    path.parent.mkdir(exist_ok=True)
+                    lock = undo.enter_context(open(path, "ab+", buffering=0))
+                    _lock(lock, path, shared=shared)
+                except (FileNotFoundError, _Vanished):
+                    continue
+                undo.pop_all()
+                return lock
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def _resume(self, anew: bool) -> None:
         """Keep what is complete, if it is of this plan, and remove all else."""
@@ -245,9 +284,16 @@ class Transaction:
         if not is_ours and (not anew or (found is not None and found.in_parts)):
             raise self._of_another(found)
         self.done = self._complete() if is_ours else {}
-        _keep_only(self.folder, self.done, [PLAN] if is_ours else [])
+        if anew:
+            self.prune()
         if not is_ours:
             write_plan(self.folder, self.plan, sync=self._sync)
+
+    def prune(self) -> None:
+        """Remove what runs that were killed have left, and all that is not of this plan."""
+        plan = read_plan(self.folder)
+        is_ours = plan is not None and plan.key == self.plan.key
+        _keep_only(self.folder, self.done, [PLAN] if is_ours else [])
 
     def _complete(self) -> dict[str, Finished]:
         return {
@@ -362,6 +408,20 @@ def _keep_only(folder: Path, names: Collection[str], others: Iterable[str]) -> N
                     Path(parent, name).rmdir()
 
 
+def _refuse_links(folder: Path) -> None:
+    """Refuse a link where a folder of ours is expected: what it leads to is not ours to change."""
+    for path in (folder, *(folder / name for name in (STATE, DONE, NEW, EXPANDED, REPLACED))):
+        if path.is_symlink():
+            raise OutputError(
+                f"{shown_path(path)} is a link, and not a folder that shardkit made",
+                hint="remove the link",
+            )
+
+
+class _Vanished(Exception):
+    """A run that has ended took the lock along, or removed it."""
+
+
 def _first_line(path: Path) -> str:
     """The first line of the file at *path*; "" if there is none."""
     try:
@@ -371,20 +431,25 @@ def _first_line(path: Path) -> str:
 
 
 def _lock(lock: BinaryIO, path: Path, *, shared: bool = False) -> None:
-    """Lock the file *lock*, which was opened at *path*, or name the run that has it."""
-    for attempt in range(_ATTEMPTS):
-        try:
+    """Lock the file *lock*, which was opened at *path*.
+
+    Raises:
+        OutputError: a run has it, which is named.
+        _Vanished: it is no longer there.
+    """
+    for _ in range(_ATTEMPTS):
+        if folders.lock(lock, shared=shared):
             # A run that ended between our opening the file and locking it has moved or removed it.
-            is_ours = folders.lock(lock, shared=shared)
-            if is_ours and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                if not shared:
-                    os.ftruncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"{this_run()}\n".encode())
-                return
-        except FileNotFoundError:
-            break
-        if attempt < _ATTEMPTS - 1:
-            time.sleep(_MOMENT)
+            try:
+                if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    raise _Vanished
+            except FileNotFoundError:
+                raise _Vanished from None
+            if not shared:
+                os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{this_run()}\n".encode())
+            return
+        time.sleep(_MOMENT)
     holder = ""
     with contextlib.suppress(OSError):  # where a lock forbids reading
         lock.seek(0)

@@ -79,8 +79,8 @@ def write_record(folder: Path, key: str, name: str, finished: Finished, *, sync:
 
 
 def new_path(folder: Path) -> Path:
-    """A unique name for a file that is being written in *folder*."""
-    (folder / NEW).mkdir(parents=True, exist_ok=True)
+    """A unique name for a file that is being written in *folder*, which has begun."""
+    (folder / NEW).mkdir(exist_ok=True)
     return folder / NEW / uuid4().hex
 
 

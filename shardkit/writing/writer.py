@@ -182,7 +182,8 @@ def attempt(work: Work, means: Means | None = None) -> Done:
             nbytes = os.fstat(output.fileno()).st_size
         if work.is_safetensors:
             reference_check.check(new, file, name=path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != work.folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(new, path)
     finished = Finished(nbytes, sums.digests() if sums.see else None)
     write_record(work.folder, work.key, file.name, finished, sync=work.sync)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,7 @@ import torch
 import shardkit
 from shardkit.cli import main
 from shardkit.errors import FormatError, Incomplete, OutputError
-from shardkit.metadata.unit_records import NEW
+from shardkit.metadata.unit_records import NEW, PlanRecord
 from shardkit.payloads.compressed import Spool
 from shardkit.writing.transaction import Transaction
 
@@ -211,9 +212,9 @@ def test_a_part_beside_a_run_for_itself_is_refused(source: Path) -> None:
 def test_parts_of_another_plan_are_refused_and_say_what_differs(source: Path) -> None:
     part(source, "1/2")
     kept = files_in(Path("out.partial"))
-    with pytest.raises(OutputError, match="max_shard was '9kB', and is '20kB'"):
+    with pytest.raises(OutputError, match="max_shard was '9000', and is '20000'"):
         part(source, "2/2", max_shard="20kB")
-    with pytest.raises(OutputError, match="max_shard was '9kB', and is '20kB'"):
+    with pytest.raises(OutputError, match="max_shard was '9000', and is '20000'"):
         shardkit.convert(source, "out", max_shard="20kB", checksum="xxh3")
     with pytest.raises(OutputError, match="begun by convert of"):
         shardkit.offload_prep(source, "out", part="2/2")
@@ -298,6 +299,108 @@ def test_a_commit_that_was_killed_is_ended_by_the_next(
             shardkit.commit(out)
     assert shardkit.commit(out).tensors == 6
     assert sorted(os.listdir()) == sorted(["model", out])
+
+
+def test_a_part_that_begins_is_no_removal_that_was_cut_short(source: Path) -> None:
+    """Between its lock and its plan, beside an output that is there."""
+    shardkit.convert(source, "out", max_shard="20kB")
+    part(source, "1/2", overwrite=True)
+    done = shardkit.status("out").done
+    os.rename("out.partial/.shardkit/plan.json", "kept")
+    other = Transaction(Path("out"), PlanRecord("", (), "", ""))
+    assert other.recover(shared=True) is False
+    os.rename("kept", "out.partial/.shardkit/plan.json")
+    assert shardkit.status("out").done == done > 0
+
+
+def test_very_many_processes_begin_at_once(source: Path, whole: dict[str, bytes]) -> None:
+    shardkit.convert(source, "out", max_shard="20kB")
+    errors: list[BaseException] = []
+    gate = threading.Barrier(12)
+
+    def run(number: int) -> None:
+        gate.wait()
+        try:
+            part(source, f"{number}/12", overwrite=True)
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(1, 13)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    shardkit.commit("out", overwrite=True)
+    assert files_in(Path("out")) == whole
+
+
+@pytest.mark.parametrize("name", ["", ".shardkit", ".shardkit/done", ".shardkit/new"])
+def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(source: Path, name: str) -> None:
+    part(source, "1/2")
+    victim = Path("victim")
+    shutil.copytree("out.partial", victim)
+    (victim / "precious").write_text("mine")
+    before = files_in(victim)
+    place = Path("out.partial", name)
+    shutil.rmtree(place)
+    place.symlink_to((victim / name).absolute())
+    with pytest.raises(OutputError, match="is a link"):
+        shardkit.commit("out")
+    with pytest.raises(OutputError, match="is a link"):
+        shardkit.convert(source, "out")
+    with pytest.raises(OutputError, match="is a link"):
+        part(source, "2/2")
+    assert files_in(victim) == before
+
+
+def test_very_many_parts_take_no_memory(source: Path) -> None:
+    report = part(source, "999999999/999999999")
+    assert report.shards == 0
+
+
+@pytest.mark.parametrize("left", ["all", "lock"])
+def test_what_a_commit_leaves_that_was_killed_at_its_end_is_removed(
+    source: Path, whole: dict[str, bytes], left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **options: object) -> None:
+        raise Killed
+
+    part(source, "1/1")
+    with monkeypatch.context() as kill:
+        kill.setattr(Transaction, "_clear", killed)
+        with pytest.raises(Killed):
+            shardkit.commit("out")
+    assert shardkit.status("out").state == "in place"
+    if left == "lock":
+        for path in Path("out/.shardkit").iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        with pytest.raises(OutputError, match="in its place already"):
+            shardkit.commit("out")
+    else:
+        shardkit.commit("out")
+    assert files_in(Path("out")) == whole
+    assert not Path("out/.shardkit").exists()
+
+
+def test_a_damaged_plan_is_named(source: Path) -> None:
+    part(source, "1/2")
+    Path("out.partial/.shardkit/plan.json").write_text("{")
+    with pytest.raises(OutputError, match=r"plan\.json is damaged"):
+        shardkit.status("out")
+    with pytest.raises(OutputError, match=r"plan\.json is damaged"):
+        shardkit.commit("out")
+    with pytest.raises(OutputError, match="its record is damaged"):
+        part(source, "2/2")
+
+
+def test_equal_sizes_are_equal_however_they_are_written(source: Path) -> None:
+    part(source, "1/2")
+    part(source, "2/2", max_shard=9000)
+    assert shardkit.commit("out").shards == 6
 
 
 def test_the_status_follows_the_work(source: Path) -> None:

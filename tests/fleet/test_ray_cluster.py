@@ -299,6 +299,27 @@ def test_what_cannot_go_with_an_executor_is_refused(
         assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("source", "out"), [("s3://bucket/model.bin", "out"), ("", "out"), (SOURCE, "s3://bucket/out")]
+)
+def test_what_is_no_local_path_is_refused_here_too(
+    source: str | Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for operation in (shardkit.convert, shardkit.offload_prep):
+        with pytest.raises(ShardkitError) as caught:
+            operation(source, out, executor="ray")
+        assert caught.value.hint
+    assert not os.listdir(tmp_path)
+
+
+def test_an_interrupt_that_comes_out_of_ray_as_a_cause_is_raised_as_itself() -> None:
+    with pytest.raises(KeyboardInterrupt), ray_cluster._own_interrupts():
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+    with pytest.raises(SystemError), ray_cluster._own_interrupts():
+        raise SystemError("something else") from ValueError()
+
+
 def test_an_unknown_executor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no executor 'dask'"):
         shardkit.convert(SOURCE, tmp_path / "out", executor="dask")
