@@ -182,8 +182,7 @@ class Transaction:
         try:
             left = self._left(shared)
             if left is None:
-                if not shared:
-                    self._remove_empty()
+                self._remove_empty(shared)
                 return False
             folder = self.out if left == "moved" else self.folder
             with open(folder / LOCK, "rb+", buffering=0) as lock:
@@ -339,9 +338,12 @@ class Transaction:
             each.finished.is_whole(root / each.name) for each in records
         )
 
-    def _remove_empty(self) -> None:
-        """Remove the empty folders that are the last that a commit may leave."""
-        for folder in (self.out / STATE, self.folder / STATE, self.folder):
+    def _remove_empty(self, shared: bool) -> None:
+        """Remove the empty folders that are the last that a commit may leave; but not, for a part,
+        those that another part may just have made.
+        """
+        of_parts = () if shared else (self.folder / STATE, self.folder)
+        for folder in (self.out / STATE, *of_parts):
             if self.out.exists():
                 with contextlib.suppress(OSError):  # not empty, or not there
                     os.rmdir(folder)
