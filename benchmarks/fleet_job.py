@@ -81,7 +81,7 @@ def ray(source: Path, out: Path, max_shard: str) -> dict[str, float]:
         begun = time.perf_counter()
         shardkit.convert(source, out, max_shard=max_shard, executor="ray")
         seconds = time.perf_counter() - begun
-        grown = max(peak - idle[pid] for pid, peak in _asked(ray) if pid in idle)
+        grown = max(dict(_asked(ray)).values()) - min(idle.values())
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -97,10 +97,11 @@ def _asked(ray: Any) -> list[tuple[int, int]]:
         time.sleep(0.5)  # so that each worker gets one
         return os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    task = ray.remote(told).options(scheduling_strategy="SPREAD")
+    # As small as the tasks of an output, of which a machine has one more than it has processors.
+    task = ray.remote(told).options(scheduling_strategy="SPREAD", num_cpus=0.5)
     found: dict[int, int] = {}
     for _ in range(3):
-        found |= dict(ray.get([task.remote() for _ in range(WORKERS)]))
+        found |= dict(ray.get([task.remote() for _ in range(2 * WORKERS)]))
     return list(found.items())
 
 
