@@ -47,6 +47,11 @@ class Writing:
     as_json: bool
     quiet: bool
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes write the output."""
+        return self.part is not None or self.executor is not None
+
 
 def write(command: str, conversion: Conversion, begun: float, how: Writing) -> None:
     """Carry out *conversion*, which *command* has decided, or only show it, and say what was done.

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,8 @@ class _Run:
         self._name_of = name_of
         self._running: dict[Any, tuple[str, Any]] = {}  # machine and item, by task
         self._attempts: Counter[str] = Counter()
+        self._nodes: list[tuple[str, float, int]] = []
+        self._look_at = 0.0
 
     def results(self, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         waiting = deque(items)
@@ -207,7 +210,10 @@ class _Run:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         used = Counter(node for node, _ in self._running.values())
-        for node, processors, slots in _nodes(self._ray, self._per_node):
+        if time.monotonic() >= self._look_at:  # to ask takes a while
+            self._nodes = list(_nodes(self._ray, self._per_node))
+            self._look_at = time.monotonic() + _LOOK
+        for node, processors, slots in self._nodes:
             for _ in range(slots - used[node]):
                 if not waiting:
                     return

@@ -246,7 +246,9 @@ def convert(
         root=root, include=include, exclude=exclude, rename=rename, dtype=dtype, ties=ties
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
-    conversion = prepare(src, out, edits, options, in_parts=chosen is not None)
+    conversion = prepare(
+        src, out, edits, options, in_parts=chosen is not None or how.executor is not None
+    )
     report = carry_out(conversion, how, chosen)
     return replace(report, seconds=time.monotonic() - begun)
 

@@ -143,7 +143,13 @@ def offload_prep(
     )
     options = ConversionOptions(max_shard, format, with_companions, checksum, compress, limits)
     conversion = prepare_offload(
-        src, out, edits, options, blocks=blocks, order=order, in_parts=chosen is not None
+        src,
+        out,
+        edits,
+        options,
+        blocks=blocks,
+        order=order,
+        in_parts=chosen is not None or how.executor is not None,
     )
     report = carry_out(conversion, how, chosen)
     return replace(report, seconds=time.monotonic() - begun)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from shardkit.errors import Incomplete, LimitExceeded, Malformed, NoRoom
+from shardkit.errors import Incomplete, LimitExceeded, Malformed, NoRoom, OutputError
 from shardkit.events import Event, OnEvent
 from shardkit.fleet.execute import execute
 from shardkit.fleet.executor import Executor, Threads
@@ -91,7 +91,7 @@ def write_output(output: Output, how: How = How()) -> Written:
     _LOG.info("%s: %d files to write, %s", shown_path(out), len(plan.files), size)
     if transaction.recover():
         return _was_in_place(output, begun)
-    check_output(output, overwrite=how.overwrite)
+    _refuse_what_is_there(output, transaction, how)
     notes = _checked_source(output)
     with transaction.begin():
         resumed = _say_resumed(transaction)
@@ -129,7 +129,7 @@ def write_part(output: Output, part: Part, how: How = How()) -> Written:
     _LOG.info("%s: part %s, %d files, %s", shown_path(output.out), part, len(mine), size)
     if transaction.recover(shared=True):  # a commit was killed when it had put all of it in place
         return replace(_was_in_place(output, begun), resumed=len(mine))
-    check_output(output, overwrite=how.overwrite)
+    _refuse_what_is_there(output, transaction, how)
     notes = _checked_source(output, part)
     with transaction.join():
         names = {file.name for file in mine}
@@ -187,6 +187,14 @@ def _plan_record(output: Output, *, boot: str = "", in_parts: bool = False) -> P
     return PlanRecord(
         output.plan.digest, output.files, boot, __version__, files, late, output.request, in_parts
     )
+
+
+def _refuse_what_is_there(output: Output, transaction: Transaction, how: How) -> None:
+    try:
+        check_output(output, overwrite=how.overwrite)
+    except OutputError:
+        transaction.withdraw()
+        raise
 
 
 def _checked_source(output: Output, part: Part = ALL) -> tuple[str, ...]:

@@ -210,6 +210,12 @@ class Transaction:
             message = f"{shown_path(self.out)}: cannot be finished: {error.strerror or error}"
             raise OutputError(message, hint=after_writing(error)) from None
 
+    def withdraw(self) -> None:
+        """Remove what was decompressed for an output that is refused, where no run has begun."""
+        with contextlib.suppress(OSError):  # why it is refused is what has to be said
+            if not (self.folder / LOCK).exists() and os.listdir(self.folder) == [STATE]:
+                remove(self.folder)
+
     def discard(self) -> None:
         """Go from state 2 to state 1: remove everything that was written."""
         if os.name == "nt":
@@ -402,6 +408,8 @@ def _keep_only(folder: Path, names: Collection[str], others: Iterable[str]) -> N
     kept |= {folder / DONE / name for name in names}
     for top in (folder / DONE, folder):  # the record of a file goes before the file
         for parent, inside, files in os.walk(top, topdown=False):
+            if Path(parent).is_relative_to(folder / EXPANDED):  # for all that plan this output
+                continue
             for name in files:
                 if Path(parent, name) not in kept:
                     Path(parent, name).unlink()

@@ -470,6 +470,16 @@ def test_what_is_compressed_is_expanded_once_by_the_processes_of_a_machine(
     assert files_in(Path("out")) == whole
 
 
+def test_a_part_that_is_refused_leaves_nothing_that_it_has_expanded(source: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    content = (source / "pytorch_model.bin").read_bytes()
+    Path("big.bin.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    shardkit.convert("big.bin.zst", "out")
+    with pytest.raises(OutputError, match="exists"):
+        shardkit.convert("big.bin.zst", "out", part="1/2")
+    assert not Path("out.partial").exists()
+
+
 def test_a_stream_that_is_broken_leaves_no_half_of_it(source: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     content = zstandard.ZstdCompressor().compress(bytes(1000) + os.urandom(100_000))

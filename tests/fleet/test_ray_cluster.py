@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -24,6 +25,8 @@ from shardkit.errors import FormatError, OutputError, PlanError, ShardkitError
 from shardkit.fleet import ray_cluster
 from shardkit.fleet.ray_cluster import RayCluster, each_on
 from shardkit.metadata.unit_records import DONE
+from shardkit.payloads.compressed import Spool
+from shardkit.writing.writer import write_one
 
 SOURCE = GOOD / "zip-training.pt"
 OPTIONS = {"max_shard": "700B", "checksum": "xxh3"}
@@ -336,13 +339,36 @@ def test_options_of_a_cluster_need_one(
 def test_another_executor_is_a_function_of_a_few_lines(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    from shardkit.writing.writer import write_one
-
     def one_by_one(work: Any, on_event: Any) -> Iterator[Any]:
         yield from map(write_one, work)
 
     shardkit.convert(SOURCE, tmp_path / "out", executor=one_by_one, **OPTIONS)  # type: ignore[arg-type] # texts
     assert files_in(tmp_path / "out") == whole
+
+
+def test_what_is_compressed_is_expanded_once_for_all_tasks_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    source = tmp_path / "model.pt.zst"
+    source.write_bytes(zstandard.ZstdCompressor().compress(SOURCE.read_bytes()))
+    whole = files_in(shardkit.convert(source, tmp_path / "whole", max_shard="700B").out)
+    expansions: list[object] = []
+    fill = Spool._fill
+
+    def counted(spool: Spool, file: IO[bytes]) -> None:
+        expansions.append(spool)
+        fill(spool, file)
+
+    def elsewhere(work: Any, on_event: Any) -> Iterator[Any]:
+        for unit in work:
+            yield write_one(pickle.loads(pickle.dumps(unit)))
+
+    monkeypatch.setattr(Spool, "_fill", counted)
+    shardkit.convert(source, tmp_path / "out", executor=elsewhere, max_shard="700B")
+    assert len(expansions) == 1
+    assert files_in(tmp_path / "out") == whole
+    assert sorted(os.listdir(tmp_path)) == ["model.pt.zst", "out", "whole"]
 
 
 def test_an_error_of_the_system_becomes_a_sentence_in_the_end(

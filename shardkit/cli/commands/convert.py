@@ -68,7 +68,7 @@ def command(
         refuse_alone(writing.part, writing.sync)
         source, output = as_all_see_them(source, output)
     _refuse_shards_of_one_file(context, output, terms)
-    conversion = prepare(source, output, edits, terms, in_parts=writing.part is not None)
+    conversion = prepare(source, output, edits, terms, in_parts=writing.is_shared)
     write("convert", conversion, begun, writing)
 
 

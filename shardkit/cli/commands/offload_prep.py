@@ -103,7 +103,7 @@ def command(
         terms,
         blocks=_pattern_of_class(source) if model_class else blocks,
         order=None if order is None else read_order(order),
-        in_parts=writing.part is not None,
+        in_parts=writing.is_shared,
     )
     write("offload-prep", conversion, begun, writing)
 
