@@ -35,8 +35,15 @@ import os, signal, sys
 from shardkit.cli import main
 from shardkit.system.progress import Progress
 signal.signal(signal.SIGINT, signal.default_int_handler)
-number = int(sys.argv.pop(1))
-Progress.add = lambda self, nbytes: os.kill(os.getpid(), number)
+numbers = [int(sys.argv.pop(1))]
+def add(self, nbytes):
+    while numbers:  # once, whichever thread is first
+        try:
+            number = numbers.pop()
+        except IndexError:
+            return
+        os.kill(os.getpid(), number)
+Progress.add = add
 sys.exit(main())
 """
 
