@@ -6,7 +6,7 @@ needed next, then what may be.
    goes on with the next read.
 2. The reader that does the last job wakes the threads that wait for the read itself, and posts a
    message to the owner of the state afterwards.
-3. A read of which no job has begun can be cancelled or brought to the front. Only the owner does
+3. A read of which no job has begun can be cancelled or moved to the front. Only the owner does
    so, and only where no thread waits for the read.
 """
 
