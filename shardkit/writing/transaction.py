@@ -33,9 +33,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,10 +42,7 @@ from shardkit.errors import OutputError
 from shardkit.hints import after_writing, output
 from shardkit.metadata.unit_records import (
     COMMIT,
-    DONE,
-    EXPANDED,
     LOCK,
-    NEW,
     PLAN,
     REPLACED,
     STATE,
@@ -56,6 +52,7 @@ from shardkit.metadata.unit_records import (
 from shardkit.planning.output_path import partial_folder
 from shardkit.printable import shown, shown_path
 from shardkit.system import folders
+from shardkit.writing.partial_folder import keep_only, refuse_links, remove, remove_state
 from shardkit.writing.unit_files import read_plan, read_records, this_run, write_plan
 
 _OLD_JOURNAL = ".shardkit-journal"  # of version 0.1, which is begun anew
@@ -227,7 +224,7 @@ class Transaction:
         """What an earlier run has left to be ended: a commit that has moved OUT.partial/ to OUT
         ("moved"), one before or without that ("commit"), or a removal ("cut short").
         """
-        _refuse_links(self.folder)
+        refuse_links(self.folder)
         # Only a commit of OUT brings its .shardkit/ there; OUT may be called like the unfinished
         # output of another one.
         told = any((self.out / name).exists() for name in (PLAN, COMMIT))
@@ -259,7 +256,7 @@ class Transaction:
         """
         path = self.folder / LOCK
         for _ in range(_REMOVALS):
-            _refuse_links(self.folder)
+            refuse_links(self.folder)
             new = [parent for parent in self.folder.parents if not parent.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             for parent in new if self._sync else ():
@@ -298,7 +295,7 @@ class Transaction:
         """Remove what runs that were killed have left, and all that is not of this plan."""
         plan = read_plan(self.folder)
         is_ours = plan is not None and plan.key == self.plan.key
-        _keep_only(self.folder, self.done, [PLAN] if is_ours else [])
+        keep_only(self.folder, self.done, [PLAN] if is_ours else [])
 
     def _complete(self) -> dict[str, Finished]:
         return {
@@ -334,7 +331,7 @@ class Transaction:
         """Go from state 5 to state 6: remove what OUT replaced, and the lock last."""
         remove(self.folder)
         if self.out.is_dir():
-            _remove_state(self.out)
+            remove_state(self.out)
 
     def _is_whole(self, plan: PlanRecord, folder: Path) -> bool:
         """Whether the files of *plan* are at OUT, as far as the records in *folder* tell."""
@@ -355,77 +352,12 @@ class Transaction:
                     os.rmdir(folder)
 
 
-def remove(folder: Path) -> None:
-    """Remove *folder* and what it holds, the lock last.
-
-    Raises:
-        OSError: something in it cannot be removed.
-    """
-    if not folder.exists():
-        return
-    for entry in list(os.scandir(folder)):
-        if entry.name == STATE:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
-    _remove_state(folder)
-    with contextlib.suppress(OSError):  # another run may have begun in it
-        os.rmdir(folder)
-
-
 def boot_id() -> str:
     """A name for this run of the system: files that were not synced last only as long as it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return f"process {os.getpid()}"
-
-
-def _remove_state(folder: Path) -> None:
-    """Remove .shardkit/ of *folder*: the plan and the commit, which tell what happened, and the
-    lock last.
-    """
-    state = folder / STATE
-    if not state.is_dir():
-        return
-    last = [folder / PLAN, folder / COMMIT, folder / LOCK]
-    for entry in list(os.scandir(state)):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        elif Path(entry.path) not in last:
-            os.unlink(entry.path)
-    for path in last:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another run may have begun in it
-        os.rmdir(state)
-
-
-def _keep_only(folder: Path, names: Collection[str], others: Iterable[str]) -> None:
-    """Remove all from *folder* but the files called *names*, their records, and *others*."""
-    kept = {folder / name for name in (*names, *others, LOCK)}
-    kept |= {folder / DONE / name for name in names}
-    for top in (folder / DONE, folder):  # the record of a file goes before the file
-        for parent, inside, files in os.walk(top, topdown=False):
-            if Path(parent).is_relative_to(folder / EXPANDED):  # for all that plan this output
-                continue
-            for name in files:
-                if Path(parent, name) not in kept:
-                    Path(parent, name).unlink()
-            for name in inside:
-                with contextlib.suppress(OSError):  # not empty: it holds what is kept
-                    Path(parent, name).rmdir()
-
-
-def _refuse_links(folder: Path) -> None:
-    """Refuse a link where a folder of ours is expected: what it leads to is not ours to change."""
-    for path in (folder, *(folder / name for name in (STATE, DONE, NEW, EXPANDED, REPLACED))):
-        if path.is_symlink():
-            raise OutputError(
-                f"{shown_path(path)} is a link, and not a folder that shardkit made",
-                hint="remove the link",
-            )
 
 
 class _Vanished(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from shardkit.metadata.unit_records import DONE, NEW, PLAN, Finished, PlanRecord, UnitRecord
+from shardkit.writing.copier import write_at
 
 
 def read_plan(folder: Path) -> PlanRecord | None:
@@ -93,9 +94,7 @@ def _write_new(folder: Path, content: bytes, *, sync: bool) -> Path:
     path = new_path(folder)
     try:
         with open(path, "xb", buffering=0) as file:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(file.fileno(), rest) :]
+            write_at(file.fileno(), content, 0)
             if sync:
                 os.fsync(file.fileno())
     except OSError:

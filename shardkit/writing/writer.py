@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from shardkit.errors import OutputError
 from shardkit.hints import after_writing
 from shardkit.metadata.manifest import Digests, Run
-from shardkit.metadata.unit_records import Finished
+from shardkit.metadata.unit_records import PLAN, Finished
 from shardkit.payloads.digests import Sums
 from shardkit.payloads.payload import Extent, Literal, Trailer
 from shardkit.planning.plan import OutputFile, Plan
@@ -240,13 +240,30 @@ def _refuse_another(work: Work) -> None:
             f"{name} was planned by shardkit {shown(work.version)}, and this is {__version__}",
             hint="install the same version of shardkit on all machines",
         )
-    plan = read_plan(work.folder)
-    if plan is None or plan.key != work.key:
-        what = "another plan" if plan else "no plan: it may be in its place already, or removed"
+    key = _key_in(work.folder)
+    if key != work.key:
+        what = "another plan" if key else "no plan: it may be in its place already, or removed"
         raise OutputError(
             f"{name} does not belong to {shown_path(work.folder)}, which holds {what}",
             hint="plan again: run the command with which the output was begun",
         )
+
+
+def _key_in(folder: Path) -> str:
+    """The key of the plan of *folder*, which is read again only where it changed: a plan may have
+    thousands of files. "" where there is none.
+    """
+    try:
+        stat = os.stat(folder / PLAN)
+    except FileNotFoundError:
+        return ""
+    return _key_read(folder, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _key_read(folder: Path, *state: int) -> str:
+    plan = read_plan(folder)
+    return plan.key if plan else ""
 
 
 def _copy(file: OutputFile, output: int, see: Sequence[See], means: Means) -> Counter[Engine]:

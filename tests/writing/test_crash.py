@@ -20,7 +20,8 @@ from repository import TESTS
 from shardkit import __version__
 from shardkit.errors import OutputError
 from shardkit.metadata.unit_records import Finished, PlanRecord
-from shardkit.writing.transaction import Transaction, remove
+from shardkit.writing.partial_folder import remove
+from shardkit.writing.transaction import Transaction
 from shardkit.writing.unit_files import write_record
 
 pytestmark = pytest.mark.skipif(
