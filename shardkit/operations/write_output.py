@@ -203,6 +203,8 @@ def _checked_source(output: Output, part: Part = ALL) -> tuple[str, ...]:
         return ()
     checkpoint, limits = output.check.checkpoint, output.check.limits
     files = checkpoint.files[part.number - 1 :: part.count]
+    if not files:  # other parts check them, and say what they found
+        return ()
     return tuple(refuse_damaged(files, checkpoint.tensors, limits, scratch_beside(output.out)))
 
 

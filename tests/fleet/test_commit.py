@@ -256,6 +256,12 @@ def test_a_damaged_source_is_found_by_the_part_that_checks_it(source: Path) -> N
         shardkit.commit("out")
 
 
+def test_the_part_that_checks_the_source_says_so_and_no_other(source: Path) -> None:
+    first, second = (part(source, f"{number}/2") for number in (1, 2))
+    assert [note for note in first.notes if "CRC" in note]
+    assert not [note for note in second.notes if "CRC" in note or "checksum" in note]
+
+
 def test_another_version_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as older:
         older.setattr("shardkit.operations.write_output.__version__", "0.1.9")
