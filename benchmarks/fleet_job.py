@@ -92,8 +92,10 @@ def _asked(ray: Any) -> list[tuple[int, int]]:
     """The workers, and the memory that each took at most."""
 
     def told() -> tuple[int, int]:
-        import shardkit.writing.writer  # noqa: F401 - an idle worker has imported what it needs
+        from shardkit.fleet import ray_cluster  # noqa: F401 - what a task is a function of
+        from shardkit.writing import reference_check
 
+        reference_check.fetch()  # an idle worker has imported all that it needs
         time.sleep(0.5)  # so that each worker gets one
         return os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hub import Hub
 
 # Tests run side by side, and the threads of OpenMP would spin while they wait for work: they sleep.
 # libgomp reads this when torch is imported, here and in the processes that tests start.
@@ -43,3 +49,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on loopback, which this process takes for the real one. It is empty, and so is the
+    cache, in *tmp_path*/hub.
+    """
+    from hub import Hub
+
+    client = pytest.importorskip("huggingface_hub", reason="it is what asks the Hub")
+    remote_bytes = "shardkit.load.hub.remote_bytes"
+    __import__(remote_bytes)
+    monkeypatch.setattr(sys.modules[remote_bytes], "PAUSE", 0.001)
+    with Hub() as started:
+        constants = client.constants
+        monkeypatch.setattr(constants, "ENDPOINT", started.endpoint)
+        template = f"{started.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield started

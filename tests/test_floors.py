@@ -62,9 +62,12 @@ def in_order() -> Iterator[tuple[str, str]]:
 # modules or packages.
 ONLY_IN = {
     "torch": ("payloads.cast", "load"),
-    "transformers": ("load.libraries",),
+    "transformers": (
+        "load.hub.choose_files",  # which knows models with more files of weights than others
+        "load.libraries",
+    ),
     "diffusers": ("load.libraries",),
-    "huggingface_hub": ("load.libraries.model_folder",),
+    "huggingface_hub": ("load.hub", "load.libraries.model_folder"),
     "numpy": (
         "payloads.gather",
         "checkpoint.entries",

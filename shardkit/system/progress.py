@@ -85,6 +85,15 @@ def progress(label: str, nbytes: int | None = None, *, quiet: bool = False) -> I
                 _blank(sys.stderr)
 
 
+def announce(sentence: str) -> None:
+    """Say what is about to happen: on a terminal where a bar would be drawn, else in the log."""
+    log = logging.getLogger("shardkit")
+    if log.handlers or sys.stderr is None or not sys.stderr.isatty():
+        log.info("%s", sentence)
+    else:
+        sys.stderr.write(f"{sentence}\n")
+
+
 class _Watched:
     """A stream that knows whether anything was written to it."""
 

@@ -28,7 +28,7 @@ def summary(report: Report) -> Iterator[str]:
         Role.HEADING,
     )
     resumed = (
-        [("resumed", f"{several(report.resumed, 'file')} done by an earlier run")]
+        [("resumed", f"{several(report.resumed, 'file')} written before this run")]
         if report.resumed
         else []
     )

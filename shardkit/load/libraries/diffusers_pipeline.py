@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
@@ -54,10 +54,7 @@ def addressed(
             that is not trusted, or there is no such part.
     """
     diffusers = library("diffusers", diffusers_model.LEAST)
-    _refuse_unknown(folder, given)
-    if not request.trusted:
-        _refuse_code(folder)
-    made = dict(_models(folder, replace(request, as_stored=True), given))
+    made = models(folder, request, given)
     options: dict[str, Any] = {
         name: each.model for name, each in made.items()
     }  # Any: they have types of their own
@@ -72,11 +69,25 @@ def addressed(
             folder.path, local_files_only=True, **options
         )
     pipeline.register_to_config(_name_or_path=folder.name)
-    models = {
-        name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    others = {
+        name: part
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module) and name not in made and name not in given
     }
-    others = {name: part for name, part in models.items() if name not in made and name not in given}
     return pipeline, made | {name: _in_memory(part, request) for name, part in others.items()}
+
+
+def models(folder: ModelFolder, request: Request, given: Collection[str]) -> dict[str, LazyModel]:
+    """The models of the pipeline in *folder* that are made here and not *given*, by their names.
+
+    Raises:
+        LoadError: as `addressed` does.
+    """
+    library("diffusers", diffusers_model.LEAST)
+    _refuse_unknown(folder, given)
+    if not request.trusted:
+        _refuse_code(folder)
+    return dict(_models(folder, replace(request, as_stored=True), given))
 
 
 def _models(

@@ -24,6 +24,7 @@ from torch import nn
 
 from shardkit.dtypes import DType
 from shardkit.errors import LoadError
+from shardkit.load.hub.repository import Repository
 from shardkit.load.loading.match import listed
 from shardkit.load.modules.weights import torch_type
 from shardkit.metadata.shard_names import STEM
@@ -31,7 +32,6 @@ from shardkit.printable import shown, shown_path
 from shardkit.sources import path_arguments
 
 MAKE_IT = "create the model yourself, and call load_checkpoint_and_dispatch"
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PIPELINE, _MODEL = "model_index.json", "config.json"
 Kind = Literal["pipeline", "diffusers", "transformers"]
 Info = dict[str, Any]  # Any: what libraries tell, which differs from key to key
@@ -54,26 +54,18 @@ class ModelFolder:
     fields: Mapping[str, object]
 
     @classmethod
-    def at(
-        cls,
-        path: str | PathLike[str],
-        subfolder: str = "",
-        *,
-        revision: str | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-    ) -> ModelFolder:
+    def at(cls, path: str | PathLike[str], subfolder: str = "", *, name: str = "") -> ModelFolder:
         """What is in the folder *path*, or in the cache of the Hub under that name.
 
         Args:
             path: the folder, or the name of what is on the Hub.
             subfolder: the folder inside it that is meant.
-            revision: the branch, tag or commit of what is on the Hub; None for "main".
-            cache_dir: where the cache is; None for where huggingface_hub has it.
+            name: what the user calls it, where that is not *path*.
 
         Raises:
             LoadError: it does not say what it holds, or holds something else.
         """
-        folder, name = _local(path, subfolder, revision, cache_dir), str(path)
+        folder, name = _local(path, subfolder), name or str(path)
         if (folder / _PIPELINE).is_file():
             return cls(folder, name, "pipeline", _fields(folder / _PIPELINE))
         if (folder / "adapter_config.json").is_file():
@@ -110,9 +102,10 @@ class ModelFolder:
             LoadError: there is none of the variant or the kind that is asked for.
         """
         wanted = [
-            _varied(name, request.variant)
+            spelling
             for name in names
             if request.use_safetensors in (None, ".safetensors" in name)
+            for spelling in _varied(name, request.variant)
         ]
         found = next((self.path / name for name in wanted if (self.path / name).is_file()), None)
         if found is None and (request.variant or request.use_safetensors is not None):
@@ -125,7 +118,8 @@ class ModelFolder:
 
     def has_variant(self, names: Sequence[str], variant: str | None) -> bool:
         """Whether there are weights under one of *names* with that word in it."""
-        return any((self.path / _varied(name, variant)).is_file() for name in names)
+        spellings = (spelling for name in names for spelling in _varied(name, variant))
+        return any((self.path / spelling).is_file() for spelling in spellings)
 
     @classmethod
     def _of_model(cls, folder: Path, name: str) -> ModelFolder:
@@ -288,30 +282,17 @@ def translated_errors(folder: ModelFolder, by: ModuleType) -> Iterator[None]:
         ) from error
 
 
-def _local(
-    path: str | PathLike[str],
-    subfolder: str,
-    revision: str | None,
-    cache_dir: str | PathLike[str] | None,
-) -> Path:
+def _local(path: str | PathLike[str], subfolder: str) -> Path:
     given = path_arguments.to_read(path)
     if given.is_dir():
         return given / subfolder
-    if _REPOSITORY.fullmatch(str(path)) and not given.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        cache = None if cache_dir is None else Path(cache_dir)
-        for name in (_PIPELINE, _MODEL):
-            file = try_to_load_from_cache(
-                str(path), Path(subfolder, name).as_posix(), cache, revision
-            )
-            if isinstance(file, str):
-                return Path(file).parent
-    meant = f" (revision {shown(revision)})" if revision else ""
+    if Repository.is_name(str(path)) and not given.exists():
+        repository = Repository.of(str(path))
+        commit = repository.cached_commit
+        if commit is not None and repository.snapshot(commit).is_dir():
+            return repository.snapshot(commit) / subfolder
     what = (
-        "is a file"
-        if given.exists()
-        else f"is neither a folder nor a model in the cache of the Hub{meant}"
+        "is a file" if given.exists() else "is neither a folder nor a model in the cache of the Hub"
     )
     raise LoadError(
         f"{shown_path(given)} {what}; a folder with a config.json or a model_index.json is needed",
@@ -337,6 +318,12 @@ def _fields(file: Path) -> dict[str, object]:
     return fields
 
 
-def _varied(name: str, variant: str | None) -> str:
+def _varied(name: str, variant: str | None) -> tuple[str, ...]:
+    """How the file *name* of a variant is called, first as it is written today."""
+    if not variant:
+        return (name,)
     stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}" if variant else name
+    today = f"{stem}.{variant}.{suffix}"
+    if not stem.endswith(".index"):
+        return (today,)
+    return today, f"{stem.removesuffix('.index')}.{variant}.index.{suffix}"

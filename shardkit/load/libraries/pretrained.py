@@ -13,38 +13,19 @@ accelerators, CPU and disk.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from shardkit.errors import LoadError
-from shardkit.load.devices.budgets import Device, MaxMemory, device_key, get_max_memory
-from shardkit.load.devices.device_lookup import device_of, main_device, torch_device
-from shardkit.load.dispatch.attach import DispatchConfig, arrange, reported_map
-from shardkit.load.lazy.paged import Paged
-from shardkit.load.libraries import diffusers_model, diffusers_pipeline, transformers_model
-from shardkit.load.libraries.model_folder import LazyModel, ModelFolder, Request
+from shardkit.load.devices.budgets import MaxMemory
+from shardkit.load.dispatch.attach import reported_map
+from shardkit.load.libraries import folder_models
+from shardkit.load.libraries.hub_folder import HubOptions
+from shardkit.load.libraries.model_folder import Request
+from shardkit.load.libraries.place_models import AnyMap, Placed, Placing
 from shardkit.load.loading.load_checkpoint import floating, without_meaning
-from shardkit.load.loading.match import listed
-from shardkit.load.modules.model_group import ModelGroup
-from shardkit.load.modules.quantised import is_packed
-from shardkit.load.modules.sizes import module_sizes
-from shardkit.load.modules.weights import Weight, weights_of
-from shardkit.load.performance.bandwidth import Rates, rates_for
-from shardkit.load.performance.cost_model import Ring
-from shardkit.load.placement.device_map import DeviceMap, check_device_map
-from shardkit.load.placement.resolve_device_map import MODES, PlacementOptions
-from shardkit.printable import shown
-from shardkit.sizes import format_size
-
-AnyMap = str | int | torch.device | DeviceMap | None
-"""A device map; one device for the whole model; "auto", "balanced", "balanced_low_0" or
-"sequential" to have the map made; None for the CPU.
-"""
 
 
 def from_pretrained(
@@ -60,6 +41,9 @@ def from_pretrained(
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
     use_safetensors: bool | None = None,
     output_loading_info: bool = False,
     quantization_config: object = None,
@@ -73,7 +57,8 @@ def from_pretrained(
     """Load the model in a folder, or the pipeline of Diffusers, in evaluation mode.
 
     Args:
-        path: the folder; or the name of a repository on the Hub, if it is in the cache.
+        path: the folder; or the name of a repository on the Hub, as "bigscience/T0pp", which is
+            downloaded into its cache unless all that is needed is there.
         device_map: a device for each part of the model, by name; a device for all of it; or how to
             choose a map: "auto", "balanced", "balanced_low_0", "sequential". None for the CPU, with
             no hooks.
@@ -90,6 +75,10 @@ def from_pretrained(
             pipeline it is for those models that have it.
         revision: the branch, tag or commit on the Hub; None for "main".
         cache_dir: where the cache of the Hub is; None for the default of huggingface_hub.
+        token: what shows the Hub who asks; None for HF_TOKEN or the one that `hf auth login` has
+            stored, False for none.
+        local_files_only: send no request; what is not in the cache is an error.
+        force_download: download all of it again.
         use_safetensors: True to load safetensors files only, False to load torch files only; None
             for either.
         output_loading_info: return missing and unexpected names too; for a pipeline, by the names
@@ -131,7 +120,7 @@ def from_pretrained(
             "quantization_config: weights are not quantised when they are loaded",
             hint="load a quantised checkpoint",
         )
-    given = _given(device_map)
+    placing = Placing.of(device_map, max_memory, offload, ring)
     request = Request(
         _floats(dtype, torch_dtype),
         attn_implementation,
@@ -139,9 +128,9 @@ def from_pretrained(
         trust_remote_code,
         use_safetensors,
     )
-    made, models = _made(
-        ModelFolder.at(path, subfolder, revision=revision, cache_dir=cache_dir), request, components
-    )
+    hub = HubOptions(revision, cache_dir, token, local_files_only, force_download)
+    folder = hub.folder(path, subfolder, request, placing, components)
+    made, models = folder_models.made(folder, request, components)
     notes = [note for model in models.values() for note in model.notes]
     notes += without_meaning(
         offload_folder=offload_folder,
@@ -150,38 +139,16 @@ def from_pretrained(
     )
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
-    tree = _tree(models)
-    whole = frozenset[str]().union(*(model.whole for model in models.values()))
-    terms = PlacementOptions(
-        ring,
-        offload,
-        max_memory,
-        whole | _uncut(models.values(), max_memory),
-        rates=partial(_rates, tree),
-    )
-    devices, depth = terms.residents(tree, str(device_map) if given is None else given)
-    check_device_map(tree, devices)
-    devices = _with_what_stays(tree, models, devices)
-    wish = _wish(models.values(), devices, depth, chosen=given is None)
-    _place(tree, wish)
+    placed = Placed.of(models, placing)
+    placed.put()
     if device_map is not None:
-        made.hf_device_map = reported_map(tree, wish, devices) if tree is made else dict(devices)
+        made.hf_device_map = (
+            reported_map(made, placed.config, placed.devices)
+            if placed.tree is made
+            else dict(placed.devices)
+        )
     info = {name: model.info for name, model in models.items()}
     return (made, info.get("", info)) if output_loading_info else made
-
-
-def _given(device_map: AnyMap) -> dict[str, Device] | None:
-    """*device_map* with devices as they are called in maps; None if it is still to be made."""
-    if isinstance(device_map, str) and device_map in MODES:
-        return None
-    whole = (
-        device_map
-        if isinstance(device_map, Mapping)
-        else {"": "cpu" if device_map is None else device_map}
-    )
-    devices = {name: device_key(device) for name, device in whole.items()}
-    main_device(devices)  # or else there is none
-    return devices
 
 
 def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -193,141 +160,3 @@ def _floats(dtype: str | torch.dtype, torch_dtype: str | torch.dtype | None) -> 
         )
     asked = dtype if torch_dtype is None else torch_dtype
     return None if asked == "auto" else floating(asked)
-
-
-def _made(
-    folder: ModelFolder, request: Request, components: Mapping[str, object]
-) -> tuple[Any, dict[str, LazyModel]]:  # Any: as above
-    """What is in *folder*, and the models that it consists of by their names; a model that is all
-    of it has none.
-    """
-    if folder.kind == "pipeline":
-        return diffusers_pipeline.addressed(folder, request, components)
-    if components:
-        raise LoadError(
-            (
-                f"{shown(next(iter(components)))} is not an argument of from_pretrained for a "
-                f"single model"
-            ),
-            hint="leave it out; parts are given for a pipeline of Diffusers only",
-        )
-    if folder.kind == "diffusers" and request.attn_implementation:
-        raise LoadError(
-            "attn_implementation is for models of Transformers, and this is one of Diffusers",
-            hint="call set_attention_backend of the model after loading it",
-        )
-    maker = diffusers_model if folder.kind == "diffusers" else transformers_model
-    made = maker.addressed(folder, request)
-    return made.model, {"": made}
-
-
-def _tree(models: Mapping[str, LazyModel]) -> nn.Module:
-    """One module with all of *models* under their names, the largest first."""
-    if "" in models:
-        return models[""].model
-    sizes = {name: module_sizes(each.model)[""] for name, each in models.items()}
-    return ModelGroup(
-        {name: models[name].model for name in sorted(models, key=sizes.__getitem__, reverse=True)}
-    )
-
-
-def _uncut(models: Iterable[LazyModel], max_memory: MaxMemory | None) -> frozenset[str]:
-    """The classes of models that are not to be spread over accelerators.
-
-    Nobody knows at which places such a model may be cut so that what is added up is on one device.
-    """
-    accelerators = [
-        device
-        for device, room in get_max_memory(max_memory).items()
-        if device not in ("cpu", "disk") and room
-    ]
-    silent = (type(each.model).__name__ for each in models if not each.whole)
-    return frozenset(silent if len(accelerators) > 1 else ())
-
-
-def _rates(model: nn.Module, device: Device) -> Rates:
-    """Those at which the weights of *model* that are addresses stream to *device*."""
-    addresses = (weight.tensor for weight in weights_of(model) if isinstance(weight.tensor, Paged))
-    return rates_for(
-        ((each.recipe.storage, each.dtype, each.shape) for each in addresses), torch_device(device)
-    )
-
-
-def _with_what_stays(
-    tree: nn.Module, models: Mapping[str, LazyModel], devices: Mapping[str, Device]
-) -> dict[str, Device]:
-    """*devices*, but that models of which nothing can stream are in the memory of what runs
-    them.
-    """
-    made, main = dict(devices), device_key(main_device(devices))
-    for name in (name for name, model in models.items() if model.stays):
-        inside = {part for part in devices if not name or f"{part}.".startswith(f"{name}.")} | (
-            {name} if name else set()
-        )
-        made |= {part: main for part in inside if device_of(part, devices) in ("cpu", "disk")}
-    if made != devices:
-        streams = (
-            each
-            for each in weights_of(tree)
-            if device_of(each.names[0], devices) != device_of(each.names[0], made)
-        )
-        nbytes = sum(weight.tensor.nbytes for weight in streams)
-        warnings.warn(
-            f"in memory, and not streamed: {format_size(nbytes)} of weights, and more from the "
-            "first forward on, in which compressed-tensors decompresses them all",
-            UserWarning,
-            stacklevel=3,
-        )
-    return made
-
-
-def _wish(
-    models: Collection[LazyModel], devices: Mapping[str, Device], ring: Ring, *, chosen: bool
-) -> DispatchConfig:
-    """How *models* shall run."""
-    return DispatchConfig(
-        device_map=devices,
-        main=main_device(devices),
-        whole=frozenset[str]().union(*(each.whole for each in models)),
-        skip=frozenset[str]().union(*(each.skip for each in models)),
-        ring=ring,
-        hooks=len(set(devices.values())) > 1 or "disk" in devices.values(),
-        chosen=chosen,
-    )
-
-
-def _place(tree: nn.Module, wish: DispatchConfig) -> None:
-    """Put the weights of all models where *wish* wants them, and say which cannot be there."""
-    _warn_of_computed(tree, wish)
-    arrange(tree, wish)
-
-
-def _warn_of_computed(model: nn.Module, wish: DispatchConfig) -> None:
-    """Say which weights should stream and cannot, since their library did more to them than can be
-    noted down.
-    """
-    parts = wish.cut(model)
-    should = [
-        weight
-        for block in parts.blocks
-        for weight in block.weights
-        if not isinstance(weight.tensor, Paged)
-    ]
-    if should:
-        _warn_of(should, "which the library computed, or which the checkpoint does not have")
-    packed = [weight for weight in parts.resident if is_packed(weight.tensor)]
-    offloaded = [
-        weight for weight in packed if device_of(weight.names[0], wish.device_map) == "disk"
-    ]
-    if offloaded:
-        _warn_of(offloaded, "which bitsandbytes turns into objects of its own")
-
-
-def _warn_of(weights: Sequence[Weight], why: str) -> None:
-    nbytes = format_size(sum(weight.tensor.nbytes for weight in weights))
-    names = listed(weight.names[0] for weight in weights)
-    warnings.warn(
-        f"in memory, and not streamed: {nbytes} of weights, {why}: {names}",
-        UserWarning,
-        stacklevel=5,
-    )
