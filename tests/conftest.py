@@ -65,6 +65,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub() as started:
         constants = client.constants
         monkeypatch.setattr(constants, "ENDPOINT", started.endpoint)
+        monkeypatch.setattr(client.hf_api.api, "endpoint", started.endpoint)
         template = f"{started.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -129,6 +129,7 @@ class Hub:
         cdn: address of the CDN.
         third: address of the third server.
         seen: requests, in the order in which their answers ended.
+        sent: bytes of all bodies that were handed to connections so far.
         faults: faults to come. For each request, the first that fits happens.
         delay: seconds before each answer.
         rate: bytes a second of each body; None for no limit.
@@ -140,6 +141,7 @@ class Hub:
         self.token = token
         self.endpoint = self.cdn = self.third = ""
         self.seen: list[Seen] = []
+        self.sent = 0
         self.faults: list[Fault] = []
         self.delay = 0.0
         self.rate: int | None = None
@@ -226,6 +228,11 @@ class Hub:
             file.digest = self._digests[known]
         file.key = file.digest
         return file
+
+    def count(self, nbytes: int) -> None:
+        """Say that so many more bytes of bodies were handed to connections."""
+        with self._lock:
+            self.sent += nbytes
 
     def _record(self, seen: Seen) -> None:
         with self._lock:
@@ -782,6 +789,7 @@ class _Handler(BaseHTTPRequestHandler):
         while left:
             count = self.connection.send(left)
             self._sent += count
+            self.server.hub.count(count)
             left = left[count:]
         if chunked:
             self.connection.sendall(b"\r\n")

@@ -29,6 +29,7 @@ from shardkit.sizes import format_size
 from shardkit.system.progress import progress
 
 _LOG = logging.getLogger("shardkit")
+_FETCH = "call without local_files_only, where the Hub can be reached"
 _SMALL = 100 * 2**20  # bytes of a file that is read whole before the weights
 _LENGTH = 8  # bytes in which a safetensors file says how long its header is
 _HEADER = 100_000_000  # bytes that the format allows it
@@ -270,18 +271,19 @@ def _complete(repository: Repository, commit: str, wanted: Wanted) -> Path:
     folder = repository.snapshot(commit)
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if not here:
-        raise LoadError("nothing of it is there")
+        raise LoadError("nothing of it is there", hint=_FETCH)
 
     def content(name: str) -> bytes:
         if name not in here:
-            raise LoadError(f"{shown(name)} is missing")
+            raise LoadError(f"{shown(name)} is missing", hint=_FETCH)
         return (folder / name).read_bytes()
 
     names = _listed_before(repository, commit) or here
     choice = choose(repository.name, names, content, wanted)
     missing = [name for name in (*choice.others, *choice.weights) if name not in here]
     if missing:
-        raise LoadError(f"{listed([shown(name) for name in missing])} are missing")
+        names_of_them = listed([shown(name) for name in missing])
+        raise LoadError(f"missing: {names_of_them}", hint=_FETCH)
     return folder
 
 
