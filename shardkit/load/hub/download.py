@@ -125,8 +125,12 @@ class Download:
         repository, missing = self.repository, self.missing
         by_range = [file for file in self._by_range() if file in missing]
         nbytes = sum(file.nbytes for file in by_range)
-        with progress(f"downloading {repository.name}", nbytes) as bar:
-            fetch(repository, self.commit, by_range, bar.add, anew=self.anew)
+        try:
+            with progress(f"downloading {repository.name}", nbytes) as bar:
+                fetch(repository, self.commit, by_range, bar.add, anew=self.anew)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"what has come of {repository.name} stays; the same call goes on there")
+            raise
         with repository.explained():
             if self.anew:
                 for file in (file for file in missing if file not in by_range):

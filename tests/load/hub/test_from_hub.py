@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from shardkit.errors import LoadError, OverBudget
 from shardkit.load import from_pretrained
 from shardkit.load.hub import download, fetch_ranges, partial_file
 from shardkit.load.hub.fetch_ranges import fetch
-from shardkit.load.hub.repository import Repository
+from shardkit.load.hub.repository import RemoteFile, Repository
 from small_models import llama, logits
 
 transformers: Any = pytest.importorskip("transformers", reason="its models are loaded here")
@@ -67,8 +67,8 @@ def saved(model: Any, tmp_path: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "saved") | others
 
 
-def single(saved: Mapping[str, bytes], tmp_path: Path) -> dict[str, bytes]:
-    """The same model with its weights in one file of some size, and noise to make it long."""
+def single(saved: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same model with its weights in one torch file."""
     config = {name: saved[name] for name in ("config.json", "generation_config.json")}
     return config | {"pytorch_model.bin": saved["pytorch_model.bin"]}
 
@@ -93,7 +93,7 @@ def weight_bytes(hub: Hub) -> int:
 def test_the_cache_is_what_snapshot_download_makes_of_it(
     hub: Hub, saved: dict[str, bytes], model: Any, tmp_path: Path, kind: str, revision: str | None
 ) -> None:
-    files = saved if kind == "shards" else single(saved, tmp_path)
+    files = saved if kind == "shards" else single(saved)
     commit = hub.add(NAME, files)
     hub.add(NAME, files, revision="v1.0")
     revision = commit if revision == "commit" else revision
@@ -168,7 +168,7 @@ def test_a_branch_that_moved_is_downloaded_and_what_is_equal_is_not(
 def test_a_budget_that_is_too_small_is_an_error_before_the_weights(
     hub: Hub, saved: dict[str, bytes], tmp_path: Path, changes: dict[str, Any], options: str
 ) -> None:
-    hub.add(NAME, saved if options == "shards" else single(saved, tmp_path))
+    hub.add(NAME, saved if options == "shards" else single(saved))
     with pytest.raises(OverBudget):
         from_pretrained(NAME, "auto", **changes)
     asked = [seen for seen in hub.seen if seen.host == "cdn"]
@@ -312,7 +312,7 @@ def test_a_file_that_changed_since_it_was_listed_is_refused(
 def test_what_passes_changes_nothing(
     hub: Hub, saved: dict[str, bytes], model: Any, tmp_path: Path, fault: Fault
 ) -> None:
-    hub.add(NAME, single(saved, tmp_path), private=True)
+    hub.add(NAME, single(saved), private=True)
     hub.faults.append(fault)
     if fault.kind == "corrupt":  # of the first of two attempts
         with pytest.raises(LoadError, match="its sha256 is not"):
@@ -360,7 +360,7 @@ def test_all_is_downloaded_again_where_that_is_asked_for(
 
 
 def test_threads_download_a_file_once(hub: Hub, saved: dict[str, bytes], tmp_path: Path) -> None:
-    files = single(saved, tmp_path)
+    files = single(saved)
     hub.add(NAME, files)
     hub.rate = 200_000
     threads = [threading.Thread(target=from_pretrained, args=(NAME, "disk")) for _ in range(3)]
@@ -377,7 +377,7 @@ from shardkit.load.hub import partial_file
 partial_file.RANGE = 2**20
 partial_file.PartialFile.__init__.__defaults__ = (2**20,)
 from shardkit.load.hub.fetch_ranges import fetch
-from shardkit.load.hub.repository import Repository
+from shardkit.load.hub.repository import RemoteFile, Repository
 repository = Repository.of("org/big")
 commit = repository.current_commit()
 files = repository.files(commit)
@@ -468,3 +468,94 @@ def test_a_digest_that_would_name_another_file_is_refused(
     )
     with pytest.raises(LoadError, match="a digest that is no sha256"):
         Repository.of("org/big").files(commit)
+
+
+def test_what_xet_serves_is_left_to_the_client(
+    hub: Hub, saved: dict[str, bytes], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(NAME, saved)
+    listed = Repository.files
+
+    def with_xet(repository: Repository, commit: str) -> dict[str, RemoteFile]:
+        return {
+            name: replace(file, has_xet="-00002-of" in name)
+            for name, file in listed(repository, commit).items()
+        }
+
+    asked: list[str] = []
+
+    def fetched(repository: Any, commit: str, files: Any, *args: Any, **kwargs: Any) -> None:
+        asked.extend(file.name for file in files)
+        fetch(repository, commit, files, *args, **kwargs)
+
+    monkeypatch.setattr(Repository, "files", with_xet)
+    monkeypatch.setattr(download, "_has_xet", lambda: True)
+    monkeypatch.setattr(download, "fetch", fetched)
+    assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    assert len(asked) == sum(name.endswith(".safetensors") for name in saved) - 1
+    assert not [name for name in asked if "-00002-of" in name]
+
+
+LOADED = """
+from shardkit.load import from_pretrained
+print(sum(weight.numel() for weight in from_pretrained("org/tiny", "disk").parameters()))
+"""
+
+
+def test_the_environment_means_what_it_means_to_the_client(
+    hub: Hub, saved: dict[str, bytes], model: Any, tmp_path: Path
+) -> None:
+    hub.add(NAME, saved, private=True)
+    cache = tmp_path / "elsewhere"
+    environment = hub.environment(tmp_path / "home") | {"HF_HUB_CACHE": str(cache)}
+
+    def said(**changes: str) -> tuple[int, str]:
+        ran = subprocess.run(
+            [sys.executable, "-c", LOADED],
+            env=environment | changes,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return ran.returncode, ran.stdout + ran.stderr
+
+    code, told = said()
+    assert code == 1
+    assert "or it is private" in told
+    numel = f"{sum(weight.numel() for weight in model.parameters())}\n"
+    code, told = said(HF_TOKEN=hub.token)
+    assert code == 0
+    assert told.startswith(numel)
+    assert hub.token not in told
+    assert (cache / "models--org--tiny").is_dir()
+    before = len(hub.seen)
+    code, told = said(HF_HUB_OFFLINE="1")
+    assert (code, len(hub.seen)) == (0, before)
+
+
+def test_a_terminal_shows_what_comes_and_ctrl_c_says_that_it_stays(
+    hub: Hub, saved: dict[str, bytes], tmp_path: Path
+) -> None:
+    terminals = pytest.importorskip("terminals", reason="it needs a pseudo-terminal")
+    hub.add(NAME, single(saved))
+    hub.rate = 40_000
+    environment = hub.environment(tmp_path / "home")
+    ran = terminals.on_a_terminal(
+        ["-c", LOADED],
+        columns=100,
+        cwd=tmp_path,
+        ctrl_c_after=b"downloading org/tiny: ",
+        environment=environment,
+    )
+    screen = "\n".join(ran.lines)
+    assert ran.code != 0
+    assert "org/tiny: downloading 2 of 3 files, " in screen
+    assert "KeyboardInterrupt" in screen
+    assert "what has come of org/tiny stays; the same call goes on there" in screen
+    hub.rate = None
+    assert not [path for path in tmp_path.rglob("snapshots/*/*") if path.suffix == ".bin"]
+    again = terminals.on_a_terminal(
+        ["-c", LOADED], columns=100, cwd=tmp_path, environment=environment
+    )
+    assert again.code == 0
+    assert " are here already, to " in " ".join(again.lines)
