@@ -3,9 +3,10 @@
     python benchmarks/download.py [--folder FOLDER] [--rounds N] [--only whole slow killed]
 
 `whole` is a race to an empty cache. Its limits are eight connections that write what comes and do
-nothing else, and the sha256 of the file, which huggingface_hub does not compute. In `slow` the server sends no faster than 20 MB/s on each connection, as a CDN may. In
-`killed` each is killed when half has come, and started again; printed is what the server sent.
-huggingface_hub downloads by HTTP here (HF_HUB_DISABLE_XET=1): the double has no Xet.
+nothing else, and the sha256 of the file, which huggingface_hub does not compute. In `slow` the
+server sends no faster than 20 MB/s on each connection, as a CDN may. In `killed` each is killed
+when half has come, and started again; printed is what the server sent. huggingface_hub downloads by
+HTTP here (HF_HUB_DISABLE_XET=1): the double has no Xet.
 """
 
 from __future__ import annotations

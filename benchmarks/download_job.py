@@ -1,4 +1,4 @@
-"""One process of download.py: the server, or one that downloads and prints the seconds that it took.
+"""One process of download.py: the server, or one that downloads and prints its seconds.
 
 python benchmarks/download_job.py serve SOURCE HOME RATE
 python benchmarks/download_job.py raw | sha256 | shardkit | huggingface_hub
