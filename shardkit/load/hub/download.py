@@ -9,7 +9,6 @@ Download.fetch ──▶ large files by `fetch`, small ones and the links by hug
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Mapping
@@ -28,7 +27,6 @@ from shardkit.printable import listed, several, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.progress import progress
 
-_LOG = logging.getLogger("shardkit")
 _FETCH = "call without local_files_only, where the Hub can be reached"
 _SMALL = 100 * 2**20  # bytes of a file that is read whole before the weights
 _LENGTH = 8  # bytes in which a safetensors file says how long its header is
@@ -65,7 +63,8 @@ class Download:
         """Bytes of missing files that an earlier process has left."""
         if self.anew:
             return 0
-        return sum(PartialFile.recorded(self._blob(file), file.nbytes) for file in self._by_range())
+        blobs = {self._blob(file): file.nbytes for file in self._by_range()}
+        return sum(PartialFile.recorded(blob, nbytes) for blob, nbytes in blobs.items())
 
     def check_room(self) -> str:
         """A sentence on what is to come and where to.
@@ -74,7 +73,7 @@ class Download:
             LoadError: the disk has too little free space for it.
         """
         missing, present = self.missing, self.present
-        needed = sum(file.nbytes for file in missing) - present
+        needed = sum({file.sha256 or file.name: file.nbytes for file in missing}.values()) - present
         place = next(
             each
             for each in (self.repository.folder, *self.repository.folder.parents)
@@ -122,9 +121,8 @@ class Download:
         """
         from huggingface_hub import hf_hub_download, snapshot_download
 
-        repository, missing = self.repository, self.missing
-        by_range = [file for file in self._by_range() if file in missing]
-        nbytes = sum(file.nbytes for file in by_range)
+        repository, by_range = self.repository, self._by_range()
+        nbytes = sum({file.sha256: file.nbytes for file in by_range}.values())
         try:
             with progress(f"downloading {repository.name}", nbytes) as bar:
                 fetch(repository, self.commit, by_range, bar.add, anew=self.anew)
@@ -133,7 +131,7 @@ class Download:
             raise
         with repository.explained():
             if self.anew:
-                for file in (file for file in missing if file not in by_range):
+                for file in (file for file in self.missing if file not in by_range):
                     hf_hub_download(
                         repository.name,
                         file.name,

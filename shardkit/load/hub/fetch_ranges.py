@@ -117,9 +117,10 @@ def fetch(
             for folder in (blobs, locks):
                 folder.mkdir(parents=True, exist_ok=True)
             # All processes take the locks in one order, so that none waits for another for ever.
-            for file in sorted(files, key=lambda file: file.sha256 or ""):
-                held.enter_context(WeakFileLock(locks / f"{file.sha256}.lock"))
-                place = blobs / f"{file.sha256}"
+            # Files of the same content are one.
+            for sha256, file in sorted({f"{file.sha256}": file for file in files}.items()):
+                held.enter_context(WeakFileLock(locks / f"{sha256}.lock"))
+                place = blobs / sha256
                 if place.exists() and not anew:  # another process was faster
                     on_bytes(file.nbytes)
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from shardkit.errors import LoadError
 from shardkit.printable import shown
@@ -55,98 +56,113 @@ def _translated(error: Exception, name: str, revision: str, has_token: bool) -> 
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # why it was not asked for on the Hub
-    hub, what, why = constants.ENDPOINT, shown(name), _first_line(error)
-    terms = f"accept them at {hub}/{name}"
+    kinds = [
+        *(getattr(errors, line.kind) for line in _LINES[:-3]),
+        transport_error(),
+        OSError,
+        (ValueError, LookupError, TypeError, AttributeError),
+    ]
+    line = next(
+        (line for line, kind in zip(_LINES, kinds, strict=True) if isinstance(error, kind)), None
+    )
+    if line is None:
+        return None
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-    lines: tuple[tuple[type[Exception], type[LoadError], str, str], ...] = (
-        (
-            errors.GatedRepoError,
-            Unreachable,
-            f"{what} is gated: its authors let in those who accept their terms",
-            f"{terms}, with the account of the token" if has_token else f"{terms}; then {_LOGIN}",
-        ),
-        (
-            errors.DisabledRepoError,
-            LoadError,
-            f"{what} was disabled at {hub}",
-            "choose another model",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            LoadError,
-            f"{what} has no branch, tag or commit {shown(revision)}",
-            f"look at {hub}/{name} for those that there are",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            Unreachable,
-            f"there is no model {what} at {hub}, or it is private",
-            "check the name, and whether the account of the token may read it"
-            if has_token
-            else f"check the name; if it is private, {_LOGIN}",
-        ),
-        (
-            errors.EntryNotFoundError,
-            LoadError,
-            f"{what} has not the file that was asked for: {why}",
-            "call again: the repository may have changed just now",
-        ),
-        (
-            errors.OfflineModeIsEnabled,
-            Unreachable,
-            f"the Hub may not be asked for {what}: HF_HUB_OFFLINE is set",
-            "download the model where there is a network, or take HF_HUB_OFFLINE away",
-        ),
-        (
-            errors.FileMetadataError,
-            LoadError,
-            f"{hub} does not tell what it must about the files of {what}: {why}",
-            _MIRROR,
-        ),
-        (
-            errors.LocalTokenNotFoundError,
-            LoadError,
-            "token=True, and no token is stored on this machine",
-            _LOGIN,
-        ),
-        (
-            errors.HFValidationError,
-            LoadError,
-            f"{what} is no name of a model: {why}",
-            "a name is as in bigscience/T0pp",
-        ),
-        (
-            errors.HfHubHTTPError,
-            Unreachable,
-            f"{hub} refused a request for {what}: {why}",
-            _for_status(status),
-        ),
-        (
-            transport_error(),
-            Unreachable,
-            f"{hub} cannot be reached for {what}: {type(error).__name__}: {why}",
-            "check the network and HF_ENDPOINT, and call again",
-        ),
-        (
-            OSError,
-            LoadError,
-            f"{what} cannot be written to the cache: {why}",
-            "free some space or mend the folder; HF_HOME or cache_dir= choose another",
-        ),
-        *(
-            (
-                kind,
-                LoadError,
-                f"{hub} does not answer as the Hub does: {type(error).__name__}: {why}",
-                _MIRROR,
-            )
-            for kind in (ValueError, KeyError, TypeError, AttributeError)
-        ),
-    )
-    fitting = (
-        made(message, hint=hint) for kind, made, message, hint in lines if isinstance(error, kind)
-    )
-    return next(fitting, None)
+    words = {
+        "hub": constants.ENDPOINT,
+        "name": name,
+        "what": shown(name),
+        "revision": shown(revision),
+        "kind": type(error).__name__,
+        "why": _first_line(error),
+        "access": "the account of the token must have access" if has_token else _LOGIN,
+        "then": _for_status(status),
+    }
+    made = Unreachable if line.is_passing else LoadError
+    return made(line.said.format_map(words), hint=line.hint.format_map(words))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What is said of one kind of error.
+
+    Attributes:
+        kind: its name in huggingface_hub.errors.
+        said: the sentence.
+        hint: what to try.
+        is_passing: whether what is in the cache may do meanwhile.
+    """
+
+    kind: str
+    said: str
+    hint: str
+    is_passing: bool = False
+
+
+_LINES = (
+    _Line(
+        "GatedRepoError",
+        "{what} is gated: its authors let in those who accept their terms",
+        "accept them at {hub}/{name}; {access}",
+        is_passing=True,
+    ),
+    _Line("DisabledRepoError", "{what} was disabled at {hub}", "choose another model"),
+    _Line(
+        "RevisionNotFoundError",
+        "{what} has no branch, tag or commit {revision}",
+        "look at {hub}/{name} for those that there are",
+    ),
+    _Line(
+        "RepositoryNotFoundError",
+        "there is no model {what} at {hub}, or it is private",
+        "check the name; if it is private, {access}",
+        is_passing=True,
+    ),
+    _Line(
+        "EntryNotFoundError",
+        "{what} has not the file that was asked for: {why}",
+        "call again: the repository may have changed just now",
+    ),
+    _Line(
+        "OfflineModeIsEnabled",
+        "the Hub may not be asked for {what}: HF_HUB_OFFLINE is set",
+        "download the model where there is a network, or take HF_HUB_OFFLINE away",
+        is_passing=True,
+    ),
+    _Line(
+        "FileMetadataError",
+        "{hub} does not tell what it must about the files of {what}: {why}",
+        _MIRROR,
+    ),
+    _Line("LocalTokenNotFoundError", "token=True, and no token is stored on this machine", _LOGIN),
+    _Line(
+        "HFValidationError",
+        "{what} is no name of a model: {why}",
+        "a name is as in bigscience/T0pp",
+    ),
+    _Line(
+        "HfHubHTTPError",
+        "{hub} refused a request for {what}: {why}",
+        "{then}",
+        is_passing=True,
+    ),
+    _Line(
+        "that of the HTTP client",
+        "{hub} cannot be reached for {what}: {kind}: {why}",
+        "check the network and HF_ENDPOINT, and call again",
+        is_passing=True,
+    ),
+    _Line(
+        "that of the system",
+        "{what} cannot be written to the cache: {why}",
+        "free some space or mend the folder; HF_HOME or cache_dir= choose another",
+    ),
+    _Line(
+        "that of what was answered",
+        "{hub} does not answer as the Hub does: {kind}: {why}",
+        _MIRROR,
+    ),
+)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardkit.errors import LoadError
 from shardkit.load.hub.hub_errors import explained
+from shardkit.printable import shown
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -149,15 +150,18 @@ def _told(entry: object) -> RemoteFile:
     """A file as the Hub lists it.
 
     Raises:
-        LoadError: its digest is none, which would name a file of the cache.
+        LoadError: its path, size or digest is none: they name files of the cache.
     """
     from huggingface_hub.hf_api import RepoFile
 
     assert isinstance(entry, RepoFile)
     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-    if sha256 is not None and not _SHA256.fullmatch(sha256):
+    steps = entry.path.split("/")
+    is_path = not {"", ".", ".."} & {*steps} and "\\" not in entry.path and "\0" not in entry.path
+    if not (is_path and entry.size >= 0 and (sha256 is None or _SHA256.fullmatch(sha256))):
         raise LoadError(
-            f"the Hub lists {entry.path!r} with a digest that is no sha256: {sha256!r}",
+            f"the Hub lists a file that cannot be: {shown(entry.path)} with "
+            f"{shown(entry.size)} bytes and the digest {shown(sha256)}",
             hint="check HF_ENDPOINT: a mirror must answer as the Hub does",
         )
     return RemoteFile(entry.path, entry.size, sha256, bool(getattr(entry, "xet_hash", None)))
