@@ -9,9 +9,10 @@ Download.fetch ──▶ large files by `fetch`, small ones and the links by hug
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from shardkit.sizes import format_size
 from shardkit.system.progress import progress
 
 _FETCH = "call without local_files_only, where the Hub can be reached"
+_WEIGHTS = (".safetensors", ".bin")
 _SMALL = 100 * 2**20  # bytes of a file that is read whole before the weights
 _LENGTH = 8  # bytes in which a safetensors file says how long its header is
 _HEADER = 100_000_000  # bytes that the format allows it
@@ -104,7 +106,7 @@ class Download:
             LoadError: the Hub does not serve them.
         """
         for name in self.choice.others:
-            _place(folder / name).write_bytes(read(self.repository, self.commit, self.files, name))
+            _place(folder / name).write_bytes(self._read(name))
         if not all(name.endswith(".safetensors") for name in self.choice.weights):
             return False
         for name in self.choice.weights:
@@ -129,35 +131,31 @@ class Download:
         except KeyboardInterrupt as stop:
             stop.add_note(f"what has come of {repository.name} stays; the same call goes on there")
             raise
+        chosen = [*self.choice.others, *self.choice.weights]
+        has_bars = any(file.has_xet for file in self.missing if file not in by_range)
         with repository.explained():
-            if self.anew:
-                for file in (file for file in self.missing if file not in by_range):
-                    hf_hub_download(
-                        repository.name,
-                        file.name,
-                        revision=self.commit,
-                        force_download=True,
-                        cache_dir=repository.cache,
-                        token=repository.token,
-                    )
-            chosen = [*self.choice.others, *self.choice.weights]
+            for file in (file for file in self.missing if self.anew and file not in by_range):
+                hf_hub_download(
+                    repository.name,
+                    file.name,
+                    revision=self.commit,
+                    force_download=True,
+                    cache_dir=repository.cache,
+                    token=repository.token,
+                )
             snapshot_download(
                 repository.name,
-                revision=repository.revision,
+                revision=self.commit,
                 allow_patterns=[_escaped(name) for name in chosen],
-                tqdm_class=_silent(),
+                tqdm_class=None if has_bars else _silent(),
                 cache_dir=repository.cache,
                 token=repository.token,
             )
-        folder = repository.snapshot(self.commit)
-        gone = [name for name in chosen if not (folder / name).is_file()]
-        if gone:  # the branch moved between two requests
-            raise LoadError(
-                f"{shown(repository.revision)} of {repository.name} changed while it was "
-                "downloaded",
-                hint="call again, or pass the commit as revision=",
-            )
-        return folder
+            repository.note(self.commit)
+        return repository.snapshot(self.commit)
+
+    def _read(self, name: str) -> bytes:
+        return read(self.repository, self.commit, self.files, name, anew=self.anew)
 
     def _is_here(self, file: RemoteFile) -> bool:
         return self._local(file) is not None
@@ -186,6 +184,8 @@ class Download:
             with open(local, "rb") as source:
                 first = source.read(_LENGTH)
                 return [first, source.read(min(int.from_bytes(first, "little"), _HEADER))]
+        if file.sha256 is None:
+            return [self._read(file.name)]
         remote = RemoteBytes(self.repository, self.commit, file, threading.Event())
         first = b"".join(remote.pieces(0, min(_FIRST, file.nbytes)))
         nbytes = _LENGTH + int.from_bytes(first[:_LENGTH], "little")
@@ -216,10 +216,11 @@ def locate(
             commit = repository.current_commit()
         except Unreachable as error:
             refused = error
-    why = "nothing of it is there"
+    is_known = repository.folder.is_dir()
+    why = f"no complete {shown(repository.revision)}" if is_known else "nothing of it is there"
     if commit is not None and (refused or not anew):
         try:
-            return _complete(repository, commit, wanted)
+            return _complete(repository, commit, wanted, can_ask=not (local_only or refused))
         except LoadError as error:
             why = str(error)
     if local_only or refused or commit is None:
@@ -232,40 +233,68 @@ def locate(
     choice = choose(
         repository.name,
         files.keys(),
-        lambda name: read(repository, commit, files, name),
+        lambda name: read(repository, commit, files, name, anew=anew),
         wanted,
     )
     return Download(repository, commit, choice, files, anew)
 
 
-def read(repository: Repository, commit: str, files: Mapping[str, RemoteFile], name: str) -> bytes:
+def read(
+    repository: Repository,
+    commit: str,
+    files: Mapping[str, RemoteFile],
+    name: str,
+    *,
+    anew: bool = False,
+) -> bytes:
     """The content of a small file, which comes into the cache.
 
+    Args:
+        repository: where it is.
+        commit: of which it is.
+        files: all files of the commit.
+        name: of the file.
+        anew: download it also if the cache has it.
+
     Raises:
-        LoadError: it cannot be downloaded, or is not small.
+        LoadError: it cannot be downloaded, or is not small, or not as long as is listed.
     """
     from huggingface_hub import hf_hub_download
 
-    if files[name].nbytes > _SMALL:
+    nbytes = files[name].nbytes
+    if nbytes > _SMALL:
         raise LoadError(
-            f"{shown(name)} of {repository.name} takes {format_size(files[name].nbytes)}, and a "
-            f"file of its kind at most {format_size(_SMALL)}",
+            f"{shown(name)} of {repository.name} takes {format_size(nbytes)}, and a file of its "
+            f"kind at most {format_size(_SMALL)}",
             hint="choose another model",
         )
     with repository.explained():
-        path = hf_hub_download(
-            repository.name,
-            name,
-            revision=commit,
-            cache_dir=repository.cache,
-            token=repository.token,
-            tqdm_class=_silent(),
+        path = Path(
+            hf_hub_download(
+                repository.name,
+                name,
+                revision=commit,
+                force_download=anew,
+                cache_dir=repository.cache,
+                token=repository.token,
+                tqdm_class=_silent(),
+            )
         )
-    return Path(path).read_bytes()
+    found = path.stat().st_size
+    if found != nbytes:
+        raise LoadError(
+            f"{shown(name)} of {repository.name} has {found:,} bytes in the cache, and "
+            f"{nbytes:,} on the Hub",
+            hint="call with force_download=True; if it stays so, the server serves something else",
+        )
+    return path.read_bytes()
 
 
-def _complete(repository: Repository, commit: str, wanted: Wanted) -> Path:
+def _complete(repository: Repository, commit: str, wanted: Wanted, *, can_ask: bool) -> Path:
     """The folder of *commit*, if it has all that is *wanted*.
+
+    What all is, the listing of the commit tells, which huggingface_hub keeps once a download is
+    complete. Where it has kept none and nobody can be asked, what is there must do.
 
     Raises:
         LoadError: it has not; the message says what is missing.
@@ -280,28 +309,57 @@ def _complete(repository: Repository, commit: str, wanted: Wanted) -> Path:
             raise LoadError(f"{shown(name)} is missing", hint=_FETCH)
         return (folder / name).read_bytes()
 
-    names = _listed_before(repository, commit) or here
-    choice = choose(repository.name, names, content, wanted)
+    listing = _listed_before(repository, commit)
+    if listing is None and can_ask and _keeps_listings():
+        raise LoadError("no complete download has ended", hint=_FETCH)
+    choice = choose(repository.name, here if listing is None else listing, content, wanted)
     missing = [name for name in (*choice.others, *choice.weights) if name not in here]
+    if listing is None and choice.kind == "pipeline":
+        missing += _parts_missing(json.loads(content(_index_of(wanted))), here, wanted)
     if missing:
-        names_of_them = listed([shown(name) for name in missing])
-        raise LoadError(f"missing: {names_of_them}", hint=_FETCH)
+        names = listed([shown(name) for name in missing])
+        raise LoadError(f"missing: {names}", hint=_FETCH)
     return folder
 
 
-def _listed_before(repository: Repository, commit: str) -> set[str]:
-    """The names of all files of *commit*, as huggingface_hub has noted them down; none if it has
+def _index_of(wanted: Wanted) -> str:
+    return f"{wanted.subfolder}/model_index.json".lstrip("/")
+
+
+def _parts_missing(index: Mapping[str, object], here: Collection[str], wanted: Wanted) -> list[str]:
+    """The folders of the parts of a pipeline that are not *here*, or have no weights there."""
+    missing = []
+    for name, value in index.items():
+        match value:
+            case [str(), str()] if name[:1] != "_" and name not in wanted.given:
+                start = f"{wanted.subfolder}/{name}/".lstrip("/")
+                inside = {each for each in here if each.startswith(start)}
+                is_model = f"{start}config.json" in inside
+                if not inside or (is_model and not any(each.endswith(_WEIGHTS) for each in inside)):
+                    missing.append(start)
+    return missing
+
+
+def _keeps_listings() -> bool:
+    """Whether huggingface_hub notes down which files a commit has; before 2.0 it does not."""
+    import huggingface_hub
+
+    return hasattr(huggingface_hub, "get_cached_repo_tree")
+
+
+def _listed_before(repository: Repository, commit: str) -> set[str] | None:
+    """The names of all files of *commit*, as huggingface_hub has noted them down; None if it has
     not.
     """
-    try:
-        from huggingface_hub import get_cached_repo_tree
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    except ImportError:  # before 2.0 it notes nothing down
-        return set()
+    if not _keeps_listings():
+        return None
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
     try:
         tree = get_cached_repo_tree(repository.name, revision=commit, cache_dir=repository.cache)
     except CachedRepoTreeNotFoundError:
-        return set()
+        return None
     return {file.path for file in tree}
 
 

@@ -18,13 +18,13 @@ class Unreachable(LoadError):
 
 
 @contextmanager
-def explained(name: str, revision: str, *, has_token: bool) -> Iterator[None]:
+def explained(name: str, revision: str, *, token: str) -> Iterator[None]:
     """Raise what goes wrong while the Hub is asked for a model as a LoadError.
 
     Args:
         name: of the repository.
         revision: branch, tag or commit.
-        has_token: whether the requests carry a token.
+        token: what the requests carry, which no message repeats; "" for none.
 
     Raises:
         Unreachable: the Hub cannot be asked, or does not let us in.
@@ -35,7 +35,7 @@ def explained(name: str, revision: str, *, has_token: bool) -> Iterator[None]:
     except LoadError:
         raise
     except Exception as error:
-        found = _translated(error, name, revision, has_token)
+        found = _translated(error, name, revision, token)
         if found is None:
             raise
         raise found from None
@@ -50,7 +50,7 @@ def transport_error() -> type[Exception]:
     return HfHubHTTPError.__mro__[1]
 
 
-def _translated(error: Exception, name: str, revision: str, has_token: bool) -> LoadError | None:
+def _translated(error: Exception, name: str, revision: str, token: str) -> LoadError | None:
     """*error* as the first line that fits has it; None for what nobody expects."""
     from huggingface_hub import constants, errors
 
@@ -74,8 +74,8 @@ def _translated(error: Exception, name: str, revision: str, has_token: bool) -> 
         "what": shown(name),
         "revision": shown(revision),
         "kind": type(error).__name__,
-        "why": _first_line(error),
-        "access": "the account of the token must have access" if has_token else _LOGIN,
+        "why": _first_line(error, token),
+        "access": "the account of the token must have access" if token else _LOGIN,
         "then": _for_status(status),
     }
     made = Unreachable if line.is_passing else LoadError
@@ -165,8 +165,9 @@ _LINES = (
 )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _first_line(error: BaseException, token: str) -> str:
+    text = str(error).replace(token, "…") if token else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return shown(lines[0]) if lines else type(error).__name__
 
 

@@ -42,13 +42,7 @@ class PartialFile:
         Raises:
             OSError: the files cannot be created.
         """
-        self.path = destination.with_name(f"{destination.name}.shardkit.incomplete")
-        self._record = destination.with_name(f"{destination.name}.shardkit.ranges")
-        self._destination = destination
-        self.nbytes = nbytes
-        head = json.dumps({"version": _VERSION, "nbytes": nbytes, "range": span}).encode()
-        self._head = head.ljust(_HEAD)
-        self.ranges = [(start, min(start + span, nbytes)) for start in range(0, nbytes, span)]
+        self._name(destination, nbytes, span)
         self._open(anew=not self._can_go_on())
 
     def __enter__(self) -> Self:
@@ -115,11 +109,18 @@ class PartialFile:
 
     @classmethod
     def recorded(cls, destination: Path, nbytes: int, span: int = RANGE) -> int:
-        """How many bytes of a file of *nbytes* an earlier process has left; nothing is changed."""
-        if not destination.with_name(f"{destination.name}.shardkit.ranges").exists():
+        """How many bytes of a file of *nbytes* an earlier process has left; nothing is opened for
+        writing.
+        """
+        part = cls.__new__(cls)
+        part._name(destination, nbytes, span)
+        if not part._can_go_on():
             return 0
-        with cls(destination, nbytes, span) as part:
-            return part.present
+        counts = part._record.read_bytes()[_HEAD:]
+        return sum(
+            min(count, end - start)
+            for (count,), (start, end) in zip(_COUNT.iter_unpack(counts), part.ranges, strict=True)
+        )
 
     def finish(self) -> None:
         """Make the file last, and put it in its place.
@@ -137,7 +138,18 @@ class PartialFile:
         """Let go of the files, which stay."""
         self._counts.close()
 
+    def _name(self, destination: Path, nbytes: int, span: int) -> None:
+        self.path = destination.with_name(f"{destination.name}.shardkit.incomplete")
+        self._record = destination.with_name(f"{destination.name}.shardkit.ranges")
+        self._destination = destination
+        self.nbytes = nbytes
+        head = json.dumps({"version": _VERSION, "nbytes": nbytes, "range": span}).encode()
+        self._head = head.ljust(_HEAD)
+        self.ranges = [(start, min(start + span, nbytes)) for start in range(0, nbytes, span)]
+
     def _can_go_on(self) -> bool:
+        if self.path.is_symlink():  # which nobody here makes
+            return False
         try:
             with open(self._record, "rb") as file:
                 head = file.read(_HEAD)
@@ -153,7 +165,8 @@ class PartialFile:
     def _open(self, *, anew: bool) -> None:
         if anew:
             self._record.unlink(missing_ok=True)  # first: it speaks of the bytes
-            with open(self.path, "wb") as file:
+            self.path.unlink(missing_ok=True)  # and not through what may be a link
+            with open(self.path, "xb") as file:
                 file.truncate(self.nbytes)
             with open(self._record, "wb") as file:
                 file.write(self._head.ljust(self._record_nbytes, b"\0"))

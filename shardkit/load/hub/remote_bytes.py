@@ -129,7 +129,7 @@ class RemoteBytes:
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # not in __all__
 
-        ours = urlsplit(address)[:2] == urlsplit(constants.ENDPOINT)[:2]
+        ours = _origin(address) == _origin(constants.ENDPOINT)
         headers = build_hf_headers(token=self.repository.token if ours else False)
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with get_session().stream(
@@ -166,6 +166,11 @@ class RemoteBytes:
             raise _Again(f"status {status}", is_refused=True)
         told = f"{wanted} was asked for, and the answer is {shown(place)}"
         raise self.changed(told if status == 206 else f"the server answers with status {status}")
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 class _Again(Exception):

@@ -4,6 +4,7 @@ where huggingface_hub keeps them on this machine.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from shardkit.errors import LoadError
 from shardkit.load.hub.hub_errors import explained
 from shardkit.printable import shown
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_STEP = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?!.*(?:--|\.\.)){_STEP}(?:/{_STEP})?")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -62,9 +65,24 @@ class Repository:
         token: str | bool | None = None,
         cache_dir: str | PathLike[str] | None = None,
     ) -> Repository:
-        """The repository *name*; the other arguments are those of `from_pretrained`."""
+        """The repository *name*; the other arguments are those of `from_pretrained`.
+
+        Raises:
+            LoadError: the revision or the token cannot be one.
+        """
         from huggingface_hub import constants
 
+        if isinstance(token, str) and not _TOKEN.fullmatch(token):  # which is not shown
+            raise LoadError(
+                "token= is not a token: it is empty, or has spaces, line ends or other characters "
+                "that no token has",
+                hint="pass it without the end of the line that it was read from",
+            )
+        named: object = revision
+        if not isinstance(named, str | None) or "\0" in (named or ""):
+            raise LoadError(
+                f"{shown(revision)} is no revision", hint="pass a branch, a tag or a commit"
+            )
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
         return cls(name, revision or constants.DEFAULT_REVISION, token, cache)
 
@@ -92,7 +110,7 @@ class Repository:
             return self.named_commit
         try:
             text = (self.folder / "refs" / self.revision).read_text().strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
         return text if _COMMIT.fullmatch(text) else None
 
@@ -135,6 +153,20 @@ class Repository:
             )
             return {each.path: _told(each) for each in entries if isinstance(each, RepoFile)}
 
+    def note(self, commit: str) -> None:
+        """Write down which commit the revision is, as huggingface_hub does.
+
+        Raises:
+            OSError: the cache cannot be written.
+        """
+        if commit in (self.revision, None if self.named_commit else self.cached_commit):
+            return
+        place = self.folder / "refs" / self.revision
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = place.with_name(f"{place.name}.{os.getpid()}.new")
+        new.write_text(commit)
+        os.replace(new, place)
+
     def snapshot(self, commit: str) -> Path:
         """The folder of the cache with the files of *commit*."""
         return self.folder / "snapshots" / commit
@@ -142,7 +174,10 @@ class Repository:
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Raise what goes wrong with the Hub as a LoadError."""
-        with explained(self.name, self.revision, has_token=_has_token(self.token)):
+        from huggingface_hub import get_token
+
+        token = get_token() if self.token in (None, True) else self.token
+        with explained(self.name, self.revision, token=str(token or "")):
             yield
 
 
@@ -155,19 +190,21 @@ def _told(entry: object) -> RemoteFile:
     from huggingface_hub.hf_api import RepoFile
 
     assert isinstance(entry, RepoFile)
-    sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-    steps = entry.path.split("/")
-    is_path = not {"", ".", ".."} & {*steps} and "\\" not in entry.path and "\0" not in entry.path
-    if not (is_path and entry.size >= 0 and (sha256 is None or _SHA256.fullmatch(sha256))):
+    path: object = entry.path
+    size: object = entry.size
+    sha256: object = entry.lfs.sha256 if entry.lfs is not None else None
+    is_path = (
+        isinstance(path, str)
+        and not {"", ".", ".."} & {*path.split("/")}
+        and not {"\\", "\0"} & {*path}
+    )
+    is_size = isinstance(size, int) and size >= 0
+    is_digest = sha256 is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256))
+    if not (is_path and is_size and is_digest):
         raise LoadError(
-            f"the Hub lists a file that cannot be: {shown(entry.path)} with "
-            f"{shown(entry.size)} bytes and the digest {shown(sha256)}",
+            f"the Hub lists a file that cannot be: {shown(path)} with {shown(size)} bytes and the "
+            f"digest {shown(sha256)}",
             hint="check HF_ENDPOINT: a mirror must answer as the Hub does",
         )
-    return RemoteFile(entry.path, entry.size, sha256, bool(getattr(entry, "xet_hash", None)))
-
-
-def _has_token(token: str | bool | None) -> bool:
-    from huggingface_hub import get_token
-
-    return bool(get_token()) if token in (None, True) else bool(token)
+    digest = entry.lfs.sha256 if entry.lfs is not None else None
+    return RemoteFile(entry.path, entry.size, digest, bool(getattr(entry, "xet_hash", None)))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -19,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from shardkit.errors import LoadError, OverBudget
+from shardkit.errors import FormatError, LoadError, OverBudget
 from shardkit.load.devices.budgets import Device, free_memory
 from shardkit.load.devices.device_lookup import device_of
 from shardkit.load.hub.choose_files import Wanted
@@ -71,7 +73,7 @@ class HubOptions:
         has_client = find_spec("huggingface_hub") is not None
         if given.exists() or not has_client or not Repository.is_name(str(path)):
             return ModelFolder.at(path, subfolder)
-        name = str(path)
+        name, subfolder = str(path), subfolder.strip("/")
         repository = Repository.of(name, self.revision, self.token, self.cache_dir)
         wanted = Wanted(
             subfolder,
@@ -104,19 +106,53 @@ def _downloaded(
     """Say what is to come and whether it will fit, and download it."""
     name = download.repository.name
     room = download.check_room()
-    with TemporaryDirectory(prefix="shardkit-") as beside:
-        place = Path(beside, name.replace("/", "--"))
-        has_headers = download.stand_in(place)
-        folder = ModelFolder.at(place, subfolder, name=name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again with the weights
-            fit = (
-                _fit_by_headers(folder, request, placing, components)
-                if has_headers
-                else _fit_by_config(folder, request, placing)
-            )
+    try:
+        with TemporaryDirectory(prefix="shardkit-") as beside:
+            place = Path(beside, name.replace("/", "--"))
+            has_headers = download.stand_in(place)
+            folder = ModelFolder.at(place, subfolder, name=name)
+            try:
+                with _unseen():
+                    fit = (
+                        _fit_by_headers(folder, request, placing, components)
+                        if has_headers
+                        else _fit_by_config(folder, request, placing)
+                    )
+            except FormatError as error:
+                raise LoadError(
+                    f"{name} on the Hub: {str(error).replace(f'{place}/', '')}",
+                    hint="the repository is damaged: try another revision, or tell its owner",
+                ) from None
+    except OSError as error:
+        raise LoadError(
+            f"the headers of {name} cannot be written to the folder for temporary files: "
+            f"{error.strerror or error}",
+            hint="free some space there, or set TMPDIR to another folder",
+        ) from None
     announce(f"{room}; {fit}")
     return download.fetch()
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Make a model that nobody is to see: it says nothing, and draws no random numbers that count.
+
+    What it would say comes again with the weights.
+    """
+    with ExitStack() as restored:
+        restored.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        restored.enter_context(torch.random.fork_rng(devices=[]))
+        for name in ("transformers", "diffusers"):
+            if find_spec(name) is None:
+                continue
+            log = import_module(f"{name}.utils.logging")
+            restored.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity_error()
+            if log.is_progress_bar_enabled():
+                restored.callback(log.enable_progress_bar)
+                log.disable_progress_bar()
+        yield
 
 
 def _fit_by_headers(
@@ -169,7 +205,10 @@ def _fit_by_config(folder: ModelFolder, request: Request, placing: Placing) -> s
 
 
 def _is_quantised(config: Path) -> bool:
-    fields = json.loads(config.read_bytes())
+    try:
+        fields = json.loads(config.read_bytes())
+    except ValueError:  # which is said where it is read
+        return False
     return isinstance(fields, dict) and method_of(fields) is not None
 
 

@@ -140,6 +140,9 @@ def test_a_cache_that_transformers_filled_is_complete(
     del saved["tokenizer.json"], saved["tokenizer_config.json"]  # which it would not fetch
     hub.add(NAME, saved)
     transformers.AutoModelForCausalLM.from_pretrained(NAME)
+    sent = weight_bytes(hub)
+    from_pretrained(NAME, "disk")  # which has it listed once
+    assert weight_bytes(hub) == sent
     before = len(hub.seen)
     assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
     assert len(hub.seen) - before == 1
@@ -464,6 +467,7 @@ def test_what_a_power_failure_took_is_fetched_again(hub: Hub, tmp_path: Path) ->
         {"path": "/etc/evil.json"},
         {"path": "..\\evil.json"},
         {"size": -1},
+        {"size": "12"},
     ],
     ids=str,
 )
@@ -477,6 +481,107 @@ def test_a_file_that_cannot_be_is_refused(
     )
     with pytest.raises(LoadError, match="lists a file that cannot be"):
         Repository.of("org/big").files("0" * 40)
+
+
+def test_what_other_tools_left_out_comes_too(
+    hub: Hub, saved: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add(NAME, saved)
+    for name in saved:
+        if name == "config.json" or "safetensors" in name:
+            huggingface_hub.hf_hub_download(NAME, name)
+    sent = weight_bytes(hub)
+    from_pretrained(NAME, "disk")
+    assert weight_bytes(hub) == sent
+    assert list(tmp_path.glob("hub/*/snapshots/*/generation_config.json"))
+
+
+def test_weights_that_git_holds_itself_are_loaded(
+    hub: Hub, saved: dict[str, bytes], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.WEIGHTS", ())
+    hub.add(NAME, saved)
+    assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    assert weight_bytes(hub) == 0
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "", "hf secret", "hf_sécret"])
+def test_a_token_that_cannot_be_one_is_refused_and_not_shown(hub: Hub, token: str) -> None:
+    with pytest.raises(LoadError, match="token= is not a token") as raised:
+        from_pretrained(NAME, token=token)
+    assert not token or token.strip() not in f"{raised.value} {raised.value.hint}"
+    assert not hub.seen
+
+
+def test_a_token_that_the_server_repeats_is_not_shown(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("hf_secret is not welcome")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    with pytest.raises(LoadError, match="is not welcome") as raised:
+        from_pretrained(NAME, token="hf_secret")
+    assert "hf_secret" not in str(raised.value)
+
+
+def test_a_small_file_of_another_length_is_refused(hub: Hub, saved: dict[str, bytes]) -> None:
+    commit = hub.add(NAME, saved)
+    repository = Repository.of(NAME)
+    files = repository.files(commit)
+    files["config.json"] = replace(files["config.json"], nbytes=5)
+    with pytest.raises(LoadError, match=r"'config.json' of org/tiny has \d+ bytes in the cache, a"):
+        download.read(repository, commit, files, "config.json")
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(
+    hub: Hub, saved: dict[str, bytes], model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = hub.add(NAME, saved)
+
+    def fetched(*args: Any, **kwargs: Any) -> None:
+        fetch(*args, **kwargs)
+        hub.add(NAME, saved | {"model.safetensors.index.json": b"{}"})
+
+    monkeypatch.setattr(download, "fetch", fetched)
+    assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    assert (tmp_path / "hub/models--org--tiny/refs/main").read_text() == commit
+
+
+def test_damaged_small_files_are_downloaded_again(
+    hub: Hub, saved: dict[str, bytes], model: Any, tmp_path: Path
+) -> None:
+    hub.add(NAME, saved)
+    from_pretrained(NAME, "disk")
+    for path in (tmp_path / "hub").rglob("snapshots/*/*.json"):
+        path.resolve().write_bytes(b"{")
+    with pytest.raises(LoadError):
+        from_pretrained(NAME, "disk")
+    ours = from_pretrained(NAME, "disk", force_download=True)
+    assert torch.equal(logits(ours), logits(model))
+
+
+def test_random_numbers_are_those_of_a_folder(hub: Hub, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    text = (tmp_path / "bert" / "config.json").read_text()
+    text = text.replace("BertModel", "BertForSequenceClassification")
+    (tmp_path / "bert" / "config.json").write_text(text)
+    hub.add("org/bert", files_of(tmp_path / "bert"))
+    heads = []
+    for place in (tmp_path / "bert", "org/bert"):
+        torch.manual_seed(7)
+        heads.append(from_pretrained(place).classifier.weight)
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "a--b/c", "modèle/été", "a/b/c", "-a"])
+def test_what_is_no_name_is_a_path(hub: Hub, name: str) -> None:
+    with pytest.raises(LoadError, match="is neither a folder nor a model"):
+        from_pretrained(name)
+    assert not hub.seen
 
 
 def test_files_of_the_same_content_come_once(hub: Hub) -> None:

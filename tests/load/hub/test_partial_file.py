@@ -83,3 +83,28 @@ def test_a_record_that_claims_too_much_claims_the_range(tmp_path: Path) -> None:
     record.write_bytes(record.read_bytes()[:-24] + b"\xff" * 24)
     with PartialFile(tmp_path / "blob", 25, SPAN) as part:
         assert [part.count(number) for number in range(3)] == [10, 10, 5]
+
+
+def test_to_ask_what_is_there_changes_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "blob"
+    with PartialFile(place, 25, SPAN) as part:
+        add(part, 0, b"x" * SPAN)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert PartialFile.recorded(place, 25, SPAN) == SPAN
+    assert PartialFile.recorded(place, 26, SPAN) == 0
+    assert PartialFile.recorded(tmp_path / "other", 25, SPAN) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_link_in_its_place_is_not_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    with PartialFile(tmp_path / "blob", 8, SPAN) as part:
+        path = part.path
+    path.unlink()
+    path.symlink_to(victim)
+    with PartialFile(tmp_path / "blob", 8, SPAN) as part:
+        add(part, 0, b"12345678")
+        part.finish()
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "blob").is_symlink()

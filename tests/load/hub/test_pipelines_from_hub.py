@@ -100,3 +100,35 @@ def test_a_pipeline_that_will_not_fit_is_refused_before_its_weights(
     with pytest.raises(LoadError, match="has no part called 'vae'"):
         from_pretrained(NAME, vae=None)
     assert not {name for name in fetched(tmp_path / "hub") if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("ending", ["killed", "refused"])
+def test_a_pipeline_of_which_only_small_files_came_is_completed(
+    hub: Hub,
+    pipeline: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+) -> None:
+    commit = hub.add(NAME, pipeline)
+    if ending == "killed":
+        with monkeypatch.context() as patch:
+            patch.setattr("shardkit.load.hub.download.fetch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                from_pretrained(NAME, "disk")
+    else:
+        with pytest.raises(OverBudget):
+            from_pretrained(NAME, "auto", max_memory={"cpu": "2KB"})
+    with pytest.raises(LoadError, match=r"missing: '?unet/"):
+        from_pretrained(NAME, "disk", revision=commit, local_files_only=True)
+    with pytest.raises(LoadError, match="no complete 'main'"):
+        from_pretrained(NAME, "disk", local_files_only=True)
+    ours = from_pretrained(NAME, "cpu", torch.float32)
+    theirs = from_pretrained(tmp_path / "saved", "cpu", torch.float32)
+    assert (image(ours) == image(theirs)).all()
+    assert (image(from_pretrained(NAME, "cpu", torch.float32)) == image(theirs)).all()
+    from_pretrained(NAME, "disk", local_files_only=True)
+
+
+def interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
