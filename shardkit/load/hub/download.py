@@ -13,6 +13,7 @@ import json
 import shutil
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,26 +210,37 @@ def locate(
         LoadError: it is not in the cache, and the Hub cannot be asked; or there is no such model,
             or none that can be loaded.
     """
-    refused: Unreachable | None = None
     commit = repository.cached_commit
+    refused: Unreachable | None = None
     if not local_only:
         try:
             commit = repository.current_commit()
+            if not anew:
+                with suppress(LoadError):
+                    return _complete(repository, commit, wanted, can_ask=True)
+            return _to_come(repository, commit, wanted, anew=anew)
         except Unreachable as error:
             refused = error
     is_known = repository.folder.is_dir()
     why = f"no complete {shown(repository.revision)}" if is_known else "nothing of it is there"
-    if commit is not None and (refused or not anew):
+    if commit is not None:
         try:
-            return _complete(repository, commit, wanted, can_ask=not (local_only or refused))
+            return _complete(repository, commit, wanted, can_ask=False)
         except LoadError as error:
             why = str(error)
-    if local_only or refused or commit is None:
-        said = refused or f"{shown(repository.name)} is to be taken from the cache alone"
-        raise LoadError(
-            f"{said}; the cache in {shown_path(repository.cache)} does not have it: {why}",
-            hint=refused.hint if refused else "leave out local_files_only to have it downloaded",
-        )
+    said = refused or f"{shown(repository.name)} is to be taken from the cache alone"
+    raise LoadError(
+        f"{said}; the cache in {shown_path(repository.cache)} does not have it: {why}",
+        hint=refused.hint if refused else "leave out local_files_only to have it downloaded",
+    )
+
+
+def _to_come(repository: Repository, commit: str, wanted: Wanted, *, anew: bool) -> Download:
+    """The download of what is *wanted* of *commit*.
+
+    Raises:
+        LoadError: the Hub cannot be asked; or there is no model that can be loaded.
+    """
     files = repository.files(commit)
     choice = choose(
         repository.name,

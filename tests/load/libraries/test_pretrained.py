@@ -345,7 +345,7 @@ def test_a_revision_is_found_in_whichever_cache_is_meant(cache: Path, tmp_path: 
         )
         assert torch.equal(logits(ours), logits(model))
     with pytest.raises(
-        LoadError, match=r"the cache in .*own does not have it: nothing of it is there"
+        LoadError, match=r"the cache in .*own does not have it: no complete 'other'"
     ):
         from_pretrained("someone/tiny", revision="other", cache_dir=tmp_path / "own")
     with pytest.raises(LoadError, match=r"the cache in .*hub does not have it: nothing of it"):
