@@ -2,7 +2,7 @@
 kill only what is missing.
 
     8 threads: the bytes of a range each → `PartialFile`, which records what has come
-    a thread for each file reads its ranges behind them → sha256 → rename to blobs/<sha256>
+    a thread for each processor: the ranges of a file, once there → sha256 → blobs/<sha256>
 
 The lock of a file is the one that huggingface_hub takes, so that on one machine a file is
 downloaded once, whoever asks for it.
@@ -11,6 +11,7 @@ downloaded once, whoever asks for it.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -30,7 +31,9 @@ from shardkit.system.threads import Pool
 Argument = TypeVar("Argument")
 
 CONNECTIONS = 8
-_PIECE = 2**20  # bytes that are hashed at a time
+# Bytes that are hashed at a time: the threads that receive bytes hold the interpreter, for which a
+# thread that hashes has to wait after each piece.
+_PIECE = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,14 @@ class _Blob:
     def digest(self, coming: Sequence[Future[None]] = ()) -> str:
         """The sha256 of what has come, each range after its future of *coming*."""
         digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_PIECE, self.part.nbytes)))
         for number in range(len(self.part.ranges)):
             if coming:
                 try:
                     coming[number].result()
                 except CancelledError:
                     raise Stopped from None
-            for piece in self.part.chunks(number, _PIECE):
+            for piece in self.part.pieces(number, buffer):
                 digest.update(piece)
         return digest.hexdigest()
 
@@ -142,7 +146,7 @@ def fetch(
 
 def _fetch_all(blobs: Sequence[_Blob], stop: threading.Event) -> None:
     with (
-        Pool(max(1, len(blobs)), "shardkit-check") as checks,
+        Pool(os.cpu_count() or 1, "shardkit-check") as checks,
         Pool(CONNECTIONS, "shardkit-fetch") as pool,
     ):
         ended: list[Future[None]] = []

@@ -90,17 +90,17 @@ class PartialFile:
         place = _HEAD + number * _COUNT.size
         _COUNT.pack_into(self._counts, place, count + len(chunk))
 
-    def chunks(self, number: int, nbytes: int) -> Iterator[bytes]:
-        """What a range has, in pieces of *nbytes*."""
+    def pieces(self, number: int, buffer: memoryview) -> Iterator[memoryview]:
+        """What a range has, in pieces that are in *buffer* until the next is asked for."""
         start, stop = self.ranges[number]
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
             while start < stop:
-                chunk = file.read(min(nbytes, stop - start))
-                if not chunk:  # somebody has cut the file
+                count = file.readinto(buffer[: stop - start])
+                if not count:  # somebody has cut the file
                     return
-                yield chunk
-                start += len(chunk)
+                yield buffer[:count]
+                start += count
 
     def forget(self) -> None:
         """Begin anew: what is there is not what it should be."""

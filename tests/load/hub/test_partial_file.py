@@ -49,7 +49,11 @@ def made_of_pieces(place: Path, content: bytes, data: st.DataObject) -> None:
             part = PartialFile(place, len(content), SPAN)
         assert [part.count(each) for each in range(len(part.ranges))] == expected
         assert PartialFile.recorded(place, len(content), SPAN) == sum(expected)
-    assert b"".join(b"".join(part.chunks(each, 3)) for each in range(len(part.ranges))) == content
+    buffer = memoryview(bytearray(3))
+    pieces = (
+        bytes(each) for number in range(len(part.ranges)) for each in part.pieces(number, buffer)
+    )
+    assert b"".join(pieces) == content
     part.finish()
     assert place.read_bytes() == content
     assert [path.name for path in place.parent.iterdir()] == ["blob"]
