@@ -42,7 +42,7 @@ class PartialFile:
         Raises:
             OSError: the files cannot be created.
         """
-        self._name(destination, nbytes, span)
+        self._at(destination, nbytes, span)
         self._open(anew=not self._can_go_on())
 
     def __enter__(self) -> Self:
@@ -113,7 +113,7 @@ class PartialFile:
         writing.
         """
         part = cls.__new__(cls)
-        part._name(destination, nbytes, span)
+        part._at(destination, nbytes, span)
         if not part._can_go_on():
             return 0
         counts = part._record.read_bytes()[_HEAD:]
@@ -138,7 +138,7 @@ class PartialFile:
         """Let go of the files, which stay."""
         self._counts.close()
 
-    def _name(self, destination: Path, nbytes: int, span: int) -> None:
+    def _at(self, destination: Path, nbytes: int, span: int) -> None:
         self.path = destination.with_name(f"{destination.name}.shardkit.incomplete")
         self._record = destination.with_name(f"{destination.name}.shardkit.ranges")
         self._destination = destination

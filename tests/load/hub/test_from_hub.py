@@ -25,6 +25,8 @@ from hub import Fault, Hub
 from shardkit.errors import LoadError, OverBudget
 from shardkit.load import from_pretrained
 from shardkit.load.hub import download, fetch_ranges, partial_file
+from shardkit.load.hub.choose_files import Wanted
+from shardkit.load.hub.download import locate
 from shardkit.load.hub.fetch_ranges import fetch
 from shardkit.load.hub.repository import RemoteFile, Repository
 from small_models import llama, logits
@@ -362,15 +364,19 @@ def test_all_is_downloaded_again_where_that_is_asked_for(
     )
 
 
-def test_threads_download_a_file_once(hub: Hub, saved: dict[str, bytes], tmp_path: Path) -> None:
+def test_threads_download_a_file_once(hub: Hub, saved: dict[str, bytes]) -> None:
     files = single(saved)
     hub.add(NAME, files)
     hub.rate = 200_000
-    threads = [threading.Thread(target=from_pretrained, args=(NAME, "disk")) for _ in range(3)]
+    found = [locate(Repository.of(NAME), Wanted()) for _ in range(3)]
+    threads = [
+        threading.Thread(target=each.fetch) for each in found if isinstance(each, download.Download)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(threads) == 3
     assert weight_bytes(hub) == len(files["pytorch_model.bin"])
 
 
@@ -379,6 +385,8 @@ import sys
 from shardkit.load.hub import partial_file
 partial_file.RANGE = 2**20
 partial_file.PartialFile.__init__.__defaults__ = (2**20,)
+from shardkit.load.hub.choose_files import Wanted
+from shardkit.load.hub.download import locate
 from shardkit.load.hub.fetch_ranges import fetch
 from shardkit.load.hub.repository import RemoteFile, Repository
 repository = Repository.of("org/big")
