@@ -26,9 +26,7 @@ TESTS ?=
 .PHONY: test test-all test-core test-oldest coverage lint check-files hooks fuzz demo speed
 .PHONY: dist test-dist audit news release-notes clean
 
-# One process more than processors, since many tests wait for others; at most four, for the memory.
-TEST_PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n + 1 : 4)))
-PYTEST_ARGUMENTS = -n $(TEST_PROCESSES) --dist=worksteal
+PYTEST_ARGUMENTS = -n auto --maxprocesses=4 --dist=worksteal
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
 # Of what pip prints, a line for each package.

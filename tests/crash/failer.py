@@ -38,12 +38,12 @@ class Sweep:
         return json.dumps({"points": self.points, "left": self.left, "faults": self.faults})
 
 
-def struck(case: Case, strike: Strike, *, reads: bool = False) -> Sweep:
-    """Strike the calls of *case* in turn: those that write, or those that read its source, which
-    fails then for good.
+def struck(case: Case, strike: Strike, *, reads: bool = False, step: int = 1) -> Sweep:
+    """Strike every *step*-th call of *case* in turn: those that write, or those that read its
+    source, which fails then for good.
     """
     before, sweep = stamps(case.source), Sweep()
-    for number in range(10_000):
+    for number in range(0, 10_000, step):
         case.reset()
         if reads:
             layer = Layer(case.source, number, strike, watched=READS, lasting=True)

@@ -339,6 +339,7 @@ def test_an_interrupt_at_any_moment_ends_the_forward_and_no_other(
     nothing_left(model)
 
 
+@pytest.mark.slow
 def test_an_interrupt_between_any_two_calls_leaves_the_next_forward_right(
     folder: Path, expected: torch.Tensor
 ) -> None:
@@ -684,6 +685,7 @@ except KeyboardInterrupt:
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", EXITS)
 def test_a_process_ends_with_reads_in_flight(last: str, folder: Path) -> None:
     if "another thread" in last and (3, 12) <= sys.version_info < (3, 12, 2):

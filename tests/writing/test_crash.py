@@ -37,6 +37,7 @@ FEWEST = 30  # calls that the shortest of the scenarios makes
 STEP = 8  # of the calls of a run, every eighth is killed in this test, and each one of the commit
 CHANGES = ("write", "pwrite", "copy_file_range", "sendfile", "ftruncate")
 NAMES = [scenario.name for scenario in SCENARIOS]
+OFTEN = ("folder", "parts", "resume", "exchange", "renames", "single-overwrite")
 KILLER = TESTS / "crash" / "killer.py"
 
 
@@ -71,14 +72,15 @@ def in_process(program: Path, *arguments: object) -> str:
     ).stdout
 
 
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAMES)
 def test_an_error_at_any_call_leaves_the_output_whole_or_not_there(
-    scenario: Scenario, folder: Path
+    scenario: Scenario, step: int, folder: Path
 ) -> None:
     case = Case.at(main_folder(folder, scenario.name), scenario)
-    sweep = struck(case, BROKEN)
+    sweep = struck(case, BROKEN, step=step)
     assert not sweep.faults, "\n".join(sweep.faults)
-    assert sweep.points >= FEWEST
+    assert sweep.points >= FEWEST // step
     assert not sweep.left["neither"]
 
 
@@ -90,7 +92,10 @@ def test_a_full_disk_at_any_call_is_told_with_what_to_do(folder: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+)
 def test_a_kill_at_any_call_leaves_the_output_whole_or_not_there(name: str, folder: Path) -> None:
     said = json.loads(in_process(KILLER, folder, name, STEP))
     assert not said["faults"], "\n".join(said["faults"])

@@ -28,7 +28,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return runner
 
 
-@pytest.fixture(params=["inductor", "eager"])
+@pytest.fixture(params=[pytest.param("inductor", marks=pytest.mark.slow), "eager"])
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     """A compiler for that device."""
     name: str = request.param

@@ -275,7 +275,7 @@ model.save_pretrained(out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is there on Linux")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_large_model_is_saved_in_the_memory_of_a_few_weights(dtype: str, tmp_path: Path) -> None:
     sizes = SIZES | {
         "hidden_size": 1024,
