@@ -229,6 +229,14 @@ class Hub:
         file.key = file.digest
         return file
 
+    def settle(self) -> None:
+        """Wait until all requests that have come are answered, or their clients known to be gone,
+        and stand in *seen*.
+        """
+        deadline = time.monotonic() + 30
+        while any(server._open for server in self._servers) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def count(self, nbytes: int) -> None:
         """Say that so many more bytes of bodies were handed to connections."""
         with self._lock:

@@ -9,6 +9,7 @@ Download.fetch ──▶ large files by `fetch`, small ones and the links by hug
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import threading
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.errors import LoadError
+from shardkit.limits import Limits
 from shardkit.load.hub.choose_files import Choice, Wanted, choose
 from shardkit.load.hub.fetch_ranges import fetch
 from shardkit.load.hub.hub_errors import Unreachable
 from shardkit.load.hub.partial_file import PartialFile
 from shardkit.load.hub.remote_bytes import RemoteBytes
 from shardkit.load.hub.repository import RemoteFile, Repository
+from shardkit.metadata.safetensors_header import LENGTH_NBYTES, json_nbytes
 from shardkit.printable import listed, several, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.progress import progress
@@ -32,8 +35,6 @@ from shardkit.system.progress import progress
 _FETCH = "call without local_files_only, where the Hub can be reached"
 _WEIGHTS = (".safetensors", ".bin")
 _SMALL = 100 * 2**20  # bytes of a file that is read whole before the weights
-_LENGTH = 8  # bytes in which a safetensors file says how long its header is
-_HEADER = 100_000_000  # bytes that the format allows it
 _FIRST = 2**15  # bytes that are asked for first, in which most headers end
 
 
@@ -104,6 +105,7 @@ class Download:
         False if some weights are in a format whose header cannot be read by range.
 
         Raises:
+            FormatError: a file does not begin as a safetensors file does.
             LoadError: the Hub does not serve them.
         """
         for name in self.choice.others:
@@ -147,13 +149,22 @@ class Download:
             snapshot_download(
                 repository.name,
                 revision=self.commit,
-                allow_patterns=[_escaped(name) for name in chosen],
+                allow_patterns=[glob.escape(name) for name in chosen],
                 tqdm_class=None if has_bars else _silent(),
                 cache_dir=repository.cache,
                 token=repository.token,
             )
             repository.note(self.commit)
-        return repository.snapshot(self.commit)
+        folder = repository.snapshot(self.commit)
+        # Where the Hub fails meanwhile, `snapshot_download` gives what is there without a word.
+        absent = [shown(name) for name in chosen if not (folder / name).is_file()]
+        if absent:
+            raise LoadError(
+                f"the Hub stopped answering before all files of {repository.name} were in place; "
+                f"missing: {listed(absent)}",
+                hint="call again: what has come is kept",
+            )
+        return folder
 
     def _read(self, name: str) -> bytes:
         return read(self.repository, self.commit, self.files, name, anew=self.anew)
@@ -181,18 +192,21 @@ class Download:
     def _header(self, file: RemoteFile) -> list[bytes]:
         """The header of a safetensors file, from its first byte."""
         local = None if self.anew else self._local(file)
-        if local is not None:
-            with open(local, "rb") as source:
-                first = source.read(_LENGTH)
-                return [first, source.read(min(int.from_bytes(first, "little"), _HEADER))]
-        if file.sha256 is None:
+        if local is None and file.sha256 is None:
             return [self._read(file.name)]
+
+        def bytes_of(start: int, end: int) -> bytes:
+            if local is None:
+                return b"".join(remote.pieces(start, end))
+            with open(local, "rb") as source:
+                source.seek(start)
+                return source.read(end - start)
+
         remote = RemoteBytes(self.repository, self.commit, file, threading.Event())
-        first = b"".join(remote.pieces(0, min(_FIRST, file.nbytes)))
-        nbytes = _LENGTH + int.from_bytes(first[:_LENGTH], "little")
-        if nbytes > min(_HEADER, file.nbytes):
-            raise remote.changed("it does not begin as a safetensors file does")
-        return [first[:nbytes], *remote.pieces(len(first), max(len(first), nbytes))]
+        first = bytes_of(0, min(_FIRST, file.nbytes))
+        place = Path(self.repository.name, file.name)
+        nbytes = LENGTH_NBYTES + json_nbytes(place, first[:LENGTH_NBYTES], file.nbytes, Limits())
+        return [first[:nbytes], bytes_of(len(first), max(len(first), nbytes))]
 
 
 def locate(
@@ -378,11 +392,6 @@ def _listed_before(repository: Repository, commit: str) -> set[str] | None:
 def _place(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _escaped(name: str) -> str:
-    """A pattern that *name* alone fits."""
-    return "".join(f"[{each}]" if each in "*?[" else each for each in name)
 
 
 def _has_xet() -> bool:

@@ -106,12 +106,15 @@ def _downloaded(
     """Say what is to come and whether it will fit, and download it."""
     name = download.repository.name
     room = download.check_room()
+    if not {file.name for file in download.missing} & {*download.choice.weights}:
+        announce(room)
+        return download.fetch()
     try:
         with TemporaryDirectory(prefix="shardkit-") as beside:
             place = Path(beside, name.replace("/", "--"))
-            has_headers = download.stand_in(place)
-            folder = ModelFolder.at(place, subfolder, name=name)
             try:
+                has_headers = download.stand_in(place)
+                folder = ModelFolder.at(place, subfolder, name=name)
                 with _unseen():
                     fit = (
                         _fit_by_headers(folder, request, placing, components)

@@ -406,6 +406,7 @@ def test_after_kills_no_byte_is_fetched_twice(hub: Hub, tmp_path: Path) -> None:
     hub.rate = 2_000_000  # of each body
     total = sum(map(len, files.values()))
     kills = 0
+    marks: list[tuple[int, dict[tuple[str, int], int]]] = []
     for share in (0.1, 0.4, 0.7):
         process = started(hub, tmp_path / "home")
         deadline = time.monotonic() + 60
@@ -415,9 +416,19 @@ def test_after_kills_no_byte_is_fetched_twice(hub: Hub, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
+        hub.settle()
+        have = recorded(tmp_path / "home")
+        marks.append((len(hub.seen), have))
     assert kills == 3
     process = started(hub, tmp_path / "home")
     assert process.wait() == 0
+    ends = [*(mark for mark, _ in marks[1:]), len(hub.seen)]
+    for (mark, have), end in zip(marks, ends, strict=True):
+        for seen in (seen for seen in hub.seen[mark:end] if seen.host == "cdn"):
+            digest = next(part for part in seen.path.split("/") if len(part) == 64)
+            start = int(str(seen.range).removeprefix("bytes=").partition("-")[0])
+            span = start // 2**20
+            assert start >= span * 2**20 + have.get((digest, span), 0)  # asks for nothing it has
     blobs = tmp_path / "home" / "hub" / "models--org--big" / "blobs"
     assert sorted(path.read_bytes() for path in blobs.iterdir()) == sorted(files.values())
     # What is counted as sent and was not received is in the buffers of the connections.
@@ -428,13 +439,17 @@ def test_after_kills_no_byte_is_fetched_twice(hub: Hub, tmp_path: Path) -> None:
 
 def present(home: Path) -> int:
     """Bytes that are recorded so far."""
-    found = 0
+    return sum(recorded(home).values())
+
+
+def recorded(home: Path) -> dict[tuple[str, int], int]:
+    """How many bytes of which range of which file are recorded."""
+    found = {}
     for record in home.rglob("*.ranges"):
         content = record.read_bytes()[256:]
-        found += sum(
-            int.from_bytes(content[place : place + 8], "little")
-            for place in range(0, len(content), 8)
-        )
+        for span in range(len(content) // 8):
+            count = int.from_bytes(content[8 * span : 8 * span + 8], "little")
+            found[record.name.partition(".")[0], span] = count
     return found
 
 
@@ -558,6 +573,25 @@ def test_a_branch_that_moves_meanwhile_changes_nothing(
     monkeypatch.setattr(download, "fetch", fetched)
     assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
     assert (tmp_path / "hub/models--org--tiny/refs/main").read_text() == commit
+
+
+def test_links_that_could_not_be_made_are_an_error_and_come_with_the_next_call(
+    hub: Hub, saved: dict[str, bytes], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(NAME, saved)
+
+    def fetched(*args: Any, **kwargs: Any) -> None:
+        fetch(*args, **kwargs)
+        hub.faults.append(Fault("403", match="/tree/", host="hub", times=None))
+
+    monkeypatch.setattr(download, "fetch", fetched)
+    with pytest.raises(LoadError, match="stopped answering before all files"):
+        from_pretrained(NAME, "disk")
+    hub.faults.clear()
+    sent = weight_bytes(hub)
+    monkeypatch.setattr(download, "fetch", fetch)
+    assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    assert weight_bytes(hub) == sent
 
 
 def test_damaged_small_files_are_downloaded_again(
