@@ -236,13 +236,20 @@ def locate(
         except Unreachable as error:
             refused = error
     is_known = repository.folder.is_dir()
-    why = f"no complete {shown(repository.revision)}" if is_known else "nothing of it is there"
+    why = (
+        f"revision {shown(repository.revision)} is not complete there"
+        if is_known
+        else "it has no file of it"
+    )
     if commit is not None:
         try:
             return _complete(repository, commit, wanted, can_ask=False)
         except LoadError as error:
             why = str(error)
-    said = refused or f"{shown(repository.name)} is to be taken from the cache alone"
+    said = (
+        refused
+        or f"{shown(repository.name)} may only come from the cache, since local_files_only is set"
+    )
     raise LoadError(
         f"{said}; the cache in {shown_path(repository.cache)} does not have it: {why}",
         hint=refused.hint if refused else "leave out local_files_only to have it downloaded",
@@ -328,7 +335,7 @@ def _complete(repository: Repository, commit: str, wanted: Wanted, *, can_ask: b
     folder = repository.snapshot(commit)
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if not here:
-        raise LoadError("nothing of it is there", hint=_FETCH)
+        raise LoadError("it has no file of it", hint=_FETCH)
 
     def content(name: str) -> bytes:
         if name not in here:

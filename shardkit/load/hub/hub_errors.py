@@ -34,7 +34,7 @@ def explained(name: str, revision: str, *, token: str) -> Iterator[None]:
         yield
     except LoadError:
         raise
-    except Exception as error:
+    except Exception as error:  # of many libraries; what is not known is raised again
         found = _translated(error, name, revision, token)
         if found is None:
             raise
@@ -120,24 +120,24 @@ _LINES = (
     ),
     _Line(
         "EntryNotFoundError",
-        "{what} has not the file that was asked for: {why}",
+        "{what} does not have the file that was asked for: {why}",
         "call again: the repository may have changed just now",
     ),
     _Line(
         "OfflineModeIsEnabled",
-        "the Hub may not be asked for {what}: HF_HUB_OFFLINE is set",
-        "download the model where there is a network, or take HF_HUB_OFFLINE away",
+        "{what} cannot be looked up on the Hub: HF_HUB_OFFLINE is set",
+        "download the model where there is a network, or unset HF_HUB_OFFLINE",
         is_passing=True,
     ),
     _Line(
         "FileMetadataError",
-        "{hub} does not tell what it must about the files of {what}: {why}",
+        "{hub} does not send the headers that a download of {what} needs: {why}",
         _MIRROR,
     ),
     _Line("LocalTokenNotFoundError", "token=True, and no token is stored on this machine", _LOGIN),
     _Line(
         "HFValidationError",
-        "{what} is no name of a model: {why}",
+        "{what} is not a valid name of a model: {why}",
         "a name is as in bigscience/T0pp",
     ),
     _Line(

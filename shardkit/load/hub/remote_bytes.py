@@ -73,7 +73,7 @@ class RemoteBytes:
             vain = 0 if start > begun else vain + 1
             if vain == PATIENCE:
                 raise LoadError(
-                    f"{self}: {PATIENCE} requests in a row brought nothing: {shown(trouble)}",
+                    f"{self}: {PATIENCE} requests in a row failed, the last with {shown(trouble)}",
                     hint="call again in a while: what has come stays, and it goes on from there",
                 )
             if self._stop.wait(PAUSE * 2 ** max(0, vain - 1)):
@@ -155,8 +155,8 @@ class RemoteBytes:
             return
         if status == 200:
             raise LoadError(
-                f"the server of {self} ignores ranges, without which no download can go on where "
-                "it ended",
+                f"the server of {self} does not support range requests, which a download that can "
+                "be resumed needs",
                 hint="check HF_ENDPOINT and the proxy; or download the model with `hf download`, "
                 "and call again",
             )

@@ -88,7 +88,8 @@ class HubOptions:
             )
         except LoadError as error:
             raise LoadError(
-                f"{shown_path(given)} is no folder here, and as a model of the Hub: {error}",
+                f"there is no folder {shown_path(given)}, and no model of that name to load: "
+                f"{error}",
                 hint=error.hint,
             ) from None
         if isinstance(found, Download):

@@ -252,17 +252,17 @@ REFUSALS = {
         "has neither config.json nor model_index.json", {"subfolder": "unet"}
     ),
     "offline": Refusal(
-        "is to be taken from the cache alone; the cache in .* does not have it",
+        "local_files_only is set; the cache in .* does not have it",
         {"local_files_only": True},
     ),
     "mirror without a commit": Refusal("HF_ENDPOINT", fault=Fault("no-commit", times=None)),
     "mirror without digests": Refusal("HF_ENDPOINT", fault=Fault("no-etag", times=None)),
     "captive portal": Refusal("does not answer as the Hub does", fault=Fault("html", times=None)),
     "broken server": Refusal(
-        "6 requests in a row brought nothing: 'status 500'",
+        "6 requests in a row failed, the last with 'status 500'",
         fault=Fault("500", host="cdn", times=None),
     ),
-    "no ranges": Refusal("ignores ranges", fault=Fault("no-range", times=None)),
+    "no ranges": Refusal("does not support range requests", fault=Fault("no-range", times=None)),
     "other ranges": Refusal(
         "is not the file that the Hub lists: bytes .* was asked for, and the answer is",
         fault=Fault("wrong-range", times=None),

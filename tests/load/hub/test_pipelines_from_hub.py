@@ -121,7 +121,7 @@ def test_a_pipeline_of_which_only_small_files_came_is_completed(
             from_pretrained(NAME, "auto", max_memory={"cpu": "2KB"})
     with pytest.raises(LoadError, match=r"missing: '?unet/"):
         from_pretrained(NAME, "disk", revision=commit, local_files_only=True)
-    with pytest.raises(LoadError, match="no complete 'main'"):
+    with pytest.raises(LoadError, match="revision 'main' is not complete"):
         from_pretrained(NAME, "disk", local_files_only=True)
     ours = from_pretrained(NAME, "cpu", torch.float32)
     theirs = from_pretrained(tmp_path / "saved", "cpu", torch.float32)
