@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Collection, Mapping
@@ -32,6 +33,7 @@ from shardkit.printable import listed, several, shown, shown_path
 from shardkit.sizes import format_size
 from shardkit.system.progress import progress
 
+_LOG = logging.getLogger("shardkit")
 _FETCH = "call without local_files_only, where the Hub can be reached"
 _WEIGHTS = (".safetensors", ".bin")
 _SMALL = 100 * 2**20  # bytes of a file that is read whole before the weights
@@ -243,7 +245,10 @@ def locate(
     )
     if commit is not None:
         try:
-            return _complete(repository, commit, wanted, can_ask=False)
+            folder = _complete(repository, commit, wanted, can_ask=False)
+            if refused:
+                _LOG.info("%s; the cache is used", refused)
+            return folder
         except LoadError as error:
             why = str(error)
     said = (
@@ -326,8 +331,8 @@ def read(
 def _complete(repository: Repository, commit: str, wanted: Wanted, *, can_ask: bool) -> Path:
     """The folder of *commit*, if it has all that is *wanted*.
 
-    What all is, the listing of the commit tells, which huggingface_hub keeps once a download is
-    complete. Where it has kept none and nobody can be asked, what is there must do.
+    The listing of the commit, which huggingface_hub keeps once a download is complete, tells what
+    that is. If it has kept none and the Hub cannot be asked, the files that are there decide.
 
     Raises:
         LoadError: it has not; the message says what is missing.

@@ -330,7 +330,12 @@ def test_what_passes_changes_nothing(
 
 @pytest.mark.parametrize("why", ["unreachable", "offline", "gone"])
 def test_what_is_in_the_cache_will_do_where_the_hub_cannot_be_asked(
-    hub: Hub, saved: dict[str, bytes], model: Any, monkeypatch: pytest.MonkeyPatch, why: str
+    hub: Hub,
+    saved: dict[str, bytes],
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
 ) -> None:
     hub.add(NAME, saved)
     from_pretrained(NAME, "disk")
@@ -340,7 +345,9 @@ def test_what_is_in_the_cache_will_do_where_the_hub_cannot_be_asked(
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     else:
         hub.add(NAME, saved, private=True)
-    assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    with caplog.at_level(logging.INFO, "shardkit"):
+        assert torch.equal(logits(from_pretrained(NAME, "disk")), logits(model))
+    assert "; the cache is used" in caplog.text
     repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--org--tiny"
     next(repository.glob("snapshots/*/model-00001*")).unlink()
     with pytest.raises(LoadError, match=r"does not have it: .*model-00001"):
